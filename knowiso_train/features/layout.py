@@ -1,0 +1,225 @@
+"""Which axis of a feature is channels and which are positions, and the way to (N, C, H, W)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+
+from knowiso_train.errors import LayoutError, ShapeError
+from knowiso_train.features.channel_axis import channel_axis, known_channels, leaves
+from knowiso_train.features.names import bare, named_layers, resolve
+from knowiso_train.features.tokens import token_grid
+
+Layout = Literal["nchw", "nhwc", "nlc", "ncl", "nc"]
+_NDIM: dict[Layout, int] = {"nchw": 4, "nhwc": 4, "nlc": 3, "ncl": 3, "nc": 2}
+_CHANNEL_AXIS: dict[Layout, int] = {"nchw": 1, "nhwc": 3, "nlc": 2, "ncl": 1, "nc": 1}
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Layout of a tapped layer.
+
+    Attributes:
+        layout: order of the axes.
+        channels: size of the channel axis.
+        grid: (height, width) of the positions; None for vectors, and for tokens without a known grid.
+        prefix_tokens: class, distillation and register tokens before the patches; they have no position and are left out.
+    """
+
+    layout: Layout
+    channels: int
+    grid: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+
+    def to_nchw(self, tensor: Tensor) -> Tensor:
+        """The feature as (N, C, H, W); a view where possible.
+
+        Raises:
+            ShapeError: not the channels or positions that this describes.
+            LayoutError: another number of axes.
+        """
+        feature = to_nchw(tensor, self.layout, prefix_tokens=self.prefix_tokens, grid=self.grid)
+        if feature.shape[1] != self.channels or (self.grid is not None and feature.shape[2:] != self.grid):
+            raise ShapeError(f"expected {self.channels} channels on a grid of {self.grid}, got shape {tuple(tensor.shape)} in layout {self.layout!r}")
+        return feature
+
+
+def to_nchw(tensor: Tensor, layout: Layout, *, prefix_tokens: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
+    """Bring a feature to (N, C, H, W); a view where possible.
+
+    Args:
+        tensor: (N, C, H, W), (N, H, W, C), (N, T, C), (N, C, T) or (N, C), as `layout` says.
+        layout: "nchw", "nhwc", "nlc", "ncl" or "nc".
+        prefix_tokens: tokens to drop before the patches.
+        grid: (height, width) of the other tokens, row by row; (T, 1) when None.
+
+    Returns:
+        (N, C, H, W); a vector is one position, (N, C, 1, 1).
+
+    Raises:
+        LayoutError: the layout has another number of axes.
+        ShapeError: the tokens after the prefix do not fill the grid.
+
+    Example:
+        >>> to_nchw(torch.zeros(2, 17, 8), "nlc", prefix_tokens=1, grid=(4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+    _check(layout, tensor, "the feature")
+    if layout == "nchw":
+        return tensor
+    if layout == "nhwc":
+        return tensor.permute(0, 3, 1, 2)
+    if layout == "nc":
+        return tensor[:, :, None, None]
+    rows = (tensor.transpose(1, 2) if layout == "nlc" else tensor)[:, :, prefix_tokens:]
+    height, width = grid or (rows.shape[2], 1)
+    if not rows.shape[2] or height * width != rows.shape[2]:
+        raise ShapeError(
+            f"expected {prefix_tokens} prefix tokens and {height} × {width} patches in layout {layout!r}, got shape {tuple(tensor.shape)}"
+        )
+    return rows.reshape(*rows.shape[:2], height, width)
+
+
+def describe(
+    name: str,
+    model: nn.Module,
+    tensor: Tensor,
+    layout: str | None = None,
+    *,
+    at: Literal["input", "output"] = "output",
+    input_size: tuple[int, int] | None = None,
+) -> FeatureSpec:
+    """Channels, grid and layout of a tapped layer.
+
+    Args:
+        name: bare name of the layer.
+        model: the network, wrapped or not.
+        tensor: what the layer emitted.
+        layout: taken as it is, where it fits the number of axes; None infers it, see `infer_layout`.
+        at: whether the tensor is the layer's output or input.
+        input_size: (height, width) of the network's input, which settles oblong grids.
+
+    Raises:
+        LayoutError: a layout that cannot be inferred, or does not fit the tensor.
+        LayerNameError: no such layer.
+
+    Example:
+        >>> describe("0", nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 8, 6, 6))
+        FeatureSpec(layout='nchw', channels=8, grid=(6, 6), prefix_tokens=0)
+    """
+    (name,) = resolve(model, name)
+    if layout is None:
+        chosen = infer_layout(name, named_layers(model)[name], tensor, model, at=at, input_size=input_size)
+    else:
+        _check(layout, tensor, f"layer {name!r}")
+        chosen = cast(Layout, layout)
+    channels = tensor.shape[_CHANNEL_AXIS[chosen]]
+    if chosen == "nc":
+        return FeatureSpec(chosen, channels)
+    if chosen in ("nchw", "nhwc"):
+        height, width = tensor.shape[2:] if chosen == "nchw" else tensor.shape[1:3]
+        return FeatureSpec(chosen, channels, (height, width))
+    tokens = token_grid(name, _parents(name, model), tensor.shape[1 if chosen == "nlc" else 2], input_size)
+    return FeatureSpec(chosen, channels, tokens.grid, tokens.prefix)
+
+
+def infer_layout(
+    name: str,
+    module: nn.Module,
+    tensor: Tensor,
+    model: nn.Module,
+    *,
+    at: Literal["input", "output"] = "output",
+    input_size: tuple[int, int] | None = None,
+) -> Layout:
+    """Layout of a feature from its shape and from the modules that make it.
+
+    Two axes are a vector; three are tokens (N, T, C), unless the modules put channels on axis 1. With four, a convolution or batch norm emits NCHW
+    (so does what pools to one position), and timm's `output_fmt` of the module itself is taken at its word. Otherwise the positions are the two neighbouring axes that are equal or, for an
+    oblong `input_size`, have the input's aspect ratio; and the modules give the axis of the channels (see `channel_axis`). Either may decide alone.
+    `output_fmt` of a module around it decides where nothing else does.
+
+    Raises:
+        LayoutError: shape and modules contradict each other, neither decides, or the tensor has 1 or more than 4 axes.
+
+    Example:
+        >>> block = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+        >>> infer_layout("0", block, torch.zeros(1, 5, 7, 8), nn.Sequential(block))
+        'nhwc'
+    """
+    shape = tuple(tensor.shape)
+    stated = getattr(module, "output_fmt", None) if at == "output" else None
+    if len(shape) == 2:
+        return "nc"
+    if len(shape) == 3:
+        return _stated(stated, 3) or _sequence(module, shape, at)
+    if len(shape) != 4:
+        raise LayoutError(f"layer {name!r} has shape {shape}; expected 2 axes (vectors), 3 (tokens) or 4 (maps). Tap another layer.")
+    if (known := known_channels(module)) is not None and known.axis == 1:
+        return "nchw"
+    if shape[2] == shape[3] == 1 < shape[1]:  # pooled to one position, often inside a head of linear layers
+        return "nchw"
+    if (own := _stated(stated, 4)) is not None:
+        return own
+    by_shape = _by_shape(shape, input_size)
+    parents = _parents(name, model)
+    axis = channel_axis(module, shape, given=at == "output", parents=parents)
+    by_modules: Layout | None = None if axis is None else ("nchw" if axis == 1 else "nhwc")
+    if by_shape and by_modules and by_shape != by_modules:
+        raise LayoutError(f"layer {name!r}: its shape {shape} reads as {by_shape!r}, its modules as {by_modules!r}. Say which with layout=.")
+    around = next((fmt for parent in parents if (fmt := getattr(parent, "output_fmt", None)) is not None), None)
+    found = by_shape or by_modules or _stated(around, 4)
+    if found is None:
+        raise LayoutError(f"layer {name!r}: neither its shape {shape} nor its modules tell NCHW from NHWC. Say which with layout='nchw' or 'nhwc'.")
+    return found
+
+
+def _check(layout: str, tensor: Tensor, what: str) -> None:
+    axes = _NDIM.get(cast(Layout, layout))
+    if axes is None:
+        raise LayoutError(f"layout must be one of {tuple(_NDIM)}, got {layout!r}")
+    if tensor.ndim != axes:
+        raise LayoutError(f"layout {layout!r} needs {axes} axes, but {what} has shape {tuple(tensor.shape)}")
+
+
+def _by_shape(shape: tuple[int, ...], input_size: tuple[int, int] | None) -> Layout | None:
+    nchw, nhwc = _positions(shape[2:], input_size), _positions(shape[1:3], input_size)
+    if nchw == nhwc:
+        return None
+    return "nchw" if nchw else "nhwc"
+
+
+def _positions(axes: tuple[int, ...], input_size: tuple[int, int] | None) -> bool:
+    """Whether two axes can be height and width."""
+    height, width = axes
+    if input_size is None or input_size[0] == input_size[1]:
+        return height == width
+    of_height, of_width = input_size
+    return abs(height * of_width - width * of_height) < of_height + of_width  # each side is its input divided by the stride, off by less than one
+
+
+def _sequence(module: nn.Module, shape: Sequence[int], at: str) -> Layout:
+    if (known := known_channels(module)) is not None:
+        return "ncl" if known.axis == 1 else "nlc"
+    inside = list(leaves(module))
+    count = (inside[-1].given if at == "output" else inside[0].taken) if inside else None
+    return "ncl" if count == shape[1] and count != shape[2] else "nlc"
+
+
+def _stated(fmt: Any, ndim: int) -> Layout | None:
+    """timm's `output_fmt`, an enum of strings or a string."""
+    word = str(getattr(fmt, "value", fmt)).lower()
+    return next((layout for layout, axes in _NDIM.items() if layout == word and axes == ndim), None)
+
+
+def _parents(name: str, model: nn.Module) -> tuple[nn.Module, ...]:
+    """Modules that contain the layer, nearest first, the network last."""
+    layers = named_layers(model)
+    around = []
+    while "." in name:
+        name = name.rsplit(".", 1)[0]
+        around.append(layers[name])
+    return (*around, bare(model))

@@ -1,0 +1,6 @@
+"""The instrument: `measure` and its `Report`."""
+
+from knowiso_train.measurement.measure import measure
+from knowiso_train.measurement.report import PairResult, Report
+
+__all__ = ["PairResult", "Report", "measure"]

@@ -1,0 +1,1 @@
+"""Plain torch: the truth that tests, benchmarks and the CPU path import. One file per operation."""

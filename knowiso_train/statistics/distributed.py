@@ -1,0 +1,50 @@
+"""The few collective operations that the library uses, as no-ops in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Group:
+    """The processes that share one measurement: the initialised default group, or this process alone.
+
+    Example:
+        >>> Group().size
+        1
+    """
+
+    def __init__(self) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if active else 0
+        self.size = dist.get_world_size() if active else 1
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Sum each tensor over the processes, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every process, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_(self, tensors: list[Tensor]) -> None:
+        """Overwrite the tensors with those of rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where collectives need their tensors: CUDA under NCCL, else the CPU."""
+        if self.size > 1 and "nccl" in str(dist.get_backend()):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")

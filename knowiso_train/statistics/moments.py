@@ -1,0 +1,197 @@
+"""First and second moments of a source and a target feature: pure for one batch, or streamed, merged and all-reduced exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from knowiso_train.errors import NonFiniteError, ShapeError
+from knowiso_train.ops import patch_rows
+from knowiso_train.statistics.distributed import Group
+
+CHUNK_BYTES = 64 * 2**20  # of patch rows that are alive at once
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Centred moments of n rows (positions × images); sums, not averages.
+
+    Attributes:
+        count: n, a float64 scalar.
+        mean_x: (d,) with d = C_A · k².
+        mean_y: (c,).
+        xx: (d, d), `Σ (x - mean)(x - mean)ᵀ`.
+        xy: (d, c).
+        yy: (c,), the diagonal: the target's own second moment per channel.
+    """
+
+    count: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    def targets(self, start: int, stop: int) -> Moments:
+        """The same source against target channels `start:stop`."""
+        return Moments(self.count, self.mean_x, self.mean_y[start:stop], self.xx, self.xy[:, start:stop], self.yy[start:stop])
+
+    def merged(self, other: Moments) -> Moments:
+        """Moments of both sets of rows together (Chan, Golub & LeVeque 1979); exact to rounding.
+
+        Example:
+            >>> x, y = torch.randn(8, 3, 2, 2), torch.randn(8, 2, 2, 2)
+            >>> halves = batch_moments(x[:5], y[:5]).merged(batch_moments(x[5:], y[5:]))
+            >>> torch.allclose(halves.xy, batch_moments(x, y).xy, atol=1e-5)
+            True
+        """
+        count = self.count + other.count
+        weight = torch.where(count > 0, other.count / count.clamp(min=1), torch.zeros_like(count))
+        dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        between = self.count * weight
+        return Moments(
+            count,
+            self.mean_x + weight * dx,
+            self.mean_y + weight * dy,
+            self.xx + other.xx + between * torch.outer(dx, dx),
+            self.xy + other.xy + between * torch.outer(dx, dy),
+            self.yy + other.yy + between * dy.square(),
+        )
+
+
+def batch_moments(x: Tensor, y: Tensor, kernel_size: int = 1, positions: Tensor | None = None) -> Moments:
+    """Moments of one batch; pure and differentiable with respect to both features.
+
+    Args:
+        x: source, (N, C_A, H, W), floating; half precision is raised to float32.
+        y: target, (N, C_B, H, W), on the same grid.
+        kernel_size: k; the source enters as its zero-padded k×k patches, the target as its centre.
+        positions: (N, P) indices into the grid, or None for all.
+
+    Raises:
+        ShapeError: the features do not share batch and grid.
+
+    Example:
+        >>> m = batch_moments(torch.randn(4, 3, 5, 5), torch.randn(4, 2, 5, 5), kernel_size=3)
+        >>> int(m.count), tuple(m.xx.shape), tuple(m.xy.shape)
+        (100, (27, 27), (27, 2))
+    """
+    if x.ndim != 4 or y.ndim != 4 or x.shape[0] != y.shape[0] or x.shape[2:] != y.shape[2:]:
+        raise ShapeError(
+            f"expected source and target as (N, C, H, W) with the same N, H, W; got {tuple(x.shape)} and {tuple(y.shape)}. "
+            "Bring the source to the target's grid with knowiso_train.features.align."
+        )
+    with full_precision(x.device):
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        rows_x = patch_rows(x.to(dtype), kernel_size, positions)
+        rows_y = patch_rows(y.to(dtype), 1, positions)
+        count = torch.tensor(float(len(rows_x)), dtype=torch.float64, device=x.device)
+        mean_x, mean_y = rows_x.mean(0), rows_y.mean(0)
+        rows_x, rows_y = rows_x - mean_x, rows_y - mean_y
+        return Moments(count, mean_x, mean_y, rows_x.T @ rows_x, rows_x.T @ rows_y, rows_y.square().sum(0))
+
+
+class StreamingMoments:
+    """Moments over any number of batches in float64 and constant memory; detached, mergeable, all-reducible.
+
+    Args:
+        source_channels: C_A.
+        target_channels: C_B.
+        kernel_size: k, odd.
+        device: where the sums live; that of the features is best.
+
+    Example:
+        >>> stream = StreamingMoments(3, 2)
+        >>> for _ in range(4):
+        ...     stream.update(torch.randn(8, 3, 2, 2), torch.randn(8, 2, 2, 2))
+        >>> int(stream.value.count)
+        128
+    """
+
+    def __init__(self, source_channels: int, target_channels: int, kernel_size: int = 1, device: torch.device | str = "cpu") -> None:
+        d, c = source_channels * kernel_size**2, target_channels
+        self.kernel_size = kernel_size
+        shapes = {"count": (), "mean_x": (d,), "mean_y": (c,), "xx": (d, d), "xy": (d, c), "yy": (c,)}
+        self.value = Moments(**{name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()})
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor, positions: Tensor | None = None) -> None:
+        """Add one batch; arguments as for `batch_moments`.
+
+        Raises:
+            ShapeError: other channels than this state was made for.
+            NonFiniteError: NaN or Inf; the state stays as it was.
+        """
+        d = x.shape[1] * self.kernel_size**2
+        if d != len(self.value.mean_x) or y.shape[1] != len(self.value.mean_y):
+            expected = (len(self.value.mean_x) // self.kernel_size**2, len(self.value.mean_y))
+            raise ShapeError(f"expected source and target channels {expected}, got {(x.shape[1], y.shape[1])}")
+        if len(x) == 0:
+            return
+        rows = positions.shape[1] if positions is not None else x.shape[2] * x.shape[3]
+        step = max(1, CHUNK_BYTES // (rows * d * max(x.element_size(), 4)))
+        total = self.value
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            batch = batch_moments(x[part], y[part], self.kernel_size, None if positions is None else positions[part])
+            total = total.merged(_to(batch, self.value.count.device))
+        if not bool(torch.isfinite(total.xx.sum() + total.yy.sum())):
+            raise NonFiniteError("features with NaN or Inf, or too large to square: nothing was accumulated from this batch")
+        self.value = total
+
+    def merge(self, other: StreamingMoments) -> None:
+        """Add everything that another state has seen."""
+        self.value = self.value.merged(_to(other.value, self.value.count.device))
+
+    def all_reduce(self, group: Group | None = None) -> None:
+        """Merge the states of all processes, in two passes: the common mean first, then second moments about it."""
+        group = group or Group()
+        if group.size == 1:
+            return
+        device = self.value.count.device
+        m = _to(self.value, group.device)
+        count, sum_x, sum_y = m.count.clone(), m.count * m.mean_x, m.count * m.mean_y
+        group.sum_(count, sum_x, sum_y)
+        mean_x, mean_y = sum_x / count.clamp(min=1), sum_y / count.clamp(min=1)
+        dx, dy = m.mean_x - mean_x, m.mean_y - mean_y
+        xx = m.xx + m.count * torch.outer(dx, dx)
+        xy = m.xy + m.count * torch.outer(dx, dy)
+        yy = m.yy + m.count * dy.square()
+        group.sum_(xx, xy, yy)
+        self.value = _to(Moments(count, mean_x, mean_y, xx, xy, yy), device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything, as float64 tensors."""
+        return {field.name: getattr(self.value, field.name) for field in fields(Moments)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ShapeError: a state of other channels or kernel size.
+        """
+        for name, tensor in self.state_dict().items():
+            if name not in state or state[name].shape != tensor.shape:
+                got = tuple(state[name].shape) if name in state else "nothing"
+                raise ShapeError(f"saved moments do not fit: expected {name} of shape {tuple(tensor.shape)}, got {got}")
+        self.value = _to(Moments(**{field.name: state[field.name] for field in fields(Moments)}), self.value.count.device)
+
+
+def _to(m: Moments, device: torch.device) -> Moments:
+    return Moments(**{field.name: getattr(m, field.name).to(device, torch.float64) for field in fields(Moments)})
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: second moments of nearly dependent channels lose their small eigenvalues otherwise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
