@@ -110,7 +110,7 @@ class Disentangler(nn.Module):
             ]
         if settings.solver == "closed_form" and settings.ridge == "search" and not len(parts[1][0]):
             raise OptionError('ridge="search" needs selection images: use select=0.2, a (source, target) pair, or a fixed ridge such as ridge=1e-4')
-        fitter = make_fitter(settings, x.shape[1], y.shape[1], (y.shape[2], y.shape[3]), len(parts[0][0]), like=x)
+        fitter = make_fitter(settings, x, y, len(parts[0][0]))
         for xs, ys, ids, flag in parts:
             for start in range(0, len(ids), 256):
                 chunk = slice(start, start + 256)

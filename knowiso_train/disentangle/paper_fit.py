@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from knowiso_train.disentangle.fitter import Fitter, Task
+from knowiso_train.disentangle.options import recipe_of
 from knowiso_train.disentangle.paper import PaperMaps
 from knowiso_train.errors import NonFiniteError, OptionError
-from knowiso_train.statistics import Sample
+from knowiso_train.statistics import FeatureSample, Sample
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,6 @@ class PaperRecipe:
     penalty: float = 0.1
     batch_size: int = 64
     checkpoint: str | None = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any] | None) -> PaperRecipe:
-        """A recipe with some values replaced; OptionError on a name that it does not have."""
-        options = dict(options or {})
-        unknown = sorted(set(options) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise OptionError(f"unknown options {unknown} for the paper's solver; it takes {sorted(cls.__dataclass_fields__)}")
-        return cls(**options)
 
 
 def fit_paper(maps: PaperMaps, sample: Sample, recipe: PaperRecipe, *, seed: int = 0, progress: bool = False, label: str = "") -> PaperMaps:
@@ -104,3 +98,40 @@ def _resume(recipe: PaperRecipe, maps: PaperMaps, optimizer: torch.optim.Optimiz
 
 def _identity(recipe: PaperRecipe) -> dict[str, Any]:
     return {name: value for name, value in asdict(recipe).items() if name != "checkpoint"}
+
+
+class PaperFitter(Fitter):
+    """Keeps whole images up to `max_rows` positions, those for selecting too, and trains the paper's network on them."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.recipe = recipe_of(PaperRecipe, task.settings.solver_options, "paper's")
+        self.sample = FeatureSample(task.settings.max_rows, task.expected, 1, 0, task.settings.seed, whole=True)
+
+    def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
+        self.sample.add(x, y, index)
+
+    def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
+        task, settings = self.task, self.task.settings
+        sample = self.sample.result(task.group)
+        if sample is None:
+            raise self.nothing_to_fit(label)
+        self.rows = sample.rows
+        if task.source_channels != task.target_channels:
+            self.notes.append(
+                f"{task.source_channels} source and {task.target_channels} target channels: the general form with untied maps and biases"
+            )
+        results: list[nn.Module] = []
+        for target in range(task.targets):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings.seed)
+                maps = PaperMaps(task.source_channels, task.target_channels, settings.order, settings.kernel_size or 3).to(task.device, task.dtype)
+            y = sample.y[:, self.part(target)]
+            if task.group.rank == 0:
+                name = label if target == 0 else f"{label} (shuffled)"
+                fit_paper(maps, sample.with_target(y), self.recipe, seed=settings.seed, progress=progress, label=name)
+            task.group.broadcast_(list(maps.state_dict().values()))
+            self.ridges.append(())
+            self.centres.append(y.double().mean((0, 2, 3)))
+            results.append(maps.requires_grad_(False).eval())
+        return results

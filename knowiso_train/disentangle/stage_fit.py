@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +40,9 @@ class StageRecipe:
     rows_seen: int = 800_000
     readout: str = "auto"
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any] | None) -> StageRecipe:
-        """A recipe with some values replaced; OptionError on a name that it does not have."""
-        options = dict(options or {})
-        unknown = sorted(set(options) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise OptionError(f"unknown options {unknown} for the closed-form solver; it takes {sorted(cls.__dataclass_fields__)}")
-        if options.get("readout", "auto") not in READOUTS:
-            raise OptionError(f"readout must be one of {READOUTS}, got {options['readout']!r}")
-        return cls(**options)
+    def __post_init__(self) -> None:
+        if self.readout not in READOUTS:
+            raise OptionError(f"readout must be one of {READOUTS}, got {self.readout!r}")
 
     def steps(self, order: int, images: int, rows: int) -> tuple[int, int]:
         """Images a step, and steps."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from knowiso_train.disentangle.fitting import default_hidden
+from knowiso_train.disentangle.closed_form_fit import default_hidden
 from knowiso_train.disentangle.ridge import SEARCH_LIMIT
 from knowiso_train.disentangle.settings import Settings
 from knowiso_train.errors import CapacityError

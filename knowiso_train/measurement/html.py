@@ -18,23 +18,15 @@ def render_html(report: Report) -> str:
     orders = max((len(pair.shares) for pair in report.pairs), default=0)
     floor = any(pair.noise_floor is not None for pair in report.pairs)
     colours = order_colours(orders)
-    heads = [
-        "source layer",
-        "target layer",
-        "",
-        *(f"order {k}" for k in range(orders)),
-        "unexplained",
-        "95 % interval",
-        *(["noise floor"] if floor else []),
-    ]
+    figures = [*(f"order {k}" for k in range(orders)), "unexplained", "95 % interval", *(["noise floor"] if floor else [])]
+    heads = ["source layer", "target layer", "", *figures]
     body = []
     for direction, pairs in directions(report):
         title = f'<th colspan="{len(heads)}" style="{_LEFT}padding-top:12px;">{escape(block_title(report, direction))}</th>'
         body.append(f"<tr>{title}</tr>")
         body += [_row(pair, orders, colours, floor) for pair in pairs]
-    top = "".join(
-        f'<th style="{_LEFT if i < 3 else _RIGHT}font-weight:normal;opacity:.65;">{_key(name, colours)}</th>' for i, name in enumerate(heads)
-    )
+    sides = [_LEFT] * 3 + [_RIGHT] * (len(heads) - 3)
+    top = "".join(f'<th style="{side}font-weight:normal;">{_key(name, colours)}</th>' for side, name in zip(sides, heads, strict=True))
     notes = "".join(f"<div>{escape(line)}</div>" for line in footnotes(report))
     warned = "".join(f"<div>⚠ {escape(line)}</div>" for line in warnings_of(report))
     return (
@@ -50,15 +42,15 @@ def _row(pair: PairResult, orders: int, colours: list[str], floor: bool) -> str:
     shares = [percent(share) for share in pair.shares] + [""] * (orders - len(pair.shares))
     figures = [*shares, percent(pair.unexplained), interval(pair.interval), *([percent(pair.noise_floor)] if floor else [])]
     names = "".join(f'<td style="{_LEFT}"><code>{escape(name)}</code></td>' for name in (pair.source, pair.target))
-    return f'<tr style="background:none;">{names}<td style="{_LEFT}">{_bar(pair, colours)}</td>{"".join(f"""<td style="{_RIGHT}">{cell}</td>""" for cell in figures)}</tr>'
+    cells = "".join(f'<td style="{_RIGHT}">{cell}</td>' for cell in figures)
+    return f'<tr style="background:none;">{names}<td style="{_LEFT}">{_bar(pair, colours)}</td>{cells}</tr>'
 
 
 def _bar(pair: PairResult, colours: list[str]) -> str:
     """Orders from the left, the rest hatched; correlated components cannot be stacked, so there all that is explained is one piece."""
     pieces = list(zip(colours, pair.shares, strict=False)) if pair.additive else [(colours[0], pair.explained)]
-    inner = "".join(
-        f'<span style="width:{100 * min(max(share, 0.0), 1.0):.2f}%;background:{colour};"></span>' for colour, share in pieces if share > 0
-    )
+    widths = [(colour, 100 * min(share, 1.0)) for colour, share in pieces if share > 0]
+    inner = "".join(f'<span style="width:{width:.2f}%;background:{colour};"></span>' for colour, width in widths)
     return f'<span style="display:flex;width:160px;height:12px;border-radius:2px;overflow:hidden;background:{_HATCH};">{inner}</span>'
 
 
@@ -66,9 +58,6 @@ def _key(name: str, colours: list[str]) -> str:
     """Column heads carry the colour, so no legend is needed."""
     kind, _, number = name.partition(" ")
     background = colours[int(number)] if kind == "order" else _HATCH if name == "unexplained" else None
-    swatch = (
-        f'<span style="display:inline-block;width:9px;height:9px;margin-right:5px;border-radius:2px;background:{background};"></span>'
-        if background
-        else ""
-    )
-    return f"{swatch}{escape(name)}"
+    if background is None:
+        return escape(name)
+    return f'<span style="display:inline-block;width:9px;height:9px;margin-right:5px;border-radius:2px;background:{background};"></span>{name}'

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from knowiso_train.disentangle import Disentangler, Settings, make_fitter
-from knowiso_train.disentangle.fitting import Fitter
+from knowiso_train.disentangle.fitter import Fitter
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.features import LayerPair, align
 from knowiso_train.measurement.capacity import Need, need
@@ -67,9 +67,7 @@ class Link:
         if self.floor:
             y = torch.cat([y, self._shuffler(y, role)], 1)
         if self._fitter is None:
-            self._fitter = make_fitter(
-                self.settings, *self.channels, self.grids[1], self.expected or 10_000, targets=1 + self.floor, like=y, group=self.group
-            )
+            self._fitter = make_fitter(self.settings, x, y, self.expected or 10_000, targets=1 + self.floor, group=self.group)
         keep = torch.from_numpy(wanted).to(y.device)
         self._fitter.update(x[keep], y[keep], images.index[wanted], images.of("select")[wanted])
 

@@ -20,10 +20,12 @@ def order_colours(count: int) -> list[str]:
     if count <= len(ORDERS):
         return list(ORDERS[:count])
     last = len(ORDERS) - 1
-    return [
-        _between(ORDERS[min(int(at), last - 1)], ORDERS[min(int(at), last - 1) + 1], at - min(int(at), last - 1))
-        for at in (i * last / (count - 1) for i in range(count))
-    ]
+    colours = []
+    for i in range(count):
+        at = i * last / (count - 1)
+        left = min(int(at), last - 1)
+        colours.append(_between(ORDERS[left], ORDERS[left + 1], at - left))
+    return colours
 
 
 def ink_on(colour: str) -> str:

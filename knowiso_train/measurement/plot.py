@@ -25,6 +25,7 @@ def plot(report: Report, path: str | Path | None = None, *, title: str | None = 
     """Draw the report; see `Report.plot`."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no global state, no back-end chosen
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise MissingDependencyError('Report.plot needs matplotlib, which is not installed; pip install "knowiso_train[plots]"') from error
 
@@ -32,12 +33,12 @@ def plot(report: Report, path: str | Path | None = None, *, title: str | None = 
     if not panels:
         raise OptionError("the report has no layer pairs, so there is nothing to plot")
     rows = max(len(pairs) for _, pairs in panels)
-    figure = Figure(figsize=(WIDTH, 0.44 * rows + (1.6 if title is None else 1.95)), dpi=DPI, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04)
+    margins = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
+    figure = Figure(figsize=(WIDTH, 0.44 * rows + (1.6 if title is None else 1.95)), dpi=DPI, layout=margins, facecolor="white")
     if title is not None:
         figure.suptitle(title, fontsize=12, color=INK, fontweight="bold")
     colours = order_colours(max(len(pair.shares) for pair in report.pairs))
-    labels = [[_label(pair) for pair in pairs] for _, pairs in panels]
+    labels = [list(map(_label, pairs)) for _, pairs in panels]
     panel_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (direction, pairs) in zip(panel_axes, panels, strict=True):
         axes.set_title(_fitted(block_title(report, direction), 84 // len(panels)), fontsize=10.5, color=INK, loc="left", pad=8)
@@ -45,7 +46,7 @@ def plot(report: Report, path: str | Path | None = None, *, title: str | None = 
         for place, pair in enumerate(pairs):
             _bar(axes, place, pair, colours, room)
         repeated = axes is not panel_axes[0] and all(names == labels[0] for names in labels)
-        _frame(axes, pairs, [] if repeated else [_label(pair) for pair in pairs])
+        _frame(axes, pairs, [] if repeated else list(map(_label, pairs)))
     _legend(figure, report, colours)
     if path is not None:
         _save(figure, Path(path))

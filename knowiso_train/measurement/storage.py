@@ -66,9 +66,8 @@ def _read(values: Any, readers: dict[str, Callable[[Any], Any]], where: str) -> 
         raise FormatError(f"{where}: expected an object, got {_short(values)}")
     missing, unknown = [name for name in readers if name not in values], [name for name in values if name not in readers]
     if missing or unknown:
-        raise FormatError(
-            f"{where}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; the file is not what format version {FORMAT_VERSION} writes"
-        )
+        lacks = f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
+        raise FormatError(f"{where}: {lacks}; the file is not what format version {FORMAT_VERSION} writes")
     found = {}
     for name, reader in readers.items():
         try:

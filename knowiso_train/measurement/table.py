@@ -57,13 +57,9 @@ def footnotes(report: Report) -> list[str]:
         return []
     lines = []
     if any(pair.additive for pair in report.pairs):
-        lines.append(
-            "Order k: what k non-linear steps explain beyond k − 1, on images used neither to fit nor to select. Shares and unexplained sum to 100 %."
-        )
+        lines.append("Order k: what k non-linear steps explain beyond k − 1, on held-out images. Shares and unexplained sum to 100 %.")
     if not all(pair.additive for pair in report.pairs):
-        lines.append(
-            "Order k: variance of that component over the target's, as published. Components are correlated, so these do not add up to 100 %."
-        )
+        lines.append("Order k: variance of that component over the target's, as published. Components are correlated: they do not add up to 100 %.")
     if any(pair.noise_floor is not None for pair in report.pairs):
         lines.append("Noise floor: what still counts as explained when targets are shuffled between images.")
     return lines

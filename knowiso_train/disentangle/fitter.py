@@ -1,0 +1,75 @@
+"""What the fitters of both solvers have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from knowiso_train.disentangle.settings import Settings
+from knowiso_train.errors import DataError
+from knowiso_train.statistics import Group
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be fitted.
+
+    Attributes:
+        settings: kernel decided (`Settings.on_grid`).
+        source_channels: C_A.
+        target_channels: C_B of one target.
+        targets: number of targets stacked along the channels of `y`, fitted from one pass over the source.
+        expected: images that will come, as far as is known.
+        dtype: of the maps.
+        device: of the features.
+        group: the processes that share the fit.
+    """
+
+    settings: Settings
+    source_channels: int
+    target_channels: int
+    targets: int
+    expected: int
+    dtype: torch.dtype
+    device: torch.device
+    group: Group
+
+
+class Fitter(ABC):
+    """Takes features batch by batch, then gives one module of maps per target.
+
+    Attributes:
+        ridges: relative ridge per order, for each target; empty where there is none.
+        centres: mean of each target, (C_B,).
+        notes: what deserves a second look.
+        rows: positions × images that order 0 (or the network) was fitted on.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.ridges: list[tuple[float, ...]] = []
+        self.centres: list[Tensor] = []
+        self.notes: list[str] = []
+        self.rows = 0
+
+    @abstractmethod
+    def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
+        """Add images: x (N, C_A, H, W), y (N, targets · C_B, H, W), their dataset indices, and which of them are to select on."""
+
+    @abstractmethod
+    def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
+        """Fit, in all processes together."""
+
+    def part(self, target: int) -> slice:
+        """Channels of one target."""
+        return slice(target * self.task.target_channels, (target + 1) * self.task.target_channels)
+
+    @staticmethod
+    def nothing_to_fit(label: str) -> DataError:
+        """The error for an empty fitting set."""
+        return DataError(f"{label}: no image fell to the fitting set; give more images or a larger first fraction in split=")
