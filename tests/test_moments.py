@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from knowiso_train.errors import NonFiniteError, ShapeError
-from knowiso_train.ops import patch_rows
+from knowiso_train.ops import conv_weight, patch_rows
 from knowiso_train.statistics import Moments, StreamingMoments, batch_moments
 
 FIELDS = ("count", "mean_x", "mean_y", "xx", "xy", "yy")
@@ -30,7 +30,7 @@ def test_batch_moments_equal_numpy(kernel_size: int) -> None:
     m = batch_moments(x, y, kernel_size)
     pad = kernel_size // 2
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    rows = np.array([padded[n, :, i : i + kernel_size, j : j + kernel_size].ravel() for n in range(12) for i in range(5) for j in range(4)])
+    rows = np.array([padded[n, :, i : i + kernel_size, j : j + kernel_size].transpose(1, 2, 0).ravel() for n in range(12) for i in range(5) for j in range(4)])
     targets = y.numpy().transpose(0, 2, 3, 1).reshape(-1, 2)
     both = np.cov(np.concatenate([rows, targets], 1).T, bias=True) * len(rows)
     d = rows.shape[1]
@@ -42,9 +42,10 @@ def test_batch_moments_equal_numpy(kernel_size: int) -> None:
 
 def test_patch_rows_are_what_a_convolution_sees() -> None:
     x, weight = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
-    rows = patch_rows(x, 3) @ weight.flatten(1).T
+    rows = patch_rows(x, 3) @ weight.permute(2, 3, 1, 0).reshape(27, 4)
     expected = torch.nn.functional.conv2d(x, weight, padding=1).permute(0, 2, 3, 1).reshape(-1, 4)
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(conv_weight(weight.permute(2, 3, 1, 0).reshape(27, 4), 3), weight)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from knowiso_train.disentangle.closed_form import ClosedFormMaps
 from knowiso_train.disentangle.ridge import solve_ridge
+from knowiso_train.ops import conv_weight
 from knowiso_train.statistics import Moments, Sample, StreamingMoments
 
 BATCH_ROWS = 16_384
@@ -44,11 +45,13 @@ def solve_readout(maps: ClosedFormMaps, order: int, fit: Sample, select: Sample 
     Returns:
         The relative ridge used.
     """
-    columns = (maps.linear.in_channels + (order - 1) * maps.hidden) * maps.kernel_size**2
-    m = order_moments(maps, order, fit)
+    widths = [conv.in_channels for conv in maps.readouts_of(order)]
+    blocks = _blocks(widths, maps.kernel_size).to(fit.x.device)
+    columns = sum(widths[:-1]) * maps.kernel_size**2
+    m = _ordered(order_moments(maps, order, fit), blocks)
     below = Moments(m.count, m.mean_x[:columns], m.mean_x[columns:], m.xx[:columns, :columns], m.xx[:columns, columns:], m.xx.diagonal()[columns:])
     take_out = torch.cat([-solve_ridge(below, 0.0).weight, torch.eye(len(m.mean_x) - columns, dtype=m.xx.dtype, device=m.xx.device)])
-    held = None if select is None else _image(order_moments(maps, order, select), take_out)
+    held = None if select is None else _image(_ordered(order_moments(maps, order, select), blocks), take_out)
     readout = solve_ridge(_image(m, take_out), ridge, held)
     weight, start = take_out @ readout.weight, 0
     for conv in maps.readouts_of(order):
@@ -74,11 +77,21 @@ def order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
 
 
 def write_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    """Put a (C_in · k², C_out) matrix, in the order of `patch_rows`, into a convolution, and the bias where it has one."""
+    """Put a (k² · C_in, C_out) matrix, in the order of `patch_rows`, into a convolution, and the bias where it has one."""
     with torch.no_grad():
-        conv.weight.copy_(weight.T.reshape(conv.weight.shape))
+        conv.weight.copy_(conv_weight(weight, conv.weight.shape[-1]))
         if conv.bias is not None:
             conv.bias.copy_(bias)
+
+
+def _blocks(widths: list[int], kernel_size: int) -> Tensor:
+    """Columns of the patches of concatenated regressors, brought from patch-major order to one block per regressor."""
+    columns = torch.arange(kernel_size**2 * sum(widths)).view(kernel_size**2, -1)
+    return torch.cat([block.flatten() for block in torch.split(columns, widths, dim=1)])
+
+
+def _ordered(m: Moments, columns: Tensor) -> Moments:
+    return Moments(m.count, m.mean_x[columns], m.mean_y, m.xx[columns][:, columns], m.xy[columns], m.yy)
 
 
 def _image(m: Moments, transform: Tensor) -> Moments:

@@ -137,10 +137,10 @@ def infer_layout(
 ) -> Layout:
     """Layout of a feature from its shape and from the modules that make it.
 
-    Two axes are a vector; three are tokens (N, T, C), unless the modules put channels on axis 1. With four, a convolution or batch norm emits NCHW
-    (so does what pools to one position), and timm's `output_fmt` of the module itself is taken at its word. Otherwise the positions are the two neighbouring axes that are equal or, for an
-    oblong `input_size`, have the input's aspect ratio; and the modules give the axis of the channels (see `channel_axis`). Either may decide alone.
-    `output_fmt` of a module around it decides where nothing else does.
+    Two axes are a vector; three are tokens (N, T, C), unless the modules put channels on axis 1. With four, a convolution or batch norm emits NCHW,
+    so does what pools to one position, and timm's `output_fmt` of the module itself is taken at its word. Otherwise the positions are the two
+    neighbouring axes that are equal or, for an oblong `input_size`, have the input's aspect ratio; and the modules give the axis of the channels
+    (see `channel_axis`). Either may decide alone. `output_fmt` of a module around it decides where nothing else does.
 
     Raises:
         LayoutError: shape and modules contradict each other, neither decides, or the tensor has 1 or more than 4 axes.

@@ -1,6 +1,6 @@
 """Operations behind the signal. Callers import from here; which implementation runs is decided per call, by device and dtype."""
 
 from knowiso_train.ops.reference.gate import channel_scale, gate, gate_factor
-from knowiso_train.ops.reference.patches import patch_rows
+from knowiso_train.ops.reference.patches import conv_weight, patch_rows
 
-__all__ = ["channel_scale", "gate", "gate_factor", "patch_rows"]
+__all__ = ["channel_scale", "conv_weight", "gate", "gate_factor", "patch_rows"]

@@ -13,7 +13,7 @@ from knowiso_train.errors import NonFiniteError, ShapeError
 from knowiso_train.ops import patch_rows
 from knowiso_train.statistics.distributed import Group
 
-CHUNK_BYTES = 64 * 2**20  # of patch rows that are alive at once
+CHUNK_BYTES = 8 * 2**20  # of patch rows that are alive at once: they are passed over several times, so they should stay in the cache
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class StreamingMoments:
         if len(x) == 0:
             return
         rows = positions.shape[1] if positions is not None else x.shape[2] * x.shape[3]
-        step = max(1, CHUNK_BYTES // (rows * d * max(x.element_size(), 4)))
+        step = max(1, max(CHUNK_BYTES, 8 * d * d) // (rows * d * max(x.element_size(), 4)))  # merging costs d², so at least 2d rows
         total = self.value
         for start in range(0, len(x), step):
             part = slice(start, start + step)
