@@ -1,0 +1,73 @@
+"""The shape of the code: imports go one way, and importing costs nothing that was not asked for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "knowiso_train"
+ORDER = [
+    "errors",
+    "ops",
+    "features",
+    "statistics",
+    "disentangle",
+    "measurement",
+    "losses",
+    "pruning",
+    "refinement",
+    "callbacks",
+    "integrations",
+    "cli",
+]
+THIRD_PARTY = {"timm", "accelerate", "torch_pruning", "transformers", "lightning"}  # for integrations only
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found.append(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "__init__.py" or p.parent != PACKAGE], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_each_part_sees_only_the_parts_before_it(path: Path) -> None:
+    own = part_of(path)
+    assert own in ORDER, f"{own} has no place in the order of the parts"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "knowiso_train" and len(parts) > 1:
+            assert ORDER.index(parts[1]) <= ORDER.index(own), f"{path} imports {name}"
+            assert (own, parts[1]) != ("refinement", "pruning"), "pruning and refinement do not know each other"
+        assert parts[0] not in THIRD_PARTY or own in ("integrations", "cli"), f"{path} imports {name}"
+
+
+def test_importing_is_cheap_and_starts_no_cuda() -> None:
+    code = (
+        "import sys, knowiso_train as ki; assert 'torch' not in sys.modules; ki.measure; import torch; assert not torch.cuda.is_initialized(); "
+        "heavy = {'timm', 'accelerate', 'matplotlib', 'datasets', 'torch_pruning'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_surface_is_small_and_complete() -> None:
+    import knowiso_train as ki
+
+    assert 4 <= len(ki.__all__) <= 16
+    for name in ki.__all__:
+        assert getattr(ki, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ki.nothing
