@@ -75,8 +75,11 @@ def rows_of(report: Report, cka: list[float] | None = None) -> list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=3000, help="CIFAR-10 images")
+    parser.add_argument("--images", type=int, default=2000, help="CIFAR-10 images")
     parser.add_argument("--order", type=int, default=1, help="highest order")
+    parser.add_argument(
+        "--max-rows", type=int, default=32_768, help="positions that orders >= 1 are trained on; more costs time and finds a little more"
+    )
     parser.add_argument("--picture", type=Path, default=RESULTS / "networks.png", help="picture of ResNet-20 against ResNet-56")
     args = parser.parse_args()
     images, _ = cifar10("train", args.images)
@@ -86,14 +89,23 @@ def main() -> None:
     for i, a in enumerate(depths):
         for b in depths[i + 1 :]:
             nets = cifar_resnet(a), cifar_resnet(b)
-            report = measure(*nets, loader, STAGES, order=args.order, kernel_size=3, directions="both", names=(f"ResNet-{a}", f"ResNet-{b}"))
+            report = measure(
+                *nets,
+                loader,
+                STAGES,
+                order=args.order,
+                kernel_size=3,
+                max_rows=args.max_rows,
+                directions="both",
+                names=(f"ResNet-{a}", f"ResNet-{b}"),
+            )
             print(report, flush=True)
             rows += rows_of(report, linear_cka(*nets, images[:600], STAGES))
             if (a, b) == (20, 56):
                 report.plot(args.picture, title="CIFAR-10: what ResNet-20 and ResNet-56 know of each other")
     lite = efficientnet_lite(0), efficientnet_lite(1)
     photographs = DataLoader(Photographs(), batch_size=50, num_workers=1)
-    report = measure(*lite, photographs, LITE_BLOCKS, order=args.order, directions="both", names=("lite0", "lite1"))
+    report = measure(*lite, photographs, LITE_BLOCKS, order=args.order, max_rows=args.max_rows, directions="both", names=("lite0", "lite1"))
     print(report, flush=True)
     rows_lite = rows_of(report)
     print(table(rows))

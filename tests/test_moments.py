@@ -30,7 +30,9 @@ def test_batch_moments_equal_numpy(kernel_size: int) -> None:
     m = batch_moments(x, y, kernel_size)
     pad = kernel_size // 2
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    rows = np.array([padded[n, :, i : i + kernel_size, j : j + kernel_size].transpose(1, 2, 0).ravel() for n in range(12) for i in range(5) for j in range(4)])
+    rows = np.array(
+        [padded[n, :, i : i + kernel_size, j : j + kernel_size].transpose(1, 2, 0).ravel() for n in range(12) for i in range(5) for j in range(4)]
+    )
     targets = y.numpy().transpose(0, 2, 3, 1).reshape(-1, 2)
     both = np.cov(np.concatenate([rows, targets], 1).T, bias=True) * len(rows)
     d = rows.shape[1]

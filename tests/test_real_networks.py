@@ -54,6 +54,8 @@ def test_efficientnets_with_imagenet_weights_on_photographs() -> None:
 
     photographs = torch.stack([Photographs()[i] for i in range(0, 1000, 20)])
     loader = DataLoader(TensorDataset(photographs), batch_size=10)
-    report = measure(zoo.efficientnet_lite(0), zoo.efficientnet_lite(1), loader, ["blocks.1", "blocks.4"], order=0, split=(0.5, 0.2, 0.3), progress=False)
+    report = measure(
+        zoo.efficientnet_lite(0), zoo.efficientnet_lite(1), loader, ["blocks.1", "blocks.4"], order=0, split=(0.5, 0.2, 0.3), progress=False
+    )
     assert [pair.target_grid for pair in report] == [(56, 56), (14, 14)]
     assert report["blocks.1"].explained > report["blocks.4"].explained > 0.05  # early layers of two networks agree more

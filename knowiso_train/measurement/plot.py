@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from knowiso_train.errors import MissingDependencyError, OptionError
 from knowiso_train.measurement.palette import FLOOR, HATCH, INK, MUTED, UNEXPLAINED, ink_on, order_colours
 from knowiso_train.measurement.report import PairResult, Report
-from knowiso_train.measurement.table import block_title, directions, pair_name
+from knowiso_train.measurement.table import directions, pair_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def plot(report: Report, path: str | Path | None = None, *, title: str | None = 
     labels = [list(map(_label, pairs)) for _, pairs in panels]
     panel_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (direction, pairs) in zip(panel_axes, panels, strict=True):
-        axes.set_title(_fitted(block_title(report, direction), 84 // len(panels)), fontsize=10.5, color=INK, loc="left", pad=8)
+        _title(axes, *report.roles(direction), room=84 // len(panels))
         room = ROOM * len(panels) / 2
         for place, pair in enumerate(pairs):
             _bar(axes, place, pair, colours, room)
@@ -62,7 +62,16 @@ def _bar(axes: Axes, place: int, pair: PairResult, colours: list[str], room: flo
             right = _clip(min(left + max(share, 0.0), explained) if not math.isnan(share) else left)
             axes.barh(place, right - left, BAR, left=left, color=colour, edgecolor="white", linewidth=0.6)
             if right - left >= room:
-                axes.text((left + right) / 2, place, _figure(share), ha="center", va="center", fontsize=8, color=ink_on(colour), zorder=6)
+                axes.text(
+                    _clear_of(pair.noise_floor, left, right),
+                    place,
+                    _figure(share),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=ink_on(colour),
+                    zorder=6,
+                )
             left = right
     else:  # correlated components cannot be stacked: one bar, and a marker per component
         axes.barh(place, explained, BAR, color="#c9d8e6", linewidth=0)
@@ -84,6 +93,23 @@ def _bar(axes: Axes, place: int, pair: PairResult, colours: list[str], room: flo
         axes.plot(
             [at, at], [place - BAR / 2 - 0.06, place + BAR / 2 + 0.06], color=FLOOR, linewidth=1.8, solid_capstyle="butt", zorder=7, clip_on=False
         )
+
+
+def _title(axes: Axes, explaining: str, explained: str, room: int) -> None:
+    """What is explained from what: smaller where it is long, and only then with shortened names."""
+    words = " explained from "
+    longest = (room * 5 // 4 - len(words)) // 2
+    whole = f"{explained}{words}{explaining}"
+    text = whole if len(whole) <= room * 5 // 4 else f"{_fitted(explained, longest)}{words}{_fitted(explaining, longest)}"
+    axes.set_title(text, fontsize=10.5 if len(text) <= room else 9.0, color=INK, loc="left", pad=8)
+
+
+def _clear_of(mark: float | None, left: float, right: float) -> float:
+    """Where a figure goes in a piece: its middle, or the middle of the wider part where the noise floor's mark would cross it."""
+    middle = (left + right) / 2
+    if mark is None or math.isnan(mark) or abs(mark - middle) > ROOM / 2:
+        return middle
+    return (mark + right) / 2 if mark <= middle else (left + mark) / 2
 
 
 def _label(pair: PairResult) -> str:

@@ -1,0 +1,294 @@
+"""`knowiso`: measure two networks, list what can be tapped in one, show a saved report.
+
+knowiso layers resnet18
+knowiso measure --source resnet18 --target resnet50 --layers layer3 layer4 --dataset hfds/cifar100 --directions both --plot report.png
+accelerate launch -m knowiso_train.cli measure ...
+knowiso report report.json --plot report.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knowiso_train import __version__
+from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError, OptionError
+
+if TYPE_CHECKING:
+    from knowiso_train.integrations import Processes
+    from knowiso_train.integrations.outline import LayerLine
+    from knowiso_train.measurement import Report
+
+FAILED = 2  # what argparse exits with, too
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. KNOWISO_DEBUG=1 lets errors through with their traceback."""
+    args = parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without → still gets its table
+    try:
+        args.run(args)
+    except KnowisoError as error:
+        if os.environ.get("KNOWISO_DEBUG", "0") not in ("", "0"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"knowiso: {'' if rank == '0' else f'process {rank}: '}{error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("knowiso: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and option."""
+    whole = argparse.ArgumentParser(prog="knowiso", description="Which knowledge do two vision networks share, layer by layer?")
+    whole.add_argument("--version", action="version", version=f"knowiso_train {__version__}")
+    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _measure_options(commands.add_parser("measure", help="measure two timm networks on any images that timm reads", description=measure.__doc__))
+    _layers_options(commands.add_parser("layers", help="list the layers of a network, with the shapes they emit", description=layers.__doc__))
+    _report_options(commands.add_parser("report", help="show a saved report again", description=show.__doc__))
+    return whole
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure how much of one network's knowledge another network has. Figures are those of held-out images."""
+    _check_outputs(args)
+    import torch
+
+    import knowiso_train as ki
+    from knowiso_train.integrations import Processes, image_loader, input_transform, load_model
+
+    processes = Processes(args.device)
+    try:
+        torch.manual_seed(args.seed)  # random weights (--no-pretrained) are the same in every process and every run
+        source, target = (
+            load_model(spec, checkpoint=file, pretrained=args.pretrained, num_classes=classes, in_order=args.checkpoints_in_order).to(
+                processes.device
+            )
+            for spec, file, classes in (
+                (args.source, args.source_checkpoint, args.source_classes),
+                (args.target, args.target_checkpoint, args.target_classes),
+            )
+        )
+        loader = image_loader(
+            args.dataset,
+            split=args.split,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            root=args.data_dir,
+            download=args.download,
+            pin_memory=processes.device.type == "cuda",
+        )
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line if processes.is_main else _silent
+            report = ki.measure(
+                source,
+                target,
+                loader,
+                layer_pairs(args.layers),
+                order=args.order,
+                kernel_size=args.kernel_size,
+                solver=args.solver,
+                directions=args.directions,
+                seed=args.seed,
+                max_images=args.max_images,
+                noise_floor=args.noise_floor,
+                source_transform=input_transform(source, size=args.input_size),
+                target_transform=input_transform(target, size=args.input_size),
+                autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.autocast),
+                names=_names(args),
+                progress=args.progress and processes.is_main,
+            )
+        _hand_over(report, args, processes)
+    finally:
+        processes.close()
+
+
+def layers(args: argparse.Namespace) -> None:
+    """List the layers of a timm network with the shapes that they emit: names for --layers."""
+    import torch
+    from timm.data import resolve_model_data_config
+
+    from knowiso_train.features import resolve
+    from knowiso_train.integrations import load_model
+    from knowiso_train.integrations.outline import outline, stages
+
+    model = load_model(args.model, pretrained=False)
+    channels, height, width = resolve_model_data_config(model)["input_size"]
+    size = (height, width) if args.image_size is None else (args.image_size, args.image_size)
+    wanted = set(resolve(model, args.match)) if args.match else None
+    try:
+        lines = outline(model, torch.zeros(2, channels, *size))
+    except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts its input size
+        raise OptionError(f"{args.model} cannot run on images of {size[0]} × {size[1]}: {error}") from error
+    shown = [line for line in lines if (line.name in wanted if wanted is not None else line.depth <= args.depth)]
+    print(f"{args.model}, input {channels} × {size[0]} × {size[1]}\n")
+    print(_layer_table(shown, ends := stages(model)))
+    notes = ["★ end of a stage"] if any(line.name in ends for line in shown) else []
+    if hidden := len(lines) - len(shown):
+        notes.append(f"{hidden} more: --depth {args.depth + 1}, or --match '**.conv1'" if wanted is None else f"{hidden} others do not match")
+    print("\n" + " · ".join([*notes, "names and globs go to `knowiso measure --layers`"]))
+
+
+def show(args: argparse.Namespace) -> None:
+    """Show a report that `knowiso measure --json` or Report.to_json saved."""
+    _check_outputs(args)
+    from knowiso_train.measurement import Report
+
+    report = Report.from_json(Path(args.report))
+    print(report)
+    if args.plot is not None:
+        report.plot(args.plot)
+
+
+def layer_pairs(given: Sequence[str]) -> list[str] | list[tuple[str, str]]:
+    """Names and globs as they are; `source=target` pairs as tuples (a plain name beside pairs stands for itself in both networks).
+
+    Raises:
+        OptionError: a pair with an empty side.
+
+    Example:
+        >>> layer_pairs(["layer3=blocks.5", "head"])
+        [('layer3', 'blocks.5'), ('head', 'head')]
+    """
+    if not any("=" in item for item in given):
+        return list(given)
+    pairs = []
+    for item in given:
+        source, equals, target = item.partition("=")
+        if equals and not (source and target):
+            raise OptionError(f"expected source=target in --layers, got {item!r}")
+        pairs.append((source, target if equals else source))
+    return pairs
+
+
+def _names(args: argparse.Namespace) -> tuple[str, str]:
+    """Architectures, and what tells them apart where they are the same."""
+    if args.source != args.target:
+        return args.source, args.target
+    files = [Path(file).stem if file else "" for file in (args.source_checkpoint, args.target_checkpoint)]
+    source, target = (f"{args.source} {f'({file})' if file else ''}".strip() for file in files)
+    return (source, target) if source != target else (f"{source} (source)", f"{target} (target)")
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """A long run must not end at a file that cannot be written."""
+    if args.plot is not None:
+        from importlib.util import find_spec
+
+        if find_spec("matplotlib") is None:
+            raise MissingDependencyError('--plot needs matplotlib, which is not installed; pip install "knowiso_train[plots]"')
+        if args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise OptionError(f"--plot writes .png, .pdf or .svg, got {args.plot.name!r}")
+    for path in (args.plot, getattr(args, "json", None)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OptionError(f"expected a file to write, got the folder {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"the folder of {path} cannot be made: {error}") from error
+
+
+def _hand_over(report: Report, args: argparse.Namespace, processes: Processes) -> None:
+    if not processes.is_main:
+        return
+    print(report)
+    if args.json is not None:
+        report.to_json(args.json)
+    if args.plot is not None:
+        report.plot(args.plot)
+
+
+def _layer_table(lines: Sequence[LayerLine], ends: set[str]) -> str:
+    rows = [("layer", "type", "channels", "grid", "")]
+    for line in lines:
+        grid = "–" if line.grid is None else f"{line.grid[0]} × {line.grid[1]}"
+        mark = " ★" if line.name in ends else ""
+        rows.append((f"{line.name}{mark}", line.kind, "–" if line.channels is None else str(line.channels), grid, line.note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    out = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in rows]
+    return "\n".join([out[0], "─" * (sum(widths[:4]) + 8), *out[1:]])
+
+
+def _one_line(message: Warning | str, *where: Any, **more: Any) -> None:
+    print(f"knowiso: warning: {message}", file=sys.stderr)
+
+
+def _silent(message: Warning | str, *where: Any, **more: Any) -> None:
+    """Every process warns of the same; the main one speaks."""
+
+
+def _measure_options(options: argparse.ArgumentParser) -> None:
+    networks = options.add_argument_group("networks")
+    networks.add_argument("--source", required=True, metavar="MODEL", help="timm network that explains")
+    networks.add_argument("--target", required=True, metavar="MODEL", help="timm network that is explained")
+    networks.add_argument(
+        "--layers", required=True, nargs="+", metavar="LAYER", help="names or globs, or source=target pairs; `knowiso layers MODEL` lists them"
+    )
+    for role in ("source", "target"):
+        networks.add_argument(f"--{role}-checkpoint", metavar="FILE", help=f"weights of the {role}: .safetensors, .pth, .pt, .th (default: timm's)")
+        networks.add_argument(f"--{role}-classes", type=int, metavar="N", help=f"width of the {role}'s classifier (default: the network's own)")
+    networks.add_argument("--checkpoints-in-order", action="store_true", help="map tensors in order where only the names differ (default: off)")
+    networks.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights (default: timm's published weights)")
+
+    images = options.add_argument_group("images")
+    images.add_argument(
+        "--dataset", required=True, metavar="SPEC", help="a folder of images, hfds/NAME, hfds/FOLDER or torch/NAME, as timm reads them"
+    )
+    images.add_argument("--split", help="split (default: a folder whole; else the first of validation, val, valid, test, train)")
+    images.add_argument("--data-dir", metavar="DIR", help="where torch/ datasets are kept, cache of hfds/ (default: the hub's own)")
+    images.add_argument("--download", action="store_true", help="download torch/ datasets that are missing (default: off)")
+    images.add_argument("--image-size", type=int, default=224, metavar="PX", help="short side is resized, centre cropped (default: %(default)s)")
+    images.add_argument(
+        "--input-size", default="model", choices=("model", "image"), help="what networks see: their own size, or --image-size (default: %(default)s)"
+    )
+    images.add_argument("--max-images", type=int, metavar="N", help="read no more than this many, over all processes (default: all)")
+    images.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a batch (default: %(default)s)")
+    images.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode images (default: %(default)s)")
+
+    method = options.add_argument_group("method")
+    method.add_argument("--order", type=int, default=2, metavar="K", help="highest number of non-linear steps (default: %(default)s)")
+    method.add_argument("--kernel-size", type=int, metavar="N", help="neighbourhood of the maps, 1 or 3 (default: 1; 3 for the paper's solver)")
+    method.add_argument("--solver", default="closed_form", choices=("closed_form", "paper"), help="how maps are fitted (default: %(default)s)")
+    method.add_argument(
+        "--directions", default="forward", choices=("forward", "backward", "both"), help="forward explains the target (default: %(default)s)"
+    )
+    method.add_argument("--no-noise-floor", dest="noise_floor", action="store_false", help="skip the fit to shuffled targets (default: it is done)")
+    method.add_argument("--seed", type=int, default=0, help="of split, samples, bootstrap and random weights (default: %(default)s)")
+
+    running = options.add_argument_group("running")
+    running.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: what accelerate picks)")
+    running.add_argument("--autocast", choices=("bf16", "fp16"), help="of the networks; statistics stay in full precision (default: off)")
+    running.add_argument("--json", type=Path, metavar="FILE", help="write the report (default: not written)")
+    running.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)")
+    running.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars (default: shown)")
+    options.set_defaults(run=measure)
+
+
+def _layers_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("model", metavar="MODEL", help="timm network")
+    options.add_argument("--depth", type=int, default=2, metavar="N", help="dotted segments to show (default: %(default)s)")
+    options.add_argument("--match", nargs="+", metavar="GLOB", help="show these instead, at any depth: * within a segment, ** across (default: all)")
+    options.add_argument("--image-size", type=int, metavar="PX", help="side of the input (default: the network's own)")
+    options.set_defaults(run=layers)
+
+
+def _report_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("report", metavar="FILE", help="JSON of a report")
+    options.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)")
+    options.set_defaults(run=show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

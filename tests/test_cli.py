@@ -1,0 +1,206 @@
+"""The command line, end to end: tiny networks with random weights on generated pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from knowiso_train import Report
+from knowiso_train.cli import layer_pairs, main, parser
+from knowiso_train.errors import OptionError
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNT = 150  # about 30 of them to report on: enough for no warning
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for i in range(COUNT):
+        coarse = Image.fromarray(noise.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+        (folder / f"class{i % 2}").mkdir(exist_ok=True)
+        coarse.resize((40, 32), Image.Resampling.BICUBIC).save(folder / f"class{i % 2}" / f"{i:03d}.png")
+    return folder
+
+
+def options(pictures: Path, **changes: str) -> list[str]:
+    values = {
+        "source": "test_resnet",
+        "target": "test_resnet",
+        "layers": "layer1",
+        "dataset": str(pictures),
+        "image-size": "32",
+        "input-size": "image",
+        "order": "0",
+        "batch-size": "30",
+        "workers": "0",
+        "device": "cpu",
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    return ["measure", "--no-pretrained", "--no-progress", *(word for name, value in values.items() for word in (f"--{name}", *value.split()))]
+
+
+def test_measure_prints_and_writes(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"json": tmp_path / "deep" / "out.json", "plot": tmp_path / "deep" / "out.png"}
+    arguments = options(
+        pictures,
+        target="test_efficientnet",
+        layers="layer1=blocks.1 layer2.0.conv1=blocks.2",
+        directions="both",
+        **{k: str(v) for k, v in files.items()},
+    )
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    report = Report.from_json(files["json"])
+    assert out == f"{report}\n"
+    assert err == ""
+    assert (report.source, report.target) == ("test_resnet", "test_efficientnet")
+    assert [(pair.source, pair.target) for pair in report] == [
+        ("layer1", "blocks.1"), ("layer2.0.conv1", "blocks.2"), ("blocks.1", "layer1"), ("blocks.2", "layer2.0.conv1")
+    ]  # fmt: skip
+    assert sum(report.images.values()) == COUNT
+    assert all(abs(sum(pair.shares) + pair.unexplained - 1) < 1e-9 for pair in report)
+    with Image.open(files["plot"]) as image:
+        assert image.format == "PNG"
+
+
+def test_measure_says_the_same_twice_and_obeys_the_seed(pictures: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in ("3", "3", "4"):
+        assert main([*options(pictures, json=str(tmp_path / "out.json")), "--seed", seed]) == 0
+        found.append(Report.from_json(tmp_path / "out.json").pairs[0].unexplained)
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_network_explains_itself(pictures: Path, tmp_path: Path) -> None:
+    """The same weights on both sides: nothing is left over, so the checkpoints, the transforms and the layer names all arrive."""
+    import timm
+
+    torch.save({"state_dict": timm.create_model("test_resnet").state_dict()}, tmp_path / "w.pth")
+    weights = str(tmp_path / "w.pth")
+    assert main(options(pictures, source_checkpoint=weights, target_checkpoint=weights, json=str(tmp_path / "out.json"), max_images="120")) == 0
+    report = Report.from_json(tmp_path / "out.json")
+    assert report.pairs[0].unexplained < 1e-3
+    assert (report.source, report.target) == ("test_resnet (w) (source)", "test_resnet (w) (target)")
+    assert sum(report.images.values()) == 120
+
+
+def test_report_shows_a_saved_one_again(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(pictures, json=str(tmp_path / "out.json"))) == 0
+    first = capsys.readouterr().out
+    assert main(["report", str(tmp_path / "out.json"), "--plot", str(tmp_path / "again.png")]) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "layer9"}, "layer9"),
+        ({"layers": "layer1="}, "expected source=target"),
+        ({"source": "test_resnat"}, "nearest: test_resnet"),
+        ({"dataset": "no/such/folder"}, "no folder 'no/such/folder'"),
+        ({"split": "test"}, "no split 'test'"),
+        ({"source_checkpoint": "none.pth"}, "no weight file at none.pth"),
+        ({"plot": "out.doc"}, "--plot writes .png, .pdf or .svg"),
+        ({"device": "nonsense"}, "device 'nonsense'"),
+        ({"order": "-1"}, "order"),
+    ],
+)
+def test_errors_are_one_message(pictures: Path, changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(pictures, **changes)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("knowiso: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.filterwarnings("default::knowiso_train.errors.KnowisoWarning")
+def test_warnings_are_one_line_each(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(pictures, layers="layer4", max_images="40")) == 0  # 96 channels on one position: far too few rows
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert lines
+    assert all(line.startswith("knowiso: warning: layer4 → layer4 (forward): ") for line in lines)
+    assert "! layer4 (forward): " in out
+
+
+def test_debugging_lets_errors_through(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNOWISO_DEBUG", "1")
+    with pytest.raises(OptionError):
+        main(options(pictures, layers="=layer1"))
+
+
+def test_layers_lists_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "test_resnet", "--image-size", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "test_resnet, input 3 × 64 × 64"
+    row = next(line for line in lines if line.strip().startswith("layer2 "))
+    assert "Sequential" in row
+    assert "8 × 8" in row
+    assert not any("layer2.0.conv1" in line for line in lines)
+    assert main(["layers", "test_resnet", "--match", "**.conv1"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:-2]]
+    assert "layer2.0.conv1" in names
+    assert all(name.endswith("conv1") for name in names)
+    assert main(["layers", "vit_tiny_patch16_224", "--image-size", "64", "--depth", "1"]) == 2
+    assert "cannot run on images of 64 × 64" in capsys.readouterr().err
+
+
+def test_layer_pairs() -> None:
+    assert layer_pairs(["a", "b.*"]) == ["a", "b.*"]
+    assert layer_pairs(["a=b", "c"]) == [("a", "b"), ("c", "c")]
+    for bad in ("=b", "a="):
+        with pytest.raises(OptionError, match="source=target"):
+            layer_pairs([bad])
+
+
+def test_every_option_says_what_it_does_and_its_default() -> None:
+    commands: Any = next(action for action in parser()._actions if hasattr(action, "choices") and action.choices)
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            assert action.help, f"{name} {action.dest}"
+            if action.option_strings and not action.required and action.dest != "help":
+                assert "default" in action.help, f"{name} {action.option_strings[0]} does not tell its default"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from knowiso_train.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert time.perf_counter() - began < 5  # 0.1 s where nothing else runs
+
+
+def test_accelerate_launch_measures_the_same_in_two_processes(pictures: Path, tmp_path: Path) -> None:
+    arguments = options(pictures, json=str(tmp_path / "one.json"))
+    assert main(arguments) == 0
+    arguments[arguments.index(str(tmp_path / "one.json"))] = str(tmp_path / "two.json")
+    port = str(29_100 + os.getpid() % 400)
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # with --cpu, accelerate would start one process
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "knowiso_train.cli"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["settings"]["processes"] == 2
+    assert two["images"] == one["images"]
+    assert two["pairs"][0]["unexplained"] == pytest.approx(one["pairs"][0]["unexplained"], abs=1e-6)
+    assert done.stdout.count("explained from") == 1  # the main process alone prints
