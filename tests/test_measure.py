@@ -183,6 +183,25 @@ def test_streams_that_differ_when_read_again_are_refused(images: Tensor) -> None
         run(iter([images]))
 
 
+def test_a_loader_whose_dataset_gives_whole_batches_is_read_as_a_stream(images: Tensor) -> None:
+    class Batches(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> Tensor:
+            return images[30 * i : 30 * (i + 1)]
+
+    assert_close(run(DataLoader(Batches(), batch_size=None)), run(list(images.split(30))))
+
+
+def test_neighbourhoods_of_a_single_position_are_that_position() -> None:
+    vectors = list(torch.randn(120, 6, 1, 1).split(30))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4))
+    reports = [measure(model, model, vectors, "1", order=0, kernel_size=k, split=(0.5, 0.2, 0.3), progress=False) for k in (1, 3)]
+    assert figures(reports[0]) == figures(reports[1])
+    assert reports[1].pairs[0].disentangler.settings.kernel_size == 1
+
+
 def test_augmenting_datasets_are_fine_when_read_by_index(images: Tensor) -> None:
     class Noisy(Dataset[Tensor]):
         def __len__(self) -> int:

@@ -49,10 +49,9 @@ class Settings:
             raise OptionError("hidden, positions and source_channels belong to the closed form; the paper's solver trains full maps on whole images")
 
     def on_grid(self, grid: tuple[int, int]) -> Settings:
-        """With the kernel decided: 1, or 3 for the paper's solver where there is more than one position."""
-        if self.kernel_size is not None:
-            return self
-        return replace(self, kernel_size=3 if self.solver == "paper" and grid[0] * grid[1] > 1 else 1)
+        """With the kernel decided: as given, else 3 for the paper's solver and 1 for the closed form; 1 where there is a single position."""
+        default = 3 if self.solver == "paper" else 1
+        return replace(self, kernel_size=1 if grid[0] * grid[1] == 1 else self.kernel_size or default)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

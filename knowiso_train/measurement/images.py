@@ -177,7 +177,9 @@ class ImageStream:
 
 
 def _is_plain_loader(loader: Any) -> bool:
-    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__ and hasattr(loader.dataset, "__len__")
+    """Whether the loader can be read by index: batches are made from single items (`batch_size=None` takes what the dataset gives)."""
+    own = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+    return own and loader.batch_sampler is not None and hasattr(loader.dataset, "__len__")
 
 
 def _members(loader: DataLoader[Any]) -> Iterable[int]:

@@ -43,7 +43,7 @@ class Link:
         self.grids = ((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]))
         self.channels = (x.shape[1], y.shape[1])
         self.settings = settings.on_grid(self.grids[1])
-        self.device, self.dtype = y.device, y.dtype
+        self.device = torch.device("cpu") if y.device.type == "mps" else y.device  # statistics are float64, which MPS has not
         self.floor, self.bootstrap = noise_floor, bootstrap
         self.expected = expected
         rows = None if expected is None else expected * y.shape[2] * y.shape[3]
@@ -129,7 +129,8 @@ class Link:
 
     def _features(self, of_source: dict[str, Tensor], of_target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = self._ordered(of_source[self.pair.source], of_target[self.pair.target])
-        return align(x.to(y.device, torch.promote_types(x.dtype, y.dtype)), self.grids[1]), y
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        return align(x.to(self.device, dtype), self.grids[1]), y.to(self.device, dtype)
 
     def _fitted(self) -> Fitter:
         if self._fitter is None:

@@ -40,7 +40,9 @@ class Group:
         """Overwrite the tensors with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                moved = tensor.to(self.device)
+                dist.broadcast(moved, 0)
+                tensor.copy_(moved)
 
     @property
     def device(self) -> torch.device:
