@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from knowiso_train import Disentangler
-from knowiso_train.disentangle.ridge import RIDGES, solve_ridge
+from knowiso_train.disentangle.ridge import RIDGES, Spectrum, solve_ridge
 from knowiso_train.errors import FormatError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.statistics import batch_moments
 
@@ -137,3 +137,26 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "disentangler.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"cannot|can read"):
         Disentangler.load(tmp_path)
+
+
+def test_a_shared_spectrum_changes_nothing() -> None:
+    x, y = torch.randn(90, 7, 1, 1, dtype=torch.float64), torch.randn(90, 4, 1, 1, dtype=torch.float64)
+    fit, select = batch_moments(x[:60], y[:60]), batch_moments(x[60:], y[60:])
+    shared = Spectrum.of(fit, select)
+    for part in (slice(0, 2), slice(2, 4)):
+        alone = solve_ridge(batch_moments(x[:60], y[:60, part]), "search", batch_moments(x[60:], y[60:, part]))
+        together = solve_ridge(fit.targets(part.start, part.stop), "search", select.targets(part.start, part.stop), shared)
+        assert alone.ridge == together.ridge
+        torch.testing.assert_close(alone.weight, together.weight)
+
+
+def test_above_the_search_limit_the_ridge_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(50, 4, 1, 1, dtype=torch.float64), torch.randn(50, 2, 1, 1, dtype=torch.float64)
+    fit, doubled = batch_moments(x, y), batch_moments(torch.cat([x, x], 1), y)
+    expected = solve_ridge(fit, 1e-4)
+    monkeypatch.setattr("knowiso_train.disentangle.ridge.SEARCH_LIMIT", 2)
+    found = solve_ridge(fit, "search", fit)
+    assert found.ridge == 1e-4
+    torch.testing.assert_close(found.weight, expected.weight)
+    with pytest.raises(OptionError, match="linearly dependent"):
+        solve_ridge(doubled, 0.0)

@@ -13,7 +13,7 @@ from knowiso_train.disentangle.closed_form import ClosedFormMaps
 from knowiso_train.disentangle.fitter import Fitter, Task
 from knowiso_train.disentangle.options import recipe_of
 from knowiso_train.disentangle.readout import predicted, write_conv
-from knowiso_train.disentangle.ridge import FIXED_RIDGE, SEARCH_LIMIT, solve_ridge
+from knowiso_train.disentangle.ridge import FIXED_RIDGE, SEARCH_LIMIT, Spectrum, solve_ridge
 from knowiso_train.disentangle.settings import Settings
 from knowiso_train.disentangle.stage_fit import StageRecipe, fit_order
 from knowiso_train.errors import KnowisoWarning
@@ -68,10 +68,12 @@ class ClosedFormFitter(Fitter):
             self.notes.append(f"{len(fit.mean_x)} columns: ridge fixed at 1e-4, searched only up to {SEARCH_LIMIT}")
         self._look_at(label)
         samples = [sample.result(self.task.group) for sample in self.samples] if self.settings.order else [None, None]
+        shared = Spectrum.of(fit, held) if self.task.targets > 1 and len(fit.mean_x) <= SEARCH_LIMIT else None
         results: list[nn.Module] = []
         for target in range(self.task.targets):
             part = self.part(target)
-            linear = solve_ridge(fit.targets(part.start, part.stop), ridge, None if held is None else held.targets(part.start, part.stop))
+            other = None if held is None else held.targets(part.start, part.stop)
+            linear = solve_ridge(fit.targets(part.start, part.stop), ridge, other, shared)
             maps = self._empty()
             write_conv(maps.linear, linear.weight, linear.bias)
             own = [None if s is None else s.with_target(s.y[:, part]) for s in samples]

@@ -24,16 +24,32 @@ class LinearMap:
     ridge: float
 
 
-def solve_ridge(fit: Moments, ridge: float | str = "search", select: Moments | None = None) -> LinearMap:
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigendecomposition of a source's `S_xx`, and the selection rows' `S_xx` in its eigenvectors: the costly part, shared by targets."""
+
+    values: Tensor
+    vectors: Tensor
+    inner: Tensor | None
+
+    @classmethod
+    def of(cls, fit: Moments, select: Moments | None = None) -> Spectrum:
+        """Of the fitting rows, O(d³)."""
+        values, vectors = torch.linalg.eigh(fit.xx)
+        return cls(values.clamp(min=0), vectors, None if select is None else vectors.T @ select.xx @ vectors)
+
+
+def solve_ridge(fit: Moments, ridge: float | str = "search", select: Moments | None = None, spectrum: Spectrum | None = None) -> LinearMap:
     """The linear map with least `Σ‖y - Wᵀx - b‖² + ρ·tr(S_xx)/d·‖W‖²` over the fitting rows.
 
     Args:
         fit: moments of the fitting rows.
         ridge: relative ρ ≥ 0, or "search" for the ρ with the least unexplained energy on `select`. ρ = 0 is least squares of minimum norm.
         select: moments of other rows, for "search".
+        spectrum: of the same rows, where it is known already.
 
     Raises:
-        OptionError: a negative ridge, or "search" without selection rows.
+        OptionError: a negative ridge, "search" without selection rows, or (above SEARCH_LIMIT columns) dependent regressors with no ridge.
 
     Example:
         >>> from knowiso_train.statistics import batch_moments
@@ -52,11 +68,15 @@ def solve_ridge(fit: Moments, ridge: float | str = "search", select: Moments | N
         return LinearMap(torch.zeros_like(fit.xy), fit.mean_y.clone(), 0.0)
     if d > SEARCH_LIMIT:
         chosen = FIXED_RIDGE if search else float(ridge)
-        factor = torch.linalg.cholesky(fit.xx + max(chosen, 1e-12) * scale * torch.eye(d, dtype=fit.xx.dtype, device=fit.xx.device))
+        factor, failed = torch.linalg.cholesky_ex(fit.xx + chosen * scale * torch.eye(d, dtype=fit.xx.dtype, device=fit.xx.device))
+        if failed:
+            raise OptionError(
+                f"{d} regressors on {int(fit.count)} rows are linearly dependent, and ridge={chosen:g} does not help; use ridge=1e-4 or more"
+            )
         weight = torch.cholesky_solve(fit.xy, factor)
         return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, chosen)
-    values, vectors = torch.linalg.eigh(fit.xx)
-    values = values.clamp(min=0)
+    spectrum = spectrum or Spectrum.of(fit, select if search else None)
+    values, vectors = spectrum.values, spectrum.vectors
     rotated = vectors.T @ fit.xy
     floor = values[-1] * d * torch.finfo(values.dtype).eps  # directions that are rounding
 
@@ -66,7 +86,8 @@ def solve_ridge(fit: Moments, ridge: float | str = "search", select: Moments | N
         return result
 
     if search and select is not None:
-        inner, cross = vectors.T @ select.xx @ vectors, vectors.T @ select.xy
+        inner = vectors.T @ select.xx @ vectors if spectrum.inner is None else spectrum.inner
+        cross = vectors.T @ select.xy
 
         def left_over(rho: float) -> float:
             a = coefficients(rho)
