@@ -124,8 +124,8 @@ class ClosedFormFitter(Fitter):
 
 
 def default_hidden(target_channels: int) -> int:
-    """Width of the hidden maps where it is not given: twice the target's channels."""
-    return max(4, 2 * target_channels)
+    """Width of the hidden maps where it is not given: twice the target's channels, 512 at most, so that wide layers stay affordable."""
+    return min(max(4, 2 * target_channels), 512)
 
 
 def _projection(channels: int, settings: Settings) -> Tensor | None:

@@ -30,7 +30,7 @@ class Disentangler(nn.Module):
         order: K ≥ 0.
         kernel_size: odd; None is 1, or 3 for the paper's solver on grids.
         solver: "closed_form" or "paper".
-        hidden: width of the hidden maps of orders ≥ 1 (closed form); None is chosen from the target's channels.
+        hidden: width of the hidden maps of orders ≥ 1 (closed form); None is twice the target's channels, 512 at most.
         ridge: relative ridge ρ ≥ 0, or "search" on selection images (closed form).
         max_rows: most positions kept for orders ≥ 1, or for training the paper's network.
         source_channels: project the source on this many random orthonormal directions first (closed form).

@@ -70,7 +70,7 @@ def measure(
         kernel_size: neighbourhood of the maps; None is 1, or 3 for the paper's solver on grids.
         solver: "closed_form", or "paper" (arXiv 1908.01581, trained by its published recipe).
         directions: "forward" (B explained from A), "backward" (A explained from B) or "both".
-        hidden: width of the hidden maps of orders ≥ 1; None is chosen from the target's channels.
+        hidden: width of the hidden maps of orders ≥ 1; None is twice the target's channels, 512 at most.
         ridge: relative ridge ρ, or "search" on the selection images.
         split: fractions of the images to fit, select and report on, by a seeded hash of the dataset index.
         seed: of split, order, sample, bootstrap and hidden maps.
