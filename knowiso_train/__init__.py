@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.errors import KnowisoError, KnowisoWarning
     from knowiso_train.features import FeatureTaps
+    from knowiso_train.losses import IsomorphismLoss
     from knowiso_train.measurement import Report, measure
 
 __version__ = "0.1.0"
-__all__ = ["Disentangler", "FeatureTaps", "KnowisoError", "KnowisoWarning", "Report", "measure"]
+__all__ = ["Disentangler", "FeatureTaps", "IsomorphismLoss", "KnowisoError", "KnowisoWarning", "Report", "measure"]
 
 _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for torch
     "Disentangler": "disentangle",
     "FeatureTaps": "features",
+    "IsomorphismLoss": "losses",
     "KnowisoError": "errors",
     "KnowisoWarning": "errors",
     "Report": "measurement",

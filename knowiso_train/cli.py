@@ -118,9 +118,9 @@ def layers(args: argparse.Namespace) -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from knowiso_train.features import resolve
+    from knowiso_train.features import named_stages, resolve
     from knowiso_train.integrations import load_model
-    from knowiso_train.integrations.outline import outline, stages
+    from knowiso_train.integrations.outline import outline
 
     model = load_model(args.model, pretrained=False)
     channels, height, width = resolve_model_data_config(model)["input_size"]
@@ -132,7 +132,7 @@ def layers(args: argparse.Namespace) -> None:
         raise OptionError(f"{args.model} cannot run on images of {size[0]} × {size[1]}: {error}") from error
     shown = [line for line in lines if (line.name in wanted if wanted is not None else line.depth <= args.depth)]
     print(f"{args.model}, input {channels} × {size[0]} × {size[1]}\n")
-    print(_layer_table(shown, ends := stages(model)))
+    print(_layer_table(shown, ends := named_stages(model)))
     notes = ["★ end of a stage"] if any(line.name in ends for line in shown) else []
     if hidden := len(lines) - len(shown):
         notes.append(f"{hidden} more: --depth {args.depth + 1}, or --match '**.conv1'" if wanted is None else f"{hidden} others do not match")

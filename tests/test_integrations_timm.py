@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from zoo import DATA
 
 from knowiso_train.errors import DataError, FormatError, InputTypeError, MissingDependencyError, OptionError, ShapeError
+from knowiso_train.features import named_stages
 from knowiso_train.integrations import Processes, image_loader, input_transform, load_model
 from knowiso_train.integrations.inputs import InputTransform
-from knowiso_train.integrations.outline import outline, stages
+from knowiso_train.integrations.outline import outline
 
 TINY = "test_resnet"
 
@@ -278,8 +279,8 @@ def test_outline_gives_channels_and_grids() -> None:
     assert "tuple" in lines["pair"].note
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
-    assert stages(model) == set()
-    assert {"layer2", "layer4"} <= stages(timm.create_model("resnet10t"))
+    assert named_stages(model) == set()
+    assert {"layer2", "layer4"} <= named_stages(timm.create_model("resnet10t"))
 
 
 def test_processes_alone_and_devices_that_are_not_there() -> None:

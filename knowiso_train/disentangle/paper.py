@@ -57,7 +57,10 @@ class PaperMaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """g(x): (N, C_A, H, W) → (N, C_B, H, W)."""
-        x = self._normalised(x)
+        return self.of_normalised(self._normalised(x))
+
+    def of_normalised(self, x: Tensor) -> Tensor:
+        """g(x) of a source that was divided by its scale already."""
         h: Tensor = self.of_source[0](x)
         for step, p in enumerate(self.gates, start=1):
             z = p * torch.relu(h / channel_scale(h))

@@ -67,14 +67,7 @@ def solve_ridge(fit: Moments, ridge: float | str = "search", select: Moments | N
     if not scale > 0:  # a constant source explains nothing but the mean
         return LinearMap(torch.zeros_like(fit.xy), fit.mean_y.clone(), 0.0)
     if d > SEARCH_LIMIT:
-        chosen = FIXED_RIDGE if search else float(ridge)
-        factor, failed = torch.linalg.cholesky_ex(fit.xx + chosen * scale * torch.eye(d, dtype=fit.xx.dtype, device=fit.xx.device))
-        if failed:
-            raise OptionError(
-                f"{d} regressors on {int(fit.count)} rows are linearly dependent, and ridge={chosen:g} does not help; use ridge=1e-4 or more"
-            )
-        weight = torch.cholesky_solve(fit.xy, factor)
-        return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, chosen)
+        return solve_factored(fit, FIXED_RIDGE if search else float(ridge))
     spectrum = spectrum or Spectrum.of(fit, select if search else None)
     values, vectors = spectrum.values, spectrum.vectors
     rotated = vectors.T @ fit.xy
@@ -98,3 +91,25 @@ def solve_ridge(fit: Moments, ridge: float | str = "search", select: Moments | N
         chosen = float(ridge)
     weight = vectors @ coefficients(chosen)
     return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, chosen)
+
+
+def solve_factored(fit: Moments, ridge: float, floor: Tensor | float = 0.0) -> LinearMap:
+    """`solve_ridge` for one given ρ by a Cholesky factorisation: much cheaper than its eigendecomposition, but without its tolerance for ρ = 0.
+
+    Args:
+        fit: moments of the fitting rows.
+        ridge: relative ρ.
+        floor: added to the diagonal as it is.
+
+    Raises:
+        OptionError: regressors that are dependent to rounding.
+    """
+    d = len(fit.mean_x)
+    added = ridge * fit.xx.diagonal().mean() + floor
+    factor, failed = torch.linalg.cholesky_ex(fit.xx + added * torch.eye(d, dtype=fit.xx.dtype, device=fit.xx.device))
+    if failed:
+        raise OptionError(
+            f"{d} regressors on {int(fit.count)} rows are linearly dependent, and ridge={ridge:g} does not help; use ridge=1e-4 or more"
+        )
+    weight = torch.cholesky_solve(fit.xy, factor)
+    return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, ridge)

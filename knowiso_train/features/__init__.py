@@ -7,6 +7,7 @@ from knowiso_train.features.layout import FeatureSpec, Layout, describe, infer_l
 from knowiso_train.features.names import bare, named_layers, resolve
 from knowiso_train.features.pairing import LayerPair, pair_layers
 from knowiso_train.features.placement import device_of, on_device
+from knowiso_train.features.stages import named_stages, stage_grids
 from knowiso_train.features.state import undisturbed
 from knowiso_train.features.taps import FeatureTaps
 
@@ -24,10 +25,12 @@ __all__ = [
     "infer_layout",
     "inputs_of",
     "named_layers",
+    "named_stages",
     "on_device",
     "pair_layers",
     "resolve",
     "select",
+    "stage_grids",
     "to_device",
     "to_nchw",
     "undisturbed",

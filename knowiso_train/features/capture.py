@@ -75,7 +75,7 @@ class Slot:
             self.captures.append(capture)
 
 
-class _Hook:
+class Hook:
     """A hook that stays behind when the network is copied or pickled: the copy holds a function of the standard library that does nothing."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -85,7 +85,7 @@ class _Hook:
         return getattr, (nullcontext(), "__exit__")
 
 
-class StepHook(_Hook):
+class StepHook(Hook):
     """Forward pre-hook of the root: a new forward drops whatever an earlier one left."""
 
     def __init__(self, step: Step, slots: Iterable[Slot]) -> None:
@@ -93,14 +93,14 @@ class StepHook(_Hook):
         self.slots = tuple(slots)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if _recomputing():
+        if recomputing():
             return
         self.step.grad = torch.is_grad_enabled()
         for slot in self.slots:
             slot.clear()
 
 
-class LayerHook(_Hook):
+class LayerHook(Hook):
     """Forward hook (output) or forward pre-hook (input) of a tapped layer, registered with keyword arguments."""
 
     def __init__(self, slot: Slot, step: Step) -> None:
@@ -108,7 +108,7 @@ class LayerHook(_Hook):
         self.step = step
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        if _recomputing():
+        if recomputing():
             return
         tensor = _only_tensor(output[0]) if output else _first_tensor(args, kwargs)
         if tensor is None:
@@ -125,7 +125,7 @@ class LayerHook(_Hook):
         return _in_reentrant_checkpoint() and any(parameter.requires_grad for parameter in self.step.root.parameters())
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this forward runs inside a backward pass: gradient checkpointing, which repeats what was captured already."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import LayoutError
-from knowiso_train.features import bare, describe, named_layers, undisturbed
+from knowiso_train.features import describe, named_layers, undisturbed
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,6 @@ def outline(model: nn.Module, images: Tensor) -> list[LayerLine]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def stages(model: nn.Module) -> set[str]:
-    """Layers that timm names as the ends of the network's stages; empty where it names none."""
-    info = getattr(bare(model), "feature_info", None)
-    found: Any = info if isinstance(info, list) else getattr(info, "get_dicts", list)()
-    return {item["module"] for item in found if isinstance(item, dict) and "module" in item}
 
 
 def _sized(output: Any) -> Any:

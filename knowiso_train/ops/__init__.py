@@ -2,5 +2,6 @@
 
 from knowiso_train.ops.reference.gate import channel_scale, gate, gate_factor
 from knowiso_train.ops.reference.patches import conv_weight, patch_rows
+from knowiso_train.ops.residual_energy import residual_energy
 
-__all__ = ["channel_scale", "conv_weight", "gate", "gate_factor", "patch_rows"]
+__all__ = ["channel_scale", "conv_weight", "gate", "gate_factor", "patch_rows", "residual_energy"]

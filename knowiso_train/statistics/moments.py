@@ -40,6 +40,30 @@ class Moments:
         """The same source against target channels `start:stop`."""
         return Moments(self.count, self.mean_x, self.mean_y[start:stop], self.xx, self.xy[:, start:stop], self.yy[start:stop])
 
+    def scaled(self, factor: float) -> Moments:
+        """The same rows, each counted `factor` times."""
+        return Moments(self.count * factor, self.mean_x, self.mean_y, self.xx * factor, self.xy * factor, self.yy * factor)
+
+    def to(self, device: torch.device) -> Moments:
+        """In float64 on a device."""
+        return Moments(**{field.name: getattr(self, field.name).to(device, torch.float64) for field in fields(Moments)})
+
+    def reduced(self, group: Group) -> Moments:
+        """Moments of the rows of all processes, on this device; in two passes: the common mean first, then second moments about it."""
+        if group.size == 1:
+            return self
+        m = self.to(group.device)
+        count, sum_x, sum_y = m.count.clone(), m.count * m.mean_x, m.count * m.mean_y
+        group.sum_(count, sum_x, sum_y)
+        least = count.clamp(min=torch.finfo(count.dtype).tiny)
+        mean_x, mean_y = sum_x / least, sum_y / least
+        dx, dy = m.mean_x - mean_x, m.mean_y - mean_y
+        xx = m.xx + m.count * torch.outer(dx, dx)
+        xy = m.xy + m.count * torch.outer(dx, dy)
+        yy = m.yy + m.count * dy.square()
+        group.sum_(xx, xy, yy)
+        return Moments(count, mean_x, mean_y, xx, xy, yy).to(self.count.device)
+
     def merged(self, other: Moments) -> Moments:
         """Moments of both sets of rows together (Chan, Golub & LeVeque 1979); exact to rounding.
 
@@ -50,7 +74,7 @@ class Moments:
             True
         """
         count = self.count + other.count
-        weight = torch.where(count > 0, other.count / count.clamp(min=1), torch.zeros_like(count))
+        weight = torch.where(count > 0, other.count / count.clamp(min=torch.finfo(count.dtype).tiny), torch.zeros_like(count))
         dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
         between = self.count * weight
         return Moments(
@@ -138,31 +162,18 @@ class StreamingMoments:
         for start in range(0, len(x), step):
             part = slice(start, start + step)
             batch = batch_moments(x[part], y[part], self.kernel_size, None if positions is None else positions[part])
-            total = total.merged(_to(batch, self.value.count.device))
+            total = total.merged(batch.to(self.value.count.device))
         if not bool(torch.isfinite(total.xx.sum() + total.yy.sum())):
             raise NonFiniteError("features with NaN or Inf, or too large to square: nothing was accumulated from this batch")
         self.value = total
 
     def merge(self, other: StreamingMoments) -> None:
         """Add everything that another state has seen."""
-        self.value = self.value.merged(_to(other.value, self.value.count.device))
+        self.value = self.value.merged(other.value.to(self.value.count.device))
 
     def all_reduce(self, group: Group | None = None) -> None:
-        """Merge the states of all processes, in two passes: the common mean first, then second moments about it."""
-        group = group or Group()
-        if group.size == 1:
-            return
-        device = self.value.count.device
-        m = _to(self.value, group.device)
-        count, sum_x, sum_y = m.count.clone(), m.count * m.mean_x, m.count * m.mean_y
-        group.sum_(count, sum_x, sum_y)
-        mean_x, mean_y = sum_x / count.clamp(min=1), sum_y / count.clamp(min=1)
-        dx, dy = m.mean_x - mean_x, m.mean_y - mean_y
-        xx = m.xx + m.count * torch.outer(dx, dx)
-        xy = m.xy + m.count * torch.outer(dx, dy)
-        yy = m.yy + m.count * dy.square()
-        group.sum_(xx, xy, yy)
-        self.value = _to(Moments(count, mean_x, mean_y, xx, xy, yy), device)
+        """Merge the states of all processes, see `Moments.reduced`."""
+        self.value = self.value.reduced(group or Group())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as float64 tensors."""
@@ -178,11 +189,7 @@ class StreamingMoments:
             if name not in state or state[name].shape != tensor.shape:
                 got = tuple(state[name].shape) if name in state else "nothing"
                 raise ShapeError(f"saved moments do not fit: expected {name} of shape {tuple(tensor.shape)}, got {got}")
-        self.value = _to(Moments(**{field.name: state[field.name] for field in fields(Moments)}), self.value.count.device)
-
-
-def _to(m: Moments, device: torch.device) -> Moments:
-    return Moments(**{field.name: getattr(m, field.name).to(device, torch.float64) for field in fields(Moments)})
+        self.value = Moments(**{field.name: state[field.name] for field in fields(Moments)}).to(self.value.count.device)
 
 
 @contextmanager

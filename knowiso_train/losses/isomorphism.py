@@ -1,0 +1,369 @@
+"""The isomorphism loss: one term in any training loop, no change to either network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from knowiso_train.errors import CaptureError, NonFiniteError, OptionError
+from knowiso_train.features import FeatureTaps, LayerPair, align, bare, pair_layers
+from knowiso_train.losses.balance import GradientBalance
+from knowiso_train.losses.consensus import ConsensusMap
+from knowiso_train.losses.frozen import FrozenNetwork, Transform
+from knowiso_train.losses.inputs import InputTap, StudentInput, autocast_dtype
+from knowiso_train.losses.learned import LearnedMap
+from knowiso_train.losses.moment import MomentMap
+from knowiso_train.losses.options import check_options, fixed_weights, frozen_peers, pair_key, pair_label
+from knowiso_train.losses.probe import probe
+from knowiso_train.losses.reader import FeatureReader
+from knowiso_train.losses.suggest import suggest_layers
+from knowiso_train.statistics import Group
+
+
+class IsomorphismLoss(nn.Module):
+    """How much of the teacher's inner features the student's do not explain, as a loss: `Σ_pairs w · ‖x_T - g(x_S)‖² / Var(x_T)`.
+
+    Each pair's loss is the unexplained share: 1 where nothing is explained, 0 where everything is. Student and teacher are not registered here:
+    `parameters()` and `state_dict()` hold only what is this loss's own, and what is saved of the student is the plain student. Attach before the
+    first call of a compiled student.
+
+    Args:
+        student: the network that is trained; bare, or wrapped by DDP, `torch.compile`, accelerate.
+        teacher: the network that is asked. It is run in eval mode and without gradient, and its mode is as before afterwards.
+        layers: {student layer: teacher layer}, names or globs for both, (student, teacher) tuples; or "auto", which measures on `loader` what the
+            student already explains, prints it, and takes the pairs that are left to teach.
+        form: "moment", g is the order-0 closed form of running moments without the current batch: no parameters, no optimizer (DESIGN §1.4);
+            "learned", g is the paper's network of orders 0…K and trains with the student (arXiv 1908.01581); give `parameters()` to the optimizer;
+            "consensus", what is taught is the part of the teacher that `peers` reproduce.
+        order: K of the learned form; the others are of order 0.
+        kernel_size: neighbourhood of g.
+        weight: of every pair; by student layer; or "balanced": the gradient at the student's feature is `ratio` times that of the rest of the loss,
+            measured in the same backward pass (not with a compiled student).
+        ratio: for "balanced".
+        schedule: factor by call, such as `WeightSchedule(warmup=500, total=10_000)`; calls count from the moment that the loss is on.
+        teacher_transform: applied to the student's images before the teacher, where resolution or normalisation differ.
+        teacher_forward: `teacher_forward(teacher, images)` in place of `teacher(images)`.
+        example: a batch of images for the probe that finds the sizes, where it cannot be guessed.
+        peers: networks for "consensus", trained on the same kind of images as the teacher.
+        peer_layers: {teacher layer: peer layer}, one for all peers or one for each; None takes the teacher's names.
+        peer_transforms: as `teacher_transform`, one for all or one for each.
+        ridge: relative ridge of the closed forms.
+        refresh: calls between solves of the closed forms, and between collective steps in several processes.
+        window: calls that the moments remember; None takes 20, or what 40 effective rows per regressor need.
+        penalty: λ of the learned form's `λ Σ p_k²`.
+        layout: of layers whose layout cannot be inferred; "nchw", "nhwc", "nlc", "ncl", "nc", or by layer name.
+        repeated: "error", "first" or "last", for layers that fire more than once in one forward.
+        loader: images for `layers="auto"`, in the form that the student takes.
+
+    Raises:
+        OptionError: an option without meaning, or one that belongs to another form.
+        LayerNameError: layers that do not exist or cannot be paired.
+        InputTypeError: not modules.
+
+    Example:
+        >>> student, teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> iso = IsomorphismLoss(student, teacher, {"1": "1"})
+        >>> optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.1)
+        >>> with iso:
+        ...     for _ in range(3):
+        ...         loss = student(torch.randn(8, 3, 6, 6)).square().mean() + iso()
+        ...         loss.backward()
+        >>> 0 < iso.log()["iso/1/loss"] < 2
+        True
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        layers: str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str],
+        *,
+        form: str = "moment",
+        order: int = 0,
+        kernel_size: int = 1,
+        weight: float | Mapping[str, float] | str = 1.0,
+        ratio: float = 1.0,
+        schedule: Callable[[int], float] | None = None,
+        teacher_transform: Transform | None = None,
+        teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
+        example: Tensor | None = None,
+        peers: Sequence[nn.Module] = (),
+        peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
+        peer_transforms: Transform | Sequence[Transform | None] | None = None,
+        ridge: float = 1e-3,
+        refresh: int = 10,
+        window: float | None = None,
+        penalty: float = 0.1,
+        layout: str | Mapping[str, str] | None = None,
+        repeated: str = "error",
+        loader: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(student, teacher, form, order, kernel_size, refresh, ridge, window, ratio, peers, repeated)
+        if layers == "auto":
+            if loader is None:
+                raise OptionError('layers="auto" measures what the student explains already: pass loader=, images as the student takes them')
+            layers = suggest_layers(student, teacher, loader, teacher_transform=teacher_transform).layers
+        self.pairs: tuple[LayerPair, ...] = tuple(pair_layers(student, teacher, layers))
+        self.form, self.order, self.kernel_size, self.refresh_every = form, order, kernel_size, refresh
+        self.schedule = schedule
+        self.teacher_output: Any = None
+        self._networks = (student, teacher, teacher_transform)  # in a tuple: not registered
+        of_student, of_teacher = (list(dict.fromkeys(getattr(pair, side) for pair in self.pairs)) for side in ("source", "target"))
+        self._input = InputTap()
+        self._taps: FeatureTaps[Tensor] = FeatureTaps(student, of_student, repeated=repeated)  # type: ignore[call-overload]
+        self._reader = FeatureReader(student, of_student, "student", layout)
+        self._teacher = FrozenNetwork(teacher, of_teacher, "teacher", teacher_transform, teacher_forward, layout, repeated)
+        self._peers = frozen_peers(peers, of_teacher, peer_layers, peer_transforms, layout, repeated)
+        probe(student, self._taps, self._reader, [self._teacher, *(network for network, _ in self._peers)], example)
+
+        closed: dict[str, Any] = {"ridge": ridge, "refresh": refresh, "window": window}
+        self.maps = nn.ModuleDict({pair_key(pair): self._map(pair, closed, penalty) for pair in self.pairs})
+        self.balance = GradientBalance(len(self.pairs), ratio) if weight == "balanced" else None
+        self._weights = None if self.balance is not None else fixed_weights(weight, self.pairs)
+        self._handles: list[RemovableHandle] = []
+        self._calls, self._calls_on = 0, 0
+        self._last: dict[LayerPair, dict[str, Tensor]] = {}
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that is trained."""
+        return self._networks[0]
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The network that is asked."""
+        return self._networks[1]
+
+    @property
+    def teacher_transform(self) -> Transform | None:
+        """What brings the student's images to the teacher."""
+        return self._networks[2]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on."""
+        return self._taps.attached
+
+    def attach(self) -> Self:
+        """Put the hooks on; needed only outside a `with` block. In several processes, own parameters are set to those of the first.
+
+        Raises:
+            CaptureError: attached already.
+        """
+        if self.attached:
+            raise CaptureError("this IsomorphismLoss is attached already; use one `with iso:` at a time, or detach() first")
+        try:
+            for taps in (self._taps, self._teacher.taps, *(network.taps for network, _ in self._peers)):
+                taps.attach()
+            self._handles.append(self._input.attach(bare(self.student)))
+            self._share_gradients()
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Take every hook off and forget every capture. Safe to call twice."""
+        for taps in (self._taps, self._teacher.taps, *(network.taps for network, _ in self._peers)):
+            taps.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.detach()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # counts calls and keeps state; a compiled step breaks its graph here
+    def forward(self, *, teacher_output: Any = None, teacher_features: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of the batch that the student just saw; then that batch joins the moments.
+
+        In several processes every process calls this equally often. Without gradient, or in eval mode of this module, nothing is learned
+        from the batch.
+
+        Args:
+            teacher_output: what `teacher(x)` returned in this step, inside the context: the teacher is then not run again.
+            teacher_features: what the teacher's layers emit for these images, by layer name (cached): the teacher is not run.
+
+        Returns:
+            A scalar, float32 or better, differentiable with respect to the student and to `parameters()`.
+
+        Raises:
+            CaptureError: outside `with iso:`; the student has not run since the last call, or ran without gradient; a layer did not fire.
+            NonFiniteError: NaN or Inf; the message names layer and step. On a GPU it comes at the next refresh.
+        """
+        if not self.attached:
+            raise CaptureError("the hooks are off: use `with iso:` around the loop (or iso.attach()), and call student(x) and iso() inside")
+        try:
+            seen = self._input.take()
+            of_student = self._of_student(seen.images)
+            of_teacher = self._of_teacher(seen, list(of_student.values()), teacher_output, teacher_features)
+            learning = self.training and torch.is_grad_enabled()
+            return self._total(of_student, of_teacher, self._of_peers(seen, list(of_student.values())), learning)
+        finally:
+            self._forget()
+
+    def log(self) -> dict[str, float]:
+        """Figures of the last call, as trackers take them: per pair `loss`, `share` (explained), `weight`, and, after backward, `grad_norm`.
+
+        `grad_norm` is the norm of the weighted loss's gradient at the student's feature, as it arrived: under a GradScaler it carries the scale.
+        Figures are of this process.
+        """
+        flat = {f"iso/{pair_label(pair, self.pairs)}/{name}": value for pair, values in self._last.items() for name, value in values.items()}
+        values = torch.stack([value.detach().float().cpu() for value in flat.values()]).tolist() if flat else []
+        return dict(zip(flat, values, strict=True))
+
+    def get_extra_state(self) -> Tensor:
+        """Number of calls, and of calls with the loss on."""
+        return torch.tensor([self._calls, self._calls_on])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what `get_extra_state` gave."""
+        self._calls, self._calls_on = (int(count) for count in state)
+
+    def extra_repr(self) -> str:
+        """Form and pairs."""
+        return f"form={self.form!r}, order={self.order}, layers={{{', '.join(f'{pair.source!r}: {pair.target!r}' for pair in self.pairs)}}}"
+
+    def _of_student(self, images: Tensor) -> dict[str, Tensor]:
+        size = (images.shape[2], images.shape[3]) if images.ndim == 4 else None
+        features = self._reader.read(self._taps.collect(), len(images), size)
+        taught = any(feature.requires_grad for feature in features.values())
+        if torch.is_grad_enabled() and not taught and any(parameter.requires_grad for parameter in self.student.parameters()):
+            raise CaptureError(
+                "the student's last forward ran without gradient (an evaluation in between?), so its features cannot be taught. "
+                "Call iso() right after the training forward student(x); to evaluate the loss itself, call it under torch.no_grad() too."
+            )
+        return features
+
+    def _of_teacher(self, seen: StudentInput, of_student: list[Tensor], output: Any, features: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        if output is not None and features is not None:
+            raise OptionError("pass teacher_output= or teacher_features=, not both")
+        if features is not None:
+            return self._teacher.given(features, seen.images)
+        if output is not None:
+            self.teacher_output = output
+            return self._teacher.collected(self._teacher.prepared(seen.images))
+        found, self.teacher_output = self._teacher.run(seen, autocast_dtype(of_student))
+        return found
+
+    def _of_peers(self, seen: StudentInput, of_student: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Each peer's features by teacher layer."""
+        found = []
+        for network, names in self._peers:
+            features, _ = network.run(seen, autocast_dtype(of_student))
+            found.append({teacher: features[own] for teacher, own in names.items()})
+        return found
+
+    def _total(self, of_student: dict[str, Tensor], of_teacher: dict[str, Tensor], of_peers: list[dict[str, Tensor]], learning: bool) -> Tensor:
+        group, refreshing = Group(), self._calls % self.refresh_every == 0
+        if learning and refreshing and self.balance is not None:
+            self.balance.refresh(group)
+        factor = 1.0 if self.schedule is None else float(self.schedule(self._calls_on))
+        terms: list[Tensor] = []
+        self._last = {}
+        for index, pair in enumerate(self.pairs):
+            feature, target = of_student[pair.source], of_teacher[pair.target]
+            branch = feature.view_as(feature)
+            source = align(branch, (target.shape[2], target.shape[3]))
+            target = target.to(source.device)
+            loss = self._loss(
+                pair, source, target, [align(peer[pair.target].to(source.device), (target.shape[2], target.shape[3])) for peer in of_peers]
+            )
+            self._check_finite(pair, loss, feature, target)
+            weight = self._weight(index, loss)
+            terms.append(weight * factor * loss)
+            self._note(index, pair, loss, weight * factor, branch, learning)
+        if learning:
+            self._calls += 1
+            self._calls_on += int(any(self._map_of(pair).ready for pair in self.pairs))
+        device = terms[0].device
+        return torch.stack([term.to(device) for term in terms]).sum()
+
+    def _loss(self, pair: LayerPair, source: Tensor, target: Tensor, peers: list[Tensor]) -> Tensor:
+        map_ = self._map_of(pair)
+        if next(map_.buffers()).device != source.device:
+            map_.to(source.device)
+        training, map_.training = map_.training, map_.training and torch.is_grad_enabled()
+        try:
+            more = (torch.cat(peers, 1),) if peers else ()
+            loss: Tensor = map_(source, target, self._calls, Group(), *more)
+            return loss
+        finally:
+            map_.training = training
+
+    def _weight(self, index: int, like: Tensor) -> Tensor:
+        weights = self._weights if self.balance is None else self.balance.weights
+        return weights[index].to(like.device, like.dtype)  # type: ignore[index]
+
+    def _note(self, index: int, pair: LayerPair, loss: Tensor, weight: Tensor, branch: Tensor, learning: bool) -> None:
+        map_ = self._map_of(pair)
+        extra = map_.penalised().to(loss) if isinstance(map_, LearnedMap) else 0.0
+        kept = {"loss": loss.detach(), "share": 1 - (loss.detach() - extra), "weight": weight.detach()}
+        if not map_.ready:
+            kept["share"] = torch.zeros_like(kept["loss"])
+        self._last[pair] = kept
+        if branch.requires_grad and learning:
+            branch.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: kept.update(grad_norm=torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
+            )
+            if self.balance is not None and map_.ready:
+                if self.balance.weights.device != branch.device:
+                    self.balance.to(branch.device)
+                self.balance.watch(index, branch, weight.detach())
+
+    def _check_finite(self, pair: LayerPair, loss: Tensor, source: Tensor, target: Tensor) -> None:
+        if loss.device.type != "cpu" and self._calls % self.refresh_every:
+            return  # reading the value would stall the GPU at every step; the moments leave such a batch out by themselves
+        if not bool(loss.detach().isfinite()):
+            counts = [
+                f"{role} {name!r}: {int((~x.isfinite()).sum())} of {x.numel()} values"
+                for role, name, x in (("student's", pair.source, source.detach()), ("teacher's", pair.target, target))
+            ]
+            raise NonFiniteError(
+                f"NaN or Inf in the isomorphism loss at step {self._calls} (counted from 0): {'; '.join(counts)} are not finite. "
+                "Nothing was accumulated from that batch. Check learning rate, images and the autocast dtype."
+            )
+
+    def _map(self, pair: LayerPair, closed: dict[str, Any], penalty: float) -> nn.Module:
+        source, target = self._reader.channels[pair.source], self._teacher.reader.channels[pair.target]
+        name = f"{pair.source} → {pair.target}"
+        if self.form == "learned":
+            return LearnedMap(source, target, self.order, self.kernel_size, name=name, penalty=penalty, refresh=closed["refresh"])
+        if self.form == "moment":
+            return MomentMap(source, target, self.kernel_size, name=name, **closed)
+        of_peers = sum(network.reader.channels[names[pair.target]] for network, names in self._peers)
+        return ConsensusMap(source, target, of_peers, self.kernel_size, name=name, **closed)
+
+    def _map_of(self, pair: LayerPair) -> Any:
+        return self.maps[pair_key(pair)]
+
+    def _share_gradients(self) -> None:
+        """Own parameters start equal in all processes and get the mean of their gradients, whether or not this module went through DDP."""
+        group = Group()
+        parameters = list(self.parameters())
+        if group.size == 1 or not parameters:
+            return
+        with torch.no_grad():
+            group.broadcast_([parameter.data for parameter in parameters])
+
+        def mean(gradient: Tensor) -> Tensor:
+            total = gradient.to(group.device, copy=True)
+            group.sum_(total)
+            return (total / group.size).to(gradient.device)
+
+        self._handles += [parameter.register_hook(mean) for parameter in parameters if parameter.requires_grad]  # type: ignore[no-untyped-call]
+
+    def _forget(self) -> None:
+        self._input.clear()
+        for taps in (self._taps, self._teacher.taps, *(network.taps for network, _ in self._peers)):
+            taps.clear()

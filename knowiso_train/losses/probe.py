@@ -1,0 +1,107 @@
+"""One forward of each network that settles channels and layouts, so that nobody writes adapter sizes by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import CaptureError, KnowisoError, OptionError
+from knowiso_train.features import FeatureTaps, bare, device_of, undisturbed
+from knowiso_train.losses.frozen import FrozenNetwork
+from knowiso_train.losses.inputs import StudentInput
+from knowiso_train.losses.reader import FeatureReader
+
+SIDES = (64, 224, 32, 128)  # tried where a network does not say what it was made for
+IMAGES = 2
+
+
+def probe(student: nn.Module, taps: FeatureTaps[Tensor], reader: FeatureReader, frozen: Sequence[FrozenNetwork], example: Tensor | None) -> None:
+    """Run every network once on a small batch; the readers learn the channels.
+
+    Args:
+        student: the network.
+        taps: of the student.
+        reader: of the student.
+        frozen: teacher and peers.
+        example: a batch of images for the student; None guesses its size from timm's configuration and the first layer.
+
+    Raises:
+        OptionError: no size that was guessed fits all networks.
+    """
+    if example is not None:
+        _run(student, taps, reader, frozen, example[:IMAGES])
+        return
+    last: Exception | None = None
+    for images in _guesses([student, *(network.model for network in frozen)]):
+        try:
+            _run(student, taps, reader, frozen, images)
+            return
+        except CaptureError:
+            raise
+        except (KnowisoError, RuntimeError, ValueError, AssertionError) as error:  # timm asserts on sizes
+            last = last or error
+    raise OptionError(
+        "cannot run student and teacher on a guessed input. Pass example=images, one batch as the student gets it; and teacher_transform= where the "
+        f"teacher needs another resolution or normalisation. The first attempt ended with: {type(last).__name__}: {last}"
+    ) from last
+
+
+def _run(student: nn.Module, taps: FeatureTaps[Tensor], reader: FeatureReader, frozen: Sequence[FrozenNetwork], images: Tensor) -> None:
+    models = [student, *(network.model for network in frozen)]
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(*models))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled parts must not be compiled without the hooks of the training
+        device = device_of(student)
+        images = images if device is None else images.to(device)
+        stack.enter_context(taps)
+        with _unless_captured(taps):
+            bare(student)(images)
+        reader.read(taps.collect(), len(images), _size(images))
+        for network in frozen:
+            stack.enter_context(network.taps)
+            with _unless_captured(network.taps):
+                network.called(StudentInput(images, None))
+            network.collected(network.prepared(images))
+
+
+@contextmanager
+def _unless_captured(taps: FeatureTaps[Tensor]) -> Iterator[None]:
+    """Lets a forward fail after the tapped layers: a head of fixed size refuses a guessed one, and is not asked for anything."""
+    try:
+        yield
+    except Exception as failure:
+        try:
+            _ = taps.features
+        except CaptureError:
+            raise failure from None
+
+
+def _size(images: Tensor) -> tuple[int, int] | None:
+    return (images.shape[2], images.shape[3]) if images.ndim == 4 else None
+
+
+def _guesses(models: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """Zero images of the sizes that the networks name, then of common ones."""
+    dtype = next((parameter.dtype for parameter in models[0].parameters()), torch.float32)
+    first = next((module for module in models[0].modules() if isinstance(module, (nn.Conv2d, nn.Linear))), None)
+    if isinstance(first, nn.Linear):
+        yield torch.zeros(IMAGES, first.in_features, dtype=dtype)
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
+    named = [size for model in models for size in _named_sizes(bare(model))]
+    for height, width in dict.fromkeys([*named, *((side, side) for side in SIDES)]):
+        yield torch.zeros(IMAGES, channels, height, width, dtype=dtype)
+
+
+def _named_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)  # timm's transformers insist on it
+    if isinstance(patches, (tuple, list)) and len(patches) == 2:
+        yield int(patches[0]), int(patches[1])
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, name, None)
+        size = dict(config).get("input_size") if config else None
+        if isinstance(size, (tuple, list)) and len(size) == 3:
+            yield int(size[1]), int(size[2])

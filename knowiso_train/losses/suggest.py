@@ -1,0 +1,105 @@
+"""`layers="auto"`: which layers, from one short measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from knowiso_train.errors import LayerNameError
+from knowiso_train.features import bare, device_of, inputs_of, stage_grids, to_device
+from knowiso_train.measurement import Report, measure
+from knowiso_train.statistics import Group
+
+LEARNED = 0.05  # unexplained share below which there is nothing left to teach
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Pairs worth teaching, most unexplained first taken, in the order of the networks; and the report that says so."""
+
+    layers: tuple[tuple[str, str], ...]
+    report: Report
+
+    def __str__(self) -> str:
+        lines = []
+        for pair in self.report:
+            chosen = "  teach" if (pair.source, pair.target) in self.layers else "       "
+            lines.append(f"{chosen}  {pair.source} → {pair.target}: unexplained {pair.unexplained:.1%}, noise floor {pair.noise_floor:.1%}")
+        return "\n".join(lines)
+
+
+def suggest_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    *,
+    most: int = 3,
+    max_images: int = 512,
+    teacher_transform: Callable[[Tensor], Tensor] | None = None,
+    verbose: bool = True,
+) -> Suggestion:
+    """Pairs of stages for `IsomorphismLoss`, by what the student does not explain of the teacher yet.
+
+    Every stage of the student is held against the teacher's stage on the nearest grid (of several, at the nearest relative depth), at order 0.
+    Left out are pairs that the student explains to 95 % already, and pairs on which nothing is explained beyond the noise floor; of the others
+    those with the largest unexplained shares are taken.
+
+    Args:
+        student: the network that is trained.
+        teacher: the network that is asked.
+        loader: images as the student takes them; read as `measure` reads.
+        most: pairs to take.
+        max_images: to measure on.
+        teacher_transform: applied to the images before the teacher.
+        verbose: print the shares, on the main process.
+
+    Raises:
+        LayerNameError: networks without two stages in common, or nothing left to teach.
+
+    Example:
+        >>> a, b = (nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)) for _ in range(2))
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(80, 3, 16, 16)), batch_size=20)
+        >>> suggest_layers(a, b, loader, verbose=False).layers
+        (('1', '1'), ('2', '2'))
+    """
+    images = next((inputs_of(batch) for batch in islice(iter(loader), 1)), None)
+    if images is None:
+        raise LayerNameError("layers='auto' needs images to measure on, and the loader gives none")
+    few = images[:2]
+    pairs = _nearest(_stages(student, few, None), _stages(teacher, few, teacher_transform))
+    if not pairs:
+        raise LayerNameError("no stages with maps or tokens were found in both networks; name the layers: layers={student layer: teacher layer}")
+    report = measure(student, teacher, loader, pairs, order=0, max_images=max_images, bootstrap=0, target_transform=teacher_transform, progress=False)
+    open_ = [pair for pair in report if pair.unexplained > LEARNED and sum(pair.shares) > (pair.noise_floor or 0.0)]
+    taken = sorted(open_, key=lambda pair: -pair.unexplained)[:most]
+    suggestion = Suggestion(tuple((pair.source, pair.target) for pair in report if pair in taken), report)
+    if verbose and Group().rank == 0:
+        print(f"layers of {report.target} that {report.source} may learn:\n{suggestion}")
+    if not taken:
+        raise LayerNameError(f"nothing is left to teach, or nothing is explained beyond noise:\n{suggestion}\nName the layers to teach them anyway.")
+    return suggestion
+
+
+def _stages(model: nn.Module, images: Tensor, transform: Callable[[Tensor], Tensor] | None) -> dict[str, tuple[int, int]]:
+    device = device_of(model)
+    images = images if device is None else to_device(images, device)
+    given = images if transform is None else transform(images)
+    return stage_grids(model, lambda: bare(model)(given))
+
+
+def _nearest(student: dict[str, tuple[int, int]], teacher: dict[str, tuple[int, int]]) -> list[tuple[str, str]]:
+    def distance(i: int, j: int) -> tuple[float, float]:
+        (a, b), (c, d) = list(student.values())[i], list(teacher.values())[j]
+        return abs(math.log(a * b / (c * d))), abs(_relative(i, student) - _relative(j, teacher))
+
+    names = list(teacher)
+    return [(name, names[min(range(len(names)), key=lambda j, i=i: distance(i, j))]) for i, name in enumerate(student)] if names else []  # type: ignore[misc]
+
+
+def _relative(index: int, stages: dict[str, Any]) -> float:
+    return (index + 1) / len(stages)
