@@ -53,7 +53,8 @@ def channel_axis(module: nn.Module, shape: tuple[int, ...], *, given: bool, pare
     """The axis of a 4-D feature that the modules speak for, None where they do not decide.
 
     A container speaks through its last leaf (the first for its input): by the axis that has that leaf's channel count, and where both or neither
-    have it, by the leaves' types if these agree. A module without leaves (an activation) takes the word of the nearest parent whose leaves agree.
+    have it, by the leaves' types if these agree. A module without leaves (an activation) takes the word of the layer right before it in a
+    `Sequential`, else of the nearest parent whose leaves agree.
     """
     if (known := known_channels(module)) is not None:
         return known.axis
@@ -61,6 +62,8 @@ def channel_axis(module: nn.Module, shape: tuple[int, ...], *, given: bool, pare
         return 1
     inside = list(leaves(module))
     if not inside:
+        if parents and (before := _before(module, parents[0])) is not None:
+            return before.axis
         for parent in parents:
             axes = {leaf.axis for leaf in leaves(parent)}
             if axes:
@@ -73,3 +76,12 @@ def channel_axis(module: nn.Module, shape: tuple[int, ...], *, given: bool, pare
         agreed = axes.pop()
         return agreed if not fits or agreed in fits else None  # a block that permutes, or one that concatenates: the shape has to tell
     return fits[0] if len(fits) == 1 else None
+
+
+def _before(module: nn.Module, parent: nn.Module) -> Channels | None:
+    """What is known of the module that comes right before this one, where the order of calls is plain to see."""
+    if type(parent) is not nn.Sequential:
+        return None
+    children = list(parent)
+    index = next((i for i, child in enumerate(children) if child is module), 0)
+    return known_channels(children[index - 1]) if index else None

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from knowiso_train.errors import CaptureError, LayerNameError, OptionError
 from knowiso_train.features.capture import LayerHook, Slot, Step, StepHook
 from knowiso_train.features.names import bare, named_layers, resolve, wrapped_attribute
+from knowiso_train.features.stand_in import stand_in
 
 Side = Literal["input", "output"]
 Captured = TypeVar("Captured", Tensor, list[Tensor])
@@ -24,7 +25,8 @@ class FeatureTaps(Generic[Captured]):
 
     A capture is what the layer emitted, with its autograd graph and dtype, also where a later in-place operation overwrites the tensor.
     A new forward of the network drops what an earlier one left; where only a part of the network is called (`model.forward_features(x)`),
-    captures gather until `collect()`. The repeated forward of gradient checkpointing is ignored. Hooks are gone after the context, also after an
+    captures gather until `collect()`. The repeated forward of gradient checkpointing is ignored, and a
+    `Sequential` is seen also where only its children are called, as checkpointing does. Hooks are gone after the context, also after an
     error, and never travel with a copied or saved network.
 
     Works under `torch.compile` (also `fullgraph=True`) when the taps are attached before the first compiled call.
@@ -121,11 +123,12 @@ class FeatureTaps(Generic[Captured]):
         self.clear()
         self._handles.append(self._step.root.register_forward_pre_hook(StepHook(self._step, self._slots.values()), prepend=True))
         for name, slot in self._slots.items():
-            hook = LayerHook(slot, self._step)
-            if self._sides[name] == "input":
-                self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+            hook, side = LayerHook(slot, self._step), self._sides[name]
+            place = stand_in(modules[name], side, self._step.root)
+            if side == "input":
+                self._handles.append(place.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(place.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def detach(self) -> None:

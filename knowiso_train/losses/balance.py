@@ -72,6 +72,8 @@ class GradientBalance(nn.Module):
         sums = torch.stack([self.rest, self.own]).to(group.device if group.size > 1 else self.rest.device)
         group.sum_(sums)
         rest, own = sums.to(self.weights.device)
+        self.rest.copy_(rest / group.size)  # equal parts, so that one process's state serves all
+        self.own.copy_(own / group.size)
         known = (own > 0) & (rest > 0)
         ratio = self.ratio * (rest / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
         self.weights.copy_(torch.where(known, ratio.clamp(max=LARGEST), self.weights))

@@ -296,7 +296,8 @@ class IsomorphismLoss(nn.Module):
         training, map_.training = map_.training, map_.training and torch.is_grad_enabled()
         try:
             more = (torch.cat(peers, 1),) if peers else ()
-            loss: Tensor = map_(source, target, self._calls, Group(), *more)
+            with torch.autocast(source.device.type, enabled=False):  # moments and residuals are summed in float32 or better
+                loss: Tensor = map_(source, target, self._calls, Group(), *more)
             return loss
         finally:
             map_.training = training

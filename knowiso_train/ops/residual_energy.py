@@ -59,6 +59,11 @@ def residual_energy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = 
 class _ResidualEnergy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return _ResidualEnergy.summed(ctx, x, y, weight, bias, channel_weight)
+
+    @staticmethod
+    def summed(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         kernel, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=dtype, device=x.device)
