@@ -1,9 +1,13 @@
-"""Shared by all tests: fixed seeds, two threads at most, the example namespace, and the marker for real data."""
+"""Shared by all tests: fixed seeds, one thread for each process, the example namespace, and the marker for real data."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also for the processes that tests start
 
 import pytest
 import torch
@@ -17,6 +21,14 @@ import zoo  # noqa: E402
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left() -> Iterator[None]:
+    """accelerate keeps one state for the process, precision included."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,6 +45,19 @@ class Whole(nn.Module):
 # what is captured
 
 
+def test_gradients_are_added_in_one_order_whether_cloned_or_not() -> None:
+    torch.manual_seed(0)
+    trunk, arms = nn.Conv2d(3, 4, 3), nn.ModuleList(nn.Conv2d(4, 4, 3) for _ in range(3))
+    model, x = Whole(lambda self, x: sum(arm(y) for y in [self.trunk(x)] for arm in self.arms), trunk=trunk, arms=arms), images(8)
+    found = []
+    for clone in (True, False):
+        trunk.zero_grad()
+        with FeatureTaps(model, "trunk", clone=clone) as taps:
+            (model(x).square().sum() + taps.collect()["trunk"].pow(3).sum() / 3).backward()
+        found.append(trunk.weight.grad.clone())
+    assert torch.equal(*found)
+
+
 def test_outputs_and_inputs_with_their_gradient() -> None:
     model, x = convs(), images()
     with FeatureTaps(model, ["2", "0"], at={"2": "input"}) as taps:

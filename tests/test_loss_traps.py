@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from knowiso_train import IsomorphismLoss
-from knowiso_train.errors import CaptureError, LayerNameError, NonFiniteError
+from knowiso_train.errors import CaptureError, LayerNameError, NonFiniteError, OptionError
 
 NETWORKS: dict[str, tuple[dict[str, Any], list[str]]] = {  # with an early and a late layer, overwritten in place where there is such a one
     "resnet18": ({}, ["bn1", "layer3"]),
@@ -188,6 +188,34 @@ def test_a_compiled_step_works() -> None:
         loss.backward()
         found = {"loss": loss.detach()} | {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     same(plain, found, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_balancing_sees_what_arrives_at_the_layer(name: str) -> None:
+    student, teacher, late = network(name, 1), network(name, 2), NETWORKS[name][1][1]
+    iso = ready("moment", student, teacher, NETWORKS[name][1], weight="balanced")
+    emitted: list[Tensor] = []
+    student.get_submodule(late).register_forward_hook(lambda module, args, out: emitted.append(out))
+    with iso:
+        for call in range(2):  # the first forward is captured in another way
+            emitted.clear()
+            before = iso.balance.rest[1].clone(), iso.balance.own[1].clone()
+            task = F.cross_entropy(student(batch(call)), torch.arange(IMAGES))
+            own = iso()
+            squares = [torch.autograd.grad(part, emitted, retain_graph=True)[0].square().sum() for part in (task, own)]
+            (512.0 * (task + own)).backward()
+            for kept, old, square in zip((iso.balance.rest[1], iso.balance.own[1]), before, squares, strict=True):
+                assert float(kept) == pytest.approx(0.9 * float(old) + 0.1 * 512**2 * float(square), rel=1e-3)
+
+
+def test_balancing_a_compiled_student_is_refused() -> None:
+    student = network("resnet18", 1)
+    iso = ready("moment", student, network("resnet18", 2), "layer2", weight="balanced")
+    torch.compiler.reset()
+    with iso:
+        torch.compile(student, backend="aot_eager")(batch())
+        with pytest.raises(OptionError, match=r"layer2.*compiled student hides"):
+            iso()
     torch.compiler.reset()
 
 

@@ -16,12 +16,13 @@ _CHECKPOINT_CODE = CheckpointFunction.forward.__code__
 
 
 class Capture(NamedTuple):
-    """One firing of a layer. `original` is None where overwriting cannot be watched; `tensor is original` where nothing was cloned."""
+    """One firing of a layer. `original` is None where overwriting cannot be watched."""
 
     tensor: Tensor
     original: Tensor | None
     version: int
     training: bool
+    cloned: bool
 
     @property
     def overwritten(self) -> bool:
@@ -65,10 +66,11 @@ class Slot:
         if self.repeated == "first" and self.captures:
             return
         if torch.compiler.is_compiling() or tensor.is_inference():  # no version counter to watch
-            capture = Capture(tensor.clone(), None, 0, training)
+            capture = Capture(tensor.clone(), None, 0, training, True)
         else:
             copy = self.learned.get(training, True) if self.clone == "auto" else bool(self.clone)
-            capture = Capture(tensor.clone() if copy else tensor, tensor, tensor._version, training)
+            # clone and view are nodes of the graph at the same place, so gradients are added in the same order, to the bit, with either
+            capture = Capture(tensor.clone() if copy else tensor.view_as(tensor), tensor, tensor._version, training, copy)
         if self.repeated == "last":
             self.captures = [capture]
         else:

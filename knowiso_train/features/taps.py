@@ -181,7 +181,7 @@ class FeatureTaps(Generic[Captured]):
                 f"layer {name!r} ran inside a re-entrant gradient checkpoint, so its capture carries no gradient. "
                 "Checkpoint with use_reentrant=False, or tap a layer outside the checkpointed part."
             )
-        if any(capture.overwritten and capture.tensor is capture.original for capture in slot.captures):
+        if any(capture.overwritten and not capture.cloned for capture in slot.captures):
             raise CaptureError(
                 f"layer {name!r} was overwritten by a later in-place operation, and its capture was not cloned"
                 f"{' because no forward before this one overwrote it' if slot.clone == 'auto' else ''}. Use clone=True."

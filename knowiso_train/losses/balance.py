@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from knowiso_train.errors import OptionError
 from knowiso_train.statistics import Group
 
 KEEP = 0.9  # of the running mean squares, per backward
 LARGEST = 1e4
+TAPS = ("CloneBackward0", "ViewBackward0", "AliasBackward0")  # the graph node of a capture
 
 
 class GradientBalance(nn.Module):
@@ -35,17 +37,25 @@ class GradientBalance(nn.Module):
         self.register_buffer("rest", torch.zeros(pairs))
         self.register_buffer("own", torch.zeros(pairs))
 
-    def watch(self, pair: int, branch: Tensor, factor: Tensor | float) -> None:
+    def watch(self, pair: int, branch: Tensor, factor: Tensor | float, layer: str) -> None:
         """Measure, in the coming backward, the gradient that arrives at a feature through this branch and through everything else.
 
         Args:
             pair: its index.
-            branch: a view of the feature that only the pair's loss reads.
+            branch: a view of the tap's capture that only the pair's loss reads.
             factor: what the pair's loss is multiplied by in the total.
+            layer: name of the student's layer, for messages.
+
+        Raises:
+            OptionError: a compiled student, whose inner gradients cannot be seen.
         """
-        node, index = branch.grad_fn.next_functions[0]  # type: ignore[union-attr]
-        if node is not None and node.name() == "CloneBackward0":  # the tap's clone: the feature itself is one further up
-            node, index = node.next_functions[0]
+        tap = branch.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        if tap is None or tap.name() not in TAPS:
+            raise OptionError(
+                f'weight="balanced" measures the gradient that arrives at {layer!r}, which a compiled student hides. '
+                "Give a fixed weight, or compile only parts of the student that lie around this layer."
+            )
+        node, index = tap.next_functions[0]  # the layer's own, behind the tap's clone or view
         if node is None:
             return
         through: list[Tensor] = []

@@ -43,7 +43,7 @@ class FrozenNetwork:
         self.model, self.role = model, role
         self.taps: FeatureTaps[Tensor] = FeatureTaps(model, list(layers), repeated=repeated)
         self.reader = FeatureReader(model, self.taps.names, role, layout)
-        self._transform, self._forward = transform, forward
+        self._transform, self.forward = transform, forward
         self._modules = list(bare(model).modules())
 
     def run(self, given: StudentInput, autocast: torch.dtype | None = None) -> tuple[dict[str, Tensor], Any]:
@@ -95,8 +95,8 @@ class FrozenNetwork:
         return self.reader.read({name: features[name].detach().to(device) for name in self.reader.names})
 
     def _called(self, images: Tensor, keyword: str | None) -> Any:
-        if self._forward is not None:
-            return self._forward(self.model, images)
+        if self.forward is not None:
+            return self.forward(self.model, images)
         return self.model(images) if keyword is None else self.model(**{keyword: images})
 
     @contextmanager

@@ -146,6 +146,16 @@ class IsomorphismLoss(nn.Module):
         return self._networks[2]
 
     @property
+    def teacher_forward(self) -> Callable[[nn.Module, Tensor], Any] | None:
+        """How the teacher is called, where not plainly."""
+        return self._teacher.forward
+
+    @property
+    def layout(self) -> str | Mapping[str, str] | None:
+        """What was said of the layers' layouts."""
+        return self._reader.layout
+
+    @property
     def attached(self) -> bool:
         """Whether the hooks are on."""
         return self._taps.attached
@@ -205,10 +215,9 @@ class IsomorphismLoss(nn.Module):
             raise CaptureError("the hooks are off: use `with iso:` around the loop (or iso.attach()), and call student(x) and iso() inside")
         try:
             seen = self._input.take()
-            of_student = self._of_student(seen.images)
-            of_teacher = self._of_teacher(seen, list(of_student.values()), teacher_output, teacher_features)
-            learning = self.training and torch.is_grad_enabled()
-            return self._total(of_student, of_teacher, self._of_peers(seen, list(of_student.values())), learning)
+            branches, of_student = self._of_student(seen.images)
+            of_teacher = self._of_teacher(seen, of_student, teacher_output, teacher_features)
+            return self._total(branches, of_student, of_teacher, self._of_peers(seen, of_student))
         finally:
             self._forget()
 
@@ -223,7 +232,11 @@ class IsomorphismLoss(nn.Module):
         return dict(zip(flat, values, strict=True))
 
     def get_extra_state(self) -> Tensor:
-        """Number of calls, and of calls with the loss on."""
+        """Number of calls, and of calls with the loss on.
+
+        In several processes the state of any one serves all: moments are dealt out equally at every refresh, and what the others saw since then is
+        taken to be like what this one saw.
+        """
         return torch.tensor([self._calls, self._calls_on])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -234,16 +247,19 @@ class IsomorphismLoss(nn.Module):
         """Form and pairs."""
         return f"form={self.form!r}, order={self.order}, layers={{{', '.join(f'{pair.source!r}: {pair.target!r}' for pair in self.pairs)}}}"
 
-    def _of_student(self, images: Tensor) -> dict[str, Tensor]:
+    def _of_student(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """For each pair a view of what its layer emitted, which the pair's loss alone reads, and that as a feature."""
         size = (images.shape[2], images.shape[3]) if images.ndim == 4 else None
-        features = self._reader.read(self._taps.collect(), len(images), size)
-        taught = any(feature.requires_grad for feature in features.values())
+        captured = self._taps.collect()
+        branches = [captured[pair.source].view_as(captured[pair.source]) for pair in self.pairs]
+        features = [self._reader.read_layer(pair.source, branch, len(images), size) for pair, branch in zip(self.pairs, branches, strict=True)]
+        taught = any(branch.requires_grad for branch in branches)
         if torch.is_grad_enabled() and not taught and any(parameter.requires_grad for parameter in self.student.parameters()):
             raise CaptureError(
                 "the student's last forward ran without gradient (an evaluation in between?), so its features cannot be taught. "
                 "Call iso() right after the training forward student(x); to evaluate the loss itself, call it under torch.no_grad() too."
             )
-        return features
+        return branches, features
 
     def _of_teacher(self, seen: StudentInput, of_student: list[Tensor], output: Any, features: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         if output is not None and features is not None:
@@ -264,17 +280,16 @@ class IsomorphismLoss(nn.Module):
             found.append({teacher: features[own] for teacher, own in names.items()})
         return found
 
-    def _total(self, of_student: dict[str, Tensor], of_teacher: dict[str, Tensor], of_peers: list[dict[str, Tensor]], learning: bool) -> Tensor:
-        group, refreshing = Group(), self._calls % self.refresh_every == 0
+    def _total(self, branches: list[Tensor], of_student: list[Tensor], of_teacher: dict[str, Tensor], of_peers: list[dict[str, Tensor]]) -> Tensor:
+        group, refreshing, learning = Group(), self._calls % self.refresh_every == 0, self.training and torch.is_grad_enabled()
         if learning and refreshing and self.balance is not None:
             self.balance.refresh(group)
         factor = 1.0 if self.schedule is None else float(self.schedule(self._calls_on))
         terms: list[Tensor] = []
         self._last = {}
         for index, pair in enumerate(self.pairs):
-            feature, target = of_student[pair.source], of_teacher[pair.target]
-            branch = feature.view_as(feature)
-            source = align(branch, (target.shape[2], target.shape[3]))
+            feature, target = of_student[index], of_teacher[pair.target]
+            source = align(feature, (target.shape[2], target.shape[3]))
             target = target.to(source.device)
             loss = self._loss(
                 pair, source, target, [align(peer[pair.target].to(source.device), (target.shape[2], target.shape[3])) for peer in of_peers]
@@ -282,7 +297,7 @@ class IsomorphismLoss(nn.Module):
             self._check_finite(pair, loss, feature, target)
             weight = self._weight(index, loss)
             terms.append(weight * factor * loss)
-            self._note(index, pair, loss, weight * factor, branch, learning)
+            self._note(index, pair, loss, weight * factor, branches[index], learning)
         if learning:
             self._calls += 1
             self._calls_on += int(any(self._map_of(pair).ready for pair in self.pairs))
@@ -320,7 +335,7 @@ class IsomorphismLoss(nn.Module):
             if self.balance is not None and map_.ready:
                 if self.balance.weights.device != branch.device:
                     self.balance.to(branch.device)
-                self.balance.watch(index, branch, weight.detach())
+                self.balance.watch(index, branch, weight.detach(), pair.source)
 
     def _check_finite(self, pair: LayerPair, loss: Tensor, source: Tensor, target: Tensor) -> None:
         if loss.device.type != "cpu" and self._calls % self.refresh_every:

@@ -24,7 +24,7 @@ class FeatureReader:
     def __init__(self, model: nn.Module, names: Sequence[str], role: str, layout: str | Mapping[str, str] | None = None) -> None:
         self.names, self.role = tuple(names), role
         self.channels: dict[str, int] = {}
-        self._model, self._layout = model, layout
+        self._model, self.layout = model, layout
         self._layouts: dict[tuple[str, int], str] = {}
         self._specs: dict[tuple[str, torch.Size, tuple[int, int] | None], FeatureSpec] = {}
 
@@ -41,9 +41,10 @@ class FeatureReader:
             ShapeError: another number of images, or other channels than before.
             LayoutError: a layout that cannot be inferred.
         """
-        return {name: self._read(name, captured[name], images, size) for name in self.names}
+        return {name: self.read_layer(name, captured[name], images, size) for name in self.names}
 
-    def _read(self, name: str, tensor: Tensor, images: int | None, size: tuple[int, int] | None) -> Tensor:
+    def read_layer(self, name: str, tensor: Tensor, images: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Feature of one layer; as `read`."""
         if not tensor.is_floating_point():
             raise CaptureError(f"{self.role}: layer {name!r} emitted {tensor.dtype}; a feature must be floating. Pair another layer.")
         if not tensor.ndim or (images is not None and len(tensor) != images):
@@ -53,7 +54,7 @@ class FeatureReader:
             )
         key = (name, tensor.shape[1:], size)
         if key not in self._specs:
-            layout = self._layout.get(name) if isinstance(self._layout, Mapping) else self._layout
+            layout = self.layout.get(name) if isinstance(self.layout, Mapping) else self.layout
             layout = layout or self._layouts.get((name, tensor.ndim))  # a layer keeps its layout; one batch's shape may say less than another's
             spec = describe(name, self._model, tensor, layout, input_size=size)
             if spec.channels != self.channels.setdefault(name, spec.channels):
