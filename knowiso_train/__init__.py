@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from knowiso_train.callbacks import IsomorphismCallback
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.errors import KnowisoError, KnowisoWarning
     from knowiso_train.features import FeatureTaps
@@ -18,11 +19,21 @@ if TYPE_CHECKING:
     from knowiso_train.measurement import Report, measure
 
 __version__ = "0.1.0"
-__all__ = ["Disentangler", "FeatureTaps", "IsomorphismLoss", "KnowisoError", "KnowisoWarning", "Report", "measure"]
+__all__ = [
+    "Disentangler",
+    "FeatureTaps",
+    "IsomorphismCallback",
+    "IsomorphismLoss",
+    "KnowisoError",
+    "KnowisoWarning",
+    "Report",
+    "measure",
+]
 
 _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for torch
     "Disentangler": "disentangle",
     "FeatureTaps": "features",
+    "IsomorphismCallback": "callbacks",
     "IsomorphismLoss": "losses",
     "KnowisoError": "errors",
     "KnowisoWarning": "errors",

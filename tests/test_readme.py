@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
@@ -33,6 +34,8 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "kd_loss": kd_loss,
         "loader": loader,
         "model": create("test_resnet"),
+        "held_out": loader,
+        "accelerator": Accelerator(cpu=True),
         "images": torch.randn(2, 3, 64, 64),
         "x_source": torch.randn(200, 6, 3, 3),
         "x_target": torch.randn(200, 4, 3, 3),
@@ -41,4 +44,5 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(block, names)
     assert {"report", "components", "features", "iso"} <= set(names)
     assert (tmp_path / "report.json").exists()
+    assert (tmp_path / "output/iso/history.json").exists()
     assert 0 < float(names["loss"].detach()) < 100
