@@ -6,12 +6,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from knowiso_train.integrations.accuracy import top1_accuracy
+    from knowiso_train.integrations.arguments import Options, at_least, key_value
+    from knowiso_train.integrations.cards import network_card, results_table
+    from knowiso_train.integrations.checkpoints import load_checkpoint
+    from knowiso_train.integrations.inputs import InputBridge
     from knowiso_train.integrations.processes import Processes
+    from knowiso_train.integrations.runs import RunFolder
     from knowiso_train.integrations.timm import image_loader, input_transform, load_model
+    from knowiso_train.integrations.training import labelled_images, training_loader
 
-__all__ = ["Processes", "image_loader", "input_transform", "load_model"]
+__all__ = [
+    "InputBridge",
+    "Options",
+    "Processes",
+    "RunFolder",
+    "at_least",
+    "image_loader",
+    "input_transform",
+    "key_value",
+    "labelled_images",
+    "load_checkpoint",
+    "load_model",
+    "network_card",
+    "results_table",
+    "top1_accuracy",
+    "training_loader",
+]
 
-_HOMES = {"Processes": "processes", "image_loader": "timm", "input_transform": "timm", "load_model": "timm"}
+_HOMES = {
+    "InputBridge": "inputs",
+    "Options": "arguments",
+    "Processes": "processes",
+    "RunFolder": "runs",
+    "at_least": "arguments",
+    "image_loader": "timm",
+    "input_transform": "timm",
+    "key_value": "arguments",
+    "labelled_images": "training",
+    "load_checkpoint": "checkpoints",
+    "load_model": "timm",
+    "network_card": "cards",
+    "results_table": "cards",
+    "top1_accuracy": "accuracy",
+    "training_loader": "training",
+}
 
 
 def __getattr__(name: str) -> Any:

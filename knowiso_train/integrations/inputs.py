@@ -57,6 +57,10 @@ class InputTransform(nn.Module):
         low, high = (float(bound) for bound in images.aminmax())
         if low < -1e-3 or high > 1 + 1e-3:
             raise InputTypeError(f"expected images in [0, 1], got values from {low:.3g} to {high:.3g}; they must not be normalised before")
+        return self.applied(images)
+
+    def applied(self, images: Tensor) -> Tensor:
+        """As `forward`, without looking at the values: no wait for a GPU."""
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = self._resized(images, self.size)
         return (images - self.mean.to(images)) / self.std.to(images)
@@ -72,3 +76,38 @@ class InputTransform(nn.Module):
         images = F.interpolate(images, covering, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)  # bicubic overshoots
         top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
         return images[:, :, top : top + size[0], left : left + size[1]]
+
+
+class InputBridge(nn.Module):
+    """Turns what one network sees into what another expects: undoes the one's normalisation, then applies the other's transform.
+
+    For the teacher of a distillation: the student's inputs are at hand, the teacher wants another normalisation or resolution. It sees what the
+    student saw, resized where it wants another size; what the student's resolution lost does not come back.
+
+    Args:
+        given: transform that made the images.
+        wanted: transform of the network that is to see them.
+
+    Raises:
+        ShapeError: transforms for different numbers of channels.
+
+    Example:
+        >>> student, teacher = InputTransform(None, (0.5,), (0.5,)), InputTransform((8, 8), (0.2,), (0.3,))
+        >>> images = torch.rand(2, 1, 4, 4)
+        >>> torch.allclose(InputBridge(student, teacher)(student(images)), teacher(images), atol=1e-5)
+        True
+    """
+
+    def __init__(self, given: InputTransform, wanted: InputTransform) -> None:
+        super().__init__()
+        if given.mean.shape != wanted.mean.shape:
+            raise ShapeError(f"one network takes {given.mean.shape[1]} channels, the other {wanted.mean.shape[1]}; a bridge needs equal numbers")
+        self.given, self.wanted = given, wanted
+        self.alike = torch.equal(given.mean, wanted.mean) and torch.equal(given.std, wanted.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) as `given` returned it → as `wanted` returns it; the same tensor where both agree."""
+        if self.alike and self.wanted.size in (None, tuple(images.shape[2:])):
+            return images
+        plain = images * self.given.std.to(images) + self.given.mean.to(images)
+        return self.wanted.applied(plain.clamp(0, 1))  # rounding may leave the range by a little
