@@ -36,6 +36,11 @@ class RunningMoments(nn.Module):
     """
 
     count: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
 
     def __init__(self, source_channels: int, target_channels: int, kernel_size: int = 1) -> None:
         super().__init__()
@@ -62,13 +67,27 @@ class RunningMoments(nn.Module):
         Returns:
             Whether the batch was finite, a boolean scalar on the device of the moments.
         """
-        batch = batch_moments(x.detach(), y.detach(), self.kernel_size, positions).to(self.count.device)
-        finite = (batch.xx.sum() + batch.yy.sum()).isfinite()  # decided on the device: no synchronisation in the step
-        merged = self.value.scaled(keep).merged(batch)
-        for name in FIELDS:
-            kept = getattr(self, name)
-            kept.copy_(torch.where(finite, getattr(merged, name), kept))
+        batch = {
+            name: value.to(self.count.device) for name, value in vars(batch_moments(x.detach(), y.detach(), self.kernel_size, positions)).items()
+        }
+        finite: Tensor = (batch["xx"].sum() + batch["yy"].sum()).isfinite()  # decided on the device: no synchronisation in the step
+        for value in batch.values():
+            value.masked_fill_(~finite, 0)
+        self._absorb(torch.where(finite, keep, 1.0).to(self.count), **batch)
         return finite
+
+    def _absorb(self, keep: Tensor, count: Tensor, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
+        """`value.scaled(keep).merged(batch)` in place: the sums of wide layers are large, and this happens where a step's memory is at its peak."""
+        before = self.count * keep
+        self.count.copy_(before + count)
+        weight = count / self.count.clamp(min=torch.finfo(self.count.dtype).tiny)
+        dx, dy = mean_x - self.mean_x, mean_y - self.mean_y
+        between = before * weight
+        self.xx.mul_(keep).add_(xx).addr_(between * dx, dx)
+        self.xy.mul_(keep).add_(xy).addr_(between * dx, dy)
+        self.yy.mul_(keep).add_(yy).add_(between * dy.square())
+        self.mean_x.add_(weight * dx)
+        self.mean_y.add_(weight * dy)
 
     @torch.no_grad()
     def share(self, group: Group) -> Moments:
