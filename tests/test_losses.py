@@ -208,11 +208,11 @@ class TestConsensusForm:
 
     def test_the_peers_map_settles(self) -> None:
         consensus = ConsensusMap(6, 8, 4)
-        for call, (x, peer) in enumerate(zip(stream(40), stream(40, 6, channels=4), strict=True)):
+        for call, (x, peer) in enumerate(zip(stream(60), stream(60, 6, channels=4), strict=True)):
             consensus(x, torch.cat([peer, peer], 1), call, ALONE, peer)
         assert consensus.settled
         before = consensus.peers.moments.count.clone()
-        consensus(x, torch.cat([peer, peer], 1), 41, ALONE, peer)
+        consensus(x, torch.cat([peer, peer], 1), 61, ALONE, peer)
         assert consensus.peers.moments.count == before
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from knowiso_train.disentangle.ridge import solve_factored, solve_ridge
 from knowiso_train.losses.flat import RESOLUTION, warn_once
-from knowiso_train.ops import conv_weight, residual_energy
+from knowiso_train.ops import conv_weight, fixed_map_energy, residual_energy
 from knowiso_train.statistics import Group, Moments, RunningMoments
 
 ON = 10  # effective rows per regressor before the map is used (DESIGN §1.4)
-ROWS = 8  # rows per regressor that one batch contributes where it has as many: more would cost time and change nothing
+ROWS = 4  # rows per regressor that one batch contributes where it has as many: more would cost time and change nothing
 REMEMBERED = 40  # effective rows per regressor that the forgetting leaves
 SHORTEST = 20  # steps that the moments remember at least
 
@@ -45,6 +45,8 @@ class MomentMap(nn.Module):
     weight: Tensor
     bias: Tensor
     variance: Tensor
+    centre: Tensor
+    gram: Tensor
 
     def __init__(
         self,
@@ -64,6 +66,9 @@ class MomentMap(nn.Module):
         self.register_buffer("weight", torch.zeros(target_channels, source_channels, kernel_size, kernel_size))
         self.register_buffer("bias", torch.zeros(target_channels))
         self.register_buffer("variance", torch.zeros(()))  # Σ_c Var(y_c); 0 until the map stands
+        self.by_gram = kernel_size == 1 and target_channels >= 2 * source_channels
+        self.register_buffer("centre", torch.zeros(source_channels if self.by_gram else 0))  # mean of the source where the map was solved
+        self.register_buffer("gram", torch.zeros([source_channels if self.by_gram else 0] * 2), persistent=False)
         self.ready = False
 
     def forward(self, x: Tensor, y: Tensor, call: int, group: Group) -> Tensor:
@@ -84,7 +89,12 @@ class MomentMap(nn.Module):
 
     def unexplained(self, x: Tensor, y: Tensor) -> Tensor:
         """`Σ_c mean (y_c - g_c(x))² / Σ_c Var(y_c)`."""
-        return residual_energy(x, y, self.weight, self.bias) / (len(y) * y.shape[2] * y.shape[3]) / self.variance
+        if self.by_gram:
+            map_ = self.weight[:, :, 0, 0]
+            energy = fixed_map_energy(x, y, map_, self.gram, self.centre, torch.addmv(self.bias, map_, self.centre))
+        else:
+            energy = residual_energy(x, y, self.weight, self.bias)
+        return energy / (len(y) * y.shape[2] * y.shape[3]) / self.variance
 
     def predict(self, x: Tensor) -> Tensor:
         """g(x), (N, C_T, H, W), without gradient to the map."""
@@ -117,6 +127,9 @@ class MomentMap(nn.Module):
         map_ = self._solve(m, RESOLUTION**2 * middle * float(m.count))
         self.weight.copy_(conv_weight(map_[0], self.kernel_size))
         self.bias.copy_(map_[1])
+        if self.by_gram:
+            self.centre.copy_(m.mean_x)
+        self._square()
         self.variance.fill_(math.inf if flat_target else variance)  # a share of nothing is 0
         self.ready = True
 
@@ -126,6 +139,13 @@ class MomentMap(nn.Module):
         solved = solve_factored(m, self.ridge, floor) if self.ridge > 0 else solve_ridge(m, 0.0)
         return solved.weight, solved.bias
 
+    def _square(self) -> None:
+        if self.by_gram:
+            map_ = self.weight[:, :, 0, 0]
+            map_ = map_ if map_.device.type == "mps" else map_.double()  # which has no float64
+            self.gram.copy_(map_.T @ map_)
+
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
+        self._square()
         self.ready = bool(self.variance > 0)
