@@ -1,12 +1,12 @@
 """What the loss costs in a training step: time and peak memory beside plain distillation and beside published feature losses.
 
-    OMP_NUM_THREADS=2 python benchmarks/bench_loss.py               # CPU, about ten minutes
+    OMP_NUM_THREADS=2 python benchmarks/bench_loss.py               # CPU, about a quarter of an hour
     python benchmarks/bench_loss.py                                 # the same command takes a GPU where there is one: 224 pixels, batch 128
     python benchmarks/bench_loss.py --autocast                      # bfloat16, on a GPU
 
 Every contender has networks of its own and stays in memory; in each round each takes one whole step (forward, backward, optimizer), in an order drawn
-anew. Ratios are of the same round. A closed form is solved at every 10th step: those rounds are kept apart, and "with refresh" is nine parts of the
-plain rounds' median and one part of theirs. Every feature loss stands beside teacher + KD, so all are held against that.
+anew. Ratios are of the same round. A closed form takes in every second batch and is solved at every 10th step: medians are of odd, of even and of
+refreshing rounds, and "with refresh" weighs them as often as they come. Every feature loss stands beside teacher + KD, so all are held against that.
 
 Peak memory is what tensors took at most during a refreshing step and a plain one, with weights, optimizer and own state: on a GPU from PyTorch's
 allocator; on the CPU from the profiler's record of every allocation, which leaves out the scratch memory inside oneDNN's kernels.
@@ -210,14 +210,20 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def rows_of(times: dict[str, list[float]], peaks: dict[str, int]) -> Iterator[dict[str, Any]]:
-    plain = [i for i in range(len(times[BASE])) if i % REFRESH]
-    refreshed = [i for i in range(len(times[BASE])) if i % REFRESH == 0]
+    rounds = range(len(times[BASE]))
+    refreshed, odd, even = (
+        [i for i in rounds if i % REFRESH == 0],
+        [i for i in rounds if i % 2],
+        [i for i in rounds if i % REFRESH and i % 2 == 0],
+    )
+    plain = odd + even
 
     def ratios(kind: str, rounds: list[int]) -> list[float]:
         return [times[kind][i] / times[BASE][i] for i in rounds]
 
     for kind in times:
-        often, seldom = quantile(ratios(kind, plain), 0.5), quantile(ratios(kind, refreshed), 0.5)
+        seldom, of_odd, of_even = (quantile(ratios(kind, chosen), 0.5) for chosen in (refreshed, odd, even))
+        often = (len(odd) * of_odd + len(even) * of_even) / len(plain)
         yield {
             "contender": kind,
             "ms": 1000 * quantile([times[kind][i] for i in plain], 0.5),
@@ -248,7 +254,7 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=0, help="a multiple of 10; 0 is 20 on the CPU, 100 on a GPU")
+    parser.add_argument("--rounds", type=int, default=0, help="a multiple of 10; 0 is 40 on the CPU, 100 on a GPU")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: time on the processor, for a busy machine; use OMP_NUM_THREADS=1 with it"
     )
@@ -260,7 +266,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the results file; bench_loss, or bench_loss_gpu where there is a GPU")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    device, rounds = torch.device("cuda" if gpu else "cpu"), args.rounds or (100 if gpu else 20)
+    device, rounds = torch.device("cuda" if gpu else "cpu"), args.rounds or (100 if gpu else 40)
     torch.backends.cudnn.benchmark = True
     figures: dict[str, Any] = {}
     for case in cases(gpu):

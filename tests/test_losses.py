@@ -88,12 +88,12 @@ class TestMomentForm:
         assert flat[-1] == pytest.approx(1.0, abs=0.05)
 
     def test_the_current_batch_never_judges_itself(self) -> None:
-        xs, ys = stream(12), stream(12, 9, channels=4)
+        xs, ys = stream(13), stream(13, 9, channels=4)
         first, second = MomentMap(6, 4, refresh=1), MomentMap(6, 4, refresh=1)
-        run(first, list(zip(xs[:11], ys[:11], strict=True)))
-        run(second, list(zip(xs[:11], ys[:11], strict=True)))
-        first(xs[11], ys[11], 11, ALONE)
-        second(xs[11], 100 * ys[11], 11, ALONE)
+        run(first, list(zip(xs[:12], ys[:12], strict=True)))
+        run(second, list(zip(xs[:12], ys[:12], strict=True)))
+        first(xs[12], ys[12], 12, ALONE)
+        second(xs[12], 100 * ys[12], 12, ALONE)
         assert torch.equal(first.weight, second.weight)
         first.refresh(ALONE)
         second.refresh(ALONE)

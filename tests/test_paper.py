@@ -13,7 +13,8 @@ from knowiso_train.disentangle import Disentangler
 from knowiso_train.disentangle.paper import PaperMaps
 from knowiso_train.disentangle.paper_fit import PaperRecipe, fit_paper
 from knowiso_train.errors import OptionError, ShapeError
-from knowiso_train.ops import channel_scale, gate, gate_factor
+from knowiso_train.ops import channel_scale, gate
+from knowiso_train.ops.reference.gate import gate_factor
 from knowiso_train.statistics import Sample
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import OptionError, ShapeError
-from knowiso_train.ops import channel_scale, gate_factor
+from knowiso_train.ops import channel_scale, gate, gate_orders
 
 
 class PaperMaps(nn.Module):
@@ -63,8 +63,7 @@ class PaperMaps(nn.Module):
         """g(x) of a source that was divided by its scale already."""
         h: Tensor = self.of_source[0](x)
         for step, p in enumerate(self.gates, start=1):
-            z = p * torch.relu(h / channel_scale(h))
-            h = self.of_source[step](x + z) if self.tied else self.of_source[step](x) + self.of_gated[step - 1](z)
+            h = self.of_source[step](gate(x, h, p)) if self.tied else self.of_source[step](x) + self.of_gated[step - 1](gate(None, h, p))
         return h
 
     def components(self, x: Tensor) -> list[Tensor]:
@@ -76,8 +75,7 @@ class PaperMaps(nn.Module):
         x = self._normalised(x)
         orders: list[Tensor] = [self.of_source[0](x)]
         for step, p in enumerate(self.gates, start=1):
-            factor = gate_factor(torch.stack(orders).sum(0), p)
-            raised = self._gated_map(step)(torch.cat([factor * part for part in orders]))
+            raised = self._gated_map(step)(gate_orders(torch.stack(orders), p).flatten(0, 1))
             orders = [self.of_source[step](x), *raised.chunk(len(orders))]
         return orders
 

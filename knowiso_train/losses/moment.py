@@ -17,6 +17,7 @@ from knowiso_train.statistics import Group, Moments, RunningMoments
 
 ON = 10  # effective rows per regressor before the map is used (DESIGN §1.4)
 ROWS = 4  # rows per regressor that one batch contributes where it has as many: more would cost time and change nothing
+EVERY = 2  # calls from batch to batch that joins the moments once the map stands: neighbouring steps say the same
 REMEMBERED = 40  # effective rows per regressor that the forgetting leaves
 SHORTEST = 20  # steps that the moments remember at least
 
@@ -72,7 +73,8 @@ class MomentMap(nn.Module):
         self.ready = False
 
     def forward(self, x: Tensor, y: Tensor, call: int, group: Group) -> Tensor:
-        """Loss of this batch under the map of earlier ones; 0 until that stands. In training mode the batch then joins the moments.
+        """Loss of this batch under the map of earlier ones; 0 until that stands. In training mode the batch then joins the moments, and every
+        second one once the map stands.
 
         Args:
             x: student feature, with gradient.
@@ -83,7 +85,7 @@ class MomentMap(nn.Module):
         if self.training and (call % self.refresh_every == 0 or not self.ready):
             self.refresh(group)
         loss = self.unexplained(x, y) if self.ready else 0 * x.float().sum()
-        if self.training:
+        if self.training and (call % EVERY == 0 or not self.ready):
             self.observe(x, y, call, group)
         return loss
 
@@ -103,13 +105,14 @@ class MomentMap(nn.Module):
     def observe(self, x: Tensor, y: Tensor, call: int, group: Group) -> None:
         """Let the moments forget a little and take this batch in, at positions that are drawn anew each call and are the same for all its images."""
         cells, images = y.shape[2] * y.shape[3], len(y) * group.size
-        taken = min(cells, math.ceil(ROWS * self.columns / images))
-        window = self.window or max(SHORTEST, math.ceil(REMEMBERED * self.columns / (images * taken)))
+        apart = EVERY if self.ready else 1  # until the map stands every batch counts, and twice the rows
+        taken = min(cells, math.ceil(ROWS * EVERY / apart * self.columns / images))
+        window = self.window or max(SHORTEST, math.ceil(REMEMBERED * self.columns * apart / (images * taken)))
         positions = None
         if taken < cells:
             generator = torch.Generator().manual_seed(call)  # its own: the user's random state is not touched
             positions = torch.randperm(cells, generator=generator)[:taken].to(x.device, non_blocking=True).expand(len(y), -1)
-        self.moments.observe(x, y, 1 - 1 / window, positions)
+        self.moments.observe(x, y, (1 - 1 / window) ** apart, positions)
 
     @torch.no_grad()
     def refresh(self, group: Group) -> None:

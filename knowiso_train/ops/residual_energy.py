@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from knowiso_train.errors import ShapeError
+from knowiso_train.ops import kernels
 
-CHUNK_BYTES = 4 * 2**20  # of residual that is alive at once
+CHUNK_BYTES = 4 * 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache; a GPU takes
+PART = 32  # of it, at least, so that products stay large
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def residual_energy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None, channel_weight: Tensor | None = None) -> Tensor:
@@ -52,46 +54,72 @@ def residual_energy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = 
             f"expected x (N, C, H, W), y (N, D, H, W) and weight (D, C, k, k) with N, H, W > 0 and k odd; "
             f"got {tuple(x.shape)}, {tuple(y.shape)} and {tuple(weight.shape)}"
         )
-    result: Tensor = _ResidualEnergy.apply(x, y, weight, bias, channel_weight)
-    return result
+    learned = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight, bias)]
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    total: Tensor = _parts(x if dense else x.contiguous(), y, weight, bias, channel_weight, *learned)[0]
+    return total
 
 
-class _ResidualEnergy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return _ResidualEnergy.summed(ctx, x, y, weight, bias, channel_weight)
+@torch.library.custom_op("knowiso::residual_energy", mutates_args=())
+def _parts(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None, of_x: bool, of_weight: bool, of_bias: bool
+) -> Parts:
+    """The energy, and the gradients that are wanted; the others are empty."""
+    if not (of_weight or of_bias) and (found := kernels.residual_energy_for(x, y, weight)) is not None:
+        energy, pulled_x = found.energy_and_gradient(x, y, weight, bias, channel_weight, of_x)
+        return energy, pulled_x, weight.new_empty(0), weight.new_empty(0)
+    with torch.autocast(x.device.type, enabled=False):
+        return _chunked(x, y, weight, bias, channel_weight, of_x, of_weight, of_bias)
 
-    @staticmethod
-    def summed(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        kernel, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
-        total = torch.zeros((), dtype=dtype, device=x.device)
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(kernel) if ctx.needs_input_grad[2] else None
-        of_bias = torch.zeros_like(shift) if shift is not None and ctx.needs_input_grad[3] else None
-        pad = weight.shape[-1] // 2
-        step = max(1, CHUNK_BYTES // (y[0].numel() * dtype.itemsize))
-        for part in (slice(start, start + step) for start in range(0, len(x), step)):
-            source = x[part].to(dtype)
-            residual = F.conv2d(source, kernel, shift, padding=pad).sub_(y[part])
-            pulled = residual if channel_weight is None else residual * channel_weight.to(dtype).view(-1, 1, 1)
-            total += (residual * pulled).sum()
-            if of_x is not None:
-                of_x[part] = conv2d_input(source.shape, kernel, pulled, padding=pad).mul_(2)  # type: ignore[no-untyped-call]
-            if of_weight is not None:
-                of_weight += conv2d_weight(source, kernel.shape, pulled, padding=pad)  # type: ignore[no-untyped-call]
-            if of_bias is not None:
-                of_bias += pulled.sum((0, 2, 3))
-        ctx.save_for_backward(
-            of_x,
-            None if of_weight is None else (2 * of_weight).to(weight.dtype),
-            None if of_bias is None or bias is None else (2 * of_bias).to(bias.dtype),
-        )
-        return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        of_x, of_weight, of_bias = (None if kept is None else kept * upstream.to(kept.dtype) for kept in ctx.saved_tensors)
-        return of_x, None, of_weight, of_bias, None
+def _chunked(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None, of_x: bool, of_weight: bool, of_bias: bool
+) -> Parts:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    kernel, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+    total = torch.zeros((), dtype=dtype, device=x.device)
+    by_x = torch.empty_like(x) if of_x else x.new_empty(0)
+    by_weight = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if of_weight else kernel.new_empty(0)
+    by_bias = torch.zeros(len(kernel) if of_bias else 0, dtype=dtype, device=x.device)
+    pad = weight.shape[-1] // 2
+    size = y[0].numel() * dtype.itemsize
+    step = max(1, CHUNK_BYTES // size) if x.device.type == "cpu" else max(1, CHUNK_BYTES // size, len(x) // PART)
+    for part in (slice(start, start + step) for start in range(0, len(x), step)):
+        source = x[part].to(dtype)
+        residual = F.conv2d(source, kernel, shift, padding=pad).sub_(y[part])
+        pulled = residual if channel_weight is None else residual * channel_weight.to(dtype).view(-1, 1, 1)
+        total += torch.dot(residual.flatten(), pulled.flatten())
+        if of_x:
+            by_x[part] = conv2d_input(source.shape, kernel, pulled, padding=pad).mul_(2)  # type: ignore[no-untyped-call]
+        if of_weight:
+            by_weight += conv2d_weight(source, kernel.shape, pulled, padding=pad)  # type: ignore[no-untyped-call]
+        if of_bias:
+            by_bias += pulled.sum((0, 2, 3))
+    return total, by_x, by_weight.mul_(2).to(weight.dtype), by_bias.mul_(2).to(dtype if bias is None else bias.dtype)
+
+
+@_parts.register_fake
+def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None, of_x: bool, of_weight: bool, of_bias: bool) -> Parts:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return (
+        x.new_empty((), dtype=dtype),
+        torch.empty_like(x) if of_x else x.new_empty(0),
+        weight.new_empty(weight.shape if of_weight else 0),
+        x.new_empty(len(weight) if of_bias else 0, dtype=dtype if bias is None else bias.dtype),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.wanted = inputs[5:]
+
+
+def _pull(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    of_x, of_weight, of_bias = (
+        kept * upstream.to(kept.dtype) if wanted else None for kept, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    )
+    return of_x, None, of_weight, of_bias, None, None, None, None
+
+
+_parts.register_autograd(_pull, setup_context=_keep)

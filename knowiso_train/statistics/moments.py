@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError, ShapeError
-from knowiso_train.ops import patch_rows
+from knowiso_train.ops import moments, patch_rows
 from knowiso_train.statistics.distributed import Group
 
 CHUNK_BYTES = 8 * 2**20  # of patch rows that are alive at once: they are passed over several times, so they should stay in the cache
@@ -110,13 +110,14 @@ def batch_moments(x: Tensor, y: Tensor, kernel_size: int = 1, positions: Tensor 
             "Bring the source to the target's grid with knowiso_train.features.align."
         )
     with full_precision(x.device):
-        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        rows_x = patch_rows(x.to(dtype), kernel_size, positions)
-        rows_y = patch_rows(y.to(dtype), 1, positions)
-        count = torch.tensor(float(len(rows_x)), dtype=torch.float64, device=x.device)
-        mean_x, mean_y = rows_x.mean(0), rows_y.mean(0)
-        rows_x, rows_y = rows_x - mean_x, rows_y - mean_y
-        return Moments(count, mean_x, mean_y, rows_x.T @ rows_x, rows_x.T @ rows_y, rows_y.square().sum(0))
+        if positions is not None:
+            x, y, kernel_size = (*(_as_images(patch_rows(f, k, positions)) for f, k in ((x, kernel_size), (y, 1))), 1)
+        count = torch.tensor(float(y[:, 0].numel()), dtype=torch.float64, device=x.device)
+        return Moments(count, *moments(x, y, kernel_size))
+
+
+def _as_images(rows: Tensor) -> Tensor:
+    return rows[:, :, None, None]
 
 
 class StreamingMoments:

@@ -70,22 +70,31 @@ class RunningMoments(nn.Module):
         batch = {
             name: value.to(self.count.device) for name, value in vars(batch_moments(x.detach(), y.detach(), self.kernel_size, positions)).items()
         }
-        finite: Tensor = (batch["xx"].sum() + batch["yy"].sum()).isfinite()  # decided on the device: no synchronisation in the step
-        for value in batch.values():
-            value.masked_fill_(~finite, 0)
-        self._absorb(torch.where(finite, keep, 1.0).to(self.count), **batch)
+        finite: Tensor = (batch["xx"].sum() + batch["yy"].sum()).isfinite()
+        if finite.device.type == "cpu":
+            if bool(finite):
+                self._absorb(keep, **batch)
+        else:  # decided on the device: no synchronisation in the step
+            for value in batch.values():
+                value.masked_fill_(~finite, 0)
+            self._absorb(torch.where(finite, keep, 1.0).to(self.count), **batch)
         return finite
 
-    def _absorb(self, keep: Tensor, count: Tensor, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
+    def _absorb(self, keep: float | Tensor, count: Tensor, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
         """`value.scaled(keep).merged(batch)` in place: the sums of wide layers are large, and this happens where a step's memory is at its peak."""
         before = self.count * keep
         self.count.copy_(before + count)
         weight = count / self.count.clamp(min=torch.finfo(self.count.dtype).tiny)
         dx, dy = mean_x - self.mean_x, mean_y - self.mean_y
         between = before * weight
-        self.xx.mul_(keep).add_(xx).addr_(between * dx, dx)
-        self.xy.mul_(keep).add_(xy).addr_(between * dx, dy)
-        self.yy.mul_(keep).add_(yy).add_(between * dy.square())
+        pulled = (between * dx).to(xx.dtype)
+        xx.addr_(pulled, dx.to(xx.dtype))
+        xy.addr_(pulled, dy.to(xy.dtype))
+        for kept, new in ((self.xx, xx), (self.xy, xy), (self.yy, yy + between * dy.square())):
+            if isinstance(keep, Tensor):
+                kept.mul_(keep).add_(new)
+            else:
+                torch.add(new, kept, alpha=keep, out=kept)  # one pass
         self.mean_x.add_(weight * dx)
         self.mean_y.add_(weight * dy)
 

@@ -32,11 +32,11 @@ def gate_factor(h: Tensor, p: Tensor) -> Tensor:
     return (h > 0).to(h.dtype) * (p / channel_scale(h))
 
 
-def gate(x: Tensor, h: Tensor, p: Tensor) -> Tensor:
+def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
     """`x + p · ReLU(h / σ(h))`; gradient with respect to x, h and p, σ held constant.
 
     Args:
-        x: (N, C, H, W), what the gated signal is added to.
+        x: (N, C, H, W), what the gated signal is added to; None for the gated signal alone.
         h: (N, C, H, W), output of the linear map below.
         p: scalar in (0, 1).
 
@@ -44,4 +44,20 @@ def gate(x: Tensor, h: Tensor, p: Tensor) -> Tensor:
         >>> gate(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 4.0), torch.tensor(0.5)).item()
         2.0
     """
-    return x + p * torch.relu(h / channel_scale(h))
+    gated = p * torch.relu(h / channel_scale(h))
+    return gated if x is None else x + gated
+
+
+def gate_orders(orders: Tensor, p: Tensor) -> Tensor:
+    """`D · x^(j)` for every order component, side by side, through the gate D of their sum h: `D = p · 1[h > 0] / σ(h)`, held constant.
+
+    Args:
+        orders: (J, N, C, H, W), components that sum to h.
+        p: scalar in (0, 1); its gradient goes through D.
+
+    Example:
+        >>> parts = torch.stack([torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0)])
+        >>> gate_orders(parts, torch.tensor(0.5)).flatten().tolist()
+        [1.5, 0.5]
+    """
+    return gate_factor(orders.detach().sum(0), p) * orders

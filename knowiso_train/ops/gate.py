@@ -1,0 +1,154 @@
+"""The gate of the recursion in one pass: `x + p · ReLU(h / σ(h))`, and the variant that carries the orders side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knowiso_train.errors import ShapeError
+from knowiso_train.ops import kernels
+from knowiso_train.ops.reference.gate import channel_scale
+
+
+def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
+    """`x + p · ReLU(h / σ(h))` (arXiv 1908.01581, §3), σ per sample and channel without gradient. Backward recomputes: only h and σ are kept.
+
+    Args:
+        x: (N, C, H, W), what the gated signal is added to; None for the gated signal alone.
+        h: (N, C, H, W), output of the linear map below.
+        p: scalar in (0, 1).
+
+    Returns:
+        (N, C, H, W), the dtype of `h`.
+
+    Raises:
+        ShapeError: shapes that do not fit each other, or nothing to gate.
+
+    Example:
+        >>> gate(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 4.0), torch.tensor(0.5)).item()
+        2.0
+    """
+    if h.ndim != 4 or not h.numel() or (x is not None and x.shape != h.shape) or p.ndim:
+        got = None if x is None else tuple(x.shape)
+        raise ShapeError(f"expected x and h (N, C, H, W) of one shape, not empty, and a scalar p; got {got}, {tuple(h.shape)} and {tuple(p.shape)}")
+    if x is not None and x.dtype != h.dtype:
+        x = x.to(h.dtype)
+    dense = h.is_contiguous() or h.is_contiguous(memory_format=torch.channels_last)
+    out: Tensor = _gate(x, h if dense else h.contiguous(), p)[0]
+    return out
+
+
+def gate_orders(orders: Tensor, p: Tensor) -> Tensor:
+    """`D · x^(j)` for every order component, with the gate `D = p · 1[h > 0] / σ(h)` of their sum h held constant (DESIGN §1.1).
+
+    Args:
+        orders: (J, N, C, H, W), components that sum to h.
+        p: scalar in (0, 1).
+
+    Returns:
+        (J, N, C, H, W).
+
+    Raises:
+        ShapeError: another number of axes, or nothing to gate.
+
+    Example:
+        >>> parts = torch.stack([torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0)])
+        >>> gate_orders(parts, torch.tensor(0.5)).flatten().tolist()
+        [1.5, 0.5]
+    """
+    if orders.ndim != 5 or not orders.numel() or p.ndim:
+        raise ShapeError(f"expected orders (J, N, C, H, W), not empty, and a scalar p; got {tuple(orders.shape)} and {tuple(p.shape)}")
+    out: Tensor = _gate_orders(orders.contiguous(), p)[0]
+    return out
+
+
+def _scale(h: Tensor) -> Tensor:
+    """σ in float32 or better, (N, C, 1, 1)."""
+    return channel_scale(h.to(torch.promote_types(h.dtype, torch.float32)))
+
+
+@torch.library.custom_op("knowiso::gate", mutates_args=())
+def _gate(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    if (found := kernels.gate_for(h)) is not None:
+        result: tuple[Tensor, Tensor] = found.forward(x, h, p)
+        return result
+    scale = _scale(h)
+    factor = (p.to(scale.dtype) / scale).to(h.dtype)
+    raised = h.clamp(min=0)
+    return (raised.mul_(factor) if x is None else torch.addcmul(x, raised, factor, out=raised)), scale.flatten(1)
+
+
+@_gate.register_fake
+def _(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(h), h.new_empty(h.shape[:2], dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+@torch.library.custom_op("knowiso::gate_backward", mutates_args=())
+def _gate_backward(upstream: Tensor, h: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    if (found := kernels.gate_for(h)) is not None:
+        result: tuple[Tensor, Tensor] = found.backward(upstream, h, scale, p)
+        return result
+    passed = torch.ops.aten.threshold_backward(upstream, h, 0)
+    of_p = (torch.linalg.vecdot(passed.flatten(2), h.flatten(2)).to(scale.dtype) / scale).sum().to(p.dtype)
+    return passed.mul_((p.to(scale.dtype) / scale).to(h.dtype)[:, :, None, None]), of_p
+
+
+@_gate_backward.register_fake
+def _(upstream: Tensor, h: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(h), torch.empty_like(p)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *_, h, p = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(h, output[1], p)
+
+
+def _gate_pull(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    of_h, of_p = _gate_backward(upstream, *ctx.saved_tensors)
+    return (upstream if ctx.needs_input_grad[0] else None), of_h, of_p
+
+
+_gate.register_autograd(_gate_pull, setup_context=_keep)
+
+
+@torch.library.custom_op("knowiso::gate_orders", mutates_args=())
+def _gate_orders(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    if (found := kernels.gate_for(orders)) is not None:
+        result: tuple[Tensor, Tensor] = found.orders_forward(orders, p)
+        return result
+    h = orders.sum(0)
+    scale = _scale(h)
+    factor = torch.where(h > 0, (p.to(scale.dtype) / scale).to(h.dtype), 0)
+    return orders * factor, scale.flatten(1)
+
+
+@_gate_orders.register_fake
+def _(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(orders), orders.new_empty(orders.shape[1:3], dtype=torch.promote_types(orders.dtype, torch.float32))
+
+
+@torch.library.custom_op("knowiso::gate_orders_backward", mutates_args=())
+def _gate_orders_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    if (found := kernels.gate_for(orders)) is not None:
+        result: tuple[Tensor, Tensor] = found.orders_backward(upstream, orders, scale, p)
+        return result
+    unit = torch.where(orders.sum(0) > 0, (1 / scale).to(orders.dtype)[:, :, None, None], 0)
+    of_orders = upstream * unit
+    of_p = torch.linalg.vecdot(of_orders.flatten(3), orders.flatten(3)).sum(dtype=scale.dtype).to(p.dtype)
+    return of_orders.mul_(p.to(orders.dtype)), of_p
+
+
+@_gate_orders_backward.register_fake
+def _(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(orders), torch.empty_like(p)
+
+
+def _gate_orders_pull(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _gate_orders_backward(upstream, *ctx.saved_tensors)
+    return result
+
+
+_gate_orders.register_autograd(_gate_orders_pull, setup_context=_keep)

@@ -1,0 +1,42 @@
+"""Triton kernels, where Triton and a device for it are there; decided per call. Everything works without them."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256  # source channels whose gradient stays in registers while the kernel walks over the target's
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, as tests do (`TRITON_INTERPRET=1`, set before the first import of Triton)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _module(name: str) -> ModuleType | None:
+    return import_module(f"{__name__}.{name}") if find_spec("triton") is not None else None
+
+
+def _usable(*tensors: Tensor) -> bool:
+    device = tensors[0].device
+    here = interpreted() if device.type == "cpu" else device.type == "cuda"
+    return here and all(tensor.dtype in HALVES_AND_SINGLE and tensor.device == device for tensor in tensors)
+
+
+def gate_for(h: Tensor) -> ModuleType | None:
+    """The kernels of `ops.gate` for this tensor, or None."""
+    return _module("gate") if _usable(h) else None
+
+
+def residual_energy_for(x: Tensor, y: Tensor, weight: Tensor) -> ModuleType | None:
+    """The kernel of `ops.residual_energy` for 1x1 maps of at most 256 source channels that are not learned, or None."""
+    fits = weight.shape[-1] == 1 and weight.shape[1] <= WIDEST and _usable(x, y, weight)
+    return _module("residual_energy") if fits else None

@@ -1,0 +1,164 @@
+"""Gate in one read of h and x and one write; backward from h and σ alone.
+
+A program takes ROWS rows (image, channel) of the grid. Rows up to 4,096 positions are held in registers; longer ones are read again from the cache.
+Strides are those of the tensors, so channels-last needs no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from knowiso_train.ops.kernels.tuning import tuned
+from knowiso_train.ops.reference.gate import EPS
+
+HELD = 4096
+CONFIGS = [{"ROWS": 4, "num_warps": 4}, {"ROWS": 1, "num_warps": 4}, {"ROWS": 2, "num_warps": 8}, {"ROWS": 16, "num_warps": 8}]
+
+
+@triton.jit
+def _sum(ptr, at, step, mask, ORDERS: tl.constexpr):
+    total = tl.load(ptr + at, mask, other=0.0).to(tl.float32)
+    for j in tl.static_range(1, ORDERS):
+        total += tl.load(ptr + j * step + at, mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _write(x_ptr, h_ptr, out_ptr, h, factor, of_x, of_h, of_out, hj, oj, mask, ORDERS: tl.constexpr, HAS_X: tl.constexpr):
+    for j in tl.static_range(ORDERS):
+        part = h if ORDERS == 1 else tl.load(h_ptr + j * hj + of_h, mask, other=0.0).to(tl.float32)
+        out = tl.where(h > 0, part, 0.0) * factor
+        if HAS_X:
+            out += tl.load(x_ptr + of_x, mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + j * oj + of_out, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@tuned(CONFIGS, ["rows", "positions"])
+@triton.jit
+def _forward(
+    x_ptr, h_ptr, out_ptr, scale_ptr, p_ptr, rows, positions, channels,
+    xn, xc, xp, hn, hc, hp, hj, on, oc, op, oj,
+    eps, ORDERS: tl.constexpr, HAS_X: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n, c = (row // channels).to(tl.int64), (row % channels).to(tl.int64)
+    here = tl.arange(0, BLOCK)[None, :]
+    of_h, of_x, of_out = (n * hn + c * hc)[:, None] + here * hp, (n * xn + c * xc)[:, None] + here * xp, (n * on + c * oc)[:, None] + here * op
+    live = (row < rows)[:, None]
+    p = tl.load(p_ptr).to(tl.float32)
+
+    if WHOLE:
+        mask = live & (here < positions)
+        h = _sum(h_ptr, of_h, hj, mask, ORDERS)
+        apart = tl.where(mask, h - (tl.sum(h, 1) / positions)[:, None], 0.0)
+        square = tl.sum(apart * apart, 1)
+    else:
+        mean = tl.zeros([ROWS], tl.float32)
+        for start in range(0, positions, BLOCK):
+            mean += tl.sum(_sum(h_ptr, of_h + start * hp, hj, live & (start + here < positions), ORDERS), 1)
+        mean = mean / positions
+        square = tl.zeros([ROWS], tl.float32)
+        for start in range(0, positions, BLOCK):
+            mask = live & (start + here < positions)
+            apart = tl.where(mask, _sum(h_ptr, of_h + start * hp, hj, mask, ORDERS) - mean[:, None], 0.0)
+            square += tl.sum(apart * apart, 1)
+    scale = tl.where(positions == 1, 1.0, tl.sqrt(square / tl.maximum(positions - 1, 1)) + eps)
+    tl.store(scale_ptr + row, scale, row < rows)
+
+    factor = (p / scale)[:, None]
+    if WHOLE:
+        _write(x_ptr, h_ptr, out_ptr, h, factor, of_x, of_h, of_out, hj, oj, live & (here < positions), ORDERS, HAS_X)
+    else:
+        for start in range(0, positions, BLOCK):
+            mask = live & (start + here < positions)
+            h = _sum(h_ptr, of_h + start * hp, hj, mask, ORDERS)
+            _write(x_ptr, h_ptr, out_ptr, h, factor, of_x + start * xp, of_h + start * hp, of_out + start * op, hj, oj, mask, ORDERS, HAS_X)
+
+
+@tuned(CONFIGS, ["rows", "positions"])
+@triton.jit
+def _backward(
+    up_ptr, h_ptr, scale_ptr, p_ptr, out_ptr, of_p_ptr, rows, positions, channels,
+    un, uc, up, uj, hn, hc, hp, hj, on, oc, op, oj,
+    ORDERS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n, c = (row // channels).to(tl.int64), (row % channels).to(tl.int64)
+    here = tl.arange(0, BLOCK)[None, :]
+    of_u, of_h, of_out = (n * un + c * uc)[:, None] + here * up, (n * hn + c * hc)[:, None] + here * hp, (n * on + c * oc)[:, None] + here * op
+    inverse = 1 / tl.load(scale_ptr + row, row < rows, other=1.0)
+    factor = (tl.load(p_ptr).to(tl.float32) * inverse)[:, None]
+    pulled = tl.zeros([ROWS], tl.float32)
+    for start in range(0, positions, BLOCK):
+        mask = (row < rows)[:, None] & (start + here < positions)
+        h = _sum(h_ptr, of_h + start * hp, hj, mask, ORDERS)
+        for j in tl.static_range(ORDERS):
+            upstream = tl.load(up_ptr + j * uj + of_u + start * up, mask, other=0.0).to(tl.float32)
+            passed = tl.where(h > 0, upstream, 0.0)
+            part = h if ORDERS == 1 else tl.load(h_ptr + j * hj + of_h + start * hp, mask, other=0.0).to(tl.float32)
+            pulled += tl.sum(passed * part, 1)
+            tl.store(out_ptr + j * oj + of_out + start * op, (passed * factor).to(out_ptr.dtype.element_ty), mask)
+    tl.store(of_p_ptr + row, pulled * inverse, row < rows)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(…, H, W) → (…, H · W), without a copy where the strides allow it."""
+    return tensor.flatten(-2)
+
+
+def _launch(h: Tensor) -> tuple[int, int, dict[str, Any], Any]:
+    channels, positions = h.shape[-3], h.shape[-2] * h.shape[-1]
+    rows = h.shape[-4] * channels
+    block = triton.next_power_of_2(min(positions, HELD))
+    return rows, channels, {"BLOCK": block}, lambda meta: (triton.cdiv(rows, meta["ROWS"]),)
+
+
+def _run_forward(x: Tensor | None, orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    rows, channels, block, grid = _launch(orders)
+    out = torch.empty_like(orders)
+    scale = torch.empty(orders.shape[1:3], dtype=torch.float32, device=orders.device)
+    h, into = _flat(orders), _flat(out)
+    added = h[0] if x is None else _flat(x)
+    whole = h.shape[-1] <= HELD
+    _forward[grid](
+        added, h, into, scale, p, rows, h.shape[-1], channels, *added.stride(), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0),
+        EPS, ORDERS=len(orders), HAS_X=x is not None, WHOLE=whole, **block,
+    )  # fmt: skip
+    return out, scale
+
+
+def _run_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    rows, channels, block, grid = _launch(orders)
+    out = torch.empty_like(orders)
+    of_p = torch.empty(rows, dtype=torch.float32, device=orders.device)
+    up, h, into = _flat(upstream), _flat(orders), _flat(out)
+    strides = (*up.stride()[1:], up.stride(0), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0))
+    _backward[grid](up, h, scale, p, into, of_p, rows, h.shape[-1], channels, *strides, ORDERS=len(orders), **block)
+    return out, of_p.sum().to(p.dtype)
+
+
+def forward(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """`x + p · ReLU(h / σ(h))` and σ (N, C)."""
+    out, scale = _run_forward(x, h[None], p)
+    return out[0], scale
+
+
+def backward(upstream: Tensor, h: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of h and p."""
+    of_h, of_p = _run_backward(upstream[None], h[None], scale, p)
+    return of_h[0], of_p
+
+
+def orders_forward(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """`D · x^(j)` and σ (N, C) of the sum."""
+    return _run_forward(None, orders, p)
+
+
+def orders_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the components and of p."""
+    return _run_backward(upstream, orders, scale, p)

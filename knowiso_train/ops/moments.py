@@ -1,0 +1,271 @@
+"""First and centred second moments of two features. k×k patches stay implicit: neighbouring offsets share their sums.
+
+The product of the offsets a and b, `Σ_p x[p + a] x[p + b]ᵀ`, depends on b - a alone, but for the positions p that put p + a outside the grid's own
+window. So one product over a padded copy serves all pairs with the same difference (13 for 3×3, where the patches have 45 pairs), and what differs
+at the borders, one or two lines, is taken out exactly. Sums are of features about their channel means, which is undone in float64 at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from knowiso_train.errors import ShapeError
+from knowiso_train.ops.reference.patches import patch_rows
+
+CHUNK_BYTES = 4 * 2**20  # of rows that are alive at once on a CPU; a GPU takes
+PART = 16  # of the batch, at least
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def moments(x: Tensor, y: Tensor, kernel_size: int = 1) -> Five:
+    """Means of source patches and targets, `Σ (x - mean)(x - mean)ᵀ`, `Σ (x - mean)(y - mean)ᵀ` and the diagonal of the target's own.
+
+    Differentiable with respect to both. Halves are raised to float32.
+
+    Args:
+        x: (N, C, H, W); enters as its zero-padded k×k patches, d = k² · C columns in the order of `patch_rows`.
+        y: (N, D, H, W), on the same grid.
+        kernel_size: odd k.
+
+    Returns:
+        (d,), (D,), (d, d), (d, D), (D,), float32 or float64.
+
+    Raises:
+        ShapeError: features that do not share batch and grid, nothing in them, or an even k.
+
+    Example:
+        >>> [tuple(part.shape) for part in moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4), 3)]
+        [(27,), (5,), (27, 27), (27, 5), (5,)]
+    """
+    if x.ndim != 4 or y.ndim != 4 or not x.numel() or not y.numel() or (len(y), *y.shape[2:]) != (len(x), *x.shape[2:]) or kernel_size % 2 == 0:
+        raise ShapeError(
+            f"expected x (N, C, H, W) and y (N, D, H, W) with N, H, W > 0 and an odd kernel size; "
+            f"got {tuple(x.shape)}, {tuple(y.shape)} and {kernel_size}"
+        )
+    result: Five = _moments(x, y, kernel_size)
+    return result
+
+
+def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+
+
+def _parts(x: Tensor, rows: int) -> list[slice]:
+    """Slices of images whose `rows`-wide rows fit a chunk."""
+    step = max(1, CHUNK_BYTES // (x.shape[2] * x.shape[3] * rows * 4))
+    step = step if x.device.type == "cpu" else max(step, -(-len(x) // PART))
+    return [slice(start, start + step) for start in range(0, len(x), step)]
+
+
+@torch.library.custom_op("knowiso::moments", mutates_args=())
+def _moments(x: Tensor, y: Tensor, kernel_size: int) -> Five:
+    with torch.autocast(x.device.type, enabled=False):
+        return _plain(x, y) if kernel_size == 1 else _Patches(x, y, kernel_size).summed()
+
+
+def _middle(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean per channel; a chunk at a time where the dtype has to be raised."""
+    return x.mean((0, 2, 3), dtype=dtype)
+
+
+def _plain(x: Tensor, y: Tensor) -> Five:
+    dtype = _dtype(x, y)
+    mean_x, mean_y = _middle(x, dtype), _middle(y, dtype)
+    xx, xy = (torch.zeros(x.shape[1], width, dtype=dtype, device=x.device) for width in (x.shape[1], y.shape[1]))
+    yy = torch.zeros(y.shape[1], dtype=dtype, device=x.device)
+    for part in _parts(x, x.shape[1] + y.shape[1]):
+        rows_x = patch_rows(x[part].to(dtype), 1) - mean_x
+        rows_y = patch_rows(y[part].to(dtype), 1) - mean_y
+        xx.addmm_(rows_x.T, rows_x)
+        xy.addmm_(rows_x.T, rows_y)
+        yy += torch.linalg.vecdot(rows_y, rows_y, dim=0)
+    return mean_x, mean_y, xx, xy, yy
+
+
+class _Patches:
+    """Moments of k×k patches from products of shifted views of one padded copy.
+
+    Its rows go image by image and line by line, with k - 1 zeros after every line and k - 1 lines of zeros after every image, so that a shift within
+    the patch is a shift of the flat row number, and what leaves the grid meets zeros.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, k: int) -> None:
+        self.x, self.y, self.k, self.margin = x, y, k, k // 2
+        self.dtype = _dtype(x, y)
+        self.height, self.width, self.channels = x.shape[2], x.shape[3], x.shape[1]
+        self.offsets = [(i - self.margin, j - self.margin) for i in range(k) for j in range(k)]
+        self.line = self.width + k - 1
+        self.middle_x, self.middle_y = _middle(x, self.dtype), _middle(y, self.dtype)
+
+    def summed(self) -> Five:
+        channels, wide, gap = self.channels, self.y.shape[1], self.k - 1
+        differences = [(i, j) for i in range(gap + 1) for j in range(-gap, gap + 1) if (i, j) >= (0, 0)]
+        pairs = [(a, b) for a in range(self.k**2) for b in range(a, self.k**2)]
+        new: dict[str, Any] = {"dtype": self.dtype, "device": self.x.device}
+        shared = {difference: torch.zeros(channels, channels, **new) for difference in differences}
+        of_pair = torch.zeros(len(pairs), channels, channels, **new)
+        cross = torch.zeros(self.k**2, channels, wide, **new)
+        yy = torch.zeros(wide, **new)
+        field_x, field_y = (torch.zeros(self.height, self.width, c, dtype=torch.float64, device=self.x.device) for c in (channels, wide))
+        for part in _parts(self.x, channels + wide):
+            x, y = self._padded(self.x[part], self.middle_x), self._padded(self.y[part], self.middle_y)
+            field_x += x[:, : self.height, : self.width].sum(0, dtype=torch.float64)
+            field_y += y[:, : self.height, : self.width].sum(0, dtype=torch.float64)
+            flat_x, flat_y = x.flatten(0, 2), y.flatten(0, 2)
+            for (i, j), total in shared.items():
+                shift = i * self.line + j
+                total.addmm_(flat_x[: len(flat_x) - shift].T, flat_x[shift:])
+            for at, (i, j) in enumerate(self.offsets):
+                shift = i * self.line + j
+                source, target = (flat_x[shift:], flat_y[: len(flat_y) - shift]) if shift >= 0 else (flat_x[:shift], flat_y[-shift:])
+                cross[at].addmm_(source.T, target)
+            for total, (a, b) in zip(of_pair, pairs, strict=True):
+                self._take_out(total, x, a, b)
+            yy += torch.linalg.vecdot(flat_y, flat_y, dim=0)
+        for total, (a, b) in zip(of_pair, pairs, strict=True):
+            (ai, aj), (bi, bj) = self.offsets[a], self.offsets[b]
+            total += shared[bi - ai, bj - aj]
+        return self._centred(pairs, of_pair, cross, yy, field_x, field_y)
+
+    def _padded(self, feature: Tensor, middle: Tensor) -> Tensor:
+        """(n, H + k - 1, W + k - 1, C), about the mean."""
+        rows = feature.new_zeros((len(feature), self.height + self.k - 1, self.line, feature.shape[1]), dtype=self.dtype)
+        torch.sub(feature.permute(0, 2, 3, 1), middle, out=rows[:, : self.height, : self.width])
+        return rows
+
+    def _outside(self, a: int) -> list[tuple[slice, slice]]:
+        """Rectangles of grid cells q with q - a outside the grid, which no patch reaches at offset a: lines, then columns less those lines."""
+        (i, j), (h, w) = self.offsets[a], (self.height, self.width)
+        lines = slice(0, min(i, h)) if i > 0 else slice(max(h + i, 0), h)
+        rest = slice(min(i, h), h) if i > 0 else slice(0, max(h + i, 0))
+        columns = slice(0, min(j, w)) if j > 0 else slice(max(w + j, 0), w)
+        return [(lines, slice(0, w)), (rest, columns)]
+
+    def _take_out(self, total: Tensor, x: Tensor, a: int, b: int) -> None:
+        """Subtract what the shared product counts at cells that no patch reaches at offset a."""
+        di, dj = (self.offsets[b][axis] - self.offsets[a][axis] for axis in (0, 1))
+        for lines, columns in self._outside(a):
+            low, high = max(lines.start, -di), min(lines.stop, self.height - di)
+            left, right = max(columns.start, -dj), min(columns.stop, self.width - dj)
+            if low < high and left < right:
+                here = x[:, low:high, left:right].flatten(0, 2)
+                there = x[:, low + di : high + di, left + dj : right + dj].flatten(0, 2)
+                total.addmm_(here.T, there, alpha=-1)
+
+    def _centred(self, pairs: list[tuple[int, int]], of_pair: Tensor, cross: Tensor, yy: Tensor, field_x: Tensor, field_y: Tensor) -> Five:
+        """From sums about the channel means to sums about the means of the patches' columns, in which padding counts as zero.
+
+        With x = x' + m inside the grid and 0 outside, all that is needed beside the products are sums of x' over rectangles.
+        """
+        images, cells, channels, wide = len(self.x), self.height * self.width, self.channels, len(yy)
+        rows = images * cells
+        m, middle_y = self.middle_x.double(), self.middle_y.double()
+        inside = [self._window(a) for a in range(self.k**2)]
+        counts = [images * _size(window) for window in inside]
+        sums = [_sum(field_x, window) + count * m for window, count in zip(inside, counts, strict=True)]
+        means = torch.stack(sums) / rows
+        drift = field_y.sum((0, 1))  # of rounding; 0 in exact arithmetic
+        d = self.k**2 * channels
+        xx, xy = (torch.empty(d, width, dtype=self.dtype, device=self.x.device) for width in (d, wide))
+        for total, (a, b) in zip(of_pair, pairs, strict=True):
+            both = _meet(inside[a], inside[b], self.offsets[a], self.offsets[b])
+            left, right, count = _sum(field_x, both[0]), _sum(field_x, both[1]), images * _size(both[0])
+            block = total.double()
+            block += torch.outer(left, m) + torch.outer(m, right + count * m) - rows * torch.outer(means[a], means[b])
+            block_a, block_b = (slice(at * channels, (at + 1) * channels) for at in (a, b))
+            xx[block_a, block_b] = block.to(self.dtype)
+            if a != b:
+                xx[block_b, block_a] = block.T.to(self.dtype)
+        for a, (i, j) in enumerate(self.offsets):
+            under = _shifted(inside[a], -i, -j)  # positions whose neighbour at offset a lies in the grid
+            block = cross[a].double() + torch.outer(m, _sum(field_y, under)) - torch.outer(means[a], drift)
+            xy[a * channels : (a + 1) * channels] = block.to(self.dtype)
+        yy = (yy.double() - drift.square() / rows).to(self.dtype)
+        return means.flatten().to(self.dtype), (middle_y + drift / rows).to(self.dtype), xx, xy, yy
+
+    def _window(self, a: int) -> tuple[slice, slice]:
+        """Grid cells that some patch reaches at offset a."""
+        (i, j), (h, w) = self.offsets[a], (self.height, self.width)
+        return slice(max(i, 0), max(min(h, h + i), max(i, 0))), slice(max(j, 0), max(min(w, w + j), max(j, 0)))
+
+
+Window = tuple[slice, slice]
+
+
+def _size(window: Window) -> int:
+    lines, columns = window
+    return int((lines.stop - lines.start) * (columns.stop - columns.start))
+
+
+def _sum(field: Tensor, window: Window) -> Tensor:
+    return field[window].sum((0, 1))
+
+
+def _shifted(window: Window, i: int, j: int) -> Window:
+    return slice(window[0].start + i, window[0].stop + i), slice(window[1].start + j, window[1].stop + j)
+
+
+def _meet(first: Window, second: Window, a: tuple[int, int], b: tuple[int, int]) -> tuple[Window, Window]:
+    """Cells p + a and cells p + b over the positions p where both lie in the grid."""
+    of_a, of_b = _shifted(first, -a[0], -a[1]), _shifted(second, -b[0], -b[1])
+    starts = [max(of_a[axis].start, of_b[axis].start) for axis in (0, 1)]
+    stops = [max(min(of_a[axis].stop, of_b[axis].stop), starts[axis]) for axis in (0, 1)]
+    shared = slice(starts[0], stops[0]), slice(starts[1], stops[1])
+    return _shifted(shared, *a), _shifted(shared, *b)
+
+
+@_moments.register_fake
+def _(x: Tensor, y: Tensor, kernel_size: int) -> Five:
+    d, c, dtype = kernel_size**2 * x.shape[1], y.shape[1], _dtype(x, y)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in ((d,), (c,), (d, d), (d, c), (c,)))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("knowiso::moments_backward", mutates_args=())
+def _moments_backward(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: int,
+    mean_x: Tensor,
+    mean_y: Tensor,
+    of_mean_x: Tensor,
+    of_mean_y: Tensor,
+    of_xx: Tensor,
+    of_xy: Tensor,
+    of_yy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Patches are written out again, a chunk at a time: `dP = P_c (G + Gᵀ) + Y_c G_xyᵀ + g / n`, and back through the patches."""
+    rows = len(x) * x.shape[2] * x.shape[3]
+    by_x, by_y = torch.empty_like(x), torch.empty_like(y)
+    both_ways = of_xx + of_xx.T
+    for part in _parts(x, len(mean_x) + len(mean_y)):
+        rows_x = patch_rows(x[part].to(mean_x.dtype), kernel_size) - mean_x
+        rows_y = patch_rows(y[part].to(mean_x.dtype), 1) - mean_y
+        pulled_x = rows_x @ both_ways + rows_y @ of_xy.T + of_mean_x / rows
+        pulled_y = rows_x @ of_xy + 2 * rows_y * of_yy + of_mean_y / rows
+        n, height, width = len(x[part]), x.shape[2], x.shape[3]
+        columns = pulled_x.view(n, height * width, kernel_size**2, -1).permute(0, 3, 2, 1).flatten(1, 2)
+        by_x[part] = F.fold(columns, (height, width), kernel_size, padding=kernel_size // 2)
+        by_y[part] = pulled_y.view(n, height, width, -1).permute(0, 3, 1, 2)
+    return by_x, by_y
+
+
+@_moments_backward.register_fake
+def _(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(y)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Five) -> None:
+    x, y, ctx.kernel_size = inputs
+    ctx.save_for_backward(x, y, *output[:2])
+
+
+def _pull(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, y, mean_x, mean_y = ctx.saved_tensors
+    return *_moments_backward(x, y, ctx.kernel_size, mean_x, mean_y, *upstream), None
+
+
+_moments.register_autograd(_pull, setup_context=_keep)
