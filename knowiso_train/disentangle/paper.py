@@ -61,8 +61,27 @@ class PaperMaps(nn.Module):
 
     def of_normalised(self, x: Tensor) -> Tensor:
         """g(x) of a source that was divided by its scale already."""
+        return self._after(self.order, x)
+
+    def last_step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Source, weight and bias of the convolution that gives `of_normalised(x)`, for whoever wants its residual and not itself.
+
+        Returns:
+            (N, C, H, W), (C_B, C, k, k) and (C_B,) or None, where C is C_A, or C_A + C_B if untied maps read the source and the gated signal.
+        """
+        last = self.of_source[self.order]
+        weight, bias = last.get_parameter("weight"), last.bias
+        if not self.order:
+            return x, weight, bias  # type: ignore[return-value]
+        h, p = self._after(self.order - 1, x), self.gates[-1]
+        if self.tied:
+            return gate(x, h, p), weight, bias  # type: ignore[return-value]
+        of_gated = self.of_gated[-1].get_parameter("weight")
+        return torch.cat([x, gate(None, h, p)], 1), torch.cat([weight, of_gated], 1), bias  # type: ignore[return-value]
+
+    def _after(self, steps: int, x: Tensor) -> Tensor:
         h: Tensor = self.of_source[0](x)
-        for step, p in enumerate(self.gates, start=1):
+        for step, p in enumerate(self.gates[:steps], start=1):
             h = self.of_source[step](gate(x, h, p)) if self.tied else self.of_source[step](x) + self.of_gated[step - 1](gate(None, h, p))
         return h
 

@@ -84,11 +84,8 @@ class LearnedMap(nn.Module):
     def _energy(self, x: Tensor, y: Tensor) -> Tensor:
         scale = channel_scale(x)
         x = x / scale.maximum(WEAKEST * self.source_scale.to(scale))
-        if self.maps.order:
-            residual: Tensor = y - self.mean.view(-1, 1, 1) - self.spread * self.maps.of_normalised(x)
-            return residual.square().sum()
-        weight, bias = (getattr(self.maps.of_source[0], name) for name in ("weight", "bias"))
-        return residual_energy(x, y, self.spread * weight, self.mean if bias is None else self.mean + self.spread * bias)
+        source, weight, bias = self.maps.last_step(x)
+        return residual_energy(source, y, self.spread * weight, self.mean if bias is None else self.mean + self.spread * bias)
 
     @torch.no_grad()
     def _look(self, x: Tensor, y: Tensor, group: Group) -> None:

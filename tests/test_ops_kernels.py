@@ -1,0 +1,85 @@
+"""The Triton kernels under Triton's interpreter, in a process of its own: it has to be chosen before Triton is first imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_ops import both, close, normal
+
+from knowiso_train.ops import gate, gate_orders, kernels, residual_energy
+from knowiso_train.ops.reference import gate as plain_gate
+from knowiso_train.ops.reference.residual_energy import residual_energy as plain_energy
+
+HERE = Path(__file__).parent
+runs_kernels = pytest.mark.skipif(
+    not (kernels.interpreted() or torch.cuda.is_available()), reason="Triton's interpreter is off here; test_all_of_it_interpreted turns it on"
+)
+
+
+@pytest.mark.skipif(kernels.interpreted(), reason="already interpreted")
+def test_all_of_it_interpreted() -> None:
+    """These tests and those of the operations that have kernels, with the kernels."""
+    pytest.importorskip("triton")
+    chosen = "runs_the or held or blocks or falls or (TestAgainstTheReference and (test_gate or (residual_energy and not 3-)))"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", chosen, "test_ops.py", "test_ops_kernels.py"]
+    done = subprocess.run(command, cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@runs_kernels
+def test_runs_the_kernels() -> None:
+    x = normal(2, 3, 2, 2)
+    assert kernels.gate_for(x) is not None
+    assert kernels.residual_energy_for(x, x, normal(3, 3, 1, 1)) is not None
+    assert kernels.gate_for(x.double()) is None
+
+
+@runs_kernels
+@pytest.mark.parametrize("last", [False, True])
+def test_rows_that_cannot_be_held(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    module = kernels.gate_for(normal(1))
+    monkeypatch.setattr(module, "HELD", 4)
+    x, h = normal(2, 3, 5, 3, last=last), normal(2, 3, 5, 3, seed=1, offset=0.2, last=last)
+    p = torch.tensor(0.4, device=h.device)
+    both(gate, plain_gate.gate, [x, h, p], torch.float32)
+    both(gate_orders, plain_gate.gate_orders, [torch.stack([x, h, x]), p], torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("c", "d"), [(3, 70), (33, 65), (256, 8)])
+def test_blocks_that_do_not_divide(c: int, d: int) -> None:
+    x, y = normal(3, c, 7, 5).requires_grad_(), normal(3, d, 7, 5, seed=1)
+    weight, bias, channel = normal(d, c, 1, 1, seed=2) / c**0.5, normal(d, seed=3), normal(d, seed=4).abs()
+    energy = residual_energy(x, y, weight, bias, channel)
+    energy.mul(1.7).backward()
+    exact = x.detach().double().requires_grad_()
+    wanted = plain_energy(exact, y.double(), weight.double(), bias.double(), channel.double())
+    wanted.mul(1.7).backward()
+    close(energy, wanted, torch.float32)
+    close(x.grad, exact.grad, torch.float32)
+
+
+@runs_kernels
+def test_falls_back_where_the_kernel_does_not_reach() -> None:
+    wide = normal(1, 257, 2, 2)
+    assert kernels.residual_energy_for(wide, wide, normal(257, 257, 1, 1)) is None
+    assert kernels.residual_energy_for(wide, wide, normal(257, 257, 3, 3)) is None
+
+
+def test_without_triton_everything_works() -> None:
+    """As on a platform that has none."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from knowiso_train import ops\n"
+        "x = torch.ones(1, 2, 3, 3); print(float(ops.gate(x, x, torch.tensor(0.5)).sum()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
