@@ -5,8 +5,9 @@
     python benchmarks/bench_loss.py --autocast                      # bfloat16, on a GPU
 
 Every contender has networks of its own and stays in memory; in each round each takes one whole step (forward, backward, optimizer), in an order drawn
-anew. Ratios are of the same round. A closed form takes in every second batch and is solved at every 10th step: medians are of odd, of even and of
-refreshing rounds, and "with refresh" weighs them as often as they come. Every feature loss stands beside teacher + KD, so all are held against that.
+anew. A closed form takes in every second batch and is solved at every 10th step: ratios are of medians over the odd, the even and the refreshing
+rounds, and "with refresh" weighs them as often as they come; "10 % .. 90 %" is of ratios within a round. Every feature loss stands beside
+teacher + KD, so all are held against that.
 
 Peak memory is what tensors took at most during a refreshing step and a plain one, with weights, optimizer and own state: on a GPU from PyTorch's
 allocator; on the CPU from the profiler's record of every allocation, which leaves out the scratch memory inside oneDNN's kernels.
@@ -68,7 +69,7 @@ def cases(gpu: bool) -> list[Case]:
     large = tuple(lambda name=name: timm.create_model(name, num_classes=1000) for name in ("resnet18", "resnet50", "resnet34"))
     small = tuple(lambda depth=depth: CifarResNet(depth) for depth in (20, 56, 44))
     return [
-        Case("resnet18 ← resnet50", large, ("layer2", "layer3", "layer4"), *((128, 224) if gpu else (16, 112))),
+        Case("resnet18 ← resnet50", large, ("layer2", "layer3", "layer4"), *((128, 224) if gpu else (32, 112))),
         Case("resnet20 ← resnet56", small, ("layer1", "layer2", "layer3"), 128, 32),
     ]
 
@@ -221,12 +222,15 @@ def rows_of(times: dict[str, list[float]], peaks: dict[str, int]) -> Iterator[di
     def ratios(kind: str, rounds: list[int]) -> list[float]:
         return [times[kind][i] / times[BASE][i] for i in rounds]
 
+    def middle(kind: str, rounds: list[int]) -> float:
+        return quantile([times[kind][i] for i in rounds], 0.5)
+
     for kind in times:
-        seldom, of_odd, of_even = (quantile(ratios(kind, chosen), 0.5) for chosen in (refreshed, odd, even))
+        seldom, of_odd, of_even = (middle(kind, chosen) / middle(BASE, chosen) for chosen in (refreshed, odd, even))
         often = (len(odd) * of_odd + len(even) * of_even) / len(plain)
         yield {
             "contender": kind,
-            "ms": 1000 * quantile([times[kind][i] for i in plain], 0.5),
+            "ms": 1000 * middle(kind, plain),
             f"of {BASE}": round(often, 3),
             "10 % .. 90 %": " .. ".join(f"{quantile(ratios(kind, plain), q):.3f}" for q in (0.1, 0.9)),
             "refreshing step": round(seldom, 3),

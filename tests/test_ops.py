@@ -166,7 +166,7 @@ OPS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "gate_orders_backward": ("gate_orders_backward", (normal(2, 2, 3, 4, 5), normal(2, 2, 3, 4, 5), torch.ones(2, 3, device=DEVICE), P)),
     "residual_energy": ("residual_energy", (H, normal(2, 6, 4, 5), normal(6, 3, 1, 1), normal(6), None, True, True, True)),
     "residual_energy, frozen map": ("residual_energy", (H, normal(2, 6, 4, 5), normal(6, 3, 3, 3), None, normal(6).abs(), True, False, False)),
-    "fixed_map_energy": ("fixed_map_energy", (H, normal(2, 6, 4, 5), *of_map(normal(6, 3, 1, 1)), True)),
+    "fixed_map_energy": ("fixed_map_energy", (H, normal(2, 6, 4, 5), *of_map(normal(6, 3, 1, 1)))),
     "moments": ("moments", (H, normal(2, 6, 4, 5), 3)),
 }
 
@@ -175,7 +175,7 @@ OPS: dict[str, tuple[str, tuple[Any, ...]]] = {
 def test_opcheck(name: str) -> None:
     """Schema, fake kernel (also with changing shapes), autograd registration."""
     op, inputs = OPS[name]
-    asked = inputs[-3:] if op == "residual_energy" else inputs[-1:] if op == "fixed_map_energy" else ()
+    asked = inputs[-3:] if op == "residual_energy" else (True,) if op == "fixed_map_energy" else ()
     wanted = {0: True, 2: asked[1:2] == (True,), 3: asked[2:] == (True,)} if asked else dict.fromkeys(range(len(inputs)), "backward" not in op)
     inputs = tuple(
         value.clone().requires_grad_() if isinstance(value, Tensor) and wanted.get(at, False) else value for at, value in enumerate(inputs)

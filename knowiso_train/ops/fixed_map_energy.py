@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knowiso_train.errors import ShapeError
+from knowiso_train.ops.residual_energy import residual_energy
+from knowiso_train.ops.upstream import scaled
 
-CHUNK_BYTES = 4 * 2**20  # of centred target that is alive at once
+CHUNK_BYTES = 2**20  # of centred target that is alive at once
 
 
 def fixed_map_energy(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
@@ -53,46 +55,45 @@ def fixed_map_energy(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, y, weight, gram, mean_x, mean_y))
         raise ShapeError(f"expected x (N, C, H, W), y (N, D, H, W), weight (D, C), gram (C, C), means (C,) and (D,) with N, H, W > 0; got {shapes}")
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    learned = x.requires_grad and torch.is_grad_enabled()
-    total: Tensor = _parts(x if dense else x.contiguous(), y, weight, gram, mean_x, mean_y, learned)[0]
+    if not (x.requires_grad and torch.is_grad_enabled()):  # then the residual needs one product as well
+        return residual_energy(x, y, weight[:, :, None, None], torch.addmv(mean_y, weight, mean_x, alpha=-1))
+    total: Tensor = _parts(x if dense else x.contiguous(), y, weight, gram, mean_x, mean_y)[0]
     return total
 
 
 @torch.library.custom_op("knowiso::fixed_map_energy", mutates_args=())
-def _parts(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """The energy, and the gradient of x where it is wanted, else an empty tensor."""
+def _parts(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> tuple[Tensor, Tensor]:
+    """The energy, and the gradient of x."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if x.is_cuda else nullcontext()  # differences of large sums
     with torch.autocast(x.device.type, enabled=False), exact:
         map_, square = (matrix.to(dtype)[:, :, None, None] for matrix in (weight, gram))
         middle_x, middle_y = (mean.to(dtype).view(-1, 1, 1) for mean in (mean_x, mean_y))
         total = torch.zeros((), dtype=dtype, device=x.device)
-        of_x = torch.empty_like(x) if wanted else x.new_empty(0)
+        of_x = torch.empty_like(x)
         step = max(1, CHUNK_BYTES // (y[0].numel() * dtype.itemsize))
         for part in (slice(start, start + step) for start in range(0, len(x), step)):
             source, target = x[part].to(dtype) - middle_x, y[part].to(dtype) - middle_y
             pulled, known = F.conv_transpose2d(target, map_), F.conv2d(source, square)
             total += target.square_().sum() + (source * (known - 2 * pulled)).sum()
-            if wanted:
-                of_x[part] = known.sub_(pulled).mul_(2)
+            of_x[part] = known.sub_(pulled).mul_(2)
     return total, of_x
 
 
 @_parts.register_fake
-def _(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return x.new_empty((), dtype=dtype), torch.empty_like(x) if wanted else x.new_empty(0)
+    return x.new_empty((), dtype=dtype), torch.empty_like(x)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
-    ctx.wanted = inputs[6]
 
 
 def _pull(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
     (of_x,) = ctx.saved_tensors
-    return (of_x * upstream.to(of_x.dtype) if ctx.wanted else None, *[None] * 6)
+    return (scaled(of_x, upstream), *[None] * 5)
 
 
 _parts.register_autograd(_pull, setup_context=_keep)

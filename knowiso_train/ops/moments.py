@@ -16,7 +16,7 @@ from torch import Tensor
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops.reference.patches import patch_rows
 
-CHUNK_BYTES = 4 * 2**20  # of rows that are alive at once on a CPU; a GPU takes
+CHUNK_BYTES = 2**20  # of rows that are alive at once on a CPU, about what a core's cache holds; a GPU takes
 PART = 16  # of the batch, at least
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -107,14 +107,16 @@ class _Patches:
         pairs = [(a, b) for a in range(self.k**2) for b in range(a, self.k**2)]
         new: dict[str, Any] = {"dtype": self.dtype, "device": self.x.device}
         shared = {difference: torch.zeros(channels, channels, **new) for difference in differences}
-        of_pair = torch.zeros(len(pairs), channels, channels, **new)
+        xx = torch.zeros(self.k**2 * channels, self.k**2 * channels, **new)
+        blocks = xx.view(self.k**2, channels, self.k**2, channels)
         cross = torch.zeros(self.k**2, channels, wide, **new)
         yy = torch.zeros(wide, **new)
         field_x, field_y = (torch.zeros(self.height, self.width, c, dtype=torch.float64, device=self.x.device) for c in (channels, wide))
-        for part in _parts(self.x, channels + wide):
+
+        def add(part: slice) -> None:
             x, y = self._padded(self.x[part], self.middle_x), self._padded(self.y[part], self.middle_y)
-            field_x += x[:, : self.height, : self.width].sum(0, dtype=torch.float64)
-            field_y += y[:, : self.height, : self.width].sum(0, dtype=torch.float64)
+            field_x.add_(x[:, : self.height, : self.width].sum(0, dtype=torch.float64))
+            field_y.add_(y[:, : self.height, : self.width].sum(0, dtype=torch.float64))
             flat_x, flat_y = x.flatten(0, 2), y.flatten(0, 2)
             for (i, j), total in shared.items():
                 shift = i * self.line + j
@@ -123,13 +125,16 @@ class _Patches:
                 shift = i * self.line + j
                 source, target = (flat_x[shift:], flat_y[: len(flat_y) - shift]) if shift >= 0 else (flat_x[:shift], flat_y[-shift:])
                 cross[at].addmm_(source.T, target)
-            for total, (a, b) in zip(of_pair, pairs, strict=True):
-                self._take_out(total, x, a, b)
-            yy += torch.linalg.vecdot(flat_y, flat_y, dim=0)
-        for total, (a, b) in zip(of_pair, pairs, strict=True):
+            for a, b in pairs:
+                self._take_out(blocks[a, :, b], x, a, b)
+            yy.add_(torch.linalg.vecdot(flat_y, flat_y, dim=0))
+
+        for part in _parts(self.x, (channels + wide) * self.line * (self.height + gap) // (self.height * self.width)):
+            add(part)
+        for a, b in pairs:
             (ai, aj), (bi, bj) = self.offsets[a], self.offsets[b]
-            total += shared[bi - ai, bj - aj]
-        return self._centred(pairs, of_pair, cross, yy, field_x, field_y)
+            blocks[a, :, b] += shared[bi - ai, bj - aj]
+        return self._centred(pairs, xx, cross.flatten(0, 1), yy, field_x, field_y)
 
     def _padded(self, feature: Tensor, middle: Tensor) -> Tensor:
         """(n, H + k - 1, W + k - 1, C), about the mean."""
@@ -156,12 +161,12 @@ class _Patches:
                 there = x[:, low + di : high + di, left + dj : right + dj].flatten(0, 2)
                 total.addmm_(here.T, there, alpha=-1)
 
-    def _centred(self, pairs: list[tuple[int, int]], of_pair: Tensor, cross: Tensor, yy: Tensor, field_x: Tensor, field_y: Tensor) -> Five:
-        """From sums about the channel means to sums about the means of the patches' columns, in which padding counts as zero.
+    def _centred(self, pairs: list[tuple[int, int]], xx: Tensor, xy: Tensor, yy: Tensor, field_x: Tensor, field_y: Tensor) -> Five:
+        """In place, from sums about the channel means to sums about the means of the patches' columns, in which padding counts as zero.
 
         With x = x' + m inside the grid and 0 outside, all that is needed beside the products are sums of x' over rectangles.
         """
-        images, cells, channels, wide = len(self.x), self.height * self.width, self.channels, len(yy)
+        images, cells, channels = len(self.x), self.height * self.width, self.channels
         rows = images * cells
         m, middle_y = self.middle_x.double(), self.middle_y.double()
         inside = [self._window(a) for a in range(self.k**2)]
@@ -169,21 +174,18 @@ class _Patches:
         sums = [_sum(field_x, window) + count * m for window, count in zip(inside, counts, strict=True)]
         means = torch.stack(sums) / rows
         drift = field_y.sum((0, 1))  # of rounding; 0 in exact arithmetic
-        d = self.k**2 * channels
-        xx, xy = (torch.empty(d, width, dtype=self.dtype, device=self.x.device) for width in (d, wide))
-        for total, (a, b) in zip(of_pair, pairs, strict=True):
+        blocks, cross = xx.view(self.k**2, channels, self.k**2, channels), xy.view(self.k**2, channels, -1)
+        for a, b in pairs:
             both = _meet(inside[a], inside[b], self.offsets[a], self.offsets[b])
             left, right, count = _sum(field_x, both[0]), _sum(field_x, both[1]), images * _size(both[0])
-            block = total.double()
+            block = blocks[a, :, b].double()
             block += torch.outer(left, m) + torch.outer(m, right + count * m) - rows * torch.outer(means[a], means[b])
-            block_a, block_b = (slice(at * channels, (at + 1) * channels) for at in (a, b))
-            xx[block_a, block_b] = block.to(self.dtype)
-            if a != b:
-                xx[block_b, block_a] = block.T.to(self.dtype)
+            blocks[a, :, b] = block
+            blocks[b, :, a] = block.T
         for a, (i, j) in enumerate(self.offsets):
             under = _shifted(inside[a], -i, -j)  # positions whose neighbour at offset a lies in the grid
             block = cross[a].double() + torch.outer(m, _sum(field_y, under)) - torch.outer(means[a], drift)
-            xy[a * channels : (a + 1) * channels] = block.to(self.dtype)
+            cross[a] = block
         yy = (yy.double() - drift.square() / rows).to(self.dtype)
         return means.flatten().to(self.dtype), (middle_y + drift / rows).to(self.dtype), xx, xy, yy
 

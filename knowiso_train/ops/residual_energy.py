@@ -11,8 +11,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops import kernels
+from knowiso_train.ops.upstream import scaled
 
-CHUNK_BYTES = 4 * 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache; a GPU takes
+CHUNK_BYTES = 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache; a GPU takes
 PART = 32  # of it, at least, so that products stay large
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -116,9 +117,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
 
 
 def _pull(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    of_x, of_weight, of_bias = (
-        kept * upstream.to(kept.dtype) if wanted else None for kept, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    )
+    of_x, of_weight, of_bias = (scaled(kept, upstream) if wanted else None for kept, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
     return of_x, None, of_weight, of_bias, None, None, None, None
 
 

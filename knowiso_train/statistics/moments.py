@@ -13,7 +13,7 @@ from knowiso_train.errors import NonFiniteError, ShapeError
 from knowiso_train.ops import moments, patch_rows
 from knowiso_train.statistics.distributed import Group
 
-CHUNK_BYTES = 8 * 2**20  # of patch rows that are alive at once: they are passed over several times, so they should stay in the cache
+CHUNK_BYTES = 8 * 2**20  # of patch rows that are alive at once
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,9 @@ class StreamingMoments:
             raise ShapeError(f"expected source and target channels {expected}, got {(x.shape[1], y.shape[1])}")
         if len(x) == 0:
             return
-        rows = positions.shape[1] if positions is not None else x.shape[2] * x.shape[3]
-        step = max(1, max(CHUNK_BYTES, 8 * d * d) // (rows * d * max(x.element_size(), 4)))  # merging costs d², so at least 2d rows
+        step = len(x)
+        if positions is not None:  # chosen patches are written out; merging costs d², so at least 2d rows
+            step = max(1, max(CHUNK_BYTES, 8 * d * d) // (positions.shape[1] * d * max(x.element_size(), 4)))
         total = self.value
         for start in range(0, len(x), step):
             part = slice(start, start + step)

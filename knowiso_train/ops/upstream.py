@@ -1,0 +1,18 @@
+"""Gradients that were made in the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scaled(kept: Tensor, upstream: Tensor) -> Tensor:
+    """A gradient from the forward pass times what arrives at its scalar: in place where the graph goes with this backward, else a copy.
+
+    A copy is as large as the feature, and the only large thing that such a backward would make.
+    """
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    factor = upstream.to(kept.dtype)
+    if type(kept) is not Tensor or keeps_graph is None or keeps_graph():  # another type: being traced
+        return kept * factor
+    return kept.mul_(factor)
