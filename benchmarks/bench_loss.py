@@ -16,19 +16,16 @@ allocator; on the CPU from the profiler's record of every allocation, which leav
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from gauge import CLOCKS, highest, quantile
 from record import record, table
 from rivals import AttentionTransfer, FitNet, ReviewKD
 from torch import Tensor, nn
@@ -161,9 +158,6 @@ def settled(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
 def seconds(contender: Contender, clock: Callable[[], float]) -> float:
     synchronise(contender.device)
     began = clock()
@@ -190,24 +184,6 @@ def peak(contender: Contender) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         contender.step(), contender.step()
     return contender.held() + highest(watched)
-
-
-def highest(watched: profile) -> int:
-    """The most that was allocated at one time under a profiler, in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        watched.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-    most = now = 0
-    for change in changes:
-        now += change["args"]["Bytes"]
-        most = max(most, now)
-    return most
-
-
-def quantile(values: list[float], q: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
 def rows_of(times: dict[str, list[float]], peaks: dict[str, int]) -> Iterator[dict[str, Any]]:

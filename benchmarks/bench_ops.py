@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from gauge import CLOCKS, highest, quantile
 from record import RESULTS, record, table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -32,7 +30,6 @@ from knowiso_train.ops.reference import gate as plain_gate
 from knowiso_train.ops.reference.moments import moments as plain_moments
 from knowiso_train.ops.reference.residual_energy import residual_energy as plain_energy
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MODES = ("forward", "backward", "both")
 
 
@@ -196,22 +193,6 @@ def memory(run: Run, mode: str, gpu: bool) -> int:
     return max(0, most - run.results())
 
 
-def highest(watched: profile) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        watched.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    most = now = 0
-    for change in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        now += change["args"]["Bytes"]
-        most = max(most, now)
-    return most
-
-
-def quantile(values: list[float], q: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
-
-
 def ceilings(device: torch.device, dtype: torch.dtype, clock: Callable[[], float], gpu: bool) -> dict[str, float]:
     """GB/s of a copy (read and write counted) and GFLOP/s of a product, the best of ten."""
     large = torch.randn(2**28 if gpu else 2**24, device=device, dtype=dtype)
@@ -277,9 +258,11 @@ def main() -> None:
         row["of copy"] = round(row.pop("moved") / seconds / 1e9 / limits["copy GB/s"], 2)
         row["of product"] = round(row.pop("products") / seconds / 1e9 / limits["product GFLOP/s"], 2)
     print(table(rows), "\n", {name: round(value, 1) for name, value in limits.items()})
+    targets = verdict(rows, gpu)
+    print("\n".join(f"{name}: {value}" for name, value in targets.items()))
     name = args.name or ("bench_ops_gpu" if gpu else "bench_ops")
     driver = {"triton": _version("triton"), "cuda": torch.version.cuda, "tf32": args.tf32, "dtype": args.dtype}
-    record(name, {"rows": rows, "ceilings": limits}, clock=args.clock, **driver)
+    record(name, {"rows": rows, "ceilings": limits, "targets": targets}, clock=args.clock, **driver)
     plot(rows, RESULTS / f"{name}.png")
 
 
@@ -304,6 +287,39 @@ def row_of(case: Case, mode: str, name: str, times: dict[str, list[float]], need
         "memory of eager": round(needed[name] / max(needed["eager"], 1), 3),
         "moved": case.moved.get(mode, 0),
         "products": case.products.get(mode, 0),
+    }
+
+
+def verdict(rows: list[dict[str, Any]], gpu: bool) -> dict[str, str]:
+    """What was to be reached beside what was found, the worst case of each."""
+
+    def worst(op: str, key: str, mode: str = "", most: bool = True) -> float:
+        found = [row[key] for row in rows if row["contender"] == "ours" and row["operation"].startswith(op) and mode in row["mode"]]
+        return (max if most else min)(found, default=float("nan"))
+
+    def against_compiled(op: str) -> float:
+        times = {(row["operation"], row["shape"], row["mode"], row["contender"]): row["ms"] for row in rows}
+        if not any(row["contender"] == "compiled" for row in rows):
+            return float("nan")
+        gains = [times[name, shape, mode, "compiled"] / ms for (name, shape, mode, who), ms in times.items() if who == "ours" and name == op]
+        return min(gains, default=float("nan"))
+
+    if not gpu:
+        return {
+            f"{op}: {name} of eager at most {limit}": f"{worst(op, key):.3f}"
+            for op in ("residual_energy", "moments")
+            for name, key, limit in (("time", "of eager", "1.05"), ("memory", "memory of eager", "1/3"))
+        }
+    return {
+        "gate: of copy bandwidth, forward, at least 0.8": f"{worst('gate', 'of copy', 'forward', most=False):.2f}",
+        "gate: of copy bandwidth, backward, at least 0.8": f"{worst('gate', 'of copy', 'backward', most=False):.2f}",
+        "gate: times eager's speed, at least 3": f"{1 / worst('gate', 'of eager'):.2f}",
+        "gate: times the compiled speed, at least 1.2": f"{against_compiled('gate'):.2f}",
+        "residual_energy: of a product's rate, forward, at least 0.7": f"{worst('residual_energy', 'of product', 'forward', most=False):.2f}",
+        "residual_energy: of a product's rate, both, at least 0.7": f"{worst('residual_energy', 'of product', 'both', most=False):.2f}",
+        "residual_energy: memory of eager at most 0.1": f"{worst('residual_energy', 'memory of eager'):.3f}",
+        "moments 3x3: times eager's speed, at least 3": f"{1 / worst('moments 3x3', 'of eager'):.2f}",
+        "moments 3x3: memory of eager at most 1/9": f"{worst('moments 3x3', 'memory of eager'):.3f}",
     }
 
 

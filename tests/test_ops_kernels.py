@@ -25,9 +25,11 @@ runs_kernels = pytest.mark.skipif(
 def test_all_of_it_interpreted() -> None:
     """These tests and those of the operations that have kernels, with the kernels."""
     pytest.importorskip("triton")
-    chosen = "runs_the or held or blocks or falls or (TestAgainstTheReference and (test_gate or (residual_energy and not 3-)))"
+    chosen = "runs_the or held or blocks or falls or (TestAgainstTheReference and not torch.float16 and (test_gate or (residual_energy and 1-)))"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", chosen, "test_ops.py", "test_ops_kernels.py"]
     done = subprocess.run(command, cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("the interpreter of this Triton cannot work with this NumPy: Triton 3.4 needs NumPy < 2.4")
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
@@ -71,6 +73,41 @@ def test_falls_back_where_the_kernel_does_not_reach() -> None:
     wide = normal(1, 257, 2, 2)
     assert kernels.residual_energy_for(wide, wide, normal(257, 257, 1, 1)) is None
     assert kernels.residual_energy_for(wide, wide, normal(257, 257, 3, 3)) is None
+
+
+@pytest.mark.skipif(kernels.interpreted(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_kernels_compile_for_a_gpu_that_is_not_here(dtype: str) -> None:
+    """Through Triton's own assembler to the machine code of an H100, and within its shared memory."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from knowiso_train.ops.kernels import gate as of_gate
+    from knowiso_train.ops.kernels import residual_energy as of_energy
+
+    halves = {"x_ptr", "h_ptr", "y_ptr", "out_ptr", "up_ptr", "of_x_ptr"}
+    grid = {"BLOCK": 256, "ROWS": 4}
+    tile = {"BLOCK_C": 64, "BLOCK_P": 64, "BLOCK_D": 32, "HAS_BIAS": True, "HAS_CHANNEL": True, "WANTED": True, "PRECISION": "tf32x3"}
+    for kernel, constants in (
+        (of_gate._forward, {"ORDERS": 1, "HAS_X": True, "WHOLE": True, **grid}),
+        (of_gate._forward, {"ORDERS": 3, "HAS_X": False, "WHOLE": False, **grid}),
+        (of_gate._backward, {"ORDERS": 3, **grid}),
+        (of_energy._kernel, tile),
+    ):
+        signature = {
+            name: "constexpr"
+            if name in constants
+            else f"*{dtype if name in halves else 'fp32'}"
+            if name.endswith("_ptr")
+            else "fp32"
+            if name == "eps"
+            else "i32"
+            for name in kernel.fn.arg_names
+        }
+        made = compile(ASTSource(fn=kernel.fn, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        assert made.asm["cubin"]
+        assert made.metadata.shared < 227 * 1024
 
 
 def test_without_triton_everything_works() -> None:

@@ -125,10 +125,11 @@ def _run_forward(x: Tensor | None, orders: Tensor, p: Tensor) -> tuple[Tensor, T
     h, into = _flat(orders), _flat(out)
     added = h[0] if x is None else _flat(x)
     whole = h.shape[-1] <= HELD
-    _forward[grid](
-        added, h, into, scale, p, rows, h.shape[-1], channels, *added.stride(), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0),
-        EPS, ORDERS=len(orders), HAS_X=x is not None, WHOLE=whole, **block,
-    )  # fmt: skip
+    with torch.cuda.device_of(h):
+        _forward[grid](
+            added, h, into, scale, p, rows, h.shape[-1], channels, *added.stride(), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0),
+            EPS, ORDERS=len(orders), HAS_X=x is not None, WHOLE=whole, **block,
+        )  # fmt: skip
     return out, scale
 
 
@@ -138,7 +139,8 @@ def _run_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) ->
     of_p = torch.empty(rows, dtype=torch.float32, device=orders.device)
     up, h, into = _flat(upstream), _flat(orders), _flat(out)
     strides = (*up.stride()[1:], up.stride(0), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0))
-    _backward[grid](up, h, scale, p, into, of_p, rows, h.shape[-1], channels, *strides, ORDERS=len(orders), **block)
+    with torch.cuda.device_of(h):
+        _backward[grid](up, h, scale, p, into, of_p, rows, h.shape[-1], channels, *strides, ORDERS=len(orders), **block)
     return out, of_p.sum().to(p.dtype)
 
 

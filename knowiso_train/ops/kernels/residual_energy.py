@@ -17,7 +17,6 @@ CONFIGS = [
     {"BLOCK_P": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2},
     {"BLOCK_P": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
     {"BLOCK_P": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_P": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
 ]
 
 
@@ -69,10 +68,11 @@ def energy_and_gradient(
     energy = torch.empty(total, dtype=torch.float32, device=x.device)
     exact = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
     map_ = weight.reshape(width, channels).contiguous()
-    _kernel[lambda meta: (triton.cdiv(total, meta["BLOCK_P"]),)](
-        source, target, map_, map_ if bias is None else bias, map_ if channel_weight is None else channel_weight, into, energy,
-        total, positions, channels, width, *source.stride(), *target.stride(), *into.stride(),
-        HAS_BIAS=bias is not None, HAS_CHANNEL=channel_weight is not None, WANTED=wanted, PRECISION="ieee" if exact else "tf32",
-        BLOCK_C=max(16, triton.next_power_of_2(channels)),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _kernel[lambda meta: (triton.cdiv(total, meta["BLOCK_P"]),)](
+            source, target, map_, map_ if bias is None else bias, map_ if channel_weight is None else channel_weight, into, energy,
+            total, positions, channels, width, *source.stride(), *target.stride(), *into.stride(),
+            HAS_BIAS=bias is not None, HAS_CHANNEL=channel_weight is not None, WANTED=wanted, PRECISION="tf32x3" if exact else "tf32",
+            BLOCK_C=max(16, triton.next_power_of_2(channels)),
+        )  # fmt: skip
     return energy.sum(), of_x
