@@ -16,8 +16,8 @@ from torch import Tensor
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops.reference.patches import patch_rows
 
-CHUNK_BYTES = 2**20  # of rows that are alive at once on a CPU, about what a core's cache holds; a GPU takes
-PART = 16  # of the batch, at least
+CHUNK_BYTES = 2**20  # of rows that are alive at once on a CPU, about what a core's cache holds, but as much as the sums that they are added to
+PART = 16  # of the batch, at least, on a GPU
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -54,9 +54,9 @@ def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
 
 
-def _parts(x: Tensor, rows: int) -> list[slice]:
-    """Slices of images whose `rows`-wide rows fit a chunk."""
-    step = max(1, CHUNK_BYTES // (x.shape[2] * x.shape[3] * rows * 4))
+def _parts(x: Tensor, rows: int, sums: int = 0) -> list[slice]:
+    """Slices of images whose `rows`-wide rows fit a chunk; `sums` is what is added to, in bytes."""
+    step = max(1, max(CHUNK_BYTES, sums) // (x.shape[2] * x.shape[3] * rows * 4))
     step = step if x.device.type == "cpu" else max(step, -(-len(x) // PART))
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
@@ -77,7 +77,7 @@ def _plain(x: Tensor, y: Tensor) -> Five:
     mean_x, mean_y = _middle(x, dtype), _middle(y, dtype)
     xx, xy = (torch.zeros(x.shape[1], width, dtype=dtype, device=x.device) for width in (x.shape[1], y.shape[1]))
     yy = torch.zeros(y.shape[1], dtype=dtype, device=x.device)
-    for part in _parts(x, x.shape[1] + y.shape[1]):
+    for part in _parts(x, x.shape[1] + y.shape[1], xx.nbytes + xy.nbytes):
         rows_x = patch_rows(x[part].to(dtype), 1) - mean_x
         rows_y = patch_rows(y[part].to(dtype), 1) - mean_y
         xx.addmm_(rows_x.T, rows_x)

@@ -13,8 +13,8 @@ from knowiso_train.errors import ShapeError
 from knowiso_train.ops import kernels
 from knowiso_train.ops.upstream import scaled
 
-CHUNK_BYTES = 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache; a GPU takes
-PART = 32  # of it, at least, so that products stay large
+CHUNK_BYTES = 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache, but four times the map, which is read for each;
+PART = 32  # of the batch, at least, on a GPU, so that products stay large
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -84,7 +84,7 @@ def _chunked(
     by_bias = torch.zeros(len(kernel) if of_bias else 0, dtype=dtype, device=x.device)
     pad = weight.shape[-1] // 2
     size = y[0].numel() * dtype.itemsize
-    step = max(1, CHUNK_BYTES // size) if x.device.type == "cpu" else max(1, CHUNK_BYTES // size, len(x) // PART)
+    step = max(1, max(CHUNK_BYTES, 4 * kernel.nbytes) // size, 0 if x.device.type == "cpu" else len(x) // PART)
     for part in (slice(start, start + step) for start in range(0, len(x), step)):
         source = x[part].to(dtype)
         residual = F.conv2d(source, kernel, shift, padding=pad).sub_(y[part])
