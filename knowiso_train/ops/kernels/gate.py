@@ -125,7 +125,7 @@ def _run_forward(x: Tensor | None, orders: Tensor, p: Tensor) -> tuple[Tensor, T
     h, into = _flat(orders), _flat(out)
     added = h[0] if x is None else _flat(x)
     whole = h.shape[-1] <= HELD
-    with torch.cuda.device_of(h):
+    with torch.cuda.device_of(h):  # type: ignore[no-untyped-call]
         _forward[grid](
             added, h, into, scale, p, rows, h.shape[-1], channels, *added.stride(), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0),
             EPS, ORDERS=len(orders), HAS_X=x is not None, WHOLE=whole, **block,
@@ -139,7 +139,7 @@ def _run_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) ->
     of_p = torch.empty(rows, dtype=torch.float32, device=orders.device)
     up, h, into = _flat(upstream), _flat(orders), _flat(out)
     strides = (*up.stride()[1:], up.stride(0), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0))
-    with torch.cuda.device_of(h):
+    with torch.cuda.device_of(h):  # type: ignore[no-untyped-call]
         _backward[grid](up, h, scale, p, into, of_p, rows, h.shape[-1], channels, *strides, ORDERS=len(orders), **block)
     return out, of_p.sum().to(p.dtype)
 

@@ -68,7 +68,7 @@ def energy_and_gradient(
     energy = torch.empty(total, dtype=torch.float32, device=x.device)
     exact = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
     map_ = weight.reshape(width, channels).contiguous()
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _kernel[lambda meta: (triton.cdiv(total, meta["BLOCK_P"]),)](
             source, target, map_, map_ if bias is None else bias, map_ if channel_weight is None else channel_weight, into, energy,
             total, positions, channels, width, *source.stride(), *target.stride(), *into.stride(),
