@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.errors import KnowisoError, KnowisoWarning
     from knowiso_train.features import FeatureTaps
+    from knowiso_train.integrations.torch_pruning import IsomorphismImportance
     from knowiso_train.losses import IsomorphismLoss
     from knowiso_train.measurement import Report, measure
 
@@ -23,6 +24,7 @@ __all__ = [
     "Disentangler",
     "FeatureTaps",
     "IsomorphismCallback",
+    "IsomorphismImportance",
     "IsomorphismLoss",
     "KnowisoError",
     "KnowisoWarning",
@@ -34,6 +36,7 @@ _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for 
     "Disentangler": "disentangle",
     "FeatureTaps": "features",
     "IsomorphismCallback": "callbacks",
+    "IsomorphismImportance": "integrations.torch_pruning",
     "IsomorphismLoss": "losses",
     "KnowisoError": "errors",
     "KnowisoWarning": "errors",

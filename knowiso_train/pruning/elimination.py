@@ -75,7 +75,8 @@ class BackwardElimination:
                 continue  # an output that never changes loses nothing
             at = consumer.columns[left]
             block, rows = inverse[at[:, :, None], at[:, None, :]], weight[at]  # (J, m, m), (J, m, c)
-            total[left] += (rows * torch.linalg.solve(block, rows)).sum((1, 2)) / consumer.variance
+            solved = rows / block if block.shape[-1] == 1 else torch.linalg.solve(block, rows)
+            total[left] += (rows * solved).sum((1, 2)) / consumer.variance
         return total.masked_fill(~self.kept, math.inf)
 
     def remove(self, channel: int) -> float:

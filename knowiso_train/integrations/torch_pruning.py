@@ -1,0 +1,144 @@
+"""Importance for torch-pruning: what the rest of the network loses when a channel goes and its consumers are refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.features import bare
+from knowiso_train.pruning import BackwardElimination, Consumer, removal_costs
+from knowiso_train.pruning.collect import ROWS, LayerInput, input_moments
+from knowiso_train.pruning.rows import columns_of
+
+READERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+WRITERS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels, tp.prune_depthwise_conv_out_channels)
+
+
+class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
+    """Scores channels by the rise of their consumers' unexplained share when the channel goes and the consumers are refitted (DESIGN §1.4).
+
+    One unlabelled pass over some hundred images, at the first group that is scored; again where the network's widths have changed since, as in
+    iterative pruning. `global_pruning` compares scores of different layers and knows nothing of what a channel computes, so they say what is lost
+    for a million multiply-adds.
+
+    Args:
+        model: the network that is pruned.
+        loader: batches of images; labels are never read.
+        cumulative: scores of a backward elimination, in which each channel's cost counts what is gone already; False scores each alone, under which
+            both of two equal channels look free.
+        per: "macs", what is lost for a million multiply-adds that go with the channel; or "channel".
+        ridge: relative ρ of the refit.
+        max_images: to look at.
+        rows: positions per regressor and layer.
+        forward: `forward(model, batch)` for networks that need more than images.
+        seed: of the positions.
+        progress: whether to show a bar.
+
+    Raises:
+        InputTypeError: not a module.
+        OptionError: an option without meaning.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> importance = IsomorphismImportance(model, [torch.randn(32, 3, 8, 8)], progress=False)
+        >>> pruner = tp.pruner.BasePruner(
+        ...     model, torch.randn(1, 3, 8, 8), importance, pruning_ratio=0.5, ignored_layers=[model[2]], round_to=2
+        ... )
+        >>> pruner.step()
+        >>> model[0].out_channels, model[2].in_channels
+        (4, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        cumulative: bool = True,
+        per: str = "macs",
+        ridge: float = 1e-4,
+        max_images: int = 512,
+        rows: int = ROWS,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        if not ridge >= 0 or max_images < 1 or rows < 1:
+            raise OptionError(f"expected ridge >= 0, max_images >= 1 and rows >= 1, got {ridge!r}, {max_images!r} and {rows!r}")
+        if per not in ("macs", "channel"):
+            raise OptionError(f'per must be "macs" or "channel", got {per!r}')
+        self.model, self.loader, self.cumulative, self.per, self.ridge = bare(model), loader, cumulative, per, ridge
+        self._pass: dict[str, Any] = {"max_images": max_images, "rows": rows, "forward": forward, "seed": seed, "progress": progress}
+        self._seen: dict[str, LayerInput] = {}
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """(J,) scores of the group's channels, float32; None where nothing reads them, which torch-pruning skips."""
+        consumers = self.consumers(group)
+        if not consumers:
+            return None
+        scores = self._eliminated(consumers) if self.cumulative else removal_costs(consumers, self.ridge)
+        return (scores / (self.macs(group) / 1e6) if self.per == "macs" else scores).float()
+
+    def macs(self, group: Any) -> float:
+        """Multiply-adds for one image that go with one channel of the group: in the layers that make it, and in those that read it."""
+        names = {module: name for name, module in self.model.named_modules()}
+        total = 0.0
+        for item in group:
+            layer = item.dep.target.module
+            positions = self._seen[names[layer]].positions if names.get(layer) in self._seen else 0.0
+            if item.dep.handler in WRITERS:
+                total += positions * layer.weight[0].numel()
+            elif item.dep.handler in READERS:
+                total += positions * layer.weight[:, 0].numel() * len(item.idxs) / len(set(item.root_idxs))
+        return max(total, 1.0)
+
+    def _eliminated(self, consumers: list[Consumer]) -> Tensor:
+        elimination = BackwardElimination(consumers, self.ridge)
+        order, costs = elimination.run(keep=1)
+        scores = torch.empty(len(elimination.kept), dtype=torch.float64, device=elimination.kept.device)
+        last = int(elimination.kept.nonzero())
+        order, costs = [*order, last], [*costs, float(elimination.costs()[last])]
+        scores[order] = torch.tensor(costs, dtype=torch.float64, device=scores.device).cummax(0).values
+        return scores
+
+    def consumers(self, group: Any) -> list[Consumer]:
+        """The linear layers and convolutions of one group that read the group's channels, as regressions."""
+        readers = [item for item in group if item.dep.handler in READERS and _readable(item.dep.target.module)]
+        names = {module: name for name, module in self.model.named_modules()}
+        layers = {names[item.dep.target.module]: item.dep.target.module for item in readers if item.dep.target.module in names}
+        stale = [name for name, layer in layers.items() if name not in self._seen or len(self._seen[name].moments.mean_x) != columns_of(layer)]
+        if stale:
+            every = {name: layer for name, layer in self.model.named_modules() if _readable(layer)}
+            self._seen = input_moments(self.model, self.loader, every, **self._pass)
+        found = []
+        for item in readers:
+            layer = item.dep.target.module
+            if layer in names:
+                name = names[layer]
+                found.append(Consumer.of(name, self._seen[name].moments, layer.weight, _columns(layer, item.idxs, item.root_idxs)))
+        return found
+
+
+def _readable(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def _columns(layer: nn.Module, idxs: list[int], roots: list[int]) -> Tensor:
+    """(J, m): the regressors of each of the group's channels; a flatten repeats a channel, a convolution reads it at every tap."""
+    of_channel: dict[int, list[int]] = {}
+    for index, root in zip(idxs, roots, strict=True):
+        of_channel.setdefault(int(root), []).append(int(index))
+    inputs = torch.tensor([of_channel[root] for root in sorted(of_channel)])  # (J, repeats)
+    if isinstance(layer, nn.Linear):
+        return inputs
+    weight: Any = layer.weight
+    channels, taps = weight.shape[1], weight[0, 0].numel()
+    columns: Tensor = inputs[:, None, :] + channels * torch.arange(taps)[None, :, None]
+    return columns.flatten(1)
