@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,6 +30,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     loader = DataLoader(TensorDataset(torch.randn(60, 3, 32, 32), torch.randint(5, (60,))), batch_size=20)
     names: dict[str, Any] = {
         "ki": ki,
+        "tp": tp,
         "torch": torch,
         "F": F,
         "kd_loss": kd_loss,
