@@ -213,6 +213,27 @@ def test_only_what_is_asked_for_is_made() -> None:
         assert not residual_energy(x, y, weight.requires_grad_()).requires_grad
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_gradients_that_halves_hold_only_as_a_mean(k: int) -> None:
+    """A sum's gradient overflows float16 before the mean is taken, and the factor of the mean vanishes in it."""
+    x, weight = torch.full((8, 4, 8, 8), 100.0, dtype=torch.float16), torch.full((4, 4, k, k), 50.0, dtype=torch.float16)
+    y = torch.full((8, 4, 8, 8), -300.0, dtype=torch.float16)
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    (plain_energy(exact[0], y.double(), exact[1]) * 1e-9).backward()
+    ours = [t.requires_grad_() for t in (x, weight)]
+    (residual_energy(ours[0], y, ours[1]) * 1e-9).backward()
+    for mine, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), true.grad, rtol=2e-3, atol=0)
+
+
+def test_the_gram_form_holds_gradients_of_halves_too() -> None:
+    x, weight = torch.full((8, 4, 8, 8), 100.0, dtype=torch.float16, requires_grad=True), torch.full((8, 4), 50.0)
+    y = torch.full((8, 8, 8, 8), -300.0)
+    (fixed_map_energy(x, y, weight, weight.T @ weight, torch.zeros(4), torch.zeros(8)) * 1e-9).backward()
+    true = 2e-9 * 8 * 50.0 * (4 * 50.0 * 100.0 + 300.0)
+    torch.testing.assert_close(x.grad.double(), torch.full((8, 4, 8, 8), true, dtype=torch.float64), rtol=2e-3, atol=0)
+
+
 WRONG: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (gate, (H, torch.zeros(0, 3, 4, 5), P)),
     (gate, (torch.zeros(2, 3, 4, 6), H, P)),

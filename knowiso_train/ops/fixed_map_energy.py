@@ -11,7 +11,7 @@ from torch import Tensor
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops.residual_energy import residual_energy
-from knowiso_train.ops.upstream import scaled
+from knowiso_train.ops.upstream import kept_dtype, scaled
 
 CHUNK_BYTES = 2**20  # of centred target that is alive at once, but four times the map, which is read for each
 
@@ -70,7 +70,7 @@ def _parts(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, m
         map_, square = (matrix.to(dtype)[:, :, None, None] for matrix in (weight, gram))
         middle_x, middle_y = (mean.to(dtype).view(-1, 1, 1) for mean in (mean_x, mean_y))
         total = torch.zeros((), dtype=dtype, device=x.device)
-        of_x = torch.empty_like(x)
+        of_x = torch.empty_like(x, dtype=kept_dtype(x.dtype))
         step = max(1, max(CHUNK_BYTES, 4 * map_.nbytes) // (y[0].numel() * dtype.itemsize))
         for part in (slice(start, start + step) for start in range(0, len(x), step)):
             source, target = x[part].to(dtype) - middle_x, y[part].to(dtype) - middle_y
@@ -83,17 +83,18 @@ def _parts(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, m
 @_parts.register_fake
 def _(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return x.new_empty((), dtype=dtype), torch.empty_like(x)
+    return x.new_empty((), dtype=dtype), torch.empty_like(x, dtype=kept_dtype(x.dtype))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
 
 
 def _pull(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
     (of_x,) = ctx.saved_tensors
-    return (scaled(of_x, upstream), *[None] * 5)
+    return (scaled(of_x, upstream).to(ctx.dtype), *[None] * 5)
 
 
 _parts.register_autograd(_pull, setup_context=_keep)

@@ -11,7 +11,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops import kernels
-from knowiso_train.ops.upstream import scaled
+from knowiso_train.ops.upstream import kept_dtype, scaled
 
 CHUNK_BYTES = 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache, but four times the map, which is read for each;
 PART = 32  # of the batch, at least, on a GPU, so that products stay large
@@ -68,7 +68,8 @@ def _parts(
     """The energy, and the gradients that are wanted; the others are empty."""
     if not (of_weight or of_bias) and (found := kernels.residual_energy_for(x, y, weight)) is not None:
         energy, pulled_x = found.energy_and_gradient(x, y, weight, bias, channel_weight, of_x)
-        return energy, pulled_x, weight.new_empty(0), weight.new_empty(0)
+        of_bias_dtype = torch.float32 if bias is None else kept_dtype(bias.dtype)
+        return energy, pulled_x, weight.new_empty(0, dtype=kept_dtype(weight.dtype)), weight.new_empty(0, dtype=of_bias_dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _chunked(x, y, weight, bias, channel_weight, of_x, of_weight, of_bias)
 
@@ -79,7 +80,7 @@ def _chunked(
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     kernel, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
     total = torch.zeros((), dtype=dtype, device=x.device)
-    by_x = torch.empty_like(x) if of_x else x.new_empty(0)
+    by_x = torch.empty_like(x, dtype=kept_dtype(x.dtype)) if of_x else x.new_empty(0, dtype=kept_dtype(x.dtype))
     by_weight = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if of_weight else kernel.new_empty(0)
     by_bias = torch.zeros(len(kernel) if of_bias else 0, dtype=dtype, device=x.device)
     pad = weight.shape[-1] // 2
@@ -96,7 +97,7 @@ def _chunked(
             by_weight += conv2d_weight(source, kernel.shape, pulled, padding=pad)  # type: ignore[no-untyped-call]
         if of_bias:
             by_bias += pulled.sum((0, 2, 3))
-    return total, by_x, by_weight.mul_(2).to(weight.dtype), by_bias.mul_(2).to(dtype if bias is None else bias.dtype)
+    return total, by_x, by_weight.mul_(2).to(kept_dtype(weight.dtype)), by_bias.mul_(2).to(dtype if bias is None else kept_dtype(bias.dtype))
 
 
 @_parts.register_fake
@@ -104,9 +105,9 @@ def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight:
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return (
         x.new_empty((), dtype=dtype),
-        torch.empty_like(x) if of_x else x.new_empty(0),
-        weight.new_empty(weight.shape if of_weight else 0),
-        x.new_empty(len(weight) if of_bias else 0, dtype=dtype if bias is None else bias.dtype),
+        torch.empty_like(x, dtype=kept_dtype(x.dtype)) if of_x else x.new_empty(0, dtype=kept_dtype(x.dtype)),
+        weight.new_empty(weight.shape if of_weight else 0, dtype=kept_dtype(weight.dtype)),
+        x.new_empty(len(weight) if of_bias else 0, dtype=dtype if bias is None else kept_dtype(bias.dtype)),
     )
 
 
@@ -114,10 +115,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
     ctx.wanted = inputs[5:]
+    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (inputs[0], inputs[2], inputs[3]))
 
 
 def _pull(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    of_x, of_weight, of_bias = (scaled(kept, upstream) if wanted else None for kept, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+    of_x, of_weight, of_bias = (
+        scaled(kept, upstream).to(dtype) if wanted else None for kept, wanted, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+    )
     return of_x, None, of_weight, of_bias, None, None, None, None
 
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient waits for its factor: before the mean is taken, float16 would overflow, and a factor of 1 / n would vanish in it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def scaled(kept: Tensor, upstream: Tensor) -> Tensor:
     """A gradient from the forward pass times what arrives at its scalar: in place where the graph goes with this backward, else a copy.
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from knowiso_train.ops.kernels.tuning import tuned
+from knowiso_train.ops.upstream import kept_dtype
 
 CONFIGS = [
     {"BLOCK_P": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2},
@@ -63,7 +64,7 @@ def energy_and_gradient(
     source, target = x.flatten(2), y.flatten(2)
     positions = source.shape[2]
     total = len(x) * positions
-    of_x = torch.empty_like(x) if wanted else x.new_empty(0)
+    of_x = torch.empty_like(x, dtype=kept_dtype(x.dtype)) if wanted else x.new_empty(0, dtype=kept_dtype(x.dtype))
     into = of_x.flatten(2) if wanted else source
     energy = torch.empty(total, dtype=torch.float32, device=x.device)
     exact = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
