@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.errors import KnowisoError, KnowisoWarning
     from knowiso_train.features import FeatureTaps
+    from knowiso_train.integrations.pruned_storage import load_pruned, save_pruned
     from knowiso_train.integrations.torch_pruning import IsomorphismImportance
     from knowiso_train.losses import IsomorphismLoss
     from knowiso_train.measurement import Report, measure
+    from knowiso_train.pruning import carrying
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,7 +31,10 @@ __all__ = [
     "KnowisoError",
     "KnowisoWarning",
     "Report",
+    "carrying",
+    "load_pruned",
     "measure",
+    "save_pruned",
 ]
 
 _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for torch
@@ -41,7 +46,10 @@ _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for 
     "KnowisoError": "errors",
     "KnowisoWarning": "errors",
     "Report": "measurement",
+    "carrying": "pruning",
+    "load_pruned": "integrations.pruned_storage",
     "measure": "measurement",
+    "save_pruned": "integrations.pruned_storage",
 }
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from knowiso_train.integrations.checkpoints import load_checkpoint
     from knowiso_train.integrations.inputs import InputBridge
     from knowiso_train.integrations.processes import Processes
+    from knowiso_train.integrations.pruned_storage import load_pruned, save_pruned, saved_kept
     from knowiso_train.integrations.runs import RunFolder
     from knowiso_train.integrations.timm import image_loader, input_transform, load_model
     from knowiso_train.integrations.training import labelled_images, training_loader
@@ -28,8 +29,11 @@ __all__ = [
     "labelled_images",
     "load_checkpoint",
     "load_model",
+    "load_pruned",
     "network_card",
     "results_table",
+    "save_pruned",
+    "saved_kept",
     "top1_accuracy",
     "training_loader",
 ]
@@ -46,8 +50,11 @@ _HOMES = {
     "labelled_images": "training",
     "load_checkpoint": "checkpoints",
     "load_model": "timm",
+    "load_pruned": "pruned_storage",
     "network_card": "cards",
     "results_table": "cards",
+    "save_pruned": "pruned_storage",
+    "saved_kept": "pruned_storage",
     "top1_accuracy": "accuracy",
     "training_loader": "training",
 }

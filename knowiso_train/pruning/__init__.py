@@ -3,18 +3,31 @@
 from knowiso_train.pruning.collect import LayerInput, input_moments
 from knowiso_train.pruning.consumer import Consumer, conv_columns, regression_weight
 from knowiso_train.pruning.elimination import BackwardElimination, removal_costs
+from knowiso_train.pruning.optimizer import carry_optimizer, carrying
+from knowiso_train.pruning.record import recording
 from knowiso_train.pruning.refit import refit_weights
 from knowiso_train.pruning.rows import columns_of, input_rows
+from knowiso_train.pruning.shape import attribute_changes, reshape
+from knowiso_train.pruning.twin import index_twin, kept_entries, kept_indices, take
 
 __all__ = [
     "BackwardElimination",
     "Consumer",
     "LayerInput",
+    "attribute_changes",
+    "carry_optimizer",
+    "carrying",
     "columns_of",
     "conv_columns",
+    "index_twin",
     "input_moments",
     "input_rows",
+    "kept_entries",
+    "kept_indices",
+    "recording",
     "refit_weights",
     "regression_weight",
     "removal_costs",
+    "reshape",
+    "take",
 ]

@@ -1,0 +1,77 @@
+"""Small networks of many families and how torch-pruning cuts them, for the tests of what comes after pruning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch_pruning as tp
+from torch import nn
+
+SIDE = 32
+NETWORKS: dict[str, dict[str, Any]] = {
+    "test_resnet": {},
+    "resnext26ts": {},
+    "regnetx_002": {},
+    "mobilenetv3_small_050": {},
+    "vit_tiny_patch16_224": {"img_size": SIDE, "depth": 2},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
+    "densenet121": {"growth_rate": 4, "block_config": (2, 2)},
+}
+
+
+def network(name: str, **more: Any) -> nn.Module:
+    """One of NETWORKS, with running statistics and all parameters off their defaults, so that every entry of a tensor is another number."""
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(name, num_classes=5, **NETWORKS[name], **more).eval()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(0.01 * torch.rand_like(tensor))
+    return model
+
+
+def prune(model: nn.Module, example: torch.Tensor | None = None) -> Callable[[nn.Module], None]:
+    """Cut about a third of the channels of a network in place, heads and their widths too; returns what does the same cuts to a copy from before."""
+    example = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) if example is None else example
+    attentions = {name: module for name, module in model.named_modules() if hasattr(module, "num_heads")}
+    heads = {module.qkv: module.num_heads for module in attentions.values()}
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = tp.pruner.BasePruner(
+            model,
+            example,
+            tp.importance.MagnitudeImportance(p=2),
+            pruning_ratio=0.34,
+            ignored_layers=[last],
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=True,
+            head_pruning_ratio=0.34,
+            out_channel_groups={},
+            in_channel_groups={},
+        )
+        pruner.step()
+    widths = {name: (heads[module.qkv], module.qkv.out_features // 3) for name, module in attentions.items()}
+    _patch(model, widths)
+    history = pruner.DG.pruning_history()
+
+    def again(other: nn.Module) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            like = next(other.parameters())
+            graph = tp.DependencyGraph().build_dependency(other, example.to(like.dtype))
+            graph.load_pruning_history(history)
+        _patch(other, widths)
+
+    return again
+
+
+def _patch(model: nn.Module, widths: dict[str, tuple[int, int]]) -> None:
+    for name, (heads, width) in widths.items():
+        module: Any = model.get_submodule(name)
+        module.num_heads, module.attn_dim, module.head_dim = heads, width, width // heads
