@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.errors import KnowisoError, KnowisoWarning
     from knowiso_train.features import FeatureTaps
+    from knowiso_train.integrations.prune import prune
     from knowiso_train.integrations.pruned_storage import load_pruned, save_pruned
     from knowiso_train.integrations.torch_pruning import IsomorphismImportance
     from knowiso_train.losses import IsomorphismLoss
     from knowiso_train.measurement import Report, measure
-    from knowiso_train.pruning import carrying
+    from knowiso_train.pruning import carrying, refit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "carrying",
     "load_pruned",
     "measure",
+    "prune",
+    "refit",
     "save_pruned",
 ]
 
@@ -49,6 +52,8 @@ _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for 
     "carrying": "pruning",
     "load_pruned": "integrations.pruned_storage",
     "measure": "measurement",
+    "prune": "integrations.prune",
+    "refit": "pruning",
     "save_pruned": "integrations.pruned_storage",
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.features import bare
 from knowiso_train.pruning import BackwardElimination, Consumer, removal_costs
+from knowiso_train.pruning.channel_group import unit_columns
 from knowiso_train.pruning.collect import ROWS, LayerInput, input_moments
 from knowiso_train.pruning.rows import columns_of
 
@@ -131,14 +132,8 @@ def _readable(layer: nn.Module) -> bool:
 
 
 def _columns(layer: nn.Module, idxs: list[int], roots: list[int]) -> Tensor:
-    """(J, m): the regressors of each of the group's channels; a flatten repeats a channel, a convolution reads it at every tap."""
+    """(J, m): the regressors of each of the group's channels."""
     of_channel: dict[int, list[int]] = {}
     for index, root in zip(idxs, roots, strict=True):
         of_channel.setdefault(int(root), []).append(int(index))
-    inputs = torch.tensor([of_channel[root] for root in sorted(of_channel)])  # (J, repeats)
-    if isinstance(layer, nn.Linear):
-        return inputs
-    weight: Any = layer.weight
-    channels, taps = weight.shape[1], weight[0, 0].numel()
-    columns: Tensor = inputs[:, None, :] + channels * torch.arange(taps)[None, :, None]
-    return columns.flatten(1)
+    return unit_columns(layer, torch.tensor([of_channel[root] for root in sorted(of_channel)]))

@@ -3,6 +3,7 @@
 from knowiso_train.pruning.collect import LayerInput, input_moments
 from knowiso_train.pruning.consumer import Consumer, conv_columns, regression_weight
 from knowiso_train.pruning.elimination import BackwardElimination, removal_costs
+from knowiso_train.pruning.network import refit
 from knowiso_train.pruning.optimizer import carry_optimizer, carrying
 from knowiso_train.pruning.record import recording
 from knowiso_train.pruning.refit import refit_weights
@@ -25,6 +26,7 @@ __all__ = [
     "kept_entries",
     "kept_indices",
     "recording",
+    "refit",
     "refit_weights",
     "regression_weight",
     "removal_costs",

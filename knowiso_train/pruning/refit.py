@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.statistics import Moments
 
 TINY = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
+CHUNK = 4096  # rows
+SLOW = 1e10  # products, from which on chunks are multiplied in float32 and added up in float64
 
 
 def refit_weights(moments: Moments, weight: Tensor, ridge: float = 1e-4) -> LinearMap:
@@ -39,17 +43,83 @@ def refit_weights(moments: Moments, weight: Tensor, ridge: float = 1e-4) -> Line
     d, c = moments.xy.shape
     if weight.shape != (d, c):
         raise ShapeError(f"expected weight {(d, c)} as the moments have it, got {tuple(weight.shape)}")
-    if not ridge >= 0:
-        raise OptionError(f"ridge must be a number >= 0 (relative to the mean variance of what the layer reads), got {ridge!r}")
     if not float(moments.count) > 0:
         raise OptionError("no rows were seen; give some images")
-    original = weight.detach().to(moments.xx.device, torch.float64)
     xx, xy = moments.xx.double() / moments.count, moments.xy.double() / moments.count
-    if not bool(xx.isfinite().all() and xy.isfinite().all()):
-        raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
-    scale = xx.diagonal().mean()
-    if scale > 0:
-        eye = torch.eye(d, dtype=torch.float64, device=xx.device)
-        factor = torch.linalg.cholesky(xx + (ridge + TINY) * scale * eye)
-        original = original + torch.cholesky_solve(xy - xx @ original, factor)
-    return LinearMap(original, moments.mean_y.double() - original.T @ moments.mean_x.double(), ridge)
+    found = RowMoments(moments.mean_x.double()[None], moments.mean_y.double()[None], xx[None], xy[None])
+    solved = found.weight(weight.detach().to(xx.device, torch.float64)[None], ridge=ridge)
+    return LinearMap(solved[0], found.bias(solved)[0], ridge)
+
+
+@dataclass(frozen=True)
+class RowMoments:
+    """Means and second moments about them of what each of a layer's G groups reads and should give, per row, float64.
+
+    Attributes:
+        mean_x: (G, d).
+        mean_y: (G, o).
+        xx: (G, d, d).
+        xy: (G, d, o).
+    """
+
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    xy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> RowMoments:
+        """From rows (R, G, d) and (R, G, o).
+
+        Raises:
+            NonFiniteError: NaN or Inf in the rows.
+
+        Example:
+            >>> RowMoments.of(torch.randn(20, 2, 3), torch.randn(20, 2, 4)).xy.shape
+            torch.Size([2, 3, 4])
+        """
+        mean_x, mean_y = x.mean(0, dtype=torch.float64), y.mean(0, dtype=torch.float64)
+        if not bool(mean_x.isfinite().all() and mean_y.isfinite().all()):
+            raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
+        rows, groups, d = x.shape
+        xx = x.new_zeros(groups, d, d, dtype=torch.float64)
+        xy = x.new_zeros(groups, d, y.shape[2], dtype=torch.float64)
+        kind = torch.float32 if rows * groups * d * d > SLOW else torch.float64
+        for of_x, of_y in zip(torch.split(x, CHUNK), torch.split(y, CHUNK), strict=True):
+            left, right = (of_x - mean_x.to(x)).to(kind).permute(1, 2, 0), (of_y - mean_y.to(y)).to(kind).transpose(0, 1)
+            xx += left @ left.mT
+            xy += left @ right
+        return cls(mean_x, mean_y, xx / rows, xy / rows)
+
+    def weight(self, original: Tensor, keep: Tensor | None = None, ridge: float = 1e-4) -> Tensor:
+        """(G, d, o): the weights that `refit_weights` describes.
+
+        Args:
+            original: (G, d, o) float64, A.
+            keep: (G, d), the columns that are left; weights of the others become 0. None is all.
+            ridge: relative ρ ≥ 0.
+
+        Raises:
+            OptionError: a negative ridge.
+            NonFiniteError: moments that are not finite.
+        """
+        if not ridge >= 0:
+            raise OptionError(f"ridge must be a number >= 0 (relative to the mean variance of what the layer reads), got {ridge!r}")
+        if not bool(self.xx.isfinite().all() and self.xy.isfinite().all()):
+            raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
+        left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
+        start = original * left[..., None]
+        missing = (self.xy - self.xx @ start) * left[..., None]
+        scale = (self.xx.diagonal(dim1=1, dim2=2) * left).sum(1) / left.sum(1).clamp_min(1)  # (G,)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        diagonal = torch.where(left > 0, (ridge + TINY) * scale[:, None], scale[:, None])  # what is gone stands apart, with nothing to explain
+        factor = torch.linalg.cholesky(self.xx * left[:, :, None] * left[:, None] + torch.diag_embed(diagonal))
+        return start + torch.cholesky_solve(missing, factor)
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """(G, o): the intercept that goes with a weight."""
+        return self.mean_y - (weight.mT @ self.mean_x[..., None])[..., 0]
+
+    def variance(self, weight: Tensor) -> Tensor:
+        """(G, o): variance of what a weight gives on the rows."""
+        return (weight * (self.xx @ weight)).sum(1)

@@ -55,7 +55,7 @@ def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generato
     if not isinstance(layer, nn.Conv2d) or x.ndim != 4 or x.shape[1] != layer.in_channels:
         raise ShapeError(f"expected an input (N, C, H, W) of {layer}, got {tuple(x.shape)}")
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    left, right, top, bottom = _padding(layer)
+    left, right, top, bottom = padding_of(layer)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(x, (left, right, top, bottom), mode=mode)
     height, width = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1, (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -65,7 +65,7 @@ def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generato
     return torch.stack(taps, 1).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     """Left, right, top, bottom."""
     if layer.padding == "valid":
         return 0, 0, 0, 0

@@ -1,0 +1,122 @@
+"""A network of given widths out of an original: refitted at full width while its readers ignore what goes, then cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import OptionError
+from knowiso_train.integrations.channel_groups import cut
+from knowiso_train.integrations.choice import Choice
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer
+from knowiso_train.pruning.forward import LayerFit, refit_forward
+from knowiso_train.pruning.originals import Originals, originals
+from knowiso_train.pruning.record import recording
+from knowiso_train.pruning.trace import Tail
+from knowiso_train.pruning.twin import Kept
+
+FAITHFUL = 1e-3  # relative: the cut network against the one whose readers only ignore what goes
+
+
+@dataclass
+class Carving:
+    """What it takes to make a smaller network, for any widths.
+
+    Attributes:
+        original: in eval mode, left as it is.
+        groups: its channel groups.
+        tails: what follows its layers.
+        images: to refit on.
+        few: a small batch, for tracing and checking.
+        choice: which units go first.
+        refit: whether weights are solved anew.
+        rows: of each regression, per regressor.
+        ridges: to choose from.
+        seed: of the positions.
+        progress: whether to show bars.
+    """
+
+    original: nn.Module
+    groups: Sequence[ChannelGroup]
+    tails: Mapping[str, Tail]
+    images: Calibration
+    few: Any
+    choice: Choice
+    refit: bool
+    rows: int
+    ridges: tuple[float, ...]
+    seed: int
+    progress: bool
+    _target: Originals | None = None
+
+    @torch.no_grad()
+    def make(self, widths: Mapping[str, int]) -> tuple[nn.Module, dict[str, Kept], list[LayerFit]]:
+        """The network, what was kept of each tensor, and what the refit did to each layer.
+
+        Raises:
+            OptionError: a network in which taking channels out is not the same as not reading them.
+        """
+        small = copy.deepcopy(self.original).eval().requires_grad_(False)
+        removed = {group.name: self.choice.orders[group.name][: group.size - widths[group.name]] for group in self.groups}
+        fits = self._refitted(small, widths, removed) if self.refit else []
+        silenced = self._silenced(small, removed)
+        with recording(small) as kept:
+            cut(small, self.few, self.groups, removed, self.images.forward)
+        small.eval().requires_grad_(False)
+        self._check(small, silenced)
+        return small, kept, fits
+
+    def _refitted(self, small: nn.Module, widths: Mapping[str, int], removed: dict[str, list[int]]) -> list[LayerFit]:
+        """Refit in place; groups that are chosen again on the way are entered into `removed`."""
+        layers = dict(small.named_modules())
+        if self._target is None:
+            modules = dict(self.original.named_modules())
+            self._target = originals(self.original, modules, self.tails, self.images, self.rows, self.seed, self.progress)
+        later = self.choice.again(layers, self.groups, widths)
+        masks = self._masks(small, {name: units for name, units in removed.items() if name not in later})
+        choosers = {chooser.reader: chooser for chooser in later.values()}
+        fits = refit_forward(
+            small, layers, self.tails, self._target, self.images, masks=masks, choose=choosers, ridge=self.ridges, progress=self.progress
+        )
+        removed.update({name: chooser.removed for name, chooser in later.items()})
+        return fits
+
+    def _masks(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """For each reader, the input channels that stay."""
+        masks: dict[str, Tensor] = {}
+        for group in self.groups:
+            if removed.get(group.name):
+                inputs = {name: inputs_of_layer(small.get_submodule(name)) for name in group.readers}
+                for name, mask in group.masks(inputs, removed[group.name]).items():
+                    masks[name] = masks.get(name, torch.ones_like(mask)) & mask
+        return masks
+
+    def _silenced(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Any:
+        """Zero weights for what goes, also where nothing was refitted; gives the outputs."""
+        for name, mask in self._masks(small, removed).items():
+            layer: Any = small.get_submodule(name)
+            convs = getattr(layer, "groups", 1)
+            left = mask.view(convs, 1, -1).expand(-1, len(layer.weight) // convs, -1).flatten(0, 1)  # (C_out, C_in of its group)
+            layer.weight.mul_(left.view(*left.shape, *[1] * (layer.weight.ndim - 2)).to(layer.weight))
+        return self.images.run(small, self.few)
+
+    def _check(self, small: nn.Module, silenced: Any) -> None:
+        kind = type(self.original).__name__
+        try:
+            after = self.images.run(small, self.few)
+        except RuntimeError as error:
+            raise OptionError(f"{kind} cannot be pruned: its forward pass does not fit its new widths ({error}). It is as it was") from error
+        if not isinstance(silenced, Tensor):
+            return
+        apart = float((after - silenced).abs().max()) / float(silenced.abs().max().clamp_min(1e-12))
+        if not apart <= FAITHFUL:
+            raise OptionError(
+                f"{kind} cannot be pruned: taking channels out is not the same there as not reading them (outputs differ by {apart:.1e}). "
+                "It is as it was; pass the modules concerned as ignored="
+            )

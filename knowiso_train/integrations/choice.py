@@ -1,0 +1,143 @@
+"""Which units of every group go first, and how wide the groups become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from knowiso_train.errors import OptionError
+from knowiso_train.integrations.channel_groups import dependency_graph
+from knowiso_train.pruning.allocation import allocate, allowed_widths, total_cost
+from knowiso_train.pruning.calibration import Calibration, Forward
+from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer, unit_columns
+from knowiso_train.pruning.collect import ROWS, input_moments
+from knowiso_train.pruning.consumer import Consumer
+from knowiso_train.pruning.cost import LayerCost
+from knowiso_train.pruning.elimination import BackwardElimination
+from knowiso_train.pruning.refit import RowMoments
+from knowiso_train.pruning.sensitivity import eliminate, output_harms
+from knowiso_train.pruning.trace import Tail
+
+RIDGE = 1e-4
+
+
+@dataclass
+class Choice:
+    """Orders in which units go, and what that does.
+
+    Attributes:
+        orders: for each group its units, the first to go first.
+        harms: for each group (J + 1,), see `allocation.allocate`; None cuts the same share of every group.
+        kinds: of the groups.
+    """
+
+    orders: dict[str, list[int]]
+    harms: dict[str, Tensor] | None
+    kinds: dict[str, str]
+
+    def widths(self, costs: Mapping[str, LayerCost], share: float, floor: float, round_to: int) -> dict[str, int]:
+        """Units that stay, at most this share of the cost.
+
+        Raises:
+            OptionError: out of reach.
+        """
+        target = share * total_cost(costs, {})
+        steps = {name: 1 if kind == "heads" else round_to for name, kind in self.kinds.items()}
+        if self.harms is not None:
+            return allocate(self.harms, costs, target, floor=floor, round_to=steps)
+        sizes = {name: len(order) for name, order in self.orders.items()}
+        for percent in range(1000, -1, -1):
+            widths = {}
+            for name, size in sizes.items():
+                allowed = allowed_widths(size, floor, steps[name])
+                widths[name] = next((width for width in allowed if width <= size * percent / 1000), allowed[-1])
+            if total_cost(costs, {name: size - widths[name] for name, size in sizes.items()}) <= target:
+                return widths
+        raise OptionError(f"cannot reach a share of {share} of the cost with a floor of {floor}; ask for less, or lower the floor")
+
+    def again(self, layers: Mapping[str, nn.Module], groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> dict[str, SequentialChoice]:
+        """Groups whose channels are chosen again when the refit reaches their only reader."""
+        if self.harms is None:
+            return {}
+        readers = [reader for group in groups for reader in group.readers]
+        found = {}
+        for group in groups:
+            [reader, *others] = group.readers
+            alone = not others and readers.count(reader) == 1 and getattr(layers[reader], "groups", 1) == 1
+            if alone and widths[group.name] < group.size:
+                found[group.name] = SequentialChoice(layers[reader], group, reader, widths[group.name])
+        return found
+
+
+class SequentialChoice:
+    """Chooses the units of a group when the forward refit reaches the layer that reads them, by what that layer is given there.
+
+    Args:
+        layer: the reader.
+        group: it reads nothing else.
+        reader: its name.
+        width: units that stay.
+    """
+
+    def __init__(self, layer: nn.Module, group: ChannelGroup, reader: str, width: int) -> None:
+        self.layer, self.group, self.reader, self.width = layer, group, reader, width
+        self.removed: list[int] = []
+
+    def __call__(self, moments: RowMoments, weight: Tensor, scale: Tensor) -> Tensor:
+        """(C,) mask of input channels."""
+        scaled = weight * scale.abs().clamp_min(1e-6 * float(scale.abs().max().clamp_min(1e-30)))
+        columns = unit_columns(self.layer, self.group.readers[self.reader]).to(weight.device)
+        elimination = BackwardElimination([Consumer(self.reader, moments.xx[0], scaled, columns, 1.0)], RIDGE)
+        self.removed, _ = elimination.run(keep=self.width)
+        return self.group.masks({self.reader: inputs_of_layer(self.layer)}, self.removed)[self.reader].to(weight.device)
+
+
+def by_isomorphism(
+    model: nn.Module, groups: Sequence[ChannelGroup], tails: Mapping[str, Tail], images: Calibration, seed: int, progress: bool
+) -> Choice:
+    """Backward elimination of every group on the original's inputs, weighed by what the output makes of it."""
+    modules = dict(model.named_modules())
+    readers = {name: modules[name] for group in groups for name in group.readers if getattr(modules[name], "groups", 1) == 1}
+    inputs = input_moments(model, images, readers, max_images=images.count, rows=ROWS, forward=images.forward, seed=seed, progress=progress)
+    found = {group.name: eliminate(model, group, inputs, tails, RIDGE) for group in groups}
+    harms = output_harms(model, groups, found, images, progress)
+    return Choice({name: entry.order for name, entry in found.items()}, harms, {group.name: group.kind for group in groups})
+
+
+def by_scores(model: nn.Module, example: Any, groups: Sequence[ChannelGroup], importance: Any, forward: Forward | None = None) -> Choice:
+    """Units in the order of the scores of a torch-pruning importance.
+
+    Raises:
+        OptionError: no importance, or one that gives no scores for a group.
+    """
+    if not callable(importance):
+        raise OptionError(f'importance must be "isomorphism" or an importance of torch-pruning, got {importance!r}')
+    graph, orders = dependency_graph(model, example, forward), {}
+    for group in groups:
+        root, handler = _root(model, group)
+        item = graph.get_pruning_group(root, handler, group.writers[_writer(group)].flatten().tolist())
+        scores = importance(item)
+        if scores is None:
+            raise OptionError(f"{type(importance).__name__} gives no scores for {group.name!r}; pass it as ignored=, or choose another importance")
+        channels = [int(index) for index in item[0].idxs]
+        of_channel = torch.empty(max(channels) + 1, dtype=torch.float64)
+        of_channel[channels] = scores.detach().double().cpu()
+        orders[group.name] = of_channel[group.writers[_writer(group)]].mean(1).argsort().tolist()
+    return Choice(orders, None, {group.name: group.kind for group in groups})
+
+
+def _writer(group: ChannelGroup) -> str:
+    return next(iter(group.writers)) if group.kind == "heads" else group.name
+
+
+def _root(model: nn.Module, group: ChannelGroup) -> tuple[nn.Module, Any]:
+    root = model.get_submodule(_writer(group))
+    if isinstance(root, nn.Linear):
+        return root, tp.prune_linear_out_channels
+    depthwise = root.groups > 1 and root.weight.shape[1] == 1  # type: ignore[operator, index]
+    return root, tp.prune_depthwise_conv_out_channels if depthwise else tp.prune_conv_out_channels

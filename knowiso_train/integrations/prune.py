@@ -1,0 +1,190 @@
+"""`ki.prune`: which channels go, how many of them where, and weights that do without them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.features import bare, batch_size, device_of, undisturbed
+from knowiso_train.integrations.carving import Carving
+from knowiso_train.integrations.channel_groups import channel_groups
+from knowiso_train.integrations.choice import by_isomorphism, by_scores
+from knowiso_train.integrations.latency import latency_of, reach_latency
+from knowiso_train.integrations.pruned_storage import save_pruned
+from knowiso_train.pruning.calibration import Calibration, Forward
+from knowiso_train.pruning.cost import count_macs, layer_costs, layer_places
+from knowiso_train.pruning.forward import RIDGES, LayerFit
+from knowiso_train.pruning.network import REFIT_ROWS, checked_ridges, traced
+from knowiso_train.pruning.report import GroupWidth, PruneReport
+from knowiso_train.pruning.twin import Kept
+
+Made = tuple[nn.Module, dict[str, Kept], list[LayerFit], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `ki.prune` returns.
+
+    Attributes:
+        model: the pruned network, a plain module that needs nothing of this library.
+        report: what was done, per layer and altogether; prints as a table.
+        kept: for each tensor that was cut, which of the original's entries stayed, see `pruning.recording`.
+    """
+
+    model: nn.Module
+    report: PruneReport
+    kept: Mapping[str, Kept]
+    original: nn.Module
+
+    def save(self, folder: str | Path, **options: Any) -> None:
+        """Write safetensors and JSON that `ki.load_pruned` reads, and the report; options are those of `ki.save_pruned`."""
+        save_pruned(folder, self.model, self.original, kept=self.kept, **options)
+        self.report.to_json(Path(folder) / "report.json")
+
+
+def prune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    importance: Any = "isomorphism",
+    refit: bool = True,
+    ignored: Collection[str] = (),
+    floor: float = 0.125,
+    round_to: int = 1,
+    max_images: int = 1024,
+    rows: int = REFIT_ROWS,
+    ridge: float | Sequence[float] = RIDGES,
+    forward: Forward | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Pruned:
+    """A smaller copy of a trained network: no labels, no training, some hundred images (DESIGN §1.4).
+
+    1. Every group of channels that does not belong to a residual stream is eliminated backwards: each time the channel goes that its readers miss
+       least once they are refitted. Attention loses whole heads.
+    2. How much the network's output minds is measured for each group, and widths are allocated for least harm at the given cost.
+    3. In forward order every layer is refitted in closed form to the original's outputs, on what the pruned network gives it; where one layer alone
+       reads a group, the channels are chosen again by what it is given there.
+
+    Args:
+        model: the network; it is left as it is.
+        loader: batches of images; labels are never read.
+        macs: share of the multiply-adds of convolutions and linear layers that may stay; 0.5 where neither this nor another budget is given.
+        params: the same of the parameters of these layers.
+        latency: the same of the time that a batch takes here; found by measuring, so it is only as exact as the clock. Odd widths can be slower than
+            even ones, see `round_to`.
+        importance: "isomorphism", or an importance of torch-pruning, whose scores then choose the channels and cut the same share of every group.
+        refit: False leaves the surviving weights as they are.
+        ignored: names of layers, or of modules all of whose layers keep their width.
+        floor: least share of a group's width that stays.
+        round_to: widths are multiples of this, or whole; heads are not rounded.
+        max_images: to look at; they pass through the network at once in the refit.
+        rows: of each refit, per regressor.
+        ridge: relative ρ ≥ 0 of the refit, one or several to choose from.
+        forward: `forward(model, batch)` for networks that need more than images.
+        seed: of the positions.
+        progress: whether to show bars.
+
+    Raises:
+        OptionError: a network that torch-pruning cannot trace, nothing to prune, a budget out of reach, options without meaning.
+        InputTypeError: no network, or no loader.
+        DataError: no images.
+        NonFiniteError: NaN or Inf, with the layer's name.
+
+    Example:
+        >>> widen = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+        >>> model = nn.Sequential(*widen, nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> pruned = prune(model, [torch.randn(64, 3, 12, 12)], macs=0.5, progress=False)
+        >>> pruned.model[0].out_channels < 16, model[0].out_channels
+        (True, 16)
+        >>> pruned.report.macs[1] <= 0.5 * pruned.report.macs[0]
+        True
+    """
+    began = time.monotonic()
+    kind, share = _budget(macs, params, latency)
+    _check(model, floor, round_to, rows)
+    ridges, original = checked_ridges(ridge), bare(model)
+    images = Calibration(loader, max_images, device_of(original), forward)
+    few = images.some(min(2, images.count))
+    with undisturbed(original), torch.no_grad():
+        tails = traced(original, images)
+        groups = channel_groups(original, few, tails, ignored, forward)
+        if not groups:
+            raise OptionError(
+                f"nothing to prune in {type(original).__name__}: every width is ignored, or belongs to a residual stream, to an output, or to what a "
+                "layer norm runs over. The network is as it was"
+            )
+        if importance == "isomorphism":
+            choice = by_isomorphism(original, groups, tails, images, seed, progress)
+        else:
+            choice = by_scores(original, few, groups, importance, forward)
+
+        carving = Carving(original, groups, tails, images, few, choice, refit, rows, ridges, seed, progress)
+        places = layer_places(original, lambda: images.run(original, few), batch_size(few))
+
+        def pruned_to(target: float, of: str) -> Made:
+            widths = choice.widths(layer_costs(original, groups, places, of), target, floor, round_to)
+            if all(widths[group.name] == group.size for group in groups):
+                raise OptionError(
+                    f"a share of {target} leaves every width as it is (floor={floor}, round_to={round_to}); nothing was pruned. Ask for a smaller one"
+                )
+            return (*carving.make(widths), widths)
+
+        if kind == "latency":
+            small, kept, fits, widths = reach_latency(lambda target: pruned_to(target, "macs"), original, images, share)
+        else:
+            small, kept, fits, widths = pruned_to(share, kind)
+        times = (latency_of(original, images), latency_of(small, images)) if kind == "latency" else None
+        count = [count_macs(network, partial(images.run, network, few), batch_size(few)) for network in (original, small)]
+    for name, module in small.named_modules():
+        module.training = original.get_submodule(name).training
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(_needed(original, name))
+    settings = {kind: share, "importance": str(importance), "refit": refit, "floor": floor, "round_to": round_to, "rows": rows, "seed": seed}
+    report = PruneReport(
+        tuple(GroupWidth(group.name, group.kind, group.size, widths[group.name]) for group in groups),
+        tuple(fits),
+        (count[0], count[1]),
+        (_parameters(original), _parameters(small)),
+        times,
+        time.monotonic() - began,
+        images.count,
+        settings,
+    )
+    return Pruned(small, report, kept, original)
+
+
+def _budget(macs: float | None, params: float | None, latency: float | None) -> tuple[str, float]:
+    given = {name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None} or {"macs": 0.5}
+    if len(given) > 1:
+        raise OptionError(f"give one budget, macs=, params= or latency=; got {given}")
+    [(name, share)] = given.items()
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise OptionError(f"{name} is the share that may stay, between 0 and 1; got {share!r}")
+    return name, float(share)
+
+
+def _check(model: Any, floor: float, round_to: int, rows: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not 0 < floor <= 1 or round_to < 1 or rows < 1:
+        raise OptionError(f"expected 0 < floor <= 1, round_to >= 1 and rows >= 1, got {floor!r}, {round_to!r} and {rows!r}")
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _needed(original: nn.Module, name: str) -> bool:
+    return bool(dict(original.named_parameters()).get(name, nn.Parameter(torch.empty(0))).requires_grad)

@@ -1,0 +1,88 @@
+"""The images that pruning looks at: unlabelled, few, held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import DataError, InputTypeError, OptionError
+from knowiso_train.features import batch_size, inputs_of, select, to_device
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class Calibration:
+    """The first images of a loader, and how a network is called on them. Labels may be there; they are never read.
+
+    Args:
+        loader: batches of images, see `knowiso_train.features.inputs_of`.
+        max_images: to take.
+        device: for the images; None leaves them.
+        forward: `forward(model, batch)` for networks that need more than images.
+
+    Raises:
+        DataError: a loader without images.
+        InputTypeError: no loader.
+        OptionError: fewer than one image.
+
+    Example:
+        >>> images = Calibration([torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)], max_images=5)
+        >>> images.count, [len(batch) for batch in images]
+        (5, [3, 2])
+    """
+
+    def __init__(self, loader: Iterable[Any], max_images: int = 1024, device: Any = None, forward: Forward | None = None) -> None:
+        if max_images < 1:
+            raise OptionError(f"max_images must be 1 or more, got {max_images!r}")
+        if isinstance(loader, (Tensor, nn.Module)) or not hasattr(loader, "__iter__"):
+            raise InputTypeError(f"expected a loader, any iterable of batches of images, got {type(loader).__name__}; put a single batch into a list")
+        self.forward = forward
+        self.batches: list[Any] = []
+        self.count = 0
+        for batch in loader:
+            size = min(batch_size(batch), max_images - self.count)
+            batch = batch if size == batch_size(batch) else select(batch, torch.arange(size))
+            self.batches.append(batch if device is None else to_device(batch, device))
+            self.count += size
+            if self.count >= max_images:
+                break
+        if not self.count:
+            raise DataError("the loader gave no images; some hundred are needed, labels are not")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """Call a network on a batch."""
+        return self.forward(model, batch) if self.forward is not None else model(inputs_of(batch))
+
+    def some(self, images: int) -> Any:
+        """The first images, as one batch."""
+        batches, left = [], images
+        for batch in self.batches:
+            size = min(left, batch_size(batch))
+            batches.append(select(batch, torch.arange(size)))
+            left -= size
+            if not left:
+                break
+        return _joined(batches)
+
+    def all(self) -> Any:
+        """Every image, as one batch."""
+        return _joined(self.batches)
+
+
+def _joined(batches: list[Any]) -> Any:
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(batches) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {key: _joined([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return [_joined(list(items)) for items in zip(*batches, strict=True)]
+    return first

@@ -1,0 +1,224 @@
+"""Refit a network in one forward pass: every layer is solved when the pass reaches it, on what the layers before it now give."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from knowiso_train.errors import KnowisoWarning, NonFiniteError
+from knowiso_train.pruning.absorb import absorb, affine_of
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.originals import Originals, aimed_at_sum
+from knowiso_train.pruning.positions import Positions, grouped_weight, groups_of, ungrouped_weight
+from knowiso_train.pruning.refit import RowMoments
+from knowiso_train.pruning.trace import Operations, Tail
+
+HELD = 0.1  # of the images: the unexplained shares are measured on them
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SAME = 1e-10  # unexplained: nothing upstream has changed, and the layer stays to the bit
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """One refitted layer.
+
+    Attributes:
+        name: of the layer.
+        inputs: channels that it reads.
+        rows: of its regression.
+        before: unexplained share of what it should give, with the surviving original weights, on images that were not fitted.
+        after: the same with the refitted ones.
+    """
+
+    name: str
+    inputs: int
+    rows: int
+    before: float
+    after: float
+
+
+Choose = Callable[[RowMoments, Tensor, Tensor], Tensor]  # moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
+
+
+def refit_forward(
+    network: nn.Module,
+    layers: Mapping[str, nn.Module],
+    tails: Mapping[str, Tail],
+    target: Originals,
+    images: Calibration,
+    *,
+    outputs: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    choose: Mapping[str, Choose] | None = None,
+    ridge: Sequence[float] = RIDGES,
+    progress: bool = True,
+) -> list[LayerFit]:
+    """Solve the layers of a network, in place, in the order in which they run.
+
+    A layer's target is what the original gives; where its output is added to a residual stream that is there when it runs, what the stream lacks of
+    the original's sum, so that errors made upstream are mended. All images pass at once: a layer must have seen all before the next one runs.
+
+    Args:
+        network: pruned, or of the original's width with `masks`; in eval mode.
+        layers: of the network, by name.
+        tails: of the original, in forward order.
+        target: of the original, on the same images.
+        images: all of them are read.
+        outputs: (c,) indices of the original's output channels that a layer still has; all where it is not named.
+        masks: (C,) the input channels that a layer may read.
+        choose: for layers whose input channels are chosen when the pass reaches them.
+        ridge: relative ρ, several to choose from by images that are not fitted.
+        progress: whether to show a bar.
+
+    Returns:
+        One entry for each layer.
+
+    Raises:
+        NonFiniteError: a layer reads NaN or Inf.
+    """
+    masks, outputs, choose = dict(masks or {}), outputs or {}, choose or {}
+    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
+    streams: dict[int, Tensor] = {}
+    wanted = {tail.other for tail in tails.values() if aimed_at_sum(tail)}
+    fits: list[LayerFit] = []
+    short: list[str] = []
+
+    def seen(number: int, name: str, args: tuple[Any, ...], result: Tensor) -> None:
+        if number in wanted:
+            streams[number] = result
+
+    mode = Operations(seen)
+
+    def solve(name: str, layer: nn.Module, x: Tensor) -> None:
+        tail, at, groups = tails[name], target.positions[name], groups_of(layer)
+        rows = at.inputs(layer, x)
+        y, scale = _aims(name, layer, tail, target, at, streams, outputs.get(name), modules, parameters)
+        y = y.view(len(y), groups, -1)
+        fitted, held = _parts(rows, y, len(at.index))
+        try:
+            moments = RowMoments.of(*fitted)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {name!r}: {error}") from error
+        original = grouped_weight(layer).detach().double()
+        bias = torch.zeros_like(original[:, 0]) if layer.bias is None else layer.bias.detach().double().view(groups, -1)  # type: ignore[operator]
+        if name in choose:
+            free = _best(moments, original, None, ridge, held)[1]
+            masks[name] = choose[name](moments, free[0], scale)
+        keep = _columns(layer, masks.get(name))
+        before = original if keep is None else original * keep.to(original)[..., None]
+        read = original.shape[1] if keep is None else int(keep.sum(1).max())
+        shares = [_unexplained(held, before, bias)]
+        if shares[0] > SAME or bool((moments.bias(before) - bias).square().sum() > SAME * y.var(0).sum()):
+            if len(fitted[0]) < read:
+                short.append(f"{name!r} ({len(fitted[0])} rows for {read} regressors)")
+            share, new = _best(moments, original, keep, ridge, held)
+            shares.append(share)
+            with torch.no_grad():
+                layer.weight.copy_(ungrouped_weight(layer, new))  # type: ignore[operator]
+            norm = modules[tail.norm] if tail.norm is not None else None
+            absorb(layer, norm, moments.bias(new).flatten(), moments, new)
+        elif keep is not None:
+            with torch.no_grad():
+                layer.weight.copy_(ungrouped_weight(layer, before))  # type: ignore[operator]
+        inputs = x.shape[1] if isinstance(layer, nn.Conv2d) else x.shape[-1]
+        inputs = inputs if name not in masks else int(masks[name].sum())
+        fits.append(LayerFit(name, inputs, len(rows), shares[0], shares[-1]))
+
+    def reached(name: str) -> Callable[..., Tensor]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            with mode.silent():
+                solve(name, layer, inputs[0])
+                bar.update()
+                again: Tensor = type(layer).forward(layer, inputs[0])
+                return again
+
+        return hook
+
+    every = images.all()
+    handles = [layers[name].register_forward_hook(reached(name)) for name in tails]
+    try:
+        with tqdm(total=len(tails), desc="refit", unit="layer", disable=not progress) as bar, mode:
+            images.run(network, every)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if short:
+        warnings.warn(
+            f"fewer rows than regressors, so that the ridge decides what the rows do not: layers {', '.join(short)}. Give more images",
+            KnowisoWarning,
+            stacklevel=3,
+        )
+    return fits
+
+
+def _aims(
+    name: str,
+    layer: nn.Module,
+    tail: Tail,
+    target: Originals,
+    at: Positions,
+    streams: Mapping[int, Tensor],
+    outputs: Tensor | None,
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(R, c): what the layer itself should give; and (c,): what its output is multiplied by until it is added or read."""
+    y = target.outputs[name].double()
+    y = y if outputs is None else y[:, outputs.to(y.device)]
+    scale, shift = affine_of(modules[tail.norm] if tail.norm is not None else None, y.shape[1], y.device)
+    if tail.scale is not None:
+        factor = parameters[tail.scale].detach().double()
+        scale, shift = scale * factor, shift * factor
+    if aimed_at_sum(tail):
+        stream = streams[tail.other]  # type: ignore[index]
+        y = y - at.outputs(stream, conv=isinstance(layer, nn.Conv2d)).double()
+        silent = scale.abs() < 1e-6 * scale.abs().max().clamp_min(1e-30)  # nothing of such a channel arrives
+        y = torch.where(silent, y.new_zeros(()), (y - shift) / torch.where(silent, torch.ones_like(scale), scale))
+    return y, scale
+
+
+def _parts(x: Tensor, y: Tensor, images: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Rows to fit on and rows to report on, of other images where there are enough."""
+    y = y.to(x.device)
+    held = int(HELD * images) * (len(x) // images)
+    if held < 64:
+        return (x, y), (x, y)
+    return (x[:-held], y[:-held]), (x[-held:], y[-held:])
+
+
+def _best(moments: RowMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], held: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+    """Unexplained share on other images and weights, with the ridge that leaves the least."""
+    found = []
+    for ridge in ridges:
+        weight = moments.weight(original, keep, ridge)
+        found.append((_unexplained(held, weight, moments.bias(weight)), weight))
+    return min(found, key=lambda entry: entry[0])
+
+
+def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
+    """(G, d) of a mask over input channels."""
+    if mask is None or bool(mask.all()):
+        return None
+    if isinstance(layer, nn.Linear):
+        return mask[None]
+    taps = layer.weight[0, 0].numel()  # type: ignore[index]
+    return mask.view(groups_of(layer), 1, -1).expand(-1, taps, -1).flatten(1)
+
+
+def _unexplained(rows: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor) -> float:
+    x, y = rows
+    total = float(y.double().var(0, correction=0).sum())
+    left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight) - bias
+    return float(left.var(0, correction=0).sum()) / total if total > 0 else 0.0
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, without gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,0 +1,106 @@
+"""What every layer of the original network gives, at random positions: what refitted layers aim at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from knowiso_train.errors import NonFiniteError
+from knowiso_train.features import batch_size
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.positions import Positions, grouped_weight
+from knowiso_train.pruning.trace import Operations, Tail
+
+LEAST = 1024  # rows of a layer with few regressors
+
+
+@dataclass
+class Originals:
+    """Per layer the positions and the original's outputs there.
+
+    Attributes:
+        positions: of every image.
+        outputs: (R, C) of the layer; where its output is added to a residual stream that it knows, the sum.
+        places: positions at which the layer works for one image.
+    """
+
+    positions: dict[str, Positions] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
+
+
+def aimed_at_sum(tail: Tail) -> bool:
+    """Whether a layer aims at the residual sum: it can where the other term is there when it runs."""
+    return tail.total is not None and tail.other is not None
+
+
+def originals(
+    model: nn.Module, layers: Mapping[str, nn.Module], tails: Mapping[str, Tail], images: Calibration, rows: int, seed: int, progress: bool
+) -> Originals:
+    """One pass of the original network.
+
+    Args:
+        model: in eval mode.
+        layers: by name.
+        tails: of `trace.tails`, in forward order; layers without one are left out.
+        images: all of them are read.
+        rows: per regressor.
+        seed: of the positions.
+        progress: whether to show a bar.
+
+    Raises:
+        NonFiniteError: a layer gives NaN or Inf.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+        >>> found = originals(model, {"0": model[0]}, {"0": Tail()}, Calibration([torch.randn(2, 3, 8, 8)]), rows=2, seed=0, progress=False)
+        >>> found.outputs["0"].shape, found.places["0"]
+        (torch.Size([128, 4]), 64)
+    """
+    found, generator = Originals(), torch.Generator().manual_seed(seed)
+    kept: dict[str, list[Tensor]] = {name: [] for name in tails}
+    sums = {tail.total: name for name, tail in tails.items() if aimed_at_sum(tail)}
+    convolutions = {name: isinstance(layers[name], nn.Conv2d) for name in tails}
+    start = 0
+
+    def keep(name: str, output: Tensor) -> None:
+        rows_of = found.positions[name].part(start, start + size).outputs(output, conv=convolutions[name])
+        if not bool(rows_of.isfinite().all()):
+            raise NonFiniteError(f"layer {name!r} of the original network gives NaN or Inf within the first {start + size} images")
+        kept[name].append(rows_of.float())
+
+    def seen(number: int, name: str, args: tuple[Any, ...], result: Tensor) -> None:
+        if number in sums:
+            keep(sums[number], result)
+
+    mode = Operations(seen)
+
+    def emitted(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            with mode.silent():
+                if name not in found.positions:
+                    groups, d, width = grouped_weight(layer).shape
+                    found.places[name] = output.numel() // (size * groups * width)
+                    found.positions[name] = Positions.draw(images.count, found.places[name], max(rows * d, LEAST), generator)
+                if not aimed_at_sum(tails[name]):
+                    keep(name, output)
+
+        return hook
+
+    handles = [layers[name].register_forward_hook(emitted(name)) for name in tails]
+    try:
+        for batch in tqdm(images, desc="original", unit="batch", disable=not progress):
+            size, mode.count = batch_size(batch), 0
+            with mode:
+                images.run(model, batch)
+            start += size
+    finally:
+        for handle in handles:
+            handle.remove()
+    found.outputs = {name: torch.cat(parts) for name, parts in kept.items()}
+    return found
