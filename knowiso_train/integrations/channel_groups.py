@@ -123,6 +123,7 @@ def _group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:
     """None where the group has no readers that can be refitted, or something that mixes its channels."""
     readers: dict[str, list[tuple[int, int]]] = {}
     writers: dict[str, list[tuple[int, int]]] = {}
+    layers: dict[str, Any] = {}
     convs = 1
     for item in items:
         layer, handler = item.dep.target.module, item.dep.handler
@@ -134,11 +135,13 @@ def _group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:
             return None
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.weight.shape[1] > 1
         convs = max(convs, layer.groups if grouped else 1)
+        layers[names[layer]] = layer
         side = writers if handler in WRITERS else readers
         side.setdefault(names[layer], []).extend(zip(map(int, item.idxs), map(int, item.root_idxs), strict=True))
     root = names[items[0].dep.target.module]
     channels = len(items[0].idxs)
-    if not readers or root not in writers or channels % convs:
+    refittable = any(getattr(layers[name], "groups", 1) == 1 for name in readers)
+    if not refittable or root not in writers or channels % convs:
         return None
     size = channels // convs
     try:

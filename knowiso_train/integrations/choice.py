@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from knowiso_train.errors import OptionError
+from knowiso_train.errors import OptionError, ShapeError
 from knowiso_train.integrations.channel_groups import dependency_graph
 from knowiso_train.pruning.allocation import allocate, allowed_widths, total_cost
 from knowiso_train.pruning.calibration import Calibration, Forward
@@ -19,7 +19,10 @@ from knowiso_train.pruning.collect import ROWS, input_moments
 from knowiso_train.pruning.consumer import Consumer
 from knowiso_train.pruning.cost import LayerCost
 from knowiso_train.pruning.elimination import BackwardElimination
+from knowiso_train.pruning.forward import AnyMoments
+from knowiso_train.pruning.originals import WIDE
 from knowiso_train.pruning.refit import RowMoments
+from knowiso_train.pruning.rows import columns_of
 from knowiso_train.pruning.sensitivity import eliminate, output_harms
 from knowiso_train.pruning.trace import Tail
 
@@ -68,7 +71,7 @@ class Choice:
         found = {}
         for group in groups:
             [reader, *others] = group.readers
-            alone = not others and readers.count(reader) == 1 and getattr(layers[reader], "groups", 1) == 1
+            alone = not others and readers.count(reader) == 1 and getattr(layers[reader], "groups", 1) == 1 and columns_of(layers[reader]) <= WIDE
             if alone and widths[group.name] < group.size:
                 found[group.name] = SequentialChoice(layers[reader], group, reader, widths[group.name])
         return found
@@ -88,10 +91,12 @@ class SequentialChoice:
         self.layer, self.group, self.reader, self.width = layer, group, reader, width
         self.removed: list[int] = []
 
-    def __call__(self, moments: RowMoments, weight: Tensor, scale: Tensor) -> Tensor:
+    def __call__(self, moments: AnyMoments, weight: Tensor, scale: Tensor) -> Tensor:
         """(C,) mask of input channels."""
         scaled = weight * scale.abs().clamp_min(1e-6 * float(scale.abs().max().clamp_min(1e-30)))
         columns = unit_columns(self.layer, self.group.readers[self.reader]).to(weight.device)
+        if not isinstance(moments, RowMoments):
+            raise ShapeError(f"layer {self.reader!r}: too many regressors to choose among")
         elimination = BackwardElimination([Consumer(self.reader, moments.xx[0], scaled, columns, 1.0)], RIDGE)
         self.removed, _ = elimination.run(keep=self.width)
         return self.group.masks({self.reader: inputs_of_layer(self.layer)}, self.removed)[self.reader].to(weight.device)
@@ -103,7 +108,15 @@ def by_isomorphism(
     """Backward elimination of every group on the original's inputs, weighed by what the output makes of it."""
     modules = dict(model.named_modules())
     readers = {name: modules[name] for group in groups for name in group.readers if getattr(modules[name], "groups", 1) == 1}
-    inputs = input_moments(model, images, readers, max_images=images.count, rows=ROWS, forward=images.forward, seed=seed, progress=progress)
+    merged = {
+        name: unit_columns(readers[name], channels)
+        for group in groups
+        for name, channels in group.readers.items()
+        if name in readers and columns_of(readers[name]) > WIDE
+    }
+    inputs = input_moments(
+        model, images, readers, max_images=images.count, rows=ROWS, forward=images.forward, merged=merged, seed=seed, progress=progress
+    )
     found = {group.name: eliminate(model, group, inputs, tails, RIDGE) for group in groups}
     harms = output_harms(model, groups, found, images, progress)
     return Choice({name: entry.order for name, entry in found.items()}, harms, {group.name: group.kind for group in groups})

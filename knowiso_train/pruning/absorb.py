@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.pruning.refit import RowMoments
+from knowiso_train.pruning.refit import DualMoments, RowMoments
 
 LEAST = 1e-6  # of the variance that a norm expects: below it a channel is silent, and the norm's statistics stay
 
@@ -29,7 +29,7 @@ def affine_of(norm: nn.Module | None, channels: int, device: Any = None) -> tupl
 
 
 @torch.no_grad()
-def absorb(layer: nn.Module, norm: nn.Module | None, bias: Tensor, moments: RowMoments, weight: Tensor) -> None:
+def absorb(layer: nn.Module, norm: nn.Module | None, bias: Tensor, moments: RowMoments | DualMoments, weight: Tensor) -> None:
     """Give a layer whose weight was refitted its intercept.
 
     With a batch norm behind it, the norm takes the intercept, and its statistics become those of the layer's new output while its scale and shift

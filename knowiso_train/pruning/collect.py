@@ -41,6 +41,7 @@ def input_moments(
     max_images: int = 512,
     rows: int = ROWS,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    merged: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, LayerInput]:
@@ -53,6 +54,8 @@ def input_moments(
         max_images: to look at.
         rows: to draw per regressor of a layer, over all images.
         forward: `forward(model, batch)` for networks that need more than images.
+        merged: for layers with too many regressors, (J, m) regressors of each of J units: moments are then those of J regressors, over m times as
+            many rows.
         seed: of the positions.
         progress: whether to show a bar.
 
@@ -68,7 +71,8 @@ def input_moments(
         >>> found["2"].positions
         16.0
     """
-    wanted = {name: columns_of(layer) for name, layer in layers.items()}
+    merged = merged or {}
+    wanted = {name: len(merged[name]) if name in merged else columns_of(layer) for name, layer in layers.items()}
     streams: dict[str, StreamingMoments] = {}
     positions: dict[str, float] = {}
     generator, device = torch.Generator().manual_seed(seed), device_of(model)
@@ -78,7 +82,10 @@ def input_moments(
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             x: Tensor = inputs[0].detach()
             positions[name] = output.numel() / (size * _width(layer))
-            found = input_rows(layer, x, math.ceil(rows * wanted[name] * size / max_images), generator)[:, :, None, None]
+            found = input_rows(layer, x, math.ceil(rows * wanted[name] * size / max_images), generator)
+            if name in merged:
+                found = found[:, merged[name].to(found.device)].transpose(1, 2).flatten(0, 1)
+            found = found[:, :, None, None]
             stream = streams.setdefault(name, StreamingMoments(wanted[name], 1, device=x.device if x.device.type != "mps" else "cpu"))
             try:
                 stream.update(found, found[:, :1])

@@ -15,13 +15,14 @@ from tqdm import tqdm
 from knowiso_train.errors import KnowisoWarning, NonFiniteError
 from knowiso_train.pruning.absorb import absorb, affine_of
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.originals import Originals, aimed_at_sum
+from knowiso_train.pruning.originals import WIDE, Originals, aimed_at_sum
 from knowiso_train.pruning.positions import Positions, grouped_weight, groups_of, ungrouped_weight
-from knowiso_train.pruning.refit import RowMoments
+from knowiso_train.pruning.refit import DualMoments, RowMoments
 from knowiso_train.pruning.trace import Operations, Tail
 
 HELD = 0.1  # of the images: the unexplained shares are measured on them
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+FREE = 1e-2  # ridge of the weights from which a choice of channels starts
 SAME = 1e-10  # unexplained: nothing upstream has changed, and the layer stays to the bit
 
 
@@ -44,7 +45,8 @@ class LayerFit:
     after: float
 
 
-Choose = Callable[[RowMoments, Tensor, Tensor], Tensor]  # moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
+AnyMoments = RowMoments | DualMoments
+Choose = Callable[[AnyMoments, Tensor, Tensor], Tensor]  # moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
 
 
 def refit_forward(
@@ -103,14 +105,13 @@ def refit_forward(
         y = y.view(len(y), groups, -1)
         fitted, held = _parts(rows, y, len(at.index))
         try:
-            moments = RowMoments.of(*fitted)
+            moments: AnyMoments = RowMoments.of(*fitted) if rows.shape[2] <= WIDE or len(fitted[0]) > rows.shape[2] else DualMoments.of(*fitted)
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {name!r}: {error}") from error
         original = grouped_weight(layer).detach().double()
         bias = torch.zeros_like(original[:, 0]) if layer.bias is None else layer.bias.detach().double().view(groups, -1)  # type: ignore[operator]
         if name in choose:
-            free = _best(moments, original, None, ridge, held)[1]
-            masks[name] = choose[name](moments, free[0], scale)
+            masks[name] = choose[name](moments, moments.weight(original, None, FREE)[0], scale)
         keep = _columns(layer, masks.get(name))
         before = original if keep is None else original * keep.to(original)[..., None]
         read = original.shape[1] if keep is None else int(keep.sum(1).max())
@@ -193,7 +194,7 @@ def _parts(x: Tensor, y: Tensor, images: int) -> tuple[tuple[Tensor, Tensor], tu
     return (x[:-held], y[:-held]), (x[-held:], y[-held:])
 
 
-def _best(moments: RowMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], held: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+def _best(moments: AnyMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], held: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
     """Unexplained share on other images and weights, with the ridge that leaves the least."""
     found = []
     for ridge in ridges:

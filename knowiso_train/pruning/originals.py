@@ -16,7 +16,9 @@ from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.positions import Positions, grouped_weight
 from knowiso_train.pruning.trace import Operations, Tail
 
-LEAST = 1024  # rows of a layer with few regressors
+LEAST, MOST = 1024, 32_768  # rows of any layer
+ENOUGH = 20  # rows per regressor, also where that is more
+WIDE, FEW = 6000, 4096  # regressors above which a layer gets no more than so many rows, and is solved by their products
 
 
 @dataclass
@@ -37,6 +39,16 @@ class Originals:
 def aimed_at_sum(tail: Tail) -> bool:
     """Whether a layer aims at the residual sum: it can where the other term is there when it runs."""
     return tail.total is not None and tail.other is not None
+
+
+def rows_wanted(regressors: int, rows: int) -> int:
+    """Rows of one layer's regression.
+
+    Example:
+        >>> rows_wanted(9, 20), rows_wanted(576, 20), rows_wanted(25088, 20)
+        (1024, 11520, 4096)
+    """
+    return FEW if regressors > WIDE else max(LEAST, min(rows * regressors, max(MOST, ENOUGH * regressors)))
 
 
 def originals(
@@ -86,7 +98,7 @@ def originals(
                 if name not in found.positions:
                     groups, d, width = grouped_weight(layer).shape
                     found.places[name] = output.numel() // (size * groups * width)
-                    found.positions[name] = Positions.draw(images.count, found.places[name], max(rows * d, LEAST), generator)
+                    found.positions[name] = Positions.draw(images.count, found.places[name], rows_wanted(d, rows), generator)
                 if not aimed_at_sum(tails[name]):
                     keep(name, output)
 

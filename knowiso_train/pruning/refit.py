@@ -107,6 +107,10 @@ class RowMoments:
             raise OptionError(f"ridge must be a number >= 0 (relative to the mean variance of what the layer reads), got {ridge!r}")
         if not bool(self.xx.isfinite().all() and self.xy.isfinite().all()):
             raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
+        if keep is not None and len(keep) == 1:  # one group: what is gone is left out
+            at = keep[0].nonzero().flatten()
+            part = RowMoments(self.mean_x[:, at], self.mean_y, self.xx[:, at][:, :, at], self.xy[:, at])
+            return torch.zeros_like(original).index_copy(1, at, part.weight(original[:, at], None, ridge))
         left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
         start = original * left[..., None]
         missing = (self.xy - self.xx @ start) * left[..., None]
@@ -123,3 +127,56 @@ class RowMoments:
     def variance(self, weight: Tensor) -> Tensor:
         """(G, o): variance of what a weight gives on the rows."""
         return (weight * (self.xx @ weight)).sum(1)
+
+
+@dataclass(frozen=True)
+class DualMoments:
+    """What `RowMoments` is, for layers with more regressors than rows: the same weights from the rows' products with each other.
+
+    Attributes:
+        mean_x: (G, d).
+        mean_y: (G, o).
+        x: (G, R, d), about the mean.
+        y: (G, R, o), about the mean.
+    """
+
+    mean_x: Tensor
+    mean_y: Tensor
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> DualMoments:
+        """From rows (R, G, d) and (R, G, o).
+
+        Raises:
+            NonFiniteError: NaN or Inf in the rows.
+
+        Example:
+            >>> x, y, a = torch.randn(20, 1, 50).double(), torch.randn(20, 1, 2).double(), torch.zeros(1, 50, 2).double()
+            >>> torch.allclose(DualMoments.of(x, y).weight(a, ridge=0.1), RowMoments.of(x, y).weight(a, ridge=0.1))
+            True
+        """
+        of_x, of_y = x.double().transpose(0, 1), y.double().transpose(0, 1)
+        mean_x, mean_y = of_x.mean(1), of_y.mean(1)
+        if not bool(mean_x.isfinite().all() and mean_y.isfinite().all()):
+            raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
+        return cls(mean_x, mean_y, of_x - mean_x[:, None], of_y - mean_y[:, None])
+
+    def weight(self, original: Tensor, keep: Tensor | None = None, ridge: float = 1e-4) -> Tensor:
+        """(G, d, o), see `RowMoments.weight`: `A + Xᵀ(XXᵀ + nλ)⁻¹(Y - XA)`."""
+        left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
+        x, start = self.x * left[:, None], original * left[..., None]
+        products = x @ x.mT
+        trace = products.diagonal(dim1=1, dim2=2).sum(1) / left.sum(1).clamp_min(1)  # rows times the mean variance
+        diagonal = ((ridge + TINY) * torch.where(trace > 0, trace, torch.ones_like(trace)))[:, None].expand(-1, x.shape[1])
+        factor = torch.linalg.cholesky(products + torch.diag_embed(diagonal))
+        return start + x.mT @ torch.cholesky_solve(self.y - x @ start, factor)
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """(G, o): the intercept that goes with a weight."""
+        return self.mean_y - (weight.mT @ self.mean_x[..., None])[..., 0]
+
+    def variance(self, weight: Tensor) -> Tensor:
+        """(G, o): variance of what a weight gives on the rows."""
+        return (self.x @ weight).square().mean(1)
