@@ -67,6 +67,7 @@ class BackwardElimination:
         self._variances = [consumer.variance for consumer in consumers]
         self._inverses = [_inverse(consumer.xx, ridge) for consumer in consumers]
         self._weights = [consumer.weight.clone() for consumer in consumers]
+        self._candidates: Tensor | None = None
 
     def costs(self) -> Tensor:
         """(J,): rise of the unexplained share, summed over consumers, if this channel went next; inf for those that are gone."""
@@ -94,7 +95,7 @@ class BackwardElimination:
     def run(self, keep: int = 1) -> tuple[list[int], list[float]]:
         """Remove the cheapest channel until `keep` are left.
 
-        With more than 128 channels the choice is among the 64 that were cheapest when the last sixteen had gone.
+        With more than 128 channels left the choice is among the 64 that were cheapest when the last sixteen had gone.
 
         Returns:
             Channels in the order in which they went, and what each cost.
@@ -107,15 +108,16 @@ class BackwardElimination:
         order: list[int] = []
         costs: list[float] = []
         while (left := int(self.kept.sum())) > keep:
-            if left <= 2 * POOL:
+            if self._candidates is not None:
                 order.append(int(self.costs().argmin()))
                 costs.append(self.remove(order[-1]))
                 continue
-            pool = self.costs().topk(POOL, largest=False).indices
-            gone, more = self._pool(pool).run(keep=POOL - min(POOL // 4, left - keep))
+            last = left <= 2 * POOL
+            pool = self.kept.nonzero().flatten() if last else self.costs().topk(POOL, largest=False).indices
+            gone, more = self._pool(pool).run(keep if last else POOL - min(POOL // 4, left - keep))
             order += pool[gone].tolist()
             costs += more
-            self._take(order[-len(gone) :])
+            self._take(pool[gone].tolist())
         return order, costs
 
     def weights(self) -> list[Tensor]:
@@ -145,6 +147,7 @@ class BackwardElimination:
     def _pool(self, pool: Tensor) -> BackwardElimination:
         """The same elimination among a few channels: what becomes of them depends on no others' entries."""
         part = BackwardElimination.__new__(BackwardElimination)
+        part._candidates = pool
         part.kept = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
         part._columns, part._variances, part._inverses, part._weights = [], list(self._variances), [], []
         for columns, _, inverse, weight in self._readers():

@@ -62,7 +62,8 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
             continue
         layer: Any = modules[name]
         tail, moments = tails.get(name, Tail()), inputs[name].moments
-        weight, columns = regression_weight(layer.weight.detach()).double(), unit_columns(layer, channels).to(layer.weight.device)
+        weight = regression_weight(layer.weight.detach()).double()
+        columns = unit_columns(layer, channels).to(weight.device)
         scale, _ = affine_of(modules[tail.norm] if tail.norm is not None else None, weight.shape[1], weight.device)
         scale = scale.abs().clamp_min(1e-6 * float(scale.abs().max().clamp_min(1e-30)))
         if len(moments.mean_x) != len(weight):  # merged: taps count as if they saw different images
@@ -78,13 +79,13 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
     order, costs = elimination.run(keep=probed)
     weights = {}
     for consumer, refitted in zip(consumers, elimination.weights(), strict=True):
-        layer, (columns, scale) = modules[consumer.name], units[consumer.name]
+        layer, (spread_over, scale) = modules[consumer.name], units[consumer.name]
         mean = inputs[consumer.name].moments.mean_x.double()
         original = regression_weight(layer.weight.detach()).double()
-        if columns is not None:
+        if spread_over is not None:
             spread = torch.zeros_like(original)
-            spread[columns] = refitted.view(*columns.shape, -1)
-            refitted, mean = spread, torch.zeros_like(original[:, 0]).index_put((columns,), mean[:, None].expand(columns.shape))
+            spread[spread_over] = refitted.view(*spread_over.shape, -1)
+            refitted, mean = spread, torch.zeros_like(original[:, 0]).index_put((spread_over,), mean[:, None].expand(spread_over.shape))
         refitted = refitted / scale
         weights[consumer.name] = ungrouped_weight(layer, refitted[None]), (original - refitted).T @ mean
     if probed > 1:
