@@ -24,6 +24,22 @@ from knowiso_train.pruning.twin import Kept
 FAITHFUL = 1e-3  # relative: the cut network against the one whose readers only ignore what goes
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, without gradients.
+
+    Raises:
+        OptionError: the network holds what cannot be copied, such as results that it caches in eval mode.
+
+    Example:
+        >>> copy_of(nn.Linear(2, 2)).training
+        False
+    """
+    try:
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    except RuntimeError as error:
+        raise OptionError(f"{type(model).__name__} cannot be pruned: it cannot be copied ({error}). It is as it was") from error
+
+
 @dataclass
 class Carving:
     """What it takes to make a smaller network, for any widths.
@@ -62,7 +78,7 @@ class Carving:
         Raises:
             OptionError: a network in which taking channels out is not the same as not reading them.
         """
-        small = copy.deepcopy(self.original).eval().requires_grad_(False)
+        small = copy_of(self.original)
         removed = {group.name: self.choice.orders[group.name][: group.size - widths[group.name]] for group in self.groups}
         fits = self._refitted(small, widths, removed) if self.refit else []
         silenced = self._silenced(small, removed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.integrations.heads import cut_heads, head_groups
-from knowiso_train.pruning.channel_group import ChannelGroup
+from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer
 from knowiso_train.pruning.trace import Tail
 
 READERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
@@ -27,8 +27,8 @@ def channel_groups(
 ) -> list[ChannelGroup]:
     """The groups that can go without touching a residual stream: inner widths of blocks, plain chains, concatenated channels, heads.
 
-    Left out are residual streams and what a layer norm or group norm runs over, the network's outputs, and channels that only grouped convolutions
-    read.
+    Left out are inner channels of attention other than whole heads, residual streams and what a layer norm or group norm runs over, the network's
+    outputs, and channels that only grouped convolutions read.
 
     Args:
         model: in eval mode.
@@ -51,14 +51,18 @@ def channel_groups(
         raise OptionError(f"ignored: no modules {strange} in {type(model).__name__}; see `model.named_modules()`")
     heads = head_groups(model)
     graph = dependency_graph(model, example, forward)
-    closed = {name for group in heads for name in group.writers}
+    attention = [name for name, module in model.named_modules() if isinstance(getattr(module, "num_heads", None), int) and hasattr(module, "proj")]
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         items = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
     for item in items:
         group = _group(item, names)
-        if group is None or set(group.writers) & closed or any(tails.get(name, Tail()).total is not None for name in group.writers):
+        if (
+            group is None
+            or any(_within(name, attention) for name in group.writers)
+            or any(tails.get(name, Tail()).total is not None for name in group.writers)
+        ):
             continue
         found.append(group)
     return [group for group in [*found, *heads] if not any(_within(name, ignored) for name in group.writers)]
@@ -138,6 +142,9 @@ def _group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:
         layers[names[layer]] = layer
         side = writers if handler in WRITERS else readers
         side.setdefault(names[layer], []).extend(zip(map(int, item.idxs), map(int, item.root_idxs), strict=True))
+    wrong = [name for name, pairs in readers.items() if max(index for index, _ in pairs) >= inputs_of_layer(layers[name])]
+    if wrong:  # the tracer has lost its way between the writer and these
+        return None
     root = names[items[0].dep.target.module]
     channels = len(items[0].idxs)
     refittable = any(getattr(layers[name], "groups", 1) == 1 for name in readers)

@@ -14,7 +14,7 @@ from torch import nn
 
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.features import bare, batch_size, device_of, undisturbed
-from knowiso_train.integrations.carving import Carving
+from knowiso_train.integrations.carving import Carving, copy_of
 from knowiso_train.integrations.channel_groups import channel_groups
 from knowiso_train.integrations.choice import by_isomorphism, by_scores
 from knowiso_train.integrations.latency import latency_of, reach_latency
@@ -115,6 +115,7 @@ def prune(
     kind, share = _budget(macs, params, latency)
     _check(model, floor, round_to, rows)
     ridges, original = checked_ridges(ridge), bare(model)
+    copy_of(original)
     images = Calibration(loader, max_images, device_of(original), forward)
     few = images.some(min(2, images.count))
     with undisturbed(original), torch.no_grad():

@@ -43,6 +43,7 @@ class Calibration:
         self.batches: list[Any] = []
         self.count = 0
         for batch in loader:
+            batch = inputs_of(batch) if forward is None else batch
             size = min(batch_size(batch), max_images - self.count)
             batch = batch if size == batch_size(batch) else select(batch, torch.arange(size))
             self.batches.append(batch if device is None else to_device(batch, device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ def refit_forward(
         before = original if keep is None else original * keep.to(original)[..., None]
         read = original.shape[1] if keep is None else int(keep.sum(1).max())
         shares = [_unexplained(held, before, bias)]
-        if shares[0] > SAME or bool((moments.bias(before) - bias).square().sum() > SAME * y.var(0).sum()):
+        if shares[0] > SAME or bool((moments.bias(before) - bias).square().sum() > SAME * y.var(0, correction=0).sum()):
             if len(fitted[0]) < read:
                 short.append(f"{name!r} ({len(fitted[0])} rows for {read} regressors)")
             share, new = _best(moments, original, keep, ridge, held)
@@ -219,7 +218,3 @@ def _unexplained(rows: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor) -> f
     left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight) - bias
     return float(left.var(0, correction=0).sum()) / total if total > 0 else 0.0
 
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode, without gradients."""
-    return copy.deepcopy(model).eval().requires_grad_(False)

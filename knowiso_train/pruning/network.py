@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 from knowiso_train.features import bare, device_of, undisturbed
@@ -102,8 +102,24 @@ def refit(
 def traced(model: nn.Module, images: Calibration) -> dict[str, Tail]:
     """What follows every convolution and linear layer that runs once, in forward order."""
     layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
-    few = images.some(min(TRACED, images.count))
-    return tails(model, layers, lambda: images.run(model, few))
+    count = min(TRACED, images.count)
+    few = images.some(count)
+    apart: set[str] = set()  # layers that do not see images, such as one that makes a position code
+
+    def looking(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or len(output) % count:
+                apart.add(name)
+
+        return hook
+
+    handles = [layer.register_forward_hook(looking(name)) for name, layer in layers.items()]
+    try:
+        found = tails(model, layers, lambda: images.run(model, few))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: tail for name, tail in found.items() if name not in apart}
 
 
 def checked_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:

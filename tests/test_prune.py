@@ -1,0 +1,380 @@
+"""`ki.prune` on many families: budgets, faithful cuts, true attributes, plain results; and its parts against brute force."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+from pruned_networks import network
+from timm.models.vgg import VGG
+from torch import Tensor, nn
+
+import knowiso_train as ki
+from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, NonFiniteError, OptionError
+from knowiso_train.integrations import latency as clock
+from knowiso_train.integrations.prune import Pruned
+from knowiso_train.pruning import BackwardElimination, Consumer, take
+from knowiso_train.pruning.allocation import allocate, allowed_widths, total_cost
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.channel_group import ChannelGroup
+from knowiso_train.pruning.cost import LayerCost, count_macs, layer_costs, layer_places
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "test_resnet": {},
+    "seresnext26ts": {},
+    "densenet121": {"growth_rate": 4, "block_config": (2, 2)},
+    "mobilenetv2_035": {},
+    "mobilenetv3_small_050": {},
+    "test_efficientnet": {},
+    "regnety_002": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48},
+    "deit_tiny_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48},
+    "deit3_small_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3},
+    "vit_small_patch14_dinov2": {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 3},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)},
+}
+
+
+def family(name: str) -> tuple[nn.Module, Tensor]:
+    """A lively network: running statistics are those of its own activations."""
+    torch.manual_seed(0)
+    options = FAMILIES[name]
+    model: nn.Module = timm.create_model(name, num_classes=5, **options)
+    images = torch.randn(32, 3, *[options.get("img_size", 32)] * 2)
+    return lively(model, images), images
+
+
+def lively(model: nn.Module, images: Tensor) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+            if name.endswith("gamma"):  # layer scale begins near nothing
+                parameter.add_(0.5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+                module.reset_running_stats()
+                module.weight.data.clamp_(min=0.5)  # residual blocks of timm begin with 0
+        model.train()(images)
+    return model.eval()
+
+
+def little(model: nn.Module, images: Tensor, **options: Any) -> Pruned:
+    """With few images: the point is the cut."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KnowisoWarning)
+        return ki.prune(model, [images], progress=False, **{"rows": 2, "macs": 0.7, **options})
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 10, 3, bias=False), nn.BatchNorm2d(10)
+        self.fc = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def chain(seed: int = 0) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    images = torch.randn(128, 3, 10, 10)
+    return lively(Chain(), images), images
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, tmp_path: Path) -> None:
+    model, images = family(name)
+    before = copy.deepcopy(model.state_dict())
+    pruned = little(model, images)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    macs = [count_macs(net, partial(net, images[:2]), 2) for net in (model, pruned.model)]
+    assert pruned.report.macs == tuple(macs)
+    assert 0.5 * macs[0] < macs[1] <= 0.7 * macs[0]
+    assert type(pruned.model) is type(model)
+    with torch.no_grad():
+        out = pruned.model(images)
+    assert out.shape == (32, 5)
+    assert out.isfinite().all()
+    for key, indices in pruned.kept.items():
+        assert pruned.model.state_dict()[key].shape == take(model.state_dict()[key], indices).shape
+    for part in pruned.model.modules():
+        if hasattr(part, "attn_dim"):
+            assert part.qkv.out_features == 3 * part.num_heads * part.head_dim
+            assert part.proj.in_features == part.attn_dim == part.num_heads * part.head_dim
+    (pruned.model.train()(images).sum()).backward()  # trains on
+    pruned.model.eval()
+    options = {"num_classes": 5, **FAMILIES[name]}
+    pruned.save(tmp_path / "saved", factory=(name, options), example=images[:1].shape)
+    with torch.no_grad():
+        torch.testing.assert_close(ki.load_pruned(tmp_path / "saved")(images), pruned.model(images))
+
+
+def test_vgg_with_batch_norm() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(32, 3, 32, 32)
+    model = lively(VGG([8, "M", 16, "M", 16, "M", 16], num_classes=5, norm_layer=nn.BatchNorm2d, mlp_ratio=0.01), images)
+    report = little(model, images, ignored=["pre_logits"]).report
+    assert [width.name for width in report.widths] == ["features.12", "features.8", "features.4", "features.0"]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_patch16_224", "densenet121"])
+def test_pruned_without_refit_is_the_original_that_does_not_read(name: str) -> None:
+    """Readers' inputs of what went are set to zero by hand; batch norms and residual streams stay."""
+    model, images = family(name)
+    pruned = little(model, images, refit=False)
+    masked = copy.deepcopy(model)
+    kept = {
+        key: indices for key, indices in pruned.kept.items() if key.endswith("weight") and model.state_dict()[key].ndim > 1 and indices[1] is not None
+    }
+    assert kept
+    with torch.no_grad():
+        for key, indices in kept.items():
+            weight = masked.get_parameter(key)
+            gone = [c for c in range(weight.shape[1]) if c not in indices[1]]
+            weight[:, gone] = 0
+        out, expected = pruned.model(images), masked(images)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_refit_keeps_more_of_the_output_than_no_refit_and_the_choice_more_than_the_worst_one() -> None:
+    class Worst(tp.importance.Importance):  # type: ignore[misc]
+        def __call__(self, group: Any) -> Tensor:
+            norms = [float(weight.norm()) for weight in group[0].dep.target.module.weight]
+            return torch.tensor(norms)  # keeps what the loud channels already say
+
+    found: dict[str, list[float]] = {}
+    for seed in range(3):
+        model, images = chain(seed)
+        with torch.no_grad():  # half of the channels are known to the others, and the loudest
+            for weight in (model.conv1.weight, model.conv2.weight):
+                half = len(weight) // 2
+                weight[half:] = 2 * weight[:half] + 0.05 * torch.randn_like(weight[:half])
+        lively(model, images)
+        others = torch.randn(64, 3, 10, 10)
+        for kind, options in {"ours": {}, "bare": {"refit": False}, "worst": {"importance": Worst()}}.items():
+            small = ki.prune(model, [images], macs=0.4, progress=False, **options).model
+            with torch.no_grad():
+                found.setdefault(kind, []).append(float((small(others) - model(others)).square().mean() / model(others).var(0).mean()))
+    for ours, bare, worst in zip(*found.values(), strict=True):
+        assert ours < 0.8 * worst
+        assert ours < 0.5 * bare
+
+
+def test_budgets_floor_and_rounding() -> None:
+    model, images = chain()
+    pruned = ki.prune(model, [images], params=0.5, progress=False)
+    sizes = [sum(m.weight.numel() for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))) for net in (model, pruned.model)]
+    assert sizes[1] <= 0.5 * sizes[0]
+    pruned = ki.prune(model, [images], macs=0.6, floor=0.5, round_to=4, progress=False)
+    assert {width.name: width.after for width in pruned.report.widths}["conv1"] in (8, 12)
+    assert all(width.after >= 0.5 * width.before for width in pruned.report.widths)
+    only = ki.prune(model, [images], macs=0.6, ignored=["conv2"], progress=False)
+    assert [(width.name, width.before) for width in only.report.widths] == [("conv1", 12)]
+
+
+def test_copies_go_first_and_cost_nothing() -> None:
+    model, images = chain()
+    with torch.no_grad():
+        for tensor in [*model.conv1.parameters(), *model.bn1.parameters(), *model.bn1.buffers()]:
+            if tensor.ndim:
+                tensor[6:] = tensor[:6]
+    pruned = ki.prune(model, [images], macs=0.52, ignored=["conv2"], ridge=1e-9, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned.model(images), model(images), atol=1e-4, rtol=1e-3)
+    left = pruned.kept["conv1.weight"][0]
+    assert len({c % 6 for c in left}) == len(left) == 6
+
+
+def test_importances_of_torch_pruning_cut_the_same_share() -> None:
+    model, images = chain()
+    pruned = ki.prune(model, [images], macs=0.5, importance=tp.importance.MagnitudeImportance(p=2), progress=False)
+    shares = [width.after / width.before for width in pruned.report.widths]
+    assert max(shares) - min(shares) < 0.1
+    norms = model.conv1.weight.flatten(1).norm(dim=1)
+    kept = pruned.kept["conv1.weight"][0]
+    small = ki.prune(model, [images], macs=0.9, importance=tp.importance.RandomImportance(), progress=False, refit=False)
+    assert small.report.layers == ()
+    assert norms[kept].mean() > norms.mean() or len(kept) == 12
+
+
+def test_training_state_and_what_is_frozen() -> None:
+    model, images = chain()
+    model.bn2.train()
+    model.fc.requires_grad_(False)
+    pruned = ki.prune(model, [images], progress=False)
+    assert [m.training for m in pruned.model.modules()] == [m.training for m in model.modules()]
+    assert {n: p.requires_grad for n, p in pruned.model.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def test_the_report_is_a_table_and_json(tmp_path: Path) -> None:
+    import json
+
+    model, images = chain()
+    report = ki.prune(model, [images], progress=False).report
+    text = str(report)
+    for word in ("conv1", "unexplained", "refitted", "multiply-adds", "parameters", "no labels"):
+        assert word in text
+    report.to_json(tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["macs"] == list(report.macs)
+    assert {"torch", "knowiso_train"} <= set(found["versions"])
+
+
+def test_latency_goes_on_until_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "latency_of", lambda model, images: float(model.weight))  # a "network" that says how long it takes
+    tried: list[float] = []
+
+    def make(target: float) -> tuple[Any, ...]:
+        tried.append(target)
+        return (type("Net", (), {"weight": 0.3 + 0.5 * target})(),)
+
+    original: Any = type("Net", (), {"weight": 1.0})()
+    images = Calibration([torch.zeros(1, 1)])
+    assert clock.reach_latency(make, original, images, 0.5)[0].weight <= 0.5
+    assert len(tried) > 1
+    with pytest.raises(OptionError, match="not reached"):
+        clock.reach_latency(make, original, images, 0.2)
+
+
+class TestParts:
+    def test_allocation_is_the_best_of_all_where_harms_are_convex(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            harms, costs = {}, {}
+            for name in "abc":
+                steps = torch.rand(6, generator=generator, dtype=torch.float64).sort().values
+                harms[name] = torch.cat([steps.cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+                costs[name] = LayerCost(1.0, 1.0, 6.0, {}, {name: 1.0})
+            found = allocate(harms, costs, 9.0, floor=0.1)
+            assert total_cost(costs, {n: 6 - w for n, w in found.items()}) <= 9
+            best = min(
+                sum(float(harms[n][w]) for n, w in zip("abc", widths, strict=True))
+                for widths in itertools.product(range(1, 7), repeat=3)
+                if sum(widths) <= 9
+            )
+            assert sum(float(harms[n][w]) for n, w in found.items()) == pytest.approx(best)
+
+    def test_widths_that_are_allowed(self) -> None:
+        assert allowed_widths(12, 0.3, 1) == [12, 11, 10, 9, 8, 7, 6, 5, 4]
+        assert allowed_widths(12, 0.3, 5) == [12, 10, 5]
+        with pytest.raises(OptionError, match=r"0\.667 is left"):
+            allocate({"a": torch.zeros(4)}, {"a": LayerCost(1.0, 1.0, 3.0, {}, {"a": 1.0})}, 1.0, floor=0.6)
+
+    @pytest.mark.parametrize("name", ["test_resnet", "regnety_002", "densenet121", "vit_tiny_patch16_224"])
+    def test_costs_are_what_the_pruned_network_computes(self, name: str) -> None:
+        model, images = family(name)
+        pruned = little(model, images, refit=False)
+        from knowiso_train.integrations.channel_groups import channel_groups
+        from knowiso_train.pruning.network import traced
+
+        calibration = Calibration([images])
+        groups = channel_groups(model, images[:2], traced(model, calibration))
+        costs = layer_costs(model, groups, layer_places(model, partial(model, images[:2]), 2))
+        gone = {width.name: width.before - width.after for width in pruned.report.widths}
+        assert total_cost(costs, {}) == pruned.report.macs[0]
+        assert total_cost(costs, gone) == pytest.approx(pruned.report.macs[1])
+
+    def test_pools_cost_no_more_than_a_little_over_the_exact_choice(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2000, 40, generator=generator, dtype=torch.float64) @ torch.randn(40, 200, generator=generator, dtype=torch.float64)
+        x = x + 0.5 * torch.randn(2000, 200, generator=generator, dtype=torch.float64)
+        xx, weight = x.T @ x / 2000, torch.randn(200, 5, generator=generator, dtype=torch.float64)
+        every = torch.arange(200)[:, None]
+        consumer = Consumer("fc", xx, weight, every, float((weight * (xx @ weight)).sum()))
+        pooled, exact = BackwardElimination([consumer], 1e-6), BackwardElimination([consumer], 1e-6)
+        order, costs = pooled.run(keep=50)
+        for _ in range(150):
+            exact.remove(int(exact.costs().argmin()))
+        assert len(set(order)) == len(order) == 150
+        left = [c for c in range(200) if c not in order]
+        solved = torch.zeros_like(weight)
+        added = 1e-6 * xx.diagonal().mean() * torch.eye(200, dtype=torch.float64)
+        quadratic = xx + added
+        solved[left] = torch.linalg.solve(quadratic[left][:, left], (quadratic @ weight)[left])
+        torch.testing.assert_close(pooled.weights()[0], solved, atol=1e-6, rtol=1e-5)  # an independent solution for the same set
+        apart = weight - solved
+        assert sum(costs) == pytest.approx(float((apart * (quadratic @ apart)).sum()) / consumer.variance, rel=1e-6)
+        rival = weight - exact.weights()[0]
+        assert sum(costs) <= 1.05 * float((rival * (quadratic @ rival)).sum()) / consumer.variance
+
+    def test_units_of_a_group(self) -> None:
+        group = ChannelGroup("x", 2, {"fc": torch.tensor([[0, 1], [2, 3]])})
+        assert group.masks({"fc": 5}, [0])["fc"].tolist() == [False, False, True, True, True]
+
+
+class TestErrors:
+    @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "levit_128s"])
+    def test_families_that_cannot_be_pruned_say_so_and_stay_as_they_are(self, name: str) -> None:
+        options = {"img_size": 28, "depth": 1, "embed_dim": 48, "num_heads": 3} if "eva" in name else {}
+        model = timm.create_model(name, num_classes=3, **options).eval()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(OptionError, match=type(model).__name__):
+            little(model, torch.randn(1, 3, *[28 if "eva" in name else 224] * 2))
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        assert not any(module._forward_hooks for module in model.modules())
+
+    def test_pruning_nothing_is_an_error(self) -> None:
+        model, images = chain()
+        with pytest.raises(OptionError, match="nothing to prune"):
+            ki.prune(model, [images], ignored=["conv1", "conv2"], progress=False)
+        with pytest.raises(OptionError, match="nothing to prune"):
+            ki.prune(nn.Sequential(nn.Flatten(), nn.Linear(300, 3)), [images], progress=False)
+
+    def test_arguments(self) -> None:
+        model, images = chain()
+        with pytest.raises(OptionError, match="one budget"):
+            ki.prune(model, [images], macs=0.5, params=0.5)
+        for wrong in ({"macs": 1.2}, {"params": 0.0}, {"floor": 0.0}, {"round_to": 0}, {"rows": 0}, {"ridge": -1.0}, {"importance": "l7"}):
+            with pytest.raises(OptionError):
+                ki.prune(model, [images], progress=False, **wrong)
+        with pytest.raises(OptionError, match="cannot reach"):
+            ki.prune(model, [images], macs=0.05, floor=0.5, progress=False)
+        with pytest.raises(OptionError, match="no modules"):
+            ki.prune(model, [images], ignored=["layer7"], progress=False)
+        with pytest.raises(InputTypeError):
+            ki.prune("resnet50", [images])  # type: ignore[arg-type]
+        with pytest.raises(DataError):
+            ki.prune(model, [], progress=False)
+        with pytest.raises(NonFiniteError, match="conv"):
+            ki.prune(model, [torch.full_like(images, float("inf"))], progress=False)
+
+    def test_networks_that_cannot_be_traced(self) -> None:
+        class Odd(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                if torch.is_grad_enabled():
+                    raise RuntimeError("this network does not like to be looked at")
+                out: Tensor = self.b(self.a(x).relu())
+                return out
+
+        with pytest.raises(OptionError, match="Odd cannot be pruned.*looked at"):
+            ki.prune(Odd(), [torch.randn(8, 3, 4, 4)], progress=False)
+
+
+def test_a_wrapped_network_gives_a_bare_one() -> None:
+    model, images = chain()
+    pruned = ki.prune(nn.DataParallel(model), [images], progress=False)
+    assert isinstance(pruned.model, Chain)
+    assert {name.partition(".")[0] for name, _ in pruned.model.named_parameters()} == {"conv1", "bn1", "conv2", "bn2", "fc"}
+
+
+def test_networks_for_storage_can_be_pruned_too() -> None:
+    pruned = little(network("test_resnet"), torch.randn(8, 3, 32, 32))
+    assert pruned.report.parameters[1] < pruned.report.parameters[0]
