@@ -364,7 +364,7 @@ class TestErrors:
                 out: Tensor = self.b(self.a(x).relu())
                 return out
 
-        with pytest.raises(OptionError, match="Odd cannot be pruned.*looked at"):
+        with pytest.raises(OptionError, match=r"Odd cannot be pruned.*looked at"):
             ki.prune(Odd(), [torch.randn(8, 3, 4, 4)], progress=False)
 
 
