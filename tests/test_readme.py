@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 @pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")  # few images, which the README does not ask for
 def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **rest: create("test_resnet", num_classes=5, **rest))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **rest: create("test_resnet", **{"num_classes": 5, **rest}))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(torch.randn(60, 3, 32, 32), torch.randint(5, (60,))), batch_size=20)
     names: dict[str, Any] = {
+        "copy": copy,
         "ki": ki,
         "tp": tp,
         "torch": torch,
@@ -47,4 +49,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {"report", "components", "features", "iso"} <= set(names)
     assert (tmp_path / "report.json").exists()
     assert (tmp_path / "output/iso/history.json").exists()
+    assert 0.4 < names["pruned"].report.macs[1] / names["pruned"].report.macs[0] <= 0.5
+    assert (tmp_path / "pruned/model.safetensors").exists()
+    assert names["smaller"](names["images"]).shape == (2, 1000)
     assert 0 < float(names["loss"].detach()) < 100
