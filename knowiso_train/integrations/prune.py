@@ -150,8 +150,9 @@ def prune(
         count = [count_macs(network, partial(images.run, network, few), batch_size(few)) for network in (original, small)]
     for name, module in small.named_modules():
         module.training = original.get_submodule(name).training
-    for name, parameter in small.named_parameters():
-        parameter.requires_grad_(_needed(original, name))
+    trains = {name: parameter.requires_grad for name, parameter in original.named_parameters()}
+    for name, parameter in small.named_parameters():  # an added bias trains if its weight does
+        parameter.requires_grad_(trains[name if name in trains else name.removesuffix("bias") + "weight"])
     settings = {kind: share, "importance": str(importance), "refit": refit, "floor": floor, "round_to": round_to, "rows": rows, "seed": seed}
     report = PruneReport(
         tuple(GroupWidth(group.name, group.kind, group.size, widths[group.name]) for group in groups),
@@ -186,6 +187,3 @@ def _check(model: Any, floor: float, round_to: int, rows: int) -> None:
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
-
-def _needed(original: nn.Module, name: str) -> bool:
-    return bool(dict(original.named_parameters()).get(name, nn.Parameter(torch.empty(0))).requires_grad)

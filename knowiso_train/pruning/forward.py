@@ -34,7 +34,7 @@ class LayerFit:
         inputs: channels that it reads.
         rows: of its regression.
         before: unexplained share of what it should give, with the surviving original weights, on images that were not fitted.
-        after: the same with the refitted ones.
+        after: the same with refitted ones; the network then gets those of the same ridge from all images.
     """
 
     name: str
@@ -44,6 +44,7 @@ class LayerFit:
     after: float
 
 
+Rows = tuple[Tensor, Tensor]  # (R, G, d) and (R, G, o)
 AnyMoments = RowMoments | DualMoments
 Choose = Callable[[AnyMoments, Tensor, Tensor], Tensor]  # moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
 
@@ -104,7 +105,7 @@ def refit_forward(
         y = y.view(len(y), groups, -1)
         fitted, held = _parts(rows, y, len(at.index))
         try:
-            moments: AnyMoments = RowMoments.of(*fitted) if rows.shape[2] <= WIDE or len(fitted[0]) > rows.shape[2] else DualMoments.of(*fitted)
+            moments, every = _moments(fitted, held)
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {name!r}: {error}") from error
         original = grouped_weight(layer).detach().double()
@@ -118,12 +119,13 @@ def refit_forward(
         if shares[0] > SAME or bool((moments.bias(before) - bias).square().sum() > SAME * y.var(0, correction=0).sum()):
             if len(fitted[0]) < read:
                 short.append(f"{name!r} ({len(fitted[0])} rows for {read} regressors)")
-            share, new = _best(moments, original, keep, ridge, held)
+            share, best = _best(moments, original, keep, ridge, held)
             shares.append(share)
+            new = every.weight(original, keep, best)
             with torch.no_grad():
                 layer.weight.copy_(ungrouped_weight(layer, new))  # type: ignore[operator]
             norm = modules[tail.norm] if tail.norm is not None else None
-            absorb(layer, norm, moments.bias(new).flatten(), moments, new)
+            absorb(layer, norm, every.bias(new).flatten(), every, new)
         elif keep is not None:
             with torch.no_grad():
                 layer.weight.copy_(ungrouped_weight(layer, before))  # type: ignore[operator]
@@ -178,28 +180,42 @@ def _aims(
         scale, shift = scale * factor, shift * factor
     if aimed_at_sum(tail):
         stream = streams[tail.other]  # type: ignore[index]
+        for step in tail.steps:
+            stream = step(stream)
         y = y - at.outputs(stream, conv=isinstance(layer, nn.Conv2d)).double()
         silent = scale.abs() < 1e-6 * scale.abs().max().clamp_min(1e-30)  # nothing of such a channel arrives
         y = torch.where(silent, y.new_zeros(()), (y - shift) / torch.where(silent, torch.ones_like(scale), scale))
     return y, scale
 
 
-def _parts(x: Tensor, y: Tensor, images: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _parts(x: Tensor, y: Tensor, images: int) -> tuple[Rows, Rows]:
     """Rows to fit on and rows to report on, of other images where there are enough."""
     y = y.to(x.device)
     held = int(HELD * images) * (len(x) // images)
     if held < 64:
-        return (x, y), (x, y)
+        every = x, y
+        return every, every
     return (x[:-held], y[:-held]), (x[-held:], y[-held:])
 
 
-def _best(moments: AnyMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], held: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
-    """Unexplained share on other images and weights, with the ridge that leaves the least."""
+def _moments(fitted: Rows, held: Rows) -> tuple[AnyMoments, AnyMoments]:
+    """Of the rows to fit on, and of all."""
+    count, regressors = len(fitted[0]), fitted[0].shape[2]
+    apart = held[0] is not fitted[0]
+    if regressors > WIDE and count <= regressors:
+        part = DualMoments.of(*fitted)
+        return part, DualMoments.of(*(torch.cat(both) for both in zip(fitted, held, strict=True))) if apart else part
+    moments = RowMoments.of(*fitted)
+    return moments, moments.merged(RowMoments.of(*held), len(held[0]) / (count + len(held[0]))) if apart else moments
+
+
+def _best(moments: AnyMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], held: Rows) -> tuple[float, float]:
+    """The least unexplained share on other images, and the ridge that leaves it."""
     found = []
     for ridge in ridges:
         weight = moments.weight(original, keep, ridge)
-        found.append((_unexplained(held, weight, moments.bias(weight)), weight))
-    return min(found, key=lambda entry: entry[0])
+        found.append((_unexplained(held, weight, moments.bias(weight)), ridge))
+    return min(found)
 
 
 def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
@@ -212,9 +228,8 @@ def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
     return mask.view(groups_of(layer), 1, -1).expand(-1, taps, -1).flatten(1)
 
 
-def _unexplained(rows: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor) -> float:
+def _unexplained(rows: Rows, weight: Tensor, bias: Tensor) -> float:
     x, y = rows
     total = float(y.double().var(0, correction=0).sum())
     left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight) - bias
     return float(left.var(0, correction=0).sum()) / total if total > 0 else 0.0
-

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 SUMS = {"add", "__add__", "__iadd__", "add_", "__radd__"}
 PRODUCTS = {"mul", "__mul__", "__imul__", "mul_", "__rmul__"}
+PLAIN = {"pad", "__getitem__", "avg_pool2d", "max_pool2d"}  # steps of a shortcut that need no weights, and can be taken ahead of time
 SAME = {"dropout", "dropout2d", "contiguous"}  # in eval mode
 
 
@@ -24,13 +25,15 @@ class Tail:
         norm: name of the batch norm that reads the layer's output alone, or None.
         scale: name of the parameter that multiplies its channels (layer scale), or None.
         total: number of the operation that adds the output to a residual stream, or None.
-        other: number of the operation that made the other term, or None where the layer does not know it yet when it runs.
+        other: number of the operation that made the other term, or what leads to it by `steps`; None where it is not there when the layer runs.
+        steps: of the shortcut from there to the other term.
     """
 
     norm: str | None = None
     scale: str | None = None
     total: int | None = None
     other: int | None = None
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
 class Operations(TorchFunctionMode):
@@ -39,11 +42,15 @@ class Operations(TorchFunctionMode):
     def __init__(self, seen: Callable[[int, str, tuple[Any, ...], Tensor], None]) -> None:
         super().__init__()
         self.seen, self.count, self.paused = seen, 0, False
+        self.step: Callable[[Tensor], Tensor] | None = None  # the present operation, where it reads one tensor and nothing else that could differ
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self.paused and isinstance(result, Tensor):
             self.paused = True
+            name, rest = getattr(func, "__name__", ""), args[1:]
+            single = name in PLAIN and not any(isinstance(value, Tensor) for value in (*rest, *(kwargs or {}).values()))
+            self.step = (lambda value: func(value, *rest, **(kwargs or {}))) if single else None
             try:
                 self.seen(self.count, getattr(func, "__name__", ""), (*args, *(kwargs or {}).values()), result)
             finally:
@@ -73,13 +80,14 @@ def tails(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
         >>> with torch.no_grad():
         ...     tails(model, {"0": model[0]}, lambda: model(torch.zeros(1, 3, 2, 2)))
-        {'0': Tail(norm='1', scale=None, total=None, other=None)}
+        {'0': Tail(norm='1', scale=None, total=None, other=None, steps=())}
     """
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     owners = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and module.affine}
     fixed = set(parameters)  # parameters, and what is made of nothing else
     made: dict[int, int] = {}
     alive: list[Any] = []  # keeps identities unique
+    steps: dict[int, tuple[int, Callable[[Tensor], Tensor]]] = {}
     users: dict[int, list[tuple[int, str, tuple[Any, ...], list[int]]]] = {}
 
     def seen(number: int, name: str, args: tuple[Any, ...], result: Tensor) -> None:
@@ -89,6 +97,8 @@ def tails(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]
             alive.append((result, args))
             return
         sources = [made[id(value)] for value in tensors if id(value) in made]
+        if mode.step is not None and len(sources) == 1:
+            steps[number] = sources[0], mode.step
         for source in sources:
             users.setdefault(source, []).append((number, name, args, sources))
         made[id(result)] = number
@@ -119,11 +129,14 @@ def tails(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]
     found = {}
     for name in sorted(begun, key=lambda name: begun[name]):
         if len(outputs[name]) == 1 and outputs[name][0] >= 0:
-            found[name] = _follow(outputs[name][0], begun[name], users, owners, parameters, fixed)
+            found[name] = _follow(outputs[name][0], begun[name], users, owners, parameters, fixed, steps)
     return found
 
 
-def _follow(at: int, begun: int, users: dict[int, Any], owners: dict[int, str], parameters: dict[int, str], fixed: set[int]) -> Tail:
+Steps = dict[int, tuple[int, Callable[[Tensor], Tensor]]]
+
+
+def _follow(at: int, begun: int, users: dict[int, Any], owners: dict[int, str], parameters: dict[int, str], fixed: set[int], steps: Steps) -> Tail:
     norm = scale = None
     plain = True  # False: past a step that the output's rows cannot be taken through, so that only the sum's being there is told
     while len(users.get(at, [])) == 1:
@@ -141,10 +154,21 @@ def _follow(at: int, begun: int, users: dict[int, Any], owners: dict[int, str], 
                 plain = False
         elif name in SUMS and len(sources) == 2 and sources[0] != sources[1] and others[0].shape == others[1].shape:
             other = sources[1] if sources[0] == at else sources[0]
-            return Tail(norm, scale, number, other if plain and other < begun else None) if plain else Tail(total=number)
+            return Tail(norm, scale, number, *_known(other, begun, steps)) if plain else Tail(total=number)
         elif name == "permute":
             plain = False
         elif name not in SAME:
             break
         at = number
     return Tail(norm, scale) if plain else Tail()
+
+
+def _known(number: int, begun: int, steps: Steps) -> tuple[int | None, tuple[Callable[[Tensor], Tensor], ...]]:
+    """What is there before operation `begun`, and the steps from it to operation `number`; None where there are none."""
+    taken: list[Callable[[Tensor], Tensor]] = []
+    while number >= begun:
+        if number not in steps:
+            return None, ()
+        number, step = steps[number]
+        taken.insert(0, step)
+    return number, tuple(taken)
