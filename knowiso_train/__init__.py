@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from knowiso_train.losses import IsomorphismLoss
     from knowiso_train.measurement import Report, measure
     from knowiso_train.pruning import carrying, refit
+    from knowiso_train.refinement import refine
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "load_pruned",
     "measure",
     "prune",
+    "refine",
     "refit",
     "save_pruned",
 ]
@@ -53,6 +55,7 @@ _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for 
     "load_pruned": "integrations.pruned_storage",
     "measure": "measurement",
     "prune": "integrations.prune",
+    "refine": "refinement",
     "refit": "pruning",
     "save_pruned": "integrations.pruned_storage",
 }

@@ -39,6 +39,8 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "loader": loader,
         "model": create("test_resnet"),
         "held_out": loader,
+        "few": DataLoader(TensorDataset(torch.randn(40, 3, 32, 32), torch.arange(40) % 5), batch_size=20),
+        "peer": create("test_resnet", num_classes=5),
         "accelerator": Accelerator(cpu=True),
         "images": torch.randn(2, 3, 64, 64),
         "x_source": torch.randn(200, 6, 3, 3),

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import LayerNameError, LayoutError, OptionError, ShapeError
+from knowiso_train.features import bare
+from knowiso_train.refinement.probing import difference
+
+ALLOWED = 1e-6  # relative, in float64
 
 
 def fold(model: nn.Module, layer: str, consumers: Sequence[str], weight: Tensor, bias: Tensor | None, example: Tensor) -> nn.Module:
     """A copy of `model` whose consumers read `weight @ x + bias` where they read the layer's output x.
+
+    Whether that is exact is a property of the network, so it is not tried on the example's activations alone, where a ReLU may happen not to act: the
+    layer's output is also replaced by random numbers of both signs, from a tenth to thirty times its size, and every consumer's output and the
+    network's are compared. In float64 throughout: the copy's own precision cannot refuse a fold, and is the only thing that rounds it.
 
     Args:
         model: the network; left as it is.
@@ -20,15 +28,16 @@ def fold(model: nn.Module, layer: str, consumers: Sequence[str], weight: Tensor,
         consumers: names of every `Linear` or ungrouped `Conv2d` that reads this output.
         weight: (channels, channels), or (channels, channels, 1, 1).
         bias: (channels,) or None.
-        example: a batch of inputs; the copy is compared on it, in float64 and eval mode, with the model whose layer is mapped by a hook.
+        example: a batch of inputs.
 
     Returns:
-        The folded copy, of the same architecture.
+        The folded copy, of the same architecture, dtype and mode.
 
     Raises:
         LayerNameError: no layer of this name.
         ShapeError: a map that is k×k or does not fit a consumer's inputs.
-        LayoutError: a consumer that cannot absorb the map, or a network where the result differs on the example.
+        LayoutError: a consumer that cannot absorb the map, or a network where folded and unfolded differ: a non-linearity lies between the layer and
+            a consumer, or a consumer is missing.
         OptionError: no consumers, or a bias across zero padding.
 
     Example:
@@ -37,6 +46,64 @@ def fold(model: nn.Module, layer: str, consumers: Sequence[str], weight: Tensor,
         >>> torch.allclose(folded[1].weight, net[1].weight * 2)
         True
     """
+    matrix, shift = _checked_map(layer, weight, bias)
+    names = dict(bare(model).named_modules())
+    for name in (layer, *consumers):
+        if not name or name not in names:
+            raise LayerNameError(f"no layer {name!r} in the model; see `model.named_modules()`")
+    if not consumers:
+        raise OptionError(f"layer {layer!r}: expected the names of its consumers, got none")
+    if layer in consumers:
+        raise OptionError(f"layer {layer!r} cannot be its own consumer; name the layers that read its output")
+    chosen = list(dict.fromkeys(consumers))
+    folded = copy.deepcopy(bare(model))
+    exact, truth = copy.deepcopy(folded).double().eval(), copy.deepcopy(folded).double().eval()
+    for name in chosen:
+        absorb(exact.get_submodule(name), name, matrix, shift)
+    error = difference(truth, exact, layer, chosen, matrix, shift, example.double())
+    if not error <= ALLOWED:
+        raise LayoutError(
+            f"layer {layer!r}: folded and unfolded outputs differ by {error:.1e} ({ALLOWED:.0e} allowed); "
+            "a non-linearity lies between the layer and a consumer, or a consumer is missing: name all, or map the layer after the non-linearity"
+        )
+    for name in chosen:
+        absorb(folded.get_submodule(name), name, matrix, shift)
+    return folded
+
+
+def absorb(module: nn.Module, name: str, matrix: Tensor, shift: Tensor) -> None:
+    """Let a layer read `matrix @ x + shift` where it reads x, in place; computed in float64, kept in the layer's own dtype.
+
+    Args:
+        module: `Linear` or ungrouped `Conv2d`.
+        name: for messages.
+        matrix: (channels, channels).
+        shift: (channels,).
+
+    Raises:
+        LayoutError: another kind of layer.
+        ShapeError: other input channels.
+        OptionError: a shift across zero padding.
+    """
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
+        raise LayoutError(f"consumer {name!r}: expected a Linear or an ungrouped Conv2d, got {module}; the map mixes channels that it cannot mix")
+    old = module.weight.detach().double()
+    if old.shape[1] != matrix.shape[0]:
+        raise ShapeError(f"consumer {name!r}: expected {matrix.shape[0]} input channels, got {old.shape[1]}")
+    if bool(shift.any()) and _pads_with_zeros(module):
+        raise OptionError(f"consumer {name!r}: a bias cannot be folded across zero padding {module.padding}; use a map without bias")
+    matrix, shift = matrix.to(old), shift.to(old)
+    added = torch.einsum("oc...,c->o...", old, shift).flatten(1).sum(1) if old.ndim == 4 else old @ shift
+    with torch.no_grad():
+        kept = module.weight
+        kept.copy_(torch.einsum("oc...,ci->oi...", old, matrix))
+        if module.bias is not None:
+            module.bias.copy_(module.bias.double() + added)
+        elif bool(shift.any()):
+            module.bias = nn.Parameter(added.to(kept))
+
+
+def _checked_map(layer: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if weight.ndim == 4 and weight.shape[2:] == (1, 1):
         weight = weight[:, :, 0, 0]
     if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
@@ -45,49 +112,13 @@ def fold(model: nn.Module, layer: str, consumers: Sequence[str], weight: Tensor,
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"layer {layer!r}: expected a bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    names = dict(model.named_modules())
-    for name in (layer, *consumers):
-        if name not in names:
-            raise LayerNameError(f"no layer {name!r} in the model; see `model.named_modules()`")
-    if not consumers:
-        raise OptionError(f"layer {layer!r}: expected the names of its consumers, got none")
-    folded, truth = copy.deepcopy(model), copy.deepcopy(model).double().eval()
     matrix = weight.detach().double()
-    shift = torch.zeros_like(matrix[0]) if bias is None else bias.detach().double()
-    for name in dict.fromkeys(consumers):
-        _absorb(folded.get_submodule(name), name, matrix, shift)
-
-    def mapped(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if output.ndim == 4:
-            return torch.einsum("oc,nchw->nohw", matrix.to(output), output) + shift.to(output)[:, None, None]
-        return output @ matrix.to(output).T + shift.to(output)
-
-    truth.get_submodule(layer).register_forward_hook(mapped)
-    with torch.no_grad():
-        wanted, got = truth(example.double()), copy.deepcopy(folded).double().eval()(example.double())
-    error = float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-12))
-    if not error <= 1e-6:
-        raise LayoutError(
-            f"layer {layer!r}: folded and unfolded outputs differ by {error:.1e} (1e-6 allowed); "
-            "a non-linearity lies between the layer and a consumer, or a consumer is missing: name all, or map the layer after the non-linearity"
-        )
-    return folded
+    return matrix, torch.zeros_like(matrix[0]) if bias is None else bias.detach().double()
 
 
-def _absorb(module: nn.Module, name: str, matrix: Tensor, shift: Tensor) -> None:
-    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
-        raise LayoutError(f"consumer {name!r}: expected a Linear or an ungrouped Conv2d, got {module}; the map mixes channels that it cannot mix")
-    old = module.weight.detach().double()
-    if old.shape[1] != matrix.shape[0]:
-        raise ShapeError(f"consumer {name!r}: expected {matrix.shape[0]} input channels, got {old.shape[1]}")
-    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and module.padding not in ((0, 0), "valid") and bool(shift.any()):
-        raise OptionError(f"consumer {name!r}: a bias cannot be folded across zero padding {module.padding}; use a map without bias")
-    matrix, shift = matrix.to(old), shift.to(old)
-    added = torch.einsum("oc...,c->o...", old, shift).flatten(1).sum(1) if old.ndim == 4 else old @ shift
-    with torch.no_grad():
-        kept = module.weight
-        kept.copy_(torch.einsum("oc...,ci->oi...", old, matrix))
-        if module.bias is not None:
-            module.bias.add_(added)
-        elif bool(shift.any()):
-            module.bias = nn.Parameter(added.to(kept))
+def _pads_with_zeros(module: nn.Linear | nn.Conv2d) -> bool:
+    if isinstance(module, nn.Linear) or module.padding_mode != "zeros":
+        return False
+    if isinstance(module.padding, str):
+        return module.padding == "same" and max(module.kernel_size) > 1
+    return any(side > 0 for side in module.padding)

@@ -1,0 +1,213 @@
+"""Refinement by peers, on real checkpoints: what one network gains from others that are then thrown away.
+
+    python benchmarks/bench_refine.py                        # all sections; stopped and started again, it goes on where it was
+    python benchmarks/bench_refine.py --sections peers head  # some of them
+
+peers: what lite1, lite2 and networks that should be useless know of lite0, without labels.
+head:  `clothing10`, 3 to 50 labels per class, lite0 with ImageNet weights at 160 px and a new classifier in closed form; the rest of the 3,068
+       training images without labels. Hyper-parameters of every method are chosen for each seed on the 341 validation images, the controls' from more
+       settings than ours; "as shipped" tunes nothing. The defaults were found on 800 of the training images, before a test image was looked at.
+harm:  useless peers through `refine` itself, alone and beside a good one: they must be noticed and cost nothing.
+cifar: fine-tuning of a small network on few labelled CIFAR-10 images, without augmentation and with, see refine_cifar.py.
+paper: the published composite, two networks at inference, in its own regime: few images, no augmentation.
+
+Test images are only reported on. Differences are paired over seeds (mean ± standard error); `over images` is a bootstrap over the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import RESULTS, record, table
+from refine_checks import harm, harm_table, paper, paper_table
+from refine_cifar import cifar, cifar_table
+from refine_data import CLASSES, draw, features
+from torch import Tensor
+
+from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
+from knowiso_train.refinement.views import Scaling, ridge_map
+from knowiso_train.refinement.worth import worth
+
+LABELS = (3, 5, 10, 20, 50)
+JUDGED = (3, 5, 10, 20)  # that the targets speak of
+RIDGES = tuple(10.0**e for e in range(-3, 3))
+RECIPES = [
+    HeadRecipe(few_ridge=few, sharpness=sharp, rounds=rounds, head_ridge=ridge)
+    for few in (0.1, 1.0)
+    for sharp in (12.0, math.inf)
+    for rounds in (1, 3)
+    for ridge in (1.0, 3.0)
+]
+USELESS = ("untrained lite1", "untrained lite1, its statistics set", "ResNet-20 of CIFAR-10", "ResNet-10 of digits", "noise")
+BOOTSTRAP, TEST_IMAGES = 2000, 372
+SECTIONS = ["peers", "head", "harm", "cifar", "paper"]
+
+
+def peers() -> list[dict[str, Any]]:
+    """Label-free verdict on good and bad peers."""
+    own, rows = features("lite0")["train"], []
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
+    for name in ("lite1", "lite2", *USELESS):
+        found = worth(own[order], features(name)["train"][order], name)
+        rows.append({"peer": name, "explains": found.explains, "is explained": found.explained, "noise floor": found.noise_floor})
+        rows[-1]["useful"] = found.useful
+        print(rows[-1], flush=True)
+    return rows
+
+
+class Arms:
+    """Every method's candidates for a set of labels, as classifiers or scores; what does not depend on the labels is made once."""
+
+    def __init__(self) -> None:
+        self.data = {name: features(name) for name in ("lite0", "lite1", "lite2", "lite0, mirrored", USELESS[1])}
+        x = {name: part["train"] for name, part in self.data.items()}
+        own, mirrored = x["lite0"], x["lite0, mirrored"]
+        view = Scaling.of(own)(own)
+        other = Scaling.of(mirrored)(mirrored)
+        shrunk = [self._alike(view @ ridge_map(view, y, r)) for y in (view, other) for r in (1.0, 3.0, 10.0)]
+        self.single = [Consensus(own, rows) for rows in (view, *shrunk)]
+        self.projections = self._projections(own, mirrored, x["lite1"])
+        self.groups = {"lite1": ["lite1"], "lite2": ["lite2"], "lite1, lite2": ["lite1", "lite2"], "untrained, not left out": [USELESS[1]]}
+        self.ours = {
+            name: [Consensus.of([own, *(x[p] for p in names)], HeadRecipe(part_ridge=r)) for r in (0.3, 1.0)] for name, names in self.groups.items()
+        }
+        self.labels = features("lite0")["labels"]
+
+    @staticmethod
+    def _alike(rows: Tensor) -> Tensor:
+        return rows / rows.square().mean().sqrt()
+
+    def _projections(self, own: Tensor, mirrored: Tensor, peer: Tensor) -> dict[str, list[Any]]:
+        """For linear methods: functions from raw features of any split to what the ridge classifier sees."""
+        scaling = Scaling.of(own)
+        view, other, first = scaling(own), Scaling.of(mirrored)(mirrored), Scaling.of(peer)(peer)
+        maps = {
+            "raw features": [torch.eye(view.shape[1], dtype=torch.float64)],
+            "own → own, own → mirrored": [ridge_map(view, y, r) for y in (view, other) for r in (1.0, 3.0, 10.0)],
+            "own → lite1 → own": [ridge_map(view, first, r) @ ridge_map(first, view, r) for r in (0.3, 1.0, 3.0)],
+            "own → lite1": [ridge_map(view, first, r) for r in (0.3, 1.0, 3.0)],
+        }
+        return {name: [(scaling, matrix) for matrix in found] for name, found in maps.items()}
+
+    def candidates(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
+        """Scores (images, classes) on validation and test of every setting of every method."""
+        found: dict[str, list[dict[str, Tensor]]] = {}
+        own = self.data["lite0"]
+        for name, maps in self.projections.items():
+            rows = [{s: scaling(own[s]) @ matrix for s in ("train", "validation", "test")} for scaling, matrix in maps]
+            found[name] = [scores for part in rows for scores in self._ridges(part, index, labels)]
+        for name, names in {"two networks side by side": ["lite0", "lite1"], "three networks side by side": ["lite0", "lite1", "lite2"]}.items():
+            part = {s: torch.cat([Scaling.of(self.data[n]["train"])(self.data[n][s]) for n in names], 1) for s in ("train", "validation", "test")}
+            found[name] = self._ridges(part, index, labels)
+        found["self-training, no peer"] = [self._scores(c.head(index, labels, CLASSES, r)) for c in self.single for r in RECIPES]
+        found["self-training as shipped"] = [self._scores(self.single[0].head(index, labels, CLASSES))]
+        for name, consensus in self.ours.items():
+            found[f"ours, {name}"] = [self._scores(c.head(index, labels, CLASSES, r)) for c in consensus for r in RECIPES]
+            found[f"ours as shipped, {name}"] = [self._scores(consensus[0].head(index, labels, CLASSES))]
+        return found
+
+    def _scores(self, head: Head) -> dict[str, Tensor]:
+        return {split: head(self.data["lite0"][split]) for split in ("validation", "test")}
+
+    @staticmethod
+    def _ridges(part: dict[str, Tensor], index: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
+        heads = [ridge_head(part["train"][index], labels, CLASSES, r) for r in RIDGES]
+        return [{split: head(part[split]) for split in ("validation", "test")} for head in heads]
+
+
+def head(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+    """One row for each number of labels and seed: accuracy of every method, and which test images it got right."""
+    missing = [(k, s) for s in range(seeds) for k in LABELS if not any(row["labels"] == k and row["seed"] == s for row in kept)]
+    arms = Arms() if missing else None
+    for k, seed in missing:
+        index = draw(arms.labels["train"], k, seed)
+        row: dict[str, Any] = {"labels": k, "seed": seed, "accuracy": {}, "validation": {}, "right": {}, "settings": {}}
+        for name, tried in arms.candidates(index, arms.labels["train"][index]).items():
+            on_validation = [float((t["validation"].argmax(1) == arms.labels["validation"]).double().mean()) for t in tried]
+            best = max(range(len(tried)), key=on_validation.__getitem__)
+            right = tried[best]["test"].argmax(1) == arms.labels["test"]
+            row["accuracy"][name] = 100 * float(right.double().mean())
+            row["validation"][name] = 100 * on_validation[best]
+            row["right"][name] = f"{int(''.join(str(int(r)) for r in right.tolist()), 2):x}"
+            row["settings"][name] = len(tried)
+        kept.append(row)
+        save()
+        print(f"{k} labels per class, seed {seed}:", {n: round(a, 1) for n, a in row["accuracy"].items()}, flush=True)
+    return kept
+
+
+def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean accuracy by number of labels, and mean differences over JUDGED: to raw features, and to the best control without a peer."""
+    names = list(rows[0]["accuracy"])
+    seeds = sorted({row["seed"] for row in rows if all(any(o["seed"] == row["seed"] and o["labels"] == k for o in rows) for k in LABELS)})
+    by = {(row["labels"], row["seed"]): row for row in rows}
+    controls = ["own → own, own → mirrored", "self-training, no peer"]
+    means = {n: torch.tensor([[by[k, s]["accuracy"][n] for k in JUDGED] for s in seeds]).mean(1) for n in names}
+    control = max(controls, key=lambda n: float(means[n].mean()))
+    found = []
+    for name in names:
+        line: dict[str, Any] = {"method": name, "settings tried": rows[0]["settings"][name]}
+        line |= {f"{k} labels": round(float(torch.tensor([by[k, s]["accuracy"][name] for s in seeds]).mean()), 1) for k in LABELS}
+        for title, other in (("over raw", "raw features"), ("over control", control)):
+            gap = means[name] - means[other]
+            error = float(gap.std()) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+            line[title] = f"{float(gap.mean()):+.2f} ± {error:.2f}"
+            line[f"{title}, over images"] = f"± {over_images(by, seeds, name, other):.2f}"
+        found.append(line)
+    return found
+
+
+def over_images(by: dict[tuple[int, int], dict[str, Any]], seeds: list[int], name: str, other: str) -> float:
+    """Bootstrap standard error of the mean difference when the test images are drawn again."""
+
+    def right(method: str) -> Tensor:
+        bits = [f"{int(by[k, s]['right'][method], 16):0{TEST_IMAGES}b}" for k in JUDGED for s in seeds]
+        return torch.tensor([[int(bit) for bit in row] for row in bits], dtype=torch.float64).mean(0)
+
+    gap = 100 * (right(name) - right(other))
+    again = torch.randint(len(gap), (BOOTSTRAP, len(gap)), generator=torch.Generator().manual_seed(0))
+    return float(gap[again].mean(1).std())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--seeds-trained", type=int, default=5, help="of the sections harm, cifar and paper")
+    parser.add_argument("--name", default="bench_refine", help="of the results file")
+    args = parser.parse_args()
+    path: Path = RESULTS / f"{args.name}.json"
+    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+
+    def save() -> None:
+        record(args.name, figures)
+
+    if "peers" in args.sections:
+        figures["peers"] = figures.get("peers") or peers()
+        print(table(figures["peers"]))
+    if "head" in args.sections:
+        figures["head"] = head(args.seeds, figures.get("head", []), save)
+        figures["head table"] = head_table(figures["head"])
+        print(table(figures["head table"]))
+    if "harm" in args.sections:
+        figures["harm"] = harm(args.seeds_trained, USELESS, figures.setdefault("harm", []), save)
+        figures["harm table"] = harm_table(figures["harm"])
+        print(table(figures["harm table"]))
+    if "cifar" in args.sections:
+        figures["cifar"] = cifar(args.seeds_trained, figures.setdefault("cifar", []), save)
+        figures["cifar table"] = cifar_table(figures["cifar"])
+        print(table(figures["cifar table"]))
+    if "paper" in args.sections:
+        figures["paper"] = paper(args.seeds_trained, figures.setdefault("paper", []), save)
+        figures["paper table"] = paper_table(figures["paper"])
+        print(table(figures["paper table"]))
+    save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Section `cifar` of bench_refine.py: a small network on few labelled images, refined by two that differ only in their seed.
+
+ResNet-8, 2,000 labelled CIFAR-10 images with crops and flips or without, 8,000 unlabelled ones; all three networks are trained alike for STEPS steps.
+Then one of them is trained for MORE steps in each of these ways, from the same start and with the same batches (50 labelled, 50 unlabelled ones):
+
+cross-entropy       the labels alone, once more
+self-distillation   and its own frozen logits on all images
+ensemble            and the mean of all three networks' logits on all images
+ours                `knowiso_train.refinement.fine_tune`: the ensemble's logits, and the part of its layer3 that the peers reproduce
+
+Also without training: `consensus_head` on the pooled features, and all three networks at once. The learning rate is chosen for plain fine-tuning,
+the weight of each other way at that rate, all on a seed, labelled images and validation images that the judged runs do not use.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import CifarResNet, cifar10
+
+from knowiso_train.refinement.finetune import FineTuning, fine_tune
+from knowiso_train.refinement.head import consensus_head
+from knowiso_train.refinement.networks import network
+
+LABELLED, STEPS, MORE, BATCH, LR = 2000, 250, 60, 50, 0.1
+TUNING, TUNING_SEED, VALIDATION, TEST = slice(13000, 15000), 1000, slice(10000, 12000), 5000
+LRS, WEIGHTS = (0.01, 0.03), (1.0, 3.0)
+WAYS = ("cross-entropy", "self-distillation", "ensemble", "ours")
+
+
+def cifar(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+    """One row for each seed and kind of images, with the accuracy of everything."""
+    images, labels = cifar10("train")
+    test = cifar10("test", TEST)
+    for augment in (False, True):
+        chosen = next((row["chosen"] for row in kept if row["augment"] == augment and "chosen" in row), None)
+        if chosen is None:
+            known, others = (images[TUNING], labels[TUNING]), images[2000:10000]
+            chosen = tuned(known, others, (images[VALIDATION], labels[VALIDATION]), augment)
+            kept.append({"augment": augment, "seed": TUNING_SEED, **chosen})
+            save()
+        for seed in range(seeds):
+            if any(row["augment"] == augment and row["seed"] == seed for row in kept):
+                continue
+            order = torch.randperm(10000, generator=torch.Generator().manual_seed(seed))
+            few, rest = order[:LABELLED], order[LABELLED:]
+            began = time.perf_counter()
+            nets = [trained((images[few], labels[few]), 10 * seed + i, augment) for i in range(3)]
+            row: dict[str, Any] = {"augment": augment, "seed": seed} | without_training(nets, (images[few], labels[few]), images[rest], test)
+            for way in WAYS:
+                done = more(way, nets, (images[few], labels[few]), images[rest], seed, augment, **chosen["chosen"][way])
+                row[way] = accuracy(done, *test)
+            row["seconds"] = round(time.perf_counter() - began)
+            kept.append(row)
+            save()
+            print({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+    return kept
+
+
+def tuned(known: tuple[Tensor, Tensor], others: Tensor, validation: tuple[Tensor, Tensor], augment: bool) -> dict[str, Any]:
+    """Learning rate and weight of each way, on images of their own."""
+    nets = [trained(known, 10 * TUNING_SEED + i, augment) for i in range(3)]
+    tried: dict[str, Any] = {}
+    rates: tuple[float, ...] = LRS
+    for way in WAYS:
+        grid = [{"lr": lr, "weight": w} for lr in rates for w in ((0.0,) if way == "cross-entropy" else WEIGHTS)]
+        tried[way] = [(accuracy(more(way, nets, known, others, TUNING_SEED, augment, **g), *validation), g) for g in grid]
+        rates = (max(tried["cross-entropy"], key=lambda item: item[0])[1]["lr"],)
+        print("augmented" if augment else "plain", way, tried[way], flush=True)
+    return {"chosen": {way: max(found, key=lambda item: item[0])[1] for way, found in tried.items()}, "tried": tried}
+
+
+def without_training(nets: list[nn.Module], known: tuple[Tensor, Tensor], others: Tensor, test: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """The start, the ensemble, and the closed form with and without peers."""
+    few, many, judged = ([pooled(net, x) for net in nets] for x in (known[0], others, test[0]))
+    together = torch.stack([net.linear(x).softmax(1) for net, x in zip(nets, judged, strict=True)]).mean(0)
+    found = {"start": accuracy(nets[0], *test), "three networks": 100 * float((together.argmax(1) == test[1]).float().mean())}
+    for name, n in (("self-training head", 1), ("consensus head", 3)):
+        head = consensus_head(few[:n], known[1], many[:n], 10)
+        found[name] = 100 * float((head(judged[0]).argmax(1) == test[1]).float().mean())
+    return found
+
+
+def trained(known: tuple[Tensor, Tensor], seed: int, augment: bool) -> nn.Module:
+    torch.manual_seed(seed)
+    model, generator = CifarResNet(8), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    model.train()
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / STEPS)) / 2
+        which = torch.randint(len(known[0]), (BATCH,), generator=generator)
+        loss = F.cross_entropy(model(changed(known[0][which], generator, augment)), known[1][which])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def more(
+    way: str, nets: list[nn.Module], known: tuple[Tensor, Tensor], others: Tensor, seed: int, augment: bool, *, lr: float, weight: float
+) -> nn.Module:
+    """The first network, trained for MORE steps: every way is `fine_tune` with other weights, so budget and batches are the same."""
+    kinds: dict[str, dict[str, Any]] = {
+        "cross-entropy": {"weight": 0.0, "kd_weight": 0.0},
+        "self-distillation": {"weight": 0.0, "kd_weight": weight, "targets": "own"},
+        "ensemble": {"weight": 0.0, "kd_weight": weight},
+        "ours": {"weight": weight, "kd_weight": 3.0},
+    }
+    settings = FineTuning(steps=MORE, lr=lr, weight_decay=5e-4, layers=["layer3"], frozen_statistics=False, clip=5.0, temperature=2.0, **kinds[way])
+    networks = [network(net, f"seed {i}") for i, net in enumerate(nets)]
+    few, many = Batches(*known, seed, augment), Batches(others, None, seed + 1, augment)
+    return fine_tune(nets[0], networks[0], networks[1:], many, few, settings)
+
+
+class Batches:
+    """Endless batches, the same at every reading."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None, seed: int, augment: bool) -> None:
+        self.images, self.labels, self.seed, self.augment = images, labels, seed, augment
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            which = torch.randint(len(self.images), (BATCH,), generator=generator)
+            x = changed(self.images[which], generator, self.augment)
+            yield x if self.labels is None else (x, self.labels[which])
+
+
+def changed(images: Tensor, generator: torch.Generator, augment: bool) -> Tensor:
+    """Random crops of the image padded by 4, and flips."""
+    if not augment:
+        return images
+    wide = F.pad(images, (4, 4, 4, 4))
+    corners = torch.randint(9, (len(images), 2), generator=generator).tolist()
+    flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
+    crops = [x[:, i : i + 32, j : j + 32] for x, (i, j) in zip(wide, corners, strict=True)]
+    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)) / len(images)
+
+
+@torch.no_grad()
+def pooled(model: nn.Module, images: Tensor) -> Tensor:
+    """Input of the classifier."""
+    kept: list[Tensor] = []
+    handle = model.linear.register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
+    for x in images.split(250):
+        model(x)
+    handle.remove()
+    return torch.cat(kept)
+
+
+def cifar_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean accuracy, and paired differences to plain fine-tuning and to the ensemble's distillation."""
+    found = []
+    for augment in (False, True):
+        judged = [row for row in rows if row["augment"] == augment and row["seed"] != TUNING_SEED]
+        for name in ("start", "three networks", "self-training head", "consensus head", *WAYS) if len(judged) > 1 else ():
+            own = torch.tensor([row[name] for row in judged], dtype=torch.float64)
+            line: dict[str, Any] = {"images": "augmented" if augment else "plain", "method": name, "top-1 %": round(float(own.mean()), 2)}
+            for other in ("start", "cross-entropy", "ensemble"):
+                gap = own - torch.tensor([row[other] for row in judged], dtype=torch.float64)
+                line[f"over {other}"] = f"{float(gap.mean()):+.2f} ± {float(gap.std()) / math.sqrt(len(gap)):.2f}"
+            found.append(line)
+    return found

@@ -1,0 +1,142 @@
+"""Refinements without training: classifiers in closed form, and folded maps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import OptionError
+from knowiso_train.features import bare
+from knowiso_train.refinement.denoise import denoiser
+from knowiso_train.refinement.evaluation import best_temperature
+from knowiso_train.refinement.fold import absorb
+from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
+from knowiso_train.refinement.networks import Network, Seen
+
+HEAD_RIDGES = (1.0, 3.0, 10.0)
+FEW_RIDGES = (0.1, 1.0, 10.0)
+CONFIDENCE = 10.0  # logits are this times the scores where there are no validation images to calibrate on
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A classifier for the network's pooled features: (classes, channels) and (classes,), float64."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+    note: str = ""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, D) → (N, classes)."""
+        return features.double() @ self.weight.T + self.bias
+
+
+def original(own: Network) -> Candidate:
+    """The classifier as it is."""
+    layer = own.classifier
+    weight = layer.weight.detach().cpu().double()
+    bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().cpu().double()
+    return Candidate("original", weight, bias)
+
+
+def folded(own: Network, unlabelled: Seen, useful: Sequence[int], names: Sequence[str], ridges: Sequence[float | str], seed: int) -> list[Candidate]:
+    """The classifier with own → peers → own absorbed, for each ridge; no labels."""
+    first, found = original(own), []
+    for ridge in ridges:
+        made = denoiser(unlabelled.features[0], unlabelled.of(useful), ridge=ridge, seed=seed)
+        layer = copy.deepcopy(own.classifier).cpu().double()
+        absorb(layer, own.head, made.matrix, made.shift)
+        bias = first.bias if layer.bias is None else layer.bias.detach()
+        note = f"ridges {made.ridges[0]:g} and {made.ridges[1]:g}"
+        found.append(Candidate(f"fold, {' + '.join(names)}, ridge {ridge}", layer.weight.detach(), bias, note))
+    return found
+
+
+def labels_only(own: Network, labelled: Seen, validation: Seen | None) -> list[Candidate]:
+    """Ridge classifiers from the labelled images alone: what the labels give without peers or unlabelled images."""
+    features, labels = labelled.features[0], _labels(labelled)
+    heads = [(ridge, ridge_head(features, labels, own.classes, ridge)) for ridge in (FEW_RIDGES if validation is not None else FEW_RIDGES[:1])]
+    return [_calibrated(f"labels only, ridge {ridge:g}", head, validation) for ridge, head in heads]
+
+
+def by_consensus(
+    own: Network,
+    labelled: Seen,
+    unlabelled: Seen,
+    groups: Sequence[Sequence[int]],
+    names: Sequence[str],
+    recipe: HeadRecipe,
+    validation: Seen | None,
+) -> list[Candidate]:
+    """The closed form of `consensus_head` for each group of peers; an empty group is self-training."""
+    labels, index, found = _labels(labelled), torch.arange(len(labelled)), []
+    for group in groups:
+        members = [0, *group]
+        every = [torch.cat([few, many]) for few, many in zip(labelled.of(members), unlabelled.of(members), strict=True)]
+        consensus = Consensus.of(every, recipe)
+        called = f"consensus head, {' + '.join(names[i] for i in group)}" if group else "self-training, no peer"
+        ridges = [recipe.head_ridge] if validation is None else sorted({recipe.head_ridge, *HEAD_RIDGES})
+        for ridge in ridges:
+            head = consensus.head(index, labels, own.classes, HeadRecipe(**{**vars(recipe), "head_ridge": ridge}))
+            found.append(_calibrated(f"{called}, ridge {ridge:g}", head, validation))
+    return found
+
+
+def heads_of_peers(
+    networks: Sequence[Network], labelled: Seen, unlabelled: Seen, useful: Sequence[int], recipe: HeadRecipe, validation: Seen | None
+) -> dict[int, Callable[[Tensor], Tensor]]:
+    """For each useful peer, by its place among them, what the same consensus makes its classifier: float32 features → logits, on any device."""
+    found: dict[int, Callable[[Tensor], Tensor]] = {}
+    for place, i in enumerate(useful):
+        members = [i, 0, *(j for j in useful if j != i)]
+        every = [torch.cat([few, many]) for few, many in zip(labelled.of(members), unlabelled.of(members), strict=True)]
+        head = Consensus.of(every, recipe).head(torch.arange(len(labelled)), _labels(labelled), networks[0].classes, recipe)
+        made = _calibrated("", head, None if validation is None else Seen(validation.of([i]), validation.labels))
+        found[place] = partial(_linear, made.weight.float(), made.bias.float())
+    return found
+
+
+def _linear(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    return features @ weight.to(features).T + bias.to(features)
+
+
+def with_classifier(model: nn.Module, head: str, candidate: Candidate) -> nn.Module:
+    """A copy of the network with this classifier, in the network's own dtype and on its device.
+
+    Raises:
+        OptionError: a classifier without bias that would need one.
+    """
+    changed = copy.deepcopy(bare(model))
+    layer = changed.get_submodule(head)
+    if not isinstance(layer, nn.Linear):
+        raise OptionError(f"layer {head!r} is a {type(layer).__name__}; expected a Linear")
+    bias: nn.Parameter | None = layer.bias
+    if bias is None and bool(candidate.bias.any()):
+        raise OptionError(f"the classifier {head!r} has no bias, but its refinement needs one; give the network a classifier with a bias")
+    with torch.no_grad():
+        layer.weight.copy_(candidate.weight)
+        if bias is not None:
+            bias.copy_(candidate.bias)
+    return changed.eval()
+
+
+def _labels(seen: Seen) -> Tensor:
+    if seen.labels is None:
+        raise OptionError("expected labelled images: pass labelled=")
+    return seen.labels
+
+
+def _calibrated(name: str, head: Head, validation: Seen | None) -> Candidate:
+    """Scores as logits: their temperature is the best on the validation images, or a plain one."""
+    if validation is None or validation.labels is None:
+        scaled = head.scaled(1 / CONFIDENCE)
+        return Candidate(name, scaled.weight, scaled.bias, "temperature not fitted")
+    temperature = best_temperature(head(validation.features[0]), validation.labels)
+    scaled = head.scaled(temperature)
+    return Candidate(name, scaled.weight, scaled.bias)

@@ -1,0 +1,207 @@
+"""`method="consensus"`: fine-tuning towards the part of a network's features that its peers reproduce."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from knowiso_train.errors import DataError, NonFiniteError, OptionError
+from knowiso_train.features import bare, device_of, inputs_of, named_layers, undisturbed
+from knowiso_train.losses import IsomorphismLoss, WeightSchedule, kd_loss
+from knowiso_train.refinement.networks import Network, labels_of
+from knowiso_train.refinement.told import Logits, Told
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of the training.
+
+    Attributes:
+        steps: updates; each takes one batch of labelled and one of unlabelled images, where there are such.
+        lr: highest learning rate of SGD with momentum 0.9; it rises over a twentieth of the steps and falls as a cosine.
+        weight_decay: of every parameter.
+        weight: of the consensus loss.
+        kd_weight: of the distance to `targets`.
+        targets: "ensemble", the mean of what the frozen original and the peers say, where the peers tell the same classes apart or labels gave them
+            classifiers; "own", the frozen original alone.
+        temperature: of these.
+        layers: of the network; None takes the one that pools (`global_pool`).
+        peer_layers: {own layer: peer layer}, one for all peers or one for each; None takes the same names.
+        clip: largest norm of the gradient.
+        frozen_statistics: batch norms keep their statistics, as small sets of images need.
+        seed: of dropout.
+
+    Raises:
+        OptionError: a value without meaning.
+    """
+
+    steps: int = 200
+    lr: float = 0.003
+    weight_decay: float = 1e-4
+    weight: float = 1.0
+    kd_weight: float = 1.0
+    temperature: float = 2.0
+    targets: str = "ensemble"
+    clip: float = 1.0
+    layers: Sequence[str] | None = None
+    peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None
+    frozen_statistics: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise OptionError(f"steps must be an integer of at least 0, got {self.steps!r}")
+        if self.targets not in ("ensemble", "own"):
+            raise OptionError(f'targets must be "ensemble" or "own", got {self.targets!r}')
+        for name in ("lr", "temperature", "clip"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in ("weight_decay", "weight", "kd_weight"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{name} must be at least 0, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def fine_tune(
+    start: nn.Module,
+    own: Network,
+    peers: Sequence[Network],
+    loader: Iterable[Any],
+    labelled: Iterable[Any] | None,
+    settings: FineTuning,
+    *,
+    heads: Mapping[int, Logits] | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """A copy of `start`, trained on labels (cross-entropy), towards the consensus of its frozen original with the peers, and towards their logits.
+
+    Args:
+        start: the network with the classifier that it starts from; left as it is.
+        own: what is refined, for its transform.
+        peers: useful ones.
+        loader: unlabelled images; their labels, if any, are not read.
+        labelled: images with labels, or None.
+        settings: of the training.
+        heads: by place in `peers`, what gives a peer's logits from its pooled features; None takes their own where they tell as many classes apart.
+        progress: show a progress bar.
+
+    Returns:
+        A plain network in eval mode.
+
+    Raises:
+        OptionError: no peers, or no layer that pools.
+        NonFiniteError: the loss is NaN or Inf.
+        DataError: a loader without images.
+    """
+    if not peers:
+        raise OptionError("no useful peer is left; there is no consensus to train towards")
+    with undisturbed(start, *(peer.model for peer in peers)):
+        torch.manual_seed(settings.seed)
+        teacher = copy.deepcopy(bare(start)).eval().requires_grad_(False)
+        student = copy.deepcopy(bare(start)).requires_grad_(True)
+        _training_mode(student, settings.frozen_statistics)
+        unlabelled, known = _batches(loader, "unlabelled images"), None if labelled is None else _batches(labelled, "labelled images")
+        first = _prepared(next(_batches(loader, "unlabelled images")), student, own.transform)
+        iso = IsomorphismLoss(
+            student,
+            teacher,
+            _layers(student, settings.layers),
+            form="consensus",
+            peers=[peer.model for peer in peers],
+            peer_layers=settings.peer_layers,
+            peer_transforms=[peer.transform for peer in peers] if own.transform is None else [_refused(peer, own) for peer in peers],
+            example=first[:2],
+        )
+        iso.to(first.device)
+        optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True)
+        schedule = WeightSchedule(warmup=max(1, settings.steps // 20), total=max(2, settings.steps))
+        with iso, Told(peers, heads, own.classes if settings.targets == "ensemble" else 0) as told:
+            for step in tqdm(range(settings.steps), desc="consensus", unit="step", disable=not progress):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr * schedule(step)
+                _step(student, iso, told, optimizer, next(unlabelled), None if known is None else next(known), own.transform, settings, step)
+    return student.eval()
+
+
+def _step(
+    student: nn.Module,
+    iso: IsomorphismLoss,
+    told: Told,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    known: Any,
+    transform: Callable[[Any], Any] | None,
+    settings: FineTuning,
+    step: int,
+) -> None:
+    images, labels = _prepared(batch, student, transform), None
+    if known is not None:
+        few = _prepared(known, student, transform)
+        labels = labels_of(known, "labelled images").to(few.device)
+        images = torch.cat([few, images])
+    logits: Tensor = student(images)
+    loss = 0.0 * logits.sum()
+    if settings.weight or settings.kd_weight:
+        loss = settings.weight * iso()  # runs the frozen original and the peers
+        loss = loss + settings.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, settings.temperature), settings.temperature)
+    if labels is not None:
+        loss = loss + F.cross_entropy(logits[: len(labels)], labels)
+    if not math.isfinite(float(loss.detach())):
+        raise NonFiniteError(f"the loss is {float(loss.detach())} at step {step}; try a lower learning rate")
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)  # a classifier in closed form can have large weights
+    optimizer.step()
+
+
+def _training_mode(model: nn.Module, frozen_statistics: bool) -> None:
+    model.train()
+    if frozen_statistics:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
+
+
+def _layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
+    if layers:
+        return list(layers)
+    if "global_pool" in named_layers(model):
+        return ["global_pool"]
+    raise OptionError("the network has no layer 'global_pool'; say with FineTuning(layers=[...]) where it is to agree with its peers")
+
+
+def _refused(peer: Network, own: Network) -> Callable[[Any], Any] | None:
+    """The loss hands peers what the network saw, so they need the same transform, or one from there."""
+    if peer.transform is own.transform:
+        return None
+    raise OptionError(
+        f"{peer.name} has another transform than the network. In training peers see what the network sees: "
+        "apply the network's transform in the loader, and let peer_transforms bring its inputs to the peers (recipes/refine.py does)"
+    )
+
+
+def _batches(loader: Iterable[Any], what: str) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise DataError(f"the loader of {what} gave no images; it must be readable more than once")
+
+
+def _prepared(batch: Any, model: nn.Module, transform: Callable[[Any], Any] | None) -> Tensor:
+    images = inputs_of(batch).to(device_of(model) or "cpu")
+    found: Tensor = images if transform is None else transform(images)
+    return found

@@ -1,0 +1,105 @@
+"""recipes/refine.py, end to end: tiny networks on generated pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from knowiso_train.errors import OptionError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import refine  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::knowiso_train.errors.KnowisoWarning")
+SIDE, STEPS, KILLED_AT = 32, 7, 5  # the newest state is then that of step 4
+
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(RECIPES)!r})
+import refine
+from knowiso_train.integrations import RunFolder
+write = RunFolder.log
+def log(self, entry):
+    write(self, entry)
+    if entry["step"] == {KILLED_AT}:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunFolder.log = log
+refine.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Three classes, told apart by a colour under noise; two networks of one architecture that know colours."""
+    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 210), ("validation", 33), ("test", 33)):
+        for i in range(count):
+            pixels = noise.integers(0, 160, (SIDE, SIDE, 3))
+            pixels[..., i % 3] += noise.integers(0, 90)
+            target = folder / split / f"class{i % 3}" / f"{i:03d}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(target)
+    torch.manual_seed(0)
+    for name in ("own", "peer"):
+        torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), folder / f"{name}.pth")
+
+    def made(output: Path, *more: str) -> list[str]:
+        data = f"--output {output} --dataset {folder} --image-size {SIDE} --batch-size 16 --labels 4 --lr 0.001 --flip"
+        nets = f"--model test_resnet={folder / 'own.pth'} --peers test_resnet={folder / 'peer.pth'}"
+        return [*data.split(), *nets.split(), "--steps", str(STEPS), "--log-every", "1", "--save-every", "2", *more]
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole")
+    assert refine.main(words(output)) == 0
+    return output
+
+
+def test_results(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(summary["results"]) == {"closed form", "fine-tuned"}
+    report = json.loads((whole / "report.json").read_text())
+    assert report["images"] == {"unlabelled": 210, "labelled": 12, "validation": 33, "test": 33}
+    entries = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    assert not list(whole.glob("state-*"))
+
+
+def test_what_is_saved_is_a_plain_timm_network(whole: Path) -> None:
+    card = json.loads((whole / "refined.json").read_text())
+    model = timm.create_model(card["architecture"], checkpoint_path=whole / "refined.safetensors", **card["options"])
+    assert model.num_classes == 3
+    kept = "tuned" if card["method"] == "fine-tuned" else "closed"
+    assert all(torch.equal(value, load_file(whole / f"{kept}.safetensors")[name]) for name, value in model.state_dict().items())
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-0000000004"]
+    assert refine.main(words(tmp_path)) == 0
+    wanted, got = (load_file(folder / "tuned.safetensors") for folder in (whole, tmp_path))
+    assert all(torch.equal(value, got[name]) for name, value in wanted.items())
+    assert refine.main(words(tmp_path)) == 0  # a finished run shows its table
+
+
+def test_other_settings_need_another_folder(whole: Path, words: Callable[..., list[str]]) -> None:
+    with pytest.raises(OptionError, match="labels is 7, was 4"):
+        refine.main(words(whole, "--labels", "7"))

@@ -1,0 +1,139 @@
+"""Closed forms of refinement, where the answer is known: a signal that all networks see, and noise that only one of them sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from refined_networks import SIGNAL, WIDTH, Eye, images
+
+from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.refinement import HeadRecipe, consensus_head, denoiser, ridge_head, worth
+from knowiso_train.refinement.evaluation import best_temperature, score
+from knowiso_train.refinement.smoother import Smoother
+from knowiso_train.refinement.views import isomorphic_parts
+
+X, Y = images(3000, noise=1.0)
+TEST, LABELS = images(2000, seed=1, noise=1.0)
+NETS = [Eye(i) for i in range(3)]
+
+
+def accuracy(scores: torch.Tensor, labels: torch.Tensor = LABELS) -> float:
+    return 100 * float((scores.argmax(1) == labels).float().mean())
+
+
+def test_the_map_keeps_what_the_peer_sees_and_drops_what_it_does_not() -> None:
+    own, peer = (net.features(X) for net in NETS[:2])
+    made = denoiser(own, [peer])
+    signal, noise = NETS[0].mixing[:, :SIGNAL].double(), NETS[0].mixing[:, SIGNAL:].double()
+    assert (noise.T @ made.matrix @ noise).norm() < 0.02 * (signal.T @ made.matrix @ signal).norm()
+    assert (signal.T @ made.matrix @ signal).diagonal().min() > 0.5
+
+
+def test_few_labels_on_the_denoised_features_reach_the_exact_optimum() -> None:
+    """The optimum: the same classifier on the signal alone, as if the noise had never been there."""
+    gained, optimum, raw = [], [], []
+    own, peers, test = NETS[0].features(X), [net.features(X) for net in NETS[1:]], NETS[0].features(TEST)
+    made = denoiser(own, peers)
+    for seed in range(8):
+        few = torch.cat([torch.nonzero(c == Y)[seed * 4 : seed * 4 + 4, 0] for c in range(3)])
+        raw.append(accuracy(ridge_head(own[few], Y[few], 3, 1e-2)(test)))
+        gained.append(accuracy(ridge_head(made(own[few]), Y[few], 3, 1e-2)(made(test))))
+        optimum.append(accuracy(ridge_head(X[few, :SIGNAL, 0, 0], Y[few], 3, 1e-2)(TEST[:, :SIGNAL, 0, 0])))
+    raw_mean, gained_mean, optimum_mean = (sum(v) / len(v) for v in (raw, gained, optimum))
+    assert gained_mean - raw_mean > 0.8 * (optimum_mean - raw_mean) > 4
+
+
+def test_a_peer_that_is_the_network_itself_changes_nothing() -> None:
+    own = NETS[0].features(X)
+    made = denoiser(own, [own])
+    torch.testing.assert_close(made.matrix, torch.eye(WIDTH, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(made.shift, torch.zeros(WIDTH, dtype=torch.float64), rtol=0, atol=1e-4)
+    found = worth(own, own, "itself")
+    assert found.explains > 0.9999
+    assert found.useful
+
+
+def test_the_consensus_head_beats_self_training_and_labels_alone() -> None:
+    train, test = [net.features(X) for net in NETS], NETS[0].features(TEST)
+    gaps = []
+    for seed in range(6):
+        few = torch.cat([torch.nonzero(c == Y)[seed * 4 : seed * 4 + 4, 0] for c in range(3)])
+        rest = torch.ones(len(X), dtype=torch.bool)
+        rest[few] = False
+        heads = [consensus_head([f[few] for f in nets], Y[few], [f[rest] for f in nets], 3) for nets in (train, train[:1])]
+        alone = max(accuracy(ridge_head(train[0][few], Y[few], 3, r)(test)) for r in (0.01, 0.1, 1.0))
+        gaps.append([accuracy(head(test)) - alone for head in heads])
+    with_peers, without = torch.tensor(gaps).mean(0).tolist()
+    assert with_peers > 5
+    assert with_peers > without + 2
+
+
+@pytest.mark.parametrize("kind", ["noise", "blind", "shuffled"])
+def test_a_peer_that_knows_nothing_is_noticed_without_labels(kind: str) -> None:
+    own = NETS[0].features(X)
+    peer = {"noise": torch.randn(len(X), 40), "blind": Eye(1, sees_signal=False).features(X), "shuffled": NETS[1].features(X).flip(0)}[kind]
+    found = worth(own, peer, kind)
+    assert not found.useful
+    assert abs(found.explains) < 0.05
+    assert "left out" in found.reason
+
+
+def test_what_a_peer_explains_is_the_known_share() -> None:
+    """E[own | peer] for a signal that is seen exactly: its share of the variance, less what the peer's noise hides (none here)."""
+    own, peer = NETS[0].features(X), NETS[1].features(X)
+    of_signal, total = X[:, :SIGNAL].var(0).sum(), own.var(0).sum()
+    assert worth(own, peer).explains == pytest.approx(float(of_signal / total), abs=0.03)
+
+
+def test_the_isomorphic_part_has_the_products_of_the_regression() -> None:
+    views = [net.features(X).double() for net in NETS[:2]]
+    views = [view - view.mean(0) for view in views]
+    part = isomorphic_parts(views, 1e-9)[0]
+    told = torch.linalg.lstsq(views[0], views[1]).solution
+    wanted, got = told @ told.T, part @ part.T
+    torch.testing.assert_close(got / got.trace(), wanted / wanted.trace(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_smoother_is_ridge_regression_in_both_forms() -> None:
+    torch.manual_seed(0)
+    for n, d in ((30, 5), (5, 30)):
+        x, y = torch.randn(n, d, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
+        smoother = Smoother(x)
+        weight, bias = smoother.solve(y, 0.5)
+        centred, rho = x - x.mean(0), 0.5 * (x - x.mean(0)).square().sum() / min(n, d)
+        wanted = torch.linalg.solve(centred.T @ centred + rho * torch.eye(d, dtype=torch.float64), centred.T @ (y - y.mean(0)))
+        torch.testing.assert_close(weight, wanted)
+        torch.testing.assert_close(x @ weight + bias, smoother.fitted(y, 0.5))
+
+
+def test_all_images_labelled_is_a_ridge_classifier() -> None:
+    train = [net.features(X)[:200] for net in NETS]
+    head = consensus_head(train, Y[:200], [f[:0] for f in train], 3, HeadRecipe(head_ridge=0.5))
+    wanted = ridge_head(train[0], Y[:200], 3, 0.5)
+    torch.testing.assert_close(head.weight, wanted.weight)
+
+
+def test_calibration() -> None:
+    logits = torch.tensor([[2.0, 0.0]] * 4)
+    labels = torch.tensor([0, 0, 0, 1])
+    assert score(logits, labels).ece == pytest.approx(100 * abs(0.75 - float(torch.tensor(2.0).sigmoid())), abs=1e-4)
+    temperature = best_temperature(logits, labels)
+    assert float((logits[0] / temperature).softmax(0)[0]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(DataError, match="too few"):
+        worth(torch.randn(30, 2), torch.randn(30, 2))
+    with pytest.raises(ShapeError, match="labels must lie"):
+        ridge_head(torch.randn(3, 2), torch.tensor([0, 1, 2]), 2)
+    with pytest.raises(ShapeError, match="one integer label"):
+        consensus_head([torch.randn(3, 2)], torch.tensor([0, 1]), [torch.randn(3, 2)], 2)
+    bad = torch.full((4, 2), float("nan"))
+    with pytest.raises(NonFiniteError, match="network 1"):
+        consensus_head([torch.randn(4, 2), bad], torch.tensor([0, 1, 0, 1]), [torch.randn(9, 2), torch.randn(9, 2)], 2)
+    with pytest.raises(OptionError, match="rounds"):
+        HeadRecipe(rounds=0)
+    with pytest.raises(OptionError, match="ridge must be"):
+        denoiser(torch.randn(30, 2), [torch.randn(30, 2)], ridge=-1.0)
+    with pytest.raises(ShapeError, match="peers on the same"):
+        denoiser(torch.randn(30, 2), [])
