@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from knowiso_train.integrations.torch_pruning import IsomorphismImportance
     from knowiso_train.losses import IsomorphismLoss
     from knowiso_train.measurement import Report, measure
-    from knowiso_train.pruning import carrying, refit
+    from knowiso_train.pruning import carrying, refit, tune
     from knowiso_train.refinement import refine
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "refine",
     "refit",
     "save_pruned",
+    "tune",
 ]
 
 _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for torch
@@ -58,6 +59,7 @@ _HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for 
     "refine": "refinement",
     "refit": "pruning",
     "save_pruned": "integrations.pruned_storage",
+    "tune": "pruning",
 }
 
 

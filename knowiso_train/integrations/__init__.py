@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from knowiso_train.integrations.arguments import Options, at_least, key_value
     from knowiso_train.integrations.cards import network_card, results_table
     from knowiso_train.integrations.checkpoints import load_checkpoint
+    from knowiso_train.integrations.comparison import compare_networks, comparison_table
     from knowiso_train.integrations.inputs import InputBridge
     from knowiso_train.integrations.processes import Processes
     from knowiso_train.integrations.pruned_storage import load_pruned, save_pruned, saved_kept
@@ -23,6 +24,8 @@ __all__ = [
     "Processes",
     "RunFolder",
     "at_least",
+    "compare_networks",
+    "comparison_table",
     "image_loader",
     "input_transform",
     "key_value",
@@ -44,6 +47,8 @@ _HOMES = {
     "Processes": "processes",
     "RunFolder": "runs",
     "at_least": "arguments",
+    "compare_networks": "comparison",
+    "comparison_table": "comparison",
     "image_loader": "timm",
     "input_transform": "timm",
     "key_value": "arguments",

@@ -1,0 +1,209 @@
+"""A short fine-tuning of a pruned network towards its original: some hundred images, no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from knowiso_train.errors import DataError, NonFiniteError, OptionError
+from knowiso_train.features import device_of, inputs_of, select, undisturbed, with_inputs
+from knowiso_train.losses import WeightSchedule, kd_loss
+from knowiso_train.pruning.calibration import Calibration, Forward
+from knowiso_train.pruning.held_out import HeldOut, labels_of
+from knowiso_train.pruning.orthogonal import OrthogonalMomentum, split_parameters
+from knowiso_train.pruning.targets import Given, Targets, tapped
+from knowiso_train.pruning.tune_options import check_numbers, compared_layers, two_networks, updates
+from knowiso_train.pruning.tune_report import TuneReport
+
+FEWEST = 8  # images
+CHECKS = 8  # in a run, besides the one before it
+WARMUP = 0.05
+REST = 0.05  # of the learning rate, for norms and biases: Adam's steps are absolute
+BETAS = (0.9, 0.99)  # the second moment must settle within a short run
+
+
+def tune(
+    pruned: nn.Module,
+    original: nn.Module,
+    loader: Iterable[Any],
+    *,
+    labels: bool = False,
+    steps: int | None = None,
+    epochs: float | None = None,
+    lr: float = 5e-3,
+    batch_size: int = 64,
+    layers: str | Sequence[str] | None = None,
+    feature_weight: float = 1.0,
+    logit_weight: float | None = None,
+    temperature: float = 1.0,
+    max_images: int = 1024,
+    held_out: float = 0.125,
+    frozen_statistics: bool = True,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    memory: float = 1.0,
+    forward: Forward | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> TuneReport:
+    """Train a pruned network, in place, to be what its original was, on the few images that pruned it. No labels.
+
+    The loss is the mean of `‖x_pruned - x_original‖² / Var(x_original)` at the ends of the blocks, where pruning left the widths, plus, where
+    asked, the divergence of the logits. Some images are held out: the weights that do best there are kept, those before the training included.
+
+    Matrices move along orthogonalised momenta, see `OrthogonalMomentum`; norms and biases by Adam.
+
+    Args:
+        pruned: pruned from `original`, with the same layer names; parameters that are frozen stay as they are. Wrapped or not.
+        original: the network before pruning, on the same device.
+        loader: batches of images, see `knowiso_train.features.inputs_of`. They are held in memory.
+        labels: whether to read labels, the second element of each batch, or its "label": adds the cross-entropy, which then chooses.
+        steps: updates; 200 where neither this nor `epochs` is given.
+        epochs: passes over the images that are not held out.
+        lr: longest step, relative to the norm of a weight; it rises over a twentieth of the steps and falls as a cosine.
+        batch_size: images of an update.
+        layers: names or globs of layers with equal shapes in both; None takes the blocks, see `shared_layers`. () matches the logits alone.
+        feature_weight: of the features' distance.
+        logit_weight: of the logits' divergence; for outputs that are no logits (N, classes), of their relative squared distance. None is 0 where
+            features are compared, and 1 where none can be: on images that trained the original its logits are sure of themselves, and say little.
+        temperature: of the logits.
+        max_images: to look at.
+        held_out: share of the images that choose and do not train.
+        frozen_statistics: the network trains in eval mode, so that batch norms keep the statistics of the refit; False trains in training mode.
+        transform: augmentation, from a batch of images to one; the original sees what it gives. `mix_patches` is worth its price, since
+            the last layers learn a few images by heart; with labels it would mix these. None computes the original's features once.
+        memory: GiB that these may take; above it the original runs in every step.
+        forward: `forward(model, batch)` for networks that need more than images.
+        seed: of the held-out part, the order and the augmentation.
+        progress: whether to show a bar.
+
+    Returns:
+        What was held out says before, during and after; prints as a table.
+
+    Raises:
+        OptionError: options without meaning, or a network without anything to train.
+        ShapeError: a layer or an output of another shape in the pruned network.
+        DataError: too few images.
+        InputTypeError: no network, no loader, no labels where they are to be read, or an output that is not one tensor.
+        NonFiniteError: NaN or Inf in the loss. The weights are then as they were.
+
+    Example:
+        >>> import copy
+        >>> original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+        >>> pruned = copy.deepcopy(original)
+        >>> pruned[0].weight.data += 0.1 * torch.randn_like(pruned[0].weight)
+        >>> report = tune(pruned, original, [torch.randn(64, 3, 6, 6)], steps=50, lr=1e-3, batch_size=16, progress=False)
+        >>> report.after.divergence < report.before.divergence
+        True
+    """
+    small, whole = two_networks(pruned, original)
+    check_numbers(lr, batch_size, feature_weight, logit_weight or 0.0, temperature, held_out, memory)
+    trained = [parameter for parameter in small.parameters() if parameter.requires_grad]
+    if not trained:
+        raise OptionError("every parameter of the pruned network is frozen: nothing to tune")
+    images = Calibration(loader, max_images, device_of(whole), forward or (_called if labels else None))  # without one it keeps the inputs alone
+    batch = images.all()
+    truth = labels_of(batch) if labels else None
+    away = max(1, round(held_out * images.count))
+    if images.count < FEWEST or images.count - away < batch_size:
+        raise DataError(f"{images.count} images, {away} of them held out, do not make a batch of {batch_size}; at least {FEWEST} are needed")
+    total = updates(steps, epochs, images.count - away, batch_size)
+    start = _weights(small)
+    gradients = [parameter.grad for parameter in trained]
+
+    with undisturbed(small, whole), torch.enable_grad():
+        torch.manual_seed(seed)
+        order = torch.Generator().manual_seed(seed)
+        names = compared_layers(small, whole, images, layers) if feature_weight else []
+        of_logits = logit_weight if logit_weight is not None else 0.0 if names else 1.0
+        targets = Targets(whole, names, images, batch, int(memory * 2**30) if transform is None else 0)
+        mixed = torch.randperm(images.count, generator=order)
+        chooser = HeldOut(small, targets, mixed[:away].sort().values, truth)
+        optimizers = _optimizers(small, lr)
+        schedule = WeightSchedule(warmup=int(WARMUP * total), total=total + 1)
+        checked = {round(total * (i + 1) / CHECKS) for i in range(CHECKS)}
+        history = [chooser.check(0)]
+        best = start
+        losses: list[float] = []
+        waiting = mixed[away:][:0]
+        for parameter in trained:
+            parameter.grad = None
+        try:
+            for step in tqdm(range(total), "tune", unit="step", disable=not progress):
+                if len(waiting) < batch_size:  # what an epoch leaves over is in another order the next time
+                    waiting = mixed[away:][torch.randperm(images.count - away, generator=order)]
+                index, waiting = waiting[:batch_size], waiting[batch_size:]
+                seen = select(batch, index)
+                if transform is not None:
+                    seen = with_inputs(seen, transform(inputs_of(seen)))
+                given = targets.of(index, None if transform is None else seen)
+                _mode(small, not frozen_statistics)
+                made = tapped(images, small, names, seen)
+                loss = feature_weight * _distance(made, given, targets)
+                if of_logits:
+                    loss = loss + of_logits * _divergence(made, given, targets, temperature)
+                if truth is not None:
+                    loss = loss + F.cross_entropy(made.output, truth[index.to(truth.device)])
+                if not loss.requires_grad:
+                    raise OptionError("what is trained has no part in what is compared; set logit_weight, or choose other layers")
+                if not bool(loss.detach().isfinite()):
+                    raise NonFiniteError(f"NaN or Inf in the loss at step {step + 1} of {total}, with lr={lr}; the weights are as they were")
+                loss.backward()  # type: ignore[no-untyped-call]
+                for optimizer, highest in optimizers:
+                    optimizer.param_groups[0]["lr"] = highest * schedule(step + 1)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(float(loss.detach()))
+                if step + 1 in checked:
+                    _mode(small, False)
+                    history.append(chooser.check(step + 1))
+                    if history[-1].value < min(check.value for check in history[:-1]):
+                        best = _weights(small)
+        except BaseException:
+            small.load_state_dict(start)
+            raise
+        finally:
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+        small.load_state_dict(best)
+    return TuneReport(tuple(history), tuple(losses), tuple(names), images.count, targets.kept)
+
+
+def _optimizers(small: nn.Module, lr: float) -> list[tuple[Optimizer, float]]:
+    """Each with its highest learning rate."""
+    matrices, rest = split_parameters(small)
+    found: list[tuple[Optimizer, float]] = []
+    if matrices:
+        found.append((OrthogonalMomentum(matrices, lr), lr))
+    if rest:
+        found.append((torch.optim.Adam(rest, REST * lr, betas=BETAS), REST * lr))
+    return found
+
+
+def _distance(made: Given, given: Given, targets: Targets) -> Tensor:
+    terms = [(made.features[name] - feature).square().mean() / targets.scales[name] for name, feature in given.features.items()]
+    return torch.stack(terms).mean() if terms else made.output.new_zeros(())
+
+
+def _divergence(made: Given, given: Given, targets: Targets, temperature: float) -> Tensor:
+    if made.output.ndim == 2 and made.output.shape[1] > 1:
+        return kd_loss(made.output, given.output, temperature)
+    return (made.output - given.output).square().mean() / targets.output_scale
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    return model(inputs_of(batch))
+
+
+def _mode(model: nn.Module, training: bool) -> None:
+    for module in model.modules():
+        module.training = training
