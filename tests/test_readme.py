@@ -28,7 +28,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **rest: create("test_resnet", **{"num_classes": 5, **rest}))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    loader = DataLoader(TensorDataset(torch.randn(60, 3, 32, 32), torch.randint(5, (60,))), batch_size=20)
+    loader = DataLoader(TensorDataset(torch.randn(90, 3, 32, 32), torch.randint(5, (90,))), batch_size=20)
     names: dict[str, Any] = {
         "copy": copy,
         "ki": ki,
