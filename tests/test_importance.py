@@ -34,6 +34,8 @@ def group_of(model: nn.Module, layer: nn.Module, side: int = 32) -> Any:
         nn.Conv2d(3, 5, 2, padding="same", padding_mode="reflect"),
         nn.Conv2d(3, 5, 4, stride=4, padding="valid"),
         nn.Linear(9, 5),
+        timm.layers.Conv2dSame(3, 5, 3, stride=2),
+        timm.layers.Conv2dSame(3, 5, 5, stride=1, dilation=2),
     ],
     ids=str,
 )

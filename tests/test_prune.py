@@ -352,6 +352,12 @@ class TestErrors:
         with pytest.raises(NonFiniteError, match="conv"):
             ki.prune(model, [torch.full_like(images, float("inf"))], progress=False)
 
+    def test_convolutions_that_standardise_their_weights_are_left_alone(self) -> None:
+        model = nn.Sequential(timm.layers.StdConv2d(3, 8, 3), nn.ReLU(), timm.layers.StdConv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+        report = ki.prune(model, [torch.randn(32, 3, 8, 8)], macs=0.95, progress=False).report
+        assert [width.name for width in report.widths] == ["2"]
+        assert [fit.name for fit in report.layers] == ["4"]
+
     def test_networks_that_cannot_be_traced(self) -> None:
         class Odd(nn.Module):
             def __init__(self) -> None:

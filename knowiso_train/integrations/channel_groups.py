@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.integrations.heads import cut_heads, head_groups
 from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer
+from knowiso_train.pruning.rows import readable
 from knowiso_train.pruning.trace import Tail
 
 READERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
@@ -147,7 +148,7 @@ def _group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:
         return None
     root = names[items[0].dep.target.module]
     channels = len(items[0].idxs)
-    refittable = any(getattr(layers[name], "groups", 1) == 1 for name in readers)
+    refittable = any(readable(layers[name]) and getattr(layers[name], "groups", 1) == 1 for name in readers)
     if not refittable or root not in writers or channels % convs:
         return None
     size = channels // convs

@@ -22,7 +22,7 @@ from knowiso_train.pruning.elimination import BackwardElimination
 from knowiso_train.pruning.forward import AnyMoments
 from knowiso_train.pruning.originals import WIDE
 from knowiso_train.pruning.refit import RowMoments
-from knowiso_train.pruning.rows import columns_of
+from knowiso_train.pruning.rows import columns_of, readable
 from knowiso_train.pruning.sensitivity import eliminate, output_harms
 from knowiso_train.pruning.trace import Tail
 
@@ -71,7 +71,7 @@ class Choice:
         found = {}
         for group in groups:
             [reader, *others] = group.readers
-            alone = not others and readers.count(reader) == 1 and getattr(layers[reader], "groups", 1) == 1 and columns_of(layers[reader]) <= WIDE
+            alone = not others and readers.count(reader) == 1 and _choosable(layers[reader])
             if alone and widths[group.name] < group.size:
                 found[group.name] = SequentialChoice(layers[reader], group, reader, widths[group.name])
         return found
@@ -107,7 +107,9 @@ def by_isomorphism(
 ) -> Choice:
     """Backward elimination of every group on the original's inputs, weighed by what the output makes of it."""
     modules = dict(model.named_modules())
-    readers = {name: modules[name] for group in groups for name in group.readers if getattr(modules[name], "groups", 1) == 1}
+    readers = {
+        name: modules[name] for group in groups for name in group.readers if readable(modules[name]) and getattr(modules[name], "groups", 1) == 1
+    }
     merged = {
         name: unit_columns(readers[name], channels)
         for group in groups
@@ -142,6 +144,10 @@ def by_scores(model: nn.Module, example: Any, groups: Sequence[ChannelGroup], im
         of_channel[channels] = scores.detach().double().cpu()
         orders[group.name] = of_channel[group.writers[_writer(group)]].mean(1).argsort().tolist()
     return Choice(orders, None, {group.name: group.kind for group in groups})
+
+
+def _choosable(layer: nn.Module) -> bool:
+    return readable(layer) and getattr(layer, "groups", 1) == 1 and columns_of(layer) <= WIDE
 
 
 def _writer(group: ChannelGroup) -> str:

@@ -14,7 +14,7 @@ from knowiso_train.features import bare
 from knowiso_train.pruning import BackwardElimination, Consumer, removal_costs
 from knowiso_train.pruning.channel_group import unit_columns
 from knowiso_train.pruning.collect import ROWS, LayerInput, input_moments
-from knowiso_train.pruning.rows import columns_of
+from knowiso_train.pruning.rows import columns_of, readable
 
 READERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 WRITERS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels, tp.prune_depthwise_conv_out_channels)
@@ -128,7 +128,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
 
 
 def _readable(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    return readable(layer) and getattr(layer, "groups", 1) == 1
 
 
 def _columns(layer: nn.Module, idxs: list[int], roots: list[int]) -> Tensor:

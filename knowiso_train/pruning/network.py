@@ -15,6 +15,7 @@ from knowiso_train.pruning.forward import RIDGES, refit_forward
 from knowiso_train.pruning.kept import kept_outputs
 from knowiso_train.pruning.originals import originals
 from knowiso_train.pruning.report import RefitReport
+from knowiso_train.pruning.rows import readable
 from knowiso_train.pruning.trace import Tail, tails
 from knowiso_train.pruning.twin import Kept
 
@@ -101,7 +102,7 @@ def refit(
 
 def traced(model: nn.Module, images: Calibration) -> dict[str, Tail]:
     """What follows every convolution and linear layer that runs once, in forward order."""
-    layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if readable(layer)}
     count = min(TRACED, images.count)
     few = images.some(count)
     apart: set[str] = set()  # layers that do not see images, such as one that makes a position code

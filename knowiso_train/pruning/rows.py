@@ -55,7 +55,7 @@ def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generato
     if not isinstance(layer, nn.Conv2d) or x.ndim != 4 or x.shape[1] != layer.in_channels:
         raise ShapeError(f"expected an input (N, C, H, W) of {layer}, got {tuple(x.shape)}")
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    left, right, top, bottom = padding_of(layer)
+    left, right, top, bottom = padding_of(layer, *x.shape[2:])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(x, (left, right, top, bottom), mode=mode)
     height, width = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1, (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -65,12 +65,39 @@ def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generato
     return torch.stack(taps, 1).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
 
 
-def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Left, right, top, bottom."""
-    if layer.padding == "valid":
+def readable(layer: nn.Module) -> bool:
+    """Whether a layer gives `weight · what it reads`: linear layers, convolutions, and timm's with TensorFlow's padding.
+
+    Subclasses with a forward pass of their own, such as those that standardise their weights, do something else.
+
+    Example:
+        >>> readable(nn.Conv2d(2, 2, 1, groups=2)), readable(nn.ReLU())
+        (True, False)
+    """
+    if isinstance(layer, nn.Linear):
+        return type(layer).forward is nn.Linear.forward
+    return isinstance(layer, nn.Conv2d) and (type(layer).forward is nn.Conv2d.forward or _pads_itself(layer))
+
+
+def padding_of(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int, int, int]:
+    """Left, right, top, bottom, for an input of this size.
+
+    Example:
+        >>> padding_of(nn.Conv2d(1, 1, 4, padding="same"), 8, 8)
+        (1, 2, 1, 2)
+    """
+    if _pads_itself(layer):  # as many outputs as strides fit into the input
+        sizes = zip((height, width), layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        over = [max((-(-size // stride) - 1) * stride + dilation * (k - 1) + 1 - size, 0) for size, k, stride, dilation in sizes]
+    elif layer.padding == "valid":
         return 0, 0, 0, 0
-    if layer.padding == "same":
+    elif layer.padding == "same":
         over = [dilation * (k - 1) for dilation, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return over[1] // 2, over[1] - over[1] // 2, over[0] // 2, over[0] - over[0] // 2
-    vertical, horizontal = (int(p) for p in layer.padding)
-    return horizontal, horizontal, vertical, vertical
+    else:
+        vertical, horizontal = (int(p) for p in layer.padding)
+        return horizontal, horizontal, vertical, vertical
+    return over[1] // 2, over[1] - over[1] // 2, over[0] // 2, over[0] - over[0] // 2
+
+
+def _pads_itself(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv2dSame"
