@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_group import ChannelGroup, unit_columns
 from knowiso_train.pruning.collect import LayerInput
 from knowiso_train.pruning.consumer import Consumer, regression_weight
+from knowiso_train.pruning.cost import count_macs
 from knowiso_train.pruning.elimination import BackwardElimination
 from knowiso_train.pruning.positions import ungrouped_weight
 from knowiso_train.pruning.trace import Tail
 
 PROBED = 0.25  # share of a group's units that is left when the network's output is looked at
 TEMPER = 0.5  # exponent of the output's sensitivity
-IMAGES = 256
+IMAGES = 16, 256  # at least and at most
+WORK = 3e12  # multiply-adds that all groups together may take, within these
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def output_harms(
         model: the original, in eval mode.
         groups: to compare.
         found: their eliminations.
-        images: the first 256 are used.
+        images: the first ones are used, at most 256, fewer where the network is large.
         progress: whether to show a bar.
 
     Returns:
@@ -120,8 +123,9 @@ def output_harms(
     Raises:
         InputTypeError: a network whose output is no tensor.
     """
-    some = images.some(min(IMAGES, images.count))
     with torch.no_grad():
+        each = count_macs(model, partial(images.run, model, images.some(1)), 1)
+        some = images.some(min(images.count, max(IMAGES[0], min(IMAGES[1], int(WORK / (each * len(groups) + 1))))))
         plain = _output(images.run(model, some))
         spread = float((plain - plain.mean(0)).square().sum().clamp_min(1e-30))
         harms = {}
