@@ -473,7 +473,8 @@ class Runner:
 
     def ours(self, ratio: float) -> None:
         """ki.prune, and what follows it."""
-        missing = [name for name in ("refit", *(AFTERWARDS if self.task.name == "resnet56" else ())) if self.book.find(**self.key(OURS, name, ratio)) is None]
+        finishes = ("refit", *(AFTERWARDS if self.task.name == "resnet56" else ()))
+        missing = [name for name in finishes if self.book.find(**self.key(OURS, name, ratio)) is None]
         if missing and hasattr(ki, "prune"):
             self._guarded(OURS, partial(self._ours, ratio, missing))
         row = self.book.find(**self.key(OURS, "refit", ratio))
