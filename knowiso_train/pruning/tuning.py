@@ -111,7 +111,10 @@ def tune(
     truth = labels_of(batch) if labels else None
     away = max(1, round(held_out * images.count))
     if images.count < FEWEST or images.count - away < batch_size:
-        raise DataError(f"{images.count} images, {away} of them held out, do not make a batch of {batch_size}; at least {FEWEST} are needed")
+        raise DataError(
+            f"{images.count} images, {away} of them held out, do not make a batch of {batch_size}: give {FEWEST} or more, "
+            f"and a batch_size of at most what is not held out"
+        )
     total = updates(steps, epochs, images.count - away, batch_size)
     start = _weights(small)
     gradients = [parameter.grad for parameter in trained]
