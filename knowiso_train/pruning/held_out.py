@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, NonFiniteError, ShapeError
 from knowiso_train.features import batch_size, select
 from knowiso_train.losses import kd_loss
-from knowiso_train.pruning.targets import PER_PASS, Targets, tapped
+from knowiso_train.pruning.targets import PER_PASS, Targets, distance, tapped
 from knowiso_train.pruning.tune_report import Check
 
 DIGITS = 6
@@ -50,18 +50,24 @@ class HeldOut:
             NonFiniteError: NaN or Inf in the network's output.
         """
         images, batch = self.targets.images, self.targets.batch
-        made = torch.cat([tapped(images, self.model, [], select(batch, part)).output for part in torch.split(self.index, PER_PASS)])
+        outputs, apart = [], 0.0
+        for part in torch.split(self.index, PER_PASS):
+            found, wanted = tapped(images, self.model, self.targets.layers, select(batch, part)), self.targets.of(part)
+            outputs.append(found.output)
+            apart += float(distance(found, wanted, self.targets)) * len(part) / len(self.index)
+        made = torch.cat(outputs)
+        features = round(apart, DIGITS) if self.targets.layers else None
         if made.shape != self.wanted.shape:
             raise ShapeError(f"the pruned network gives {tuple(made.shape)}, the original {tuple(self.wanted.shape)} for the same images")
         if not bool(made.isfinite().all()):
             raise NonFiniteError(f"NaN or Inf in the pruned network's output after {step} steps")
         if made.ndim != 2 or made.shape[1] < 2:
-            return Check(step, round(float((made - self.wanted).square().mean()) / self.targets.output_scale, DIGITS), None, None)
+            return Check(step, round(float((made - self.wanted).square().mean()) / self.targets.output_scale, DIGITS), None, None, features)
         divergence = max(0.0, round(float(kd_loss(made, self.wanted, 1.0)), DIGITS))  # what is less is rounding, and no reason to choose
         agreement = float((made.argmax(1) == self.wanted.argmax(1)).float().mean())
         if self.labels is None:
-            return Check(step, divergence, agreement, None)
-        return Check(step, divergence, agreement, float(F.cross_entropy(made, self.labels[self.index.to(self.labels.device)])))
+            return Check(step, divergence, agreement, None, features)
+        return Check(step, divergence, agreement, float(F.cross_entropy(made, self.labels[self.index.to(self.labels.device)])), features)
 
 
 def labels_of(batch: Any) -> Tensor:

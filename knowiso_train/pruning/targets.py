@@ -89,6 +89,12 @@ def tapped(images: Calibration, model: nn.Module, layers: Sequence[str], batch: 
         return Given(taps.collect(), output)
 
 
+def distance(made: Given, given: Given, targets: Targets) -> Tensor:
+    """Scalar: mean over the layers of the squared distance of two networks' features, relative to the original's variance; 0 without layers."""
+    terms = [(made.features[name] - feature).square().mean() / targets.scales[name] for name, feature in given.features.items()]
+    return torch.stack(terms).mean() if terms else made.output.new_zeros(())
+
+
 def spread(name: str, values: Tensor) -> float:
     """Mean over all entries of their variance over the images, by which squared distances are divided.
 

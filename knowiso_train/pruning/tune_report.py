@@ -16,17 +16,24 @@ class Check:
     divergence: KL from the original's classes to the network's, on the held-out images; of outputs that are no logits the relative squared distance.
     agreement: share of them with the same first guess; None where the outputs are no logits.
     cross_entropy: with their labels; None where these are not read.
+    features: mean relative squared distance of the layers that are compared; None where none is.
     """
 
     step: int
     divergence: float
     agreement: float | None
     cross_entropy: float | None
+    features: float | None = None
 
     @property
     def value(self) -> float:
-        """What chooses: the cross-entropy where there are labels, else the divergence. Less is better."""
-        return self.divergence if self.cross_entropy is None else self.cross_entropy
+        """What chooses, less is better: the cross-entropy where there are labels, else the features' distance, else the divergence.
+
+        On images that trained the original its classes are so sure that the divergence of some hundred is a matter of one or two of them.
+        """
+        if self.cross_entropy is not None:
+            return self.cross_entropy
+        return self.divergence if self.features is None else self.features
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,10 @@ class TuneReport:
         return text
 
     def __str__(self) -> str:
-        rows = [["step", "divergence", "agreement", "cross-entropy", ""]]
+        rows = [["step", "features", "divergence", "agreement", "cross-entropy", ""]]
         for check in self.checks:
             agreement = "" if check.agreement is None else f"{100 * check.agreement:.1f} %"
             truth = "" if check.cross_entropy is None else f"{check.cross_entropy:.4f}"
-            rows.append([str(check.step), f"{check.divergence:.4f}", agreement, truth, "kept" if check is self.after else ""])
+            features = "" if check.features is None else f"{check.features:.4f}"
+            rows.append([str(check.step), features, f"{check.divergence:.4f}", agreement, truth, "kept" if check is self.after else ""])
         return f"{aligned(rows)}\n\n{len(self.layers)} layers and the output, {self.images} images"

@@ -17,7 +17,7 @@ from knowiso_train.losses import WeightSchedule, kd_loss
 from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.held_out import HeldOut, labels_of
 from knowiso_train.pruning.orthogonal import OrthogonalMomentum, split_parameters
-from knowiso_train.pruning.targets import Given, Targets, tapped
+from knowiso_train.pruning.targets import Given, Targets, distance, tapped
 from knowiso_train.pruning.tune_options import check_numbers, compared_layers, two_networks, updates
 from knowiso_train.pruning.tune_report import TuneReport
 
@@ -147,7 +147,7 @@ def tune(
                 given = targets.of(index, None if transform is None else seen)
                 _mode(small, not frozen_statistics)
                 made = tapped(images, small, names, seen)
-                loss = feature_weight * _distance(made, given, targets)
+                loss = feature_weight * distance(made, given, targets)
                 if of_logits:
                     loss = loss + of_logits * _divergence(made, given, targets, temperature)
                 if truth is not None:
@@ -186,11 +186,6 @@ def _optimizers(small: nn.Module, lr: float) -> list[tuple[Optimizer, float]]:
     if rest:
         found.append((torch.optim.Adam(rest, REST * lr, betas=BETAS), REST * lr))
     return found
-
-
-def _distance(made: Given, given: Given, targets: Targets) -> Tensor:
-    terms = [(made.features[name] - feature).square().mean() / targets.scales[name] for name, feature in given.features.items()]
-    return torch.stack(terms).mean() if terms else made.output.new_zeros(())
 
 
 def _divergence(made: Given, given: Given, targets: Targets, temperature: float) -> Tensor:
