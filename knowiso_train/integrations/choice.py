@@ -27,6 +27,7 @@ from knowiso_train.pruning.sensitivity import eliminate, output_harms
 from knowiso_train.pruning.trace import Tail
 
 RIDGE = 1e-4
+AGAIN = 2304  # regressors, above which a second elimination takes longer than it is worth
 
 
 @dataclass
@@ -147,7 +148,7 @@ def by_scores(model: nn.Module, example: Any, groups: Sequence[ChannelGroup], im
 
 
 def _choosable(layer: nn.Module) -> bool:
-    return readable(layer) and getattr(layer, "groups", 1) == 1 and columns_of(layer) <= WIDE
+    return readable(layer) and getattr(layer, "groups", 1) == 1 and columns_of(layer) <= AGAIN
 
 
 def _writer(group: ChannelGroup) -> str:
