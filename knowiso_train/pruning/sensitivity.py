@@ -25,6 +25,7 @@ from knowiso_train.pruning.positions import ungrouped_weight
 from knowiso_train.pruning.trace import Tail
 
 PROBED = 0.25  # share of a group's units that is left when the network's output is looked at
+FEW = 0.05  # regressors per row, from which on what channels have in common is trusted less
 TEMPER = 0.5  # exponent of the output's sensitivity
 IMAGES = 16, 256  # at least and at most
 WORK = 3e12  # multiply-adds that all groups together may take, within these
@@ -76,6 +77,8 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
             units[name] = None, scale
             weight = weight * scale
         xx = moments.xx.double() / moments.count
+        alone = min(1.0, max(0.0, (len(xx) / float(moments.count) - FEW) / (1 - FEW)))  # with few rows everything looks like a mixture of the rest
+        xx = (1 - alone) * xx + alone * xx.diagonal().diag()
         consumers.append(Consumer(name, xx, weight, columns, float((weight * (xx @ weight)).sum())))
     elimination = BackwardElimination(consumers, ridge)
     probed = max(1, round(PROBED * group.size))
