@@ -144,7 +144,7 @@ class RowMoments:
 
     def bias(self, weight: Tensor) -> Tensor:
         """(G, o): the intercept that goes with a weight."""
-        return self.mean_y - (weight.mT @ self.mean_x[..., None])[..., 0]
+        return _intercept(self.mean_x, self.mean_y, weight)
 
     def variance(self, weight: Tensor) -> Tensor:
         """(G, o): variance of what a weight gives on the rows."""
@@ -197,8 +197,12 @@ class DualMoments:
 
     def bias(self, weight: Tensor) -> Tensor:
         """(G, o): the intercept that goes with a weight."""
-        return self.mean_y - (weight.mT @ self.mean_x[..., None])[..., 0]
+        return _intercept(self.mean_x, self.mean_y, weight)
 
     def variance(self, weight: Tensor) -> Tensor:
         """(G, o): variance of what a weight gives on the rows."""
         return (self.x @ weight).square().mean(1)
+
+
+def _intercept(mean_x: Tensor, mean_y: Tensor, weight: Tensor) -> Tensor:
+    return mean_y - (weight.mT @ mean_x[..., None])[..., 0]
