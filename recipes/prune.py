@@ -95,7 +95,7 @@ def pruned_step(step: int, before: str, original: nn.Module, data: Data, args: a
 
     def prune_further(network: nn.Module, folder: Path) -> Any:
         budget = {kind: share ** (1 / args.steps) for kind in ("macs", "params", "latency") if (share := getattr(args, kind)) is not None}
-        choice: dict[str, Any] = {name: getattr(args, name) for name in ("ignored", "round_to", "floor", "seed")}
+        choice: dict[str, Any] = {name: getattr(args, name) for name in ("ignored", "round_to", "floor", "block_steps", "seed")}
         made = ki.prune(network, loader, **(budget or {"macs": 0.5 ** (1 / args.steps)}), **choice, max_images=args.images)
         so_far = {} if step == 1 else saved_kept(args.output / before)
         kept = None if so_far is None else composed(so_far, made.kept, original)
@@ -271,6 +271,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("--ignored", [], str, "layers that keep their width", nargs="*")
     add("--floor", 0.125, at_least(0, float), "least share of a width that stays")
     add("--round-to", 1, at_least(1), "widths are multiples of it; 8 is faster on most machines and keeps a little less")
+    add("--block-steps", 0, at_least(0), "updates of each block towards the original's, without labels, when its layers are solved; 60 are enough")
     add("--tune-steps", 0, at_least(0), "updates without labels after each step, towards the features of the original; 200 bring much")
     add("--tune-lr", 5e-3, at_least(0, float), "longest step of these, relative to the norm of a weight")
     add("--epochs", 0, at_least(0), "to train with labels after each step")

@@ -71,7 +71,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     return made
 
 
-GRADUAL = ("--steps", "2", "--macs", "0.5", "--tune-steps", "3", "--epochs", str(EPOCHS), "--flip")
+GRADUAL = ("--steps", "2", "--macs", "0.5", "--block-steps", "2", "--tune-steps", "3", "--epochs", str(EPOCHS), "--flip")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from knowiso_train.errors import OptionError
 from knowiso_train.integrations.channel_groups import cut
 from knowiso_train.integrations.choice import Choice
+from knowiso_train.pruning.blocks import BlockFit, Blocks
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer
 from knowiso_train.pruning.forward import LayerFit, refit_forward
+from knowiso_train.pruning.kept import kept_outputs
 from knowiso_train.pruning.originals import Originals, originals
 from knowiso_train.pruning.record import recording
 from knowiso_train.pruning.trace import Tail
@@ -88,17 +90,45 @@ class Carving:
         self._check(small, silenced)
         return small, kept, fits
 
-    def _refitted(self, small: nn.Module, widths: Mapping[str, int], removed: dict[str, list[int]]) -> list[LayerFit]:
-        """Refit in place; groups that are chosen again on the way are entered into `removed`."""
-        layers = dict(small.named_modules())
+    @torch.no_grad()
+    def rebuilt(self, small: nn.Module, kept: Mapping[str, Kept], fits: Sequence[LayerFit], steps: int) -> tuple[list[LayerFit], list[BlockFit]]:
+        """Solve the layers of a network of `make` once more, in place, and tune each block as a whole when its layers are solved.
+
+        Returns:
+            What became of each layer since `fits`, and of each block.
+
+        Raises:
+            OptionError: no blocks.
+        """
+        outputs = kept_outputs(self.original, small, self.tails, kept)
+        blocks = Blocks.of(self.original, small, list(self.tails), self.images, steps, self.seed)
+        again = refit_forward(
+            small,
+            dict(small.named_modules()),
+            self.tails,
+            self._originals(),
+            self.images,
+            outputs=outputs,
+            ridge=self.ridges,
+            blocks=blocks,
+            progress=self.progress,
+        )
+        return [replace(new, before=old.before) for old, new in zip(fits, again, strict=True)], blocks.fits
+
+    def _originals(self) -> Originals:
         if self._target is None:
             modules = dict(self.original.named_modules())
             self._target = originals(self.original, modules, self.tails, self.images, self.rows, self.seed, self.progress)
+        return self._target
+
+    def _refitted(self, small: nn.Module, widths: Mapping[str, int], removed: dict[str, list[int]]) -> list[LayerFit]:
+        """Refit in place; groups that are chosen again on the way are entered into `removed`."""
+        layers = dict(small.named_modules())
         later = self.choice.again(layers, self.groups, widths)
         masks = self._masks(small, {name: units for name, units in removed.items() if name not in later})
         choosers = {chooser.reader: chooser for chooser in later.values()}
         fits = refit_forward(
-            small, layers, self.tails, self._target, self.images, masks=masks, choose=choosers, ridge=self.ridges, progress=self.progress
+            small, layers, self.tails, self._originals(), self.images, masks=masks, choose=choosers, ridge=self.ridges, progress=self.progress
         )
         removed.update({name: chooser.removed for name, chooser in later.items()})
         return fits

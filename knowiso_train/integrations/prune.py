@@ -14,11 +14,12 @@ from torch import nn
 
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.features import bare, batch_size, device_of, undisturbed
-from knowiso_train.integrations.carving import Carving, copy_of
+from knowiso_train.integrations.carving import Carving
 from knowiso_train.integrations.channel_groups import channel_groups
 from knowiso_train.integrations.choice import by_isomorphism, by_scores
 from knowiso_train.integrations.latency import latency_of, reach_latency
 from knowiso_train.integrations.pruned_storage import save_pruned
+from knowiso_train.pruning.blocks import BlockFit
 from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.cost import count_macs, layer_costs, layer_places
 from knowiso_train.pruning.forward import RIDGES, LayerFit
@@ -65,6 +66,7 @@ def prune(
     max_images: int = 1024,
     rows: int = REFIT_ROWS,
     ridge: float | Sequence[float] = RIDGES,
+    block_steps: int = 0,
     forward: Forward | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -92,6 +94,8 @@ def prune(
         max_images: to look at; they pass through the network at once in the refit.
         rows: of each refit, per regressor.
         ridge: relative ρ ≥ 0 of the refit, one or several to choose from.
+        block_steps: where more than 0, a fourth step: in forward order the layers are solved once more, and every block is tuned as a whole, by so
+            many updates towards what the original's block gives, see `refit`. Gradients within one block at a time, still no labels.
         forward: `forward(model, batch)` for networks that need more than images.
         seed: of the positions.
         progress: whether to show bars.
@@ -114,8 +118,9 @@ def prune(
     began = time.monotonic()
     kind, share = _budget(macs, params, latency)
     _check(model, floor, round_to, rows)
+    if block_steps and not refit:
+        raise OptionError("block_steps needs the refit: pass refit=True, or block_steps=0")
     ridges, original = checked_ridges(ridge), bare(model)
-    copy_of(original)
     images = Calibration(loader, max_images, device_of(original), forward)
     few = images.some(min(2, images.count))
     with undisturbed(original), torch.no_grad():
@@ -146,6 +151,9 @@ def prune(
             small, kept, fits, widths = reach_latency(lambda target: pruned_to(target, "macs"), original, images, share)
         else:
             small, kept, fits, widths = pruned_to(share, kind)
+        blocks: list[BlockFit] = []
+        if block_steps:
+            fits, blocks = carving.rebuilt(small, kept, fits, block_steps)
         times = (latency_of(original, images), latency_of(small, images)) if kind == "latency" else None
         count = [count_macs(network, partial(images.run, network, few), batch_size(few)) for network in (original, small)]
     for name, module in small.named_modules():
@@ -153,10 +161,20 @@ def prune(
     trains = {name: parameter.requires_grad for name, parameter in original.named_parameters()}
     for name, parameter in small.named_parameters():  # an added bias trains if its weight does
         parameter.requires_grad_(trains[name if name in trains else name.removesuffix("bias") + "weight"])
-    settings = {kind: share, "importance": str(importance), "refit": refit, "floor": floor, "round_to": round_to, "rows": rows, "seed": seed}
+    settings = {
+        kind: share,
+        "importance": str(importance),
+        "refit": refit,
+        "floor": floor,
+        "round_to": round_to,
+        "rows": rows,
+        "block_steps": block_steps,
+        "seed": seed,
+    }
     report = PruneReport(
         tuple(GroupWidth(group.name, group.kind, group.size, widths[group.name]) for group in groups),
         tuple(fits),
+        tuple(blocks),
         (count[0], count[1]),
         (_parameters(original), _parameters(small)),
         times,
@@ -186,4 +204,3 @@ def _check(model: Any, floor: float, round_to: int, rows: int) -> None:
 
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from knowiso_train.errors import KnowisoWarning, NonFiniteError
 from knowiso_train.pruning.absorb import absorb, affine_of
+from knowiso_train.pruning.blocks import Blocks
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.originals import WIDE, Originals, aimed_at_sum
 from knowiso_train.pruning.positions import Positions, grouped_weight, groups_of, ungrouped_weight
@@ -20,7 +22,8 @@ from knowiso_train.pruning.refit import DualMoments, RowMoments
 from knowiso_train.pruning.trace import Operations, Tail
 
 HELD = 0.1  # of the images: the unexplained shares are measured on them
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # the last leaves the surviving weights, for layers that the rows only mislead
+FEWEST = 16  # rows held out, below which every row is both fitted and reported on
 FREE = 1e-2  # ridge of the weights from which a choice of channels starts
 SAME = 1e-10  # unexplained: nothing upstream has changed, and the layer stays to the bit
 
@@ -46,6 +49,7 @@ class LayerFit:
 
 Rows = tuple[Tensor, Tensor]  # (R, G, d) and (R, G, o)
 AnyMoments = RowMoments | DualMoments
+Judge = Callable[[Tensor], float]
 Choose = Callable[[AnyMoments, Tensor, Tensor], Tensor]  # moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
 
 
@@ -60,6 +64,7 @@ def refit_forward(
     masks: Mapping[str, Tensor] | None = None,
     choose: Mapping[str, Choose] | None = None,
     ridge: Sequence[float] = RIDGES,
+    blocks: Blocks | None = None,
     progress: bool = True,
 ) -> list[LayerFit]:
     """Solve the layers of a network, in place, in the order in which they run.
@@ -77,6 +82,7 @@ def refit_forward(
         masks: (C,) the input channels that a layer may read.
         choose: for layers whose input channels are chosen when the pass reaches them.
         ridge: relative ρ, several to choose from by images that are not fitted.
+        blocks: to be tuned as a whole, each when its layers are solved.
         progress: whether to show a bar.
 
     Returns:
@@ -90,6 +96,7 @@ def refit_forward(
     streams: dict[int, Tensor] = {}
     wanted = {tail.other for tail in tails.values() if aimed_at_sum(tail)}
     fits: list[LayerFit] = []
+    solved: set[str] = set()
     short: list[str] = []
 
     def seen(number: int, name: str, args: tuple[Any, ...], result: Tensor) -> None:
@@ -105,7 +112,7 @@ def refit_forward(
         y = y.view(len(y), groups, -1)
         fitted, held = _parts(rows, y, len(at.index))
         try:
-            moments, every = _moments(fitted, held)
+            moments, every, judge = _moments(fitted, held)
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {name!r}: {error}") from error
         original = grouped_weight(layer).detach().double()
@@ -115,11 +122,11 @@ def refit_forward(
         keep = _columns(layer, masks.get(name))
         before = original if keep is None else original * keep.to(original)[..., None]
         read = original.shape[1] if keep is None else int(keep.sum(1).max())
-        shares = [_unexplained(held, before, bias)]
+        shares = [_unexplained(held, before)]
         if shares[0] > SAME or bool((moments.bias(before) - bias).square().sum() > SAME * y.var(0, correction=0).sum()):
             if len(fitted[0]) < read:
                 short.append(f"{name!r} ({len(fitted[0])} rows for {read} regressors)")
-            share, best = _best(moments, original, keep, ridge, held)
+            share, best = _best(moments, original, keep, ridge, judge)
             shares.append(share)
             new = every.weight(original, keep, best)
             with torch.no_grad():
@@ -135,6 +142,9 @@ def refit_forward(
 
     def reached(name: str) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in solved:  # its block is tuned
+                return output
+            solved.add(name)
             with mode.silent():
                 solve(name, layer, inputs[0])
                 bar.update()
@@ -143,8 +153,20 @@ def refit_forward(
 
         return hook
 
+    def finished(name: str) -> Callable[..., Tensor]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            with mode.silent():
+                made = blocks.rebuild(name, block, args, kwargs, output)  # type: ignore[union-attr]
+            for number, value in streams.items():
+                if value is output:
+                    streams[number] = made
+            return made
+
+        return hook
+
     every = images.all()
     handles = [layers[name].register_forward_hook(reached(name)) for name in tails]
+    handles += [modules[name].register_forward_hook(finished(name), with_kwargs=True) for name in (blocks.targets if blocks is not None else ())]
     try:
         with tqdm(total=len(tails), desc="refit", unit="layer", disable=not progress) as bar, mode:
             images.run(network, every)
@@ -192,30 +214,29 @@ def _parts(x: Tensor, y: Tensor, images: int) -> tuple[Rows, Rows]:
     """Rows to fit on and rows to report on, of other images where there are enough."""
     y = y.to(x.device)
     held = int(HELD * images) * (len(x) // images)
-    if held < 64:
+    if held < FEWEST:
         every = x, y
         return every, every
     return (x[:-held], y[:-held]), (x[-held:], y[-held:])
 
 
-def _moments(fitted: Rows, held: Rows) -> tuple[AnyMoments, AnyMoments]:
-    """Of the rows to fit on, and of all."""
+def _moments(fitted: Rows, held: Rows) -> tuple[AnyMoments, AnyMoments, Judge]:
+    """Of the rows to fit on, and of all; and the unexplained share that a weight leaves on the rows to report on."""
     count, regressors = len(fitted[0]), fitted[0].shape[2]
     apart = held[0] is not fitted[0]
     if regressors > WIDE and count <= regressors:
         part = DualMoments.of(*fitted)
-        return part, DualMoments.of(*(torch.cat(both) for both in zip(fitted, held, strict=True))) if apart else part
+        every = DualMoments.of(*(torch.cat(both) for both in zip(fitted, held, strict=True))) if apart else part
+        return part, every, lambda weight: _unexplained(held, weight)
     moments = RowMoments.of(*fitted)
-    return moments, moments.merged(RowMoments.of(*held), len(held[0]) / (count + len(held[0]))) if apart else moments
+    of_held = RowMoments.of(*held) if apart else moments
+    total = float(held[1].double().var(0, correction=0).sum())
+    return moments, moments.merged(of_held, len(held[0]) / (count + len(held[0]))) if apart else moments, lambda weight: of_held.left(weight, total)
 
 
-def _best(moments: AnyMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], held: Rows) -> tuple[float, float]:
+def _best(moments: AnyMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], judge: Judge) -> tuple[float, float]:
     """The least unexplained share on other images, and the ridge that leaves it."""
-    found = []
-    for ridge in ridges:
-        weight = moments.weight(original, keep, ridge)
-        found.append((_unexplained(held, weight, moments.bias(weight)), ridge))
-    return min(found)
+    return min((judge(moments.weight(original, keep, ridge)), ridge) for ridge in ridges)
 
 
 def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
@@ -228,8 +249,9 @@ def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
     return mask.view(groups_of(layer), 1, -1).expand(-1, taps, -1).flatten(1)
 
 
-def _unexplained(rows: Rows, weight: Tensor, bias: Tensor) -> float:
+def _unexplained(rows: Rows, weight: Tensor) -> float:
+    """Share of the variance of what a layer should give that is left with the best intercept."""
     x, y = rows
     total = float(y.double().var(0, correction=0).sum())
-    left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight) - bias
+    left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight)
     return float(left.var(0, correction=0).sum()) / total if total > 0 else 0.0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 from knowiso_train.features import bare, device_of, undisturbed
+from knowiso_train.pruning.blocks import Blocks
 from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.forward import RIDGES, refit_forward
 from knowiso_train.pruning.kept import kept_outputs
@@ -32,6 +33,7 @@ def refit(
     max_images: int = 1024,
     rows: int = REFIT_ROWS,
     ridge: float | Sequence[float] = RIDGES,
+    block_steps: int = 0,
     forward: Forward | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -53,7 +55,9 @@ def refit(
         kept: what pruning kept, from `recording`; None reads it off the weights, which works until the pruned network is trained.
         max_images: to look at. All of them pass through the pruned network at once, so memory grows with them.
         rows: of each regression, per regressor, at most all positions of all images.
-        ridge: relative ρ ≥ 0, one or several to choose from.
+        ridge: relative ρ ≥ 0, one or several to choose from; `math.inf` leaves the surviving weights and corrects the intercept.
+        block_steps: where more than 0, every block is tuned as a whole once its layers are solved, by so many updates towards what the original's
+            block gives: gradients within one block, still no labels. 60 take as long again as the rest; what is not better on other images is undone.
         forward: `forward(model, batch)` for networks that need more than images.
         seed: of the positions.
         progress: whether to show a bar.
@@ -96,8 +100,9 @@ def refit(
         if strange:
             raise ShapeError(f"layers {strange} of the pruned network are of another kind than the original's")
         target = originals(whole, dict(whole.named_modules()), found, images, rows, seed, progress)
-        fits = refit_forward(small, layers, found, target, images, outputs=outputs, ridge=ridges, progress=progress)
-    return RefitReport(tuple(fits))
+        blocks = Blocks.of(whole, small, list(found), images, block_steps, seed) if block_steps else None
+        fits = refit_forward(small, layers, found, target, images, outputs=outputs, ridge=ridges, blocks=blocks, progress=progress)
+    return RefitReport(tuple(fits), tuple(blocks.fits) if blocks is not None else ())
 
 
 def traced(model: nn.Module, images: Calibration) -> dict[str, Tail]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +120,7 @@ class RowMoments:
         Args:
             original: (G, d, o) float64, A.
             keep: (G, d), the columns that are left; weights of the others become 0. None is all.
-            ridge: relative ρ ≥ 0.
+            ridge: relative ρ ≥ 0; ∞ leaves A.
 
         Raises:
             OptionError: a negative ridge.
@@ -135,6 +136,8 @@ class RowMoments:
             return torch.zeros_like(original).index_copy(1, at, part.weight(original[:, at], None, ridge))
         left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
         start = original * left[..., None]
+        if math.isinf(ridge):
+            return start
         missing = (self.xy - self.xx @ start) * left[..., None]
         scale = (self.xx.diagonal(dim1=1, dim2=2) * left).sum(1) / left.sum(1).clamp_min(1)  # (G,)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -149,6 +152,23 @@ class RowMoments:
     def variance(self, weight: Tensor) -> Tensor:
         """(G, o): variance of what a weight gives on the rows."""
         return (weight * (self.xx @ weight)).sum(1)
+
+    def left(self, weight: Tensor, total: float) -> float:
+        """Share of the variance of what the layer should give that a weight leaves unexplained.
+
+        Args:
+            weight: (G, d, o).
+            total: variance of y, summed over outputs.
+
+        Example:
+            >>> x, y, weight = torch.randn(30, 1, 3).double(), torch.randn(30, 1, 2).double(), torch.randn(1, 3, 2).double()
+            >>> total = y.var(0, correction=0).sum().item()
+            >>> missing = (y - torch.einsum("rgd,gdo->rgo", x, weight)).var(0, correction=0).sum().item()
+            >>> abs(RowMoments.of(x, y).left(weight, total) - missing / total) < 1e-9
+            True
+        """
+        explained = float((weight * (2 * self.xy - self.xx @ weight)).sum())
+        return 1 - explained / total if total > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -189,6 +209,8 @@ class DualMoments:
         """(G, d, o), see `RowMoments.weight`: `A + Xᵀ(XXᵀ + nλ)⁻¹(Y - XA)`."""
         left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
         x, start = self.x * left[:, None], original * left[..., None]
+        if math.isinf(ridge):
+            return start
         products = x @ x.mT
         trace = products.diagonal(dim1=1, dim2=2).sum(1) / left.sum(1).clamp_min(1)  # rows times the mean variance
         diagonal = ((ridge + TINY) * torch.where(trace > 0, trace, torch.ones_like(trace)))[:, None].expand(-1, x.shape[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from knowiso_train.measurement.versions import versions
+from knowiso_train.pruning.blocks import BlockFit
 from knowiso_train.pruning.forward import LayerFit
 
 
@@ -18,13 +19,19 @@ class RefitReport:
 
     Attributes:
         layers: in forward order.
+        blocks: that were tuned as a whole, with the unexplained share of what they give.
     """
 
     layers: tuple[LayerFit, ...]
+    blocks: tuple[BlockFit, ...] = ()
 
     def __str__(self) -> str:
         rows = [[fit.name, str(fit.inputs), f"{100 * fit.before:.1f} %", f"{100 * fit.after:.1f} %"] for fit in self.layers]
-        return aligned([["layer", "inputs", "unexplained", "refitted"], *rows])
+        text = aligned([["layer", "inputs", "unexplained", "refitted"], *rows])
+        if not self.blocks:
+            return text
+        tuned = [[fit.name, f"{100 * fit.before:.1f} %", f"{100 * fit.after:.1f} %"] for fit in self.blocks]
+        return text + "\n\n" + aligned([["block", "unexplained", "tuned"], *tuned])
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class PruneReport:
     Attributes:
         widths: of every channel group.
         layers: of the refit, in forward order; empty where nothing was refitted.
+        blocks: that were tuned as a whole.
         macs: multiply-adds of convolutions and linear layers for one image, before and after.
         parameters: before and after.
         latency: seconds for the batch that was timed, before and after; None where it was not asked for.
@@ -59,6 +67,7 @@ class PruneReport:
 
     widths: tuple[GroupWidth, ...]
     layers: tuple[LayerFit, ...]
+    blocks: tuple[BlockFit, ...]
     macs: tuple[float, float]
     parameters: tuple[int, int]
     latency: tuple[float, float] | None
@@ -78,7 +87,7 @@ class PruneReport:
         fits = {fit.name: fit for fit in self.layers}
         blocks = [aligned([["group", "", "before", "after"], *([w.name, w.kind, str(w.before), str(w.after)] for w in self.widths)])]
         if fits:
-            blocks.append(str(RefitReport(self.layers)))
+            blocks.append(str(RefitReport(self.layers, self.blocks)))
         total = [
             ["", "before", "after", ""],
             ["multiply-adds", f"{self.macs[0] / 1e6:.1f} M", f"{self.macs[1] / 1e6:.1f} M", f"{self.macs[0] / max(self.macs[1], 1):.2f}× fewer"],

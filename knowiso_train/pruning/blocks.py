@@ -1,0 +1,158 @@
+"""Blocks as a whole: the layers of one block together, by a short descent on what the block of the original gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import NonFiniteError, OptionError
+from knowiso_train.features import FeatureTaps
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.orthogonal import OrthogonalMomentum, split_parameters
+from knowiso_train.pruning.streams import shared_layers
+from knowiso_train.pruning.targets import spread
+
+BATCH = 128  # images of an update
+LR = 0.01  # longest step, relative to a weight's norm; a block is shallow, and bears more than a network
+REST = 0.05  # of it, for norms, biases and depthwise convolutions: Adam's steps are absolute
+BETAS = (0.9, 0.99)
+WARMUP = 0.05
+HELD = 0.1  # of the images
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """One block.
+
+    Attributes:
+        name: of the module.
+        before: unexplained share of what the original's block gives, by images that were not fitted, with its layers solved one by one.
+        after: the same once the block was tuned; never more, for then it stays as it was.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass
+class Blocks:
+    """What every block of the original gives, and how the pruned network's blocks are brought near it.
+
+    Attributes:
+        targets: by name, for all images.
+        steps: updates of each block.
+        generator: of the order of the images.
+        fits: of the blocks that are done, in forward order.
+    """
+
+    targets: Mapping[str, Tensor]
+    steps: int
+    generator: torch.Generator
+    fits: list[BlockFit] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, original: nn.Module, pruned: nn.Module, layers: Sequence[str], images: Calibration, steps: int, seed: int) -> Blocks:
+        """One pass of the original.
+
+        Args:
+            original: in eval mode.
+            pruned: in eval mode, any widths.
+            layers: names of the layers that are solved: a block with fewer than two of them has nothing to add.
+            images: all of them are read.
+            steps: updates of each block.
+            seed: of the order.
+
+        Raises:
+            OptionError: no blocks, or steps without meaning.
+
+        Example:
+            >>> make = lambda width: nn.Sequential(nn.Sequential(), nn.ModuleDict())
+            >>> Blocks.of(make(2), make(4), [], Calibration([torch.randn(2, 3)]), steps=0, seed=0)
+            Traceback (most recent call last):
+            knowiso_train.errors.OptionError: block_steps must be 1 or more, got 0
+        """
+        if steps < 1:
+            raise OptionError(f"block_steps must be 1 or more, got {steps!r}")
+        few = images.some(min(2, images.count))
+        names = [
+            name
+            for name in shared_layers(pruned, original, lambda network: images.run(network, few))
+            if len([layer for layer in layers if layer.startswith(f"{name}.")]) > 1
+        ]
+        if not names:
+            raise OptionError(
+                f"block_steps={steps}, but {type(original).__name__} has no blocks of two or more layers that give one shape before and after "
+                "pruning. Pass 0, and use ki.tune"
+            )
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for batch in images:
+            with FeatureTaps(original, names) as taps:
+                images.run(original, batch)
+                for name, feature in taps.collect().items():
+                    parts[name].append(feature)
+        targets = {name: torch.cat(features) for name, features in parts.items()}
+        return cls({name: target for name, target in targets.items() if len(target) == images.count}, steps, torch.Generator().manual_seed(seed))
+
+    def rebuild(self, name: str, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+        """Tune a block in place on what it reads, and give what it then makes of it.
+
+        Raises:
+            NonFiniteError: NaN or Inf in the loss.
+        """
+        target = self.targets[name]
+        count, scale = len(target), spread(name, target)
+        away = max(1, round(HELD * count))
+        train, held = torch.arange(count - away), torch.arange(count - away, count)
+
+        def call(index: Tensor) -> Tensor:
+            def take(value: Any) -> Any:
+                return value[index.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+            made: Tensor = type(block).forward(block, *map(take, args), **{key: take(value) for key, value in kwargs.items()})
+            return made
+
+        def distance(index: Tensor) -> Tensor:
+            return (call(index) - target[index.to(target.device)]).square().mean() / scale
+
+        def judged() -> float:
+            return sum(float(distance(part)) * len(part) for part in torch.split(held, BATCH)) / away
+
+        start = {key: value.detach().clone() for key, value in block.state_dict().items()}
+        asked = {parameter: parameter.requires_grad for parameter in block.parameters()}
+        before = judged()
+        try:
+            with torch.enable_grad():
+                self._descend(name, block.requires_grad_(True), train, distance)
+        finally:
+            for parameter, wanted in asked.items():
+                parameter.requires_grad_(wanted)
+        after = judged()
+        self.fits.append(BlockFit(name, before, min(before, after)))
+        if not after < before:
+            block.load_state_dict(start)
+            return output
+        return torch.cat([call(part) for part in torch.split(torch.arange(count), BATCH)])
+
+    def _descend(self, name: str, block: nn.Module, train: Tensor, distance: Any) -> None:
+        matrices, rest = split_parameters(block)
+        momentum, adam = OrthogonalMomentum(matrices, LR) if matrices else None, torch.optim.Adam(rest, REST * LR, betas=BETAS) if rest else None
+        optimizers = [(optimizer, rate) for optimizer, rate in ((momentum, LR), (adam, REST * LR)) if optimizer is not None]
+        waiting, each = train[:0], min(BATCH, len(train))
+        for step in range(self.steps):
+            if len(waiting) < each:
+                waiting = train[torch.randperm(len(train), generator=self.generator)]
+            index, waiting = waiting[:each], waiting[each:]
+            loss = distance(index)
+            if not bool(loss.detach().isfinite()):
+                raise NonFiniteError(f"block {name!r}: NaN or Inf in its distance to the original's at step {step + 1}")
+            loss.backward()
+            height = min((step + 1) / max(1.0, WARMUP * self.steps), 1 - step / self.steps)
+            for optimizer, rate in optimizers:
+                optimizer.param_groups[0]["lr"] = height * rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
