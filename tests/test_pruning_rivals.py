@@ -8,22 +8,9 @@ import itertools
 import pytest
 import torch
 import torch_pruning as tp
-from pruning_rivals import (
-    IMPORTANCES,
-    Calibration,
-    Cutter,
-    Macs,
-    Regression,
-    grams,
-    hessian,
-    inner_roots,
-    mean_gradient,
-    mixed,
-    prune_with,
-    recompute_statistics,
-    set_weights,
-    uniform,
-)
+from prune_closed import Regression, grams, mixed, recompute_statistics, set_weights
+from prune_cutter import Cutter, Macs, inner_roots, uniform
+from prune_importances import IMPORTANCES, Calibration, hessian, mean_gradient, prune_with
 from torch import Tensor, nn
 from zoo import CifarResNet
 
