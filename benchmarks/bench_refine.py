@@ -9,6 +9,7 @@ head:  `clothing10`, 3 to 50 labels per class, lite0 with ImageNet weights at 16
        settings than ours; "as shipped" tunes nothing. The defaults were found on 800 of the training images, before a test image was looked at.
 harm:  useless peers through `refine` itself, alone and beside a good one: they must be noticed and cost nothing.
 cifar: fine-tuning of a small network on few labelled CIFAR-10 images, without augmentation and with, see refine_cifar.py.
+full:  fine-tuning of all of lite0 on few labels of `clothing10`, from classifiers in closed form, see refine_full.py.
 paper: the published composite, two networks at inference, in its own regime: few images, no augmentation.
 
 Test images are only reported on. Differences are paired over seeds (mean ± standard error); `over images` is a bootstrap over the test images.
@@ -27,6 +28,7 @@ from record import RESULTS, record, table
 from refine_checks import harm, harm_table, paper, paper_table
 from refine_cifar import cifar, cifar_table
 from refine_data import CLASSES, draw, features
+from refine_full import full, full_table
 from torch import Tensor
 
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
@@ -45,7 +47,7 @@ RECIPES = [
 ]
 USELESS = ("untrained lite1", "untrained lite1, its statistics set", "ResNet-20 of CIFAR-10", "ResNet-10 of digits", "noise")
 BOOTSTRAP, TEST_IMAGES = 2000, 372
-SECTIONS = ["peers", "head", "harm", "cifar", "paper"]
+SECTIONS = ["peers", "head", "harm", "cifar", "full", "paper"]
 
 
 def peers() -> list[dict[str, Any]]:
@@ -178,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--seeds-trained", type=int, default=5, help="of the sections harm, cifar and paper")
+    parser.add_argument("--seeds-trained", type=int, default=5, help="of the sections harm, cifar, full and paper")
     parser.add_argument("--name", default="bench_refine", help="of the results file")
     args = parser.parse_args()
     path: Path = RESULTS / f"{args.name}.json"
@@ -202,6 +204,10 @@ def main() -> None:
         figures["cifar"] = cifar(args.seeds_trained, figures.setdefault("cifar", []), save)
         figures["cifar table"] = cifar_table(figures["cifar"])
         print(table(figures["cifar table"]))
+    if "full" in args.sections:
+        figures["full"] = full(args.seeds_trained, RECIPES, figures.setdefault("full", []), save)
+        figures["full table"] = full_table(figures["full"])
+        print(table(figures["full table"]))
     if "paper" in args.sections:
         figures["paper"] = paper(args.seeds_trained, figures.setdefault("paper", []), save)
         figures["paper table"] = paper_table(figures["paper"])

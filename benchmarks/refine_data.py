@@ -1,7 +1,8 @@
-"""Pooled features of `clothing10` that bench_refine.py works on: one forward pass for each network, kept in benchmarks/.cache."""
+"""`clothing10` for bench_refine.py: pooled features, one forward pass for each network, kept in benchmarks/.cache, and images to train on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 from zoo import CIFAR10_MEAN, CIFAR10_STD, DATA, cifar_resnet, efficientnet_lite
 
 CACHE = Path(__file__).parent / ".cache"
-CLASSES, SIDE, SPLITS = 10, 160, ("train", "validation", "test")
+CLASSES, SIDE, MARGIN, SPLITS = 10, 160, 16, ("train", "validation", "test")
 Pooled = Callable[[Tensor], Tensor]
 
 
@@ -42,6 +44,33 @@ def draw(labels: Tensor, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + count)
     chosen = [(labels == c).nonzero().flatten() for c in range(CLASSES)]
     return torch.cat([members[torch.randperm(len(members), generator=generator)[:count]] for members in chosen])
+
+
+def pixels(split: str) -> Tensor:
+    """(images, 3, SIDE, SIDE) bytes; they are normalised batch by batch."""
+    folder = images(split)
+    folder.transform.transforms[2:] = [pil_to_tensor]
+    return torch.stack([x for x, _ in folder])
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """What the networks are given."""
+    return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def changed(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Random crops of the image with a mirrored margin, and flips."""
+    wide = F.pad(pixels.float(), (MARGIN,) * 4, mode="reflect")
+    corners = torch.randint(2 * MARGIN + 1, (len(pixels), 2), generator=generator).tolist()
+    flips = (torch.rand(len(pixels), generator=generator) < 0.5).tolist()
+    crops = [x[:, i : i + SIDE, j : j + SIDE] for x, (i, j) in zip(wide, corners, strict=True)]
+    return normalised(torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]))
+
+
+def shuffled(index: Tensor, count: int, seed: int) -> Tensor:
+    """So many of them in random order, each once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([index[torch.randperm(len(index), generator=generator)] for _ in range(math.ceil(count / len(index)))])[:count]
 
 
 @torch.inference_mode()

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from knowiso_train.errors import OptionError
+from knowiso_train.features import select
 from knowiso_train.integrations.channel_groups import cut
 from knowiso_train.integrations.choice import Choice
 from knowiso_train.pruning.blocks import BlockFit, Blocks
@@ -20,9 +22,12 @@ from knowiso_train.pruning.forward import LayerFit, refit_forward
 from knowiso_train.pruning.kept import kept_outputs
 from knowiso_train.pruning.originals import Originals, originals
 from knowiso_train.pruning.record import recording
+from knowiso_train.pruning.sensitivity import output_of
 from knowiso_train.pruning.trace import Tail
 from knowiso_train.pruning.twin import Kept
 
+TRIED, JUDGED, FEWEST = 256, 1 / 3, 8  # images that widths are tried with at most, the share of others that judge, and how many of these it takes
+QUICK = 20  # rows per regressor in such a trial
 FAITHFUL = 1e-3  # relative: the cut network against the one whose readers only ignore what goes
 
 
@@ -72,6 +77,30 @@ class Carving:
     seed: int
     progress: bool
     _target: Originals | None = None
+
+    @torch.no_grad()
+    def best(self, candidates: Sequence[Mapping[str, int]]) -> Mapping[str, int]:
+        """The widths that leave the output nearest to the original's, by a quick refit of each on some images, judged on others.
+
+        Near in squared distance: images that trained the original make its logits sure of themselves, so that their divergence tells less.
+        """
+        fitted = min(TRIED, round((1 - JUDGED) * self.images.count))
+        judged = min(round(JUDGED / (1 - JUDGED) * fitted), self.images.count - fitted)
+        if len(candidates) < 2 or not self.refit or judged < FEWEST:
+            return candidates[0]
+        both = self.images.some(fitted + judged)
+        images = Calibration([select(both, torch.arange(fitted))], fitted, None, self.images.forward)
+        others = select(both, torch.arange(fitted, fitted + judged))
+        target = originals(self.original, dict(self.original.named_modules()), self.tails, images, QUICK, self.seed, False)
+        wanted = output_of(self.images.run(self.original, others))
+        found = []
+        for widths in tqdm(candidates, desc="widths", unit="choice", disable=not self.progress):
+            small = copy_of(self.original)
+            removed = {group.name: self.choice.orders[group.name][: group.size - widths[group.name]] for group in self.groups}
+            layers, masks = dict(small.named_modules()), self._masks(small, removed)
+            refit_forward(small, layers, self.tails, target, images, masks=masks, ridge=self.ridges, quiet=True, progress=False)
+            found.append(float((output_of(self.images.run(small, others)) - wanted).square().sum()))
+        return candidates[found.index(min(found))]
 
     @torch.no_grad()
     def make(self, widths: Mapping[str, int]) -> tuple[nn.Module, dict[str, Kept], list[LayerFit]]:

@@ -23,10 +23,11 @@ from knowiso_train.pruning.forward import AnyMoments
 from knowiso_train.pruning.originals import WIDE
 from knowiso_train.pruning.refit import RowMoments
 from knowiso_train.pruning.rows import columns_of, readable
-from knowiso_train.pruning.sensitivity import eliminate, output_harms
+from knowiso_train.pruning.sensitivity import eliminate, sensitivities
 from knowiso_train.pruning.trace import Tail
 
 RIDGE = 1e-4
+TEMPERS = (0.5, 0.75, 1.0)  # exponents of the output's sensitivity; the first where nothing tells them apart
 AGAIN = 2304  # regressors, above which a second elimination takes longer than it is worth
 
 
@@ -36,16 +37,32 @@ class Choice:
 
     Attributes:
         orders: for each group its units, the first to go first.
-        harms: for each group (J + 1,), see `allocation.allocate`; None cuts the same share of every group.
+        harms: for each group (J + 1,), what its readers lose with w units left; None cuts the same share of every group.
+        factors: for each group, the output's sensitivity to that.
         kinds: of the groups.
     """
 
     orders: dict[str, list[int]]
     harms: dict[str, Tensor] | None
+    factors: dict[str, float]
     kinds: dict[str, str]
 
-    def widths(self, costs: Mapping[str, LayerCost], share: float, floor: float, round_to: int) -> dict[str, int]:
-        """Units that stay, at most this share of the cost.
+    def candidates(self, costs: Mapping[str, LayerCost], share: float, floor: float, round_to: int) -> list[dict[str, int]]:
+        """Widths at most this share of the cost, by harms that count the output's sensitivity more or less: the plain one counts errors as if they
+        added up and were never mended by later layers, and how far that is so depends on the network.
+
+        Raises:
+            OptionError: out of reach.
+        """
+        found: list[dict[str, int]] = []
+        for temper in TEMPERS if self.harms is not None else TEMPERS[:1]:
+            widths = self.widths(costs, share, floor, round_to, temper)
+            if widths not in found:
+                found.append(widths)
+        return found
+
+    def widths(self, costs: Mapping[str, LayerCost], share: float, floor: float, round_to: int, temper: float) -> dict[str, int]:
+        """Units that stay, at most this share of the cost, with that exponent of the sensitivities.
 
         Raises:
             OptionError: out of reach.
@@ -53,7 +70,8 @@ class Choice:
         target = share * total_cost(costs, {})
         steps = {name: 1 if kind == "heads" else round_to for name, kind in self.kinds.items()}
         if self.harms is not None:
-            return allocate(self.harms, costs, target, floor=floor, round_to=steps)
+            harms = {name: harm * self.factors[name] ** temper for name, harm in self.harms.items()}
+            return allocate(harms, costs, target, floor=floor, round_to=steps)
         sizes = {name: len(order) for name, order in self.orders.items()}
         for percent in range(1000, -1, -1):
             widths = {}
@@ -121,8 +139,9 @@ def by_isomorphism(
         model, images, readers, max_images=images.count, rows=ROWS, forward=images.forward, merged=merged, seed=seed, progress=progress
     )
     found = {group.name: eliminate(model, group, inputs, tails, RIDGE) for group in groups}
-    harms = output_harms(model, groups, found, images, progress)
-    return Choice({name: entry.order for name, entry in found.items()}, harms, {group.name: group.kind for group in groups})
+    factors = sensitivities(model, groups, found, images, progress)
+    orders, harms = {name: entry.order for name, entry in found.items()}, {name: entry.harms for name, entry in found.items()}
+    return Choice(orders, harms, factors, {group.name: group.kind for group in groups})
 
 
 def by_scores(model: nn.Module, example: Any, groups: Sequence[ChannelGroup], importance: Any, forward: Forward | None = None) -> Choice:
@@ -144,7 +163,7 @@ def by_scores(model: nn.Module, example: Any, groups: Sequence[ChannelGroup], im
         of_channel = torch.empty(max(channels) + 1, dtype=torch.float64)
         of_channel[channels] = scores.detach().double().cpu()
         orders[group.name] = of_channel[group.writers[_writer(group)]].mean(1).argsort().tolist()
-    return Choice(orders, None, {group.name: group.kind for group in groups})
+    return Choice(orders, None, {}, {group.name: group.kind for group in groups})
 
 
 def _choosable(layer: nn.Module) -> bool:

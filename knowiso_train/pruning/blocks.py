@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from knowiso_train.pruning.orthogonal import OrthogonalMomentum, split_parameter
 from knowiso_train.pruning.streams import shared_layers
 from knowiso_train.pruning.targets import spread
 
-BATCH = 128  # images of an update
+IMAGES, LEAST, PLACES = 128, 16, 2**17  # of an update: images, fewer of large maps, so that positions stay about so many
 LR = 0.01  # longest step, relative to a weight's norm; a block is shallow, and bears more than a network
 REST = 0.05  # of it, for norms, biases and depthwise convolutions: Adam's steps are absolute
 BETAS = (0.9, 0.99)
@@ -106,7 +106,7 @@ class Blocks:
         """
         target = self.targets[name]
         count, scale = len(target), spread(name, target)
-        away = max(1, round(HELD * count))
+        away, each = max(1, round(HELD * count)), _images(target)
         train, held = torch.arange(count - away), torch.arange(count - away, count)
 
         def call(index: Tensor) -> Tensor:
@@ -120,14 +120,14 @@ class Blocks:
             return (call(index) - target[index.to(target.device)]).square().mean() / scale
 
         def judged() -> float:
-            return sum(float(distance(part)) * len(part) for part in torch.split(held, BATCH)) / away
+            return sum(float(distance(part)) * len(part) for part in torch.split(held, each)) / away
 
         start = {key: value.detach().clone() for key, value in block.state_dict().items()}
         asked = {parameter: parameter.requires_grad for parameter in block.parameters()}
         before = judged()
         try:
             with torch.enable_grad():
-                self._descend(name, block.requires_grad_(True), train, distance)
+                self._descend(name, block.requires_grad_(True), train, min(each, len(train)), distance)
         finally:
             for parameter, wanted in asked.items():
                 parameter.requires_grad_(wanted)
@@ -136,13 +136,13 @@ class Blocks:
         if not after < before:
             block.load_state_dict(start)
             return output
-        return torch.cat([call(part) for part in torch.split(torch.arange(count), BATCH)])
+        return torch.cat([call(part) for part in torch.split(torch.arange(count), each)])
 
-    def _descend(self, name: str, block: nn.Module, train: Tensor, distance: Any) -> None:
+    def _descend(self, name: str, block: nn.Module, train: Tensor, each: int, distance: Callable[[Tensor], Tensor]) -> None:
         matrices, rest = split_parameters(block)
         momentum, adam = OrthogonalMomentum(matrices, LR) if matrices else None, torch.optim.Adam(rest, REST * LR, betas=BETAS) if rest else None
         optimizers = [(optimizer, rate) for optimizer, rate in ((momentum, LR), (adam, REST * LR)) if optimizer is not None]
-        waiting, each = train[:0], min(BATCH, len(train))
+        waiting = train[:0]
         for step in range(self.steps):
             if len(waiting) < each:
                 waiting = train[torch.randperm(len(train), generator=self.generator)]
@@ -150,9 +150,15 @@ class Blocks:
             loss = distance(index)
             if not bool(loss.detach().isfinite()):
                 raise NonFiniteError(f"block {name!r}: NaN or Inf in its distance to the original's at step {step + 1}")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             height = min((step + 1) / max(1.0, WARMUP * self.steps), 1 - step / self.steps)
             for optimizer, rate in optimizers:
                 optimizer.param_groups[0]["lr"] = height * rate
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+
+
+def _images(feature: Tensor) -> int:
+    """How many images of a (N, C, H, W) map, or of (N, L, C) tokens, make an update."""
+    places = feature[0, 0].numel() if feature.ndim == 4 else feature.shape[1]
+    return max(LEAST, min(IMAGES, PLACES // places))

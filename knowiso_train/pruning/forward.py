@@ -65,6 +65,7 @@ def refit_forward(
     choose: Mapping[str, Choose] | None = None,
     ridge: Sequence[float] = RIDGES,
     blocks: Blocks | None = None,
+    quiet: bool = False,
     progress: bool = True,
 ) -> list[LayerFit]:
     """Solve the layers of a network, in place, in the order in which they run.
@@ -83,6 +84,7 @@ def refit_forward(
         choose: for layers whose input channels are chosen when the pass reaches them.
         ridge: relative ρ, several to choose from by images that are not fitted.
         blocks: to be tuned as a whole, each when its layers are solved.
+        quiet: no warning of few rows.
         progress: whether to show a bar.
 
     Returns:
@@ -173,7 +175,7 @@ def refit_forward(
     finally:
         for handle in handles:
             handle.remove()
-    if short:
+    if short and not quiet:
         warnings.warn(
             f"fewer rows than regressors, so that the ridge decides what the rows do not: layers {', '.join(short)}. Give more images",
             KnowisoWarning,

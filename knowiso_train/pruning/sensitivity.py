@@ -26,7 +26,6 @@ from knowiso_train.pruning.trace import Tail
 
 PROBED = 0.25  # share of a group's units that is left when the network's output is looked at
 FEW = 0.05  # regressors per row, from which on what channels have in common is trusted less
-TEMPER = 0.5  # exponent of the output's sensitivity
 IMAGES = 16, 256  # at least and at most
 WORK = 3e12  # multiply-adds that all groups together may take, within these
 
@@ -105,13 +104,13 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
     return Elimination([*order, last], harms, probed, weights)
 
 
-def output_harms(
+def sensitivities(
     model: nn.Module, groups: Sequence[ChannelGroup], found: Mapping[str, Elimination], images: Calibration, progress: bool = True
-) -> dict[str, Tensor]:
-    """Harms of all groups in one currency: what the readers lose, times the output's sensitivity to it, tempered.
+) -> dict[str, float]:
+    """How much the network's output minds what the readers of each group lose.
 
-    Each group alone is narrowed to a quarter, its readers refitted, and the network's output compared with the original's; the ratio of the change to
-    what the readers lost weighs that group's curve, by its square root: the plain ratio counts errors as if they added up, and did worse in trials.
+    Each group alone is narrowed to a quarter, its readers refitted, and the network's output compared with the original's: the ratio of the change
+    to what the readers lost. Multiplied by it, harms of all groups have one currency.
 
     Args:
         model: the original, in eval mode.
@@ -121,7 +120,7 @@ def output_harms(
         progress: whether to show a bar.
 
     Returns:
-        For each group (J + 1,), see `allocation.allocate`.
+        One number for each group.
 
     Raises:
         InputTypeError: a network whose output is no tensor.
@@ -129,17 +128,16 @@ def output_harms(
     with torch.no_grad():
         each = count_macs(model, partial(images.run, model, images.some(1)), 1)
         some = images.some(min(images.count, max(IMAGES[0], min(IMAGES[1], int(WORK / (each * len(groups) + 1))))))
-        plain = _output(images.run(model, some))
+        plain = output_of(images.run(model, some))
         spread = float((plain - plain.mean(0)).square().sum().clamp_min(1e-30))
-        harms = {}
+        factors = {}
         for group in tqdm(groups, desc="sensitivity", unit="group", disable=not progress):
             elimination = found[group.name]
             with _replaced(model, elimination.weights):
-                change = float((_output(images.run(model, some)) - plain).square().sum()) / spread
+                change = float((output_of(images.run(model, some)) - plain).square().sum()) / spread
             lost = float(elimination.harms[elimination.probed])
-            factor = (change / lost) ** TEMPER if lost > 0 else 1.0
-            harms[group.name] = elimination.harms * max(factor, 1e-12)
-    return harms
+            factors[group.name] = max(change / lost, 1e-24) if lost > 0 else 1.0
+    return factors
 
 
 @contextmanager
@@ -162,7 +160,16 @@ def _replaced(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]]) ->
             layer.weight.data = weight
 
 
-def _output(value: Any) -> Tensor:
+def output_of(value: Any) -> Tensor:
+    """The tensor that a network gives, or the first one, or its logits.
+
+    Raises:
+        InputTypeError: no tensor.
+
+    Example:
+        >>> output_of((torch.ones(2), None))
+        tensor([1., 1.])
+    """
     if isinstance(value, (tuple, list)) and value:
         value = value[0]
     if isinstance(value, dict) or hasattr(value, "logits"):
