@@ -58,6 +58,7 @@ def refit(
         ridge: relative ρ ≥ 0, one or several to choose from; `math.inf` leaves the surviving weights and corrects the intercept.
         block_steps: where more than 0, every block is tuned as a whole once its layers are solved, by so many updates towards what the original's
             block gives: gradients within one block, still no labels. 60 take as long again as the rest; what is not better on other images is undone.
+            What the original's blocks give for all images is held in memory.
         forward: `forward(model, batch)` for networks that need more than images.
         seed: of the positions.
         progress: whether to show a bar.
