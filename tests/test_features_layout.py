@@ -82,9 +82,21 @@ def test_activations_take_the_word_of_the_block_around_them() -> None:
     model = network("resnet18")
     assert described(model, (64, 96), ["layer1.0.act2", "maxpool"])["layer1.0.act2"] == FeatureSpec("nchw", 64, (16, 24))
     assert infer_layout("maxpool", model.maxpool, torch.zeros(1, 64, 16, 24), model) == "nchw"
-    with pytest.raises(LayoutError, match="neither"):  # directly under the root, where convolutions and a linear layer are
-        infer_layout("act1", model.act1, torch.zeros(1, 64, 32, 48), model)
-    assert infer_layout("act1", model.act1, torch.zeros(1, 64, 32, 48), model, input_size=(64, 96)) == "nchw"
+
+
+def test_activations_in_a_network_of_convolutions_and_linear_layers_take_the_word_of_their_neighbours() -> None:
+    model = network("resnet18")  # act1 lies directly under the root: bn1 comes before it, layer1's convolution after it
+    for shape in ((1, 64, 32, 48), (1, 64, 64, 64)):
+        assert infer_layout("act1", model.act1, torch.zeros(shape), model) == "nchw"
+    with pytest.raises(LayoutError, match="neither"):  # other channels than bn1 gives: it is not what comes before
+        infer_layout("act1", model.act1, torch.zeros(1, 12, 12, 12), model)
+    mixed = nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), nn.Sequential(nn.Conv2d(4, 4, 1)))
+    late = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "act": nn.ReLU(), "fc": nn.Linear(4, 2), "last": nn.ReLU()})
+    with pytest.raises(LayoutError, match="neither"):  # a convolution before it, a linear layer after it
+        infer_layout("act", late["act"], torch.zeros(1, 4, 4, 4), late)
+    with pytest.raises(LayoutError, match="neither"):  # nothing after it
+        infer_layout("last", late["last"], torch.zeros(1, 2, 2, 2), late)
+    assert infer_layout("0.0", mixed[0][0], torch.zeros(1, 4, 4, 4), mixed) == "nhwc"
 
 
 def test_one_position_in_a_head_of_linear_layers() -> None:

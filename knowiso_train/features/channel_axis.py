@@ -54,7 +54,8 @@ def channel_axis(module: nn.Module, shape: tuple[int, ...], *, given: bool, pare
 
     A container speaks through its last leaf (the first for its input): by the axis that has that leaf's channel count, and where both or neither
     have it, by the leaves' types if these agree. A module without leaves (an activation) takes the word of the layer right before it in a
-    `Sequential`, else of the nearest parent whose leaves agree.
+    `Sequential`, else of the nearest parent whose leaves agree, else of the leaves registered right before and right after it, where these
+    agree and the one before gives as many channels as that axis has.
     """
     if (known := known_channels(module)) is not None:
         return known.axis
@@ -67,7 +68,7 @@ def channel_axis(module: nn.Module, shape: tuple[int, ...], *, given: bool, pare
         for parent in parents:
             axes = {leaf.axis for leaf in leaves(parent)}
             if axes:
-                return axes.pop() if len(axes) == 1 else None
+                return axes.pop() if len(axes) == 1 else _between(module, parent, shape)
         return None
     count = inside[-1].given if given else inside[0].taken
     fits: list[Axis] = [axis for axis in (1, -1) if shape[axis] == count]
@@ -85,3 +86,18 @@ def _before(module: nn.Module, parent: nn.Module) -> Channels | None:
     children = list(parent)
     index = next((i for i, child in enumerate(children) if child is module), 0)
     return known_channels(children[index - 1]) if index else None
+
+
+def _between(module: nn.Module, parent: nn.Module, shape: tuple[int, ...]) -> Axis | None:
+    """The axis that the neighbours of a module in the order of registration agree on."""
+    before: list[Channels] = []
+    after: list[Channels] = []
+    side = before
+    for inner in parent.modules():
+        if inner is module:
+            side = after
+        elif (known := known_channels(inner)) is not None:
+            side.append(known)
+    if not before or not after or before[-1].axis != after[0].axis or before[-1].given != shape[before[-1].axis]:
+        return None
+    return before[-1].axis
