@@ -10,6 +10,7 @@ head:  `clothing10`, 3 to 50 labels per class, lite0 with ImageNet weights at 16
 harm:  useless peers through `refine` itself, alone and beside a good one: they must be noticed and cost nothing.
 cifar: fine-tuning of a small network on few labelled CIFAR-10 images, without augmentation and with, see refine_cifar.py.
 full:  fine-tuning of all of lite0 on few labels of `clothing10`, from classifiers in closed form, see refine_full.py.
+transfer: the same of a ResNet-20 that was trained on CIFAR-100, on few labels of CIFAR-10, with crops and flips or as it is; and the other way round.
 paper: the published composite, two networks at inference, in its own regime: few images, no augmentation.
 
 Test images are only reported on. Differences are paired over seeds (mean ± standard error); `over images` is a bootstrap over the test images.
@@ -29,6 +30,7 @@ from refine_checks import harm, harm_table, paper, paper_table
 from refine_cifar import cifar, cifar_table
 from refine_data import CLASSES, draw, features
 from refine_full import full, full_table
+from refine_tasks import CIFAR10, CIFAR10_AS_IT_IS, CIFAR100, CLOTHES
 from torch import Tensor
 
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
@@ -47,7 +49,8 @@ RECIPES = [
 ]
 USELESS = ("untrained lite1", "untrained lite1, its statistics set", "ResNet-20 of CIFAR-10", "ResNet-10 of digits", "noise")
 BOOTSTRAP, TEST_IMAGES = 2000, 372
-SECTIONS = ["peers", "head", "harm", "cifar", "full", "paper"]
+TASKS = {"full": CLOTHES, "transfer": CIFAR10, "transfer, as it is": CIFAR10_AS_IT_IS, "transfer to CIFAR-100": CIFAR100}
+SECTIONS = ["peers", "head", "harm", "cifar", *TASKS, "paper"]
 
 
 def peers() -> list[dict[str, Any]]:
@@ -204,10 +207,10 @@ def main() -> None:
         figures["cifar"] = cifar(args.seeds_trained, figures.setdefault("cifar", []), save)
         figures["cifar table"] = cifar_table(figures["cifar"])
         print(table(figures["cifar table"]))
-    if "full" in args.sections:
-        figures["full"] = full(args.seeds_trained, RECIPES, figures.setdefault("full", []), save)
-        figures["full table"] = full_table(figures["full"])
-        print(table(figures["full table"]))
+    for name in (section for section in TASKS if section in args.sections):
+        figures[name] = full(TASKS[name], args.seeds_trained, RECIPES, figures.setdefault(name, []), save)
+        figures[f"{name} table"] = full_table(TASKS[name], figures[name])
+        print(table(figures[f"{name} table"]))
     if "paper" in args.sections:
         figures["paper"] = paper(args.seeds_trained, figures.setdefault("paper", []), save)
         figures["paper table"] = paper_table(figures["paper"])

@@ -39,10 +39,10 @@ def features(name: str) -> dict[str, Tensor]:
     return kept
 
 
-def draw(labels: Tensor, count: int, seed: int) -> Tensor:
+def draw(labels: Tensor, count: int, seed: int, classes: int = CLASSES) -> Tensor:
     """So many images of every class, as many as there are of a rare one."""
     generator = torch.Generator().manual_seed(1000 * seed + count)
-    chosen = [(labels == c).nonzero().flatten() for c in range(CLASSES)]
+    chosen = [(labels == c).nonzero().flatten() for c in range(classes)]
     return torch.cat([members[torch.randperm(len(members), generator=generator)[:count]] for members in chosen])
 
 

@@ -1,15 +1,15 @@
-"""Section `full` of bench_refine.py: every weight of lite0 trained on few labelled images of `clothing10`, from classifiers in closed form.
+"""Sections `full` and `transfer` of bench_refine.py: every weight trained on few labelled images, from classifiers in closed form.
 
-lite0 with ImageNet weights at 160 px, LABELS images per class with labels, the rest of the 3,068 training images without. STEPS steps of 32 images,
-crops and flips, batch norm's statistics frozen, from the best classifier in closed form and in each of these ways:
+LABELS images per class with labels, the rest of the training images without (tasks in refine_tasks.py). Each way takes the same steps of 32 images,
+crops and flips, batch norm's statistics frozen, from the best classifier in closed form:
 
 plain              from a ridge classifier, cross-entropy: 32 labelled images a step; every other way sees 16 of them and 16 unlabelled ones
 self-distillation  from the same classifier, and its own frozen probabilities on all images
-ensemble           from the ridge classifier, and the mean probabilities of three of them: on lite0, lite1 and lite2
-self-training      from `consensus_head` of lite0 alone, which guesses the unlabelled images' labels, and its probabilities: ours without peers
-ours               from `consensus_head` of lite0 with these two, and the probabilities of consensus heads on all images, lite0's or three's mean
+ensemble           from the ridge classifier, and the mean probabilities of three of them, one on each network
+self-training      from `consensus_head` of the network alone, which guesses the unlabelled images' labels, and its probabilities: ours without peers
+ours               from `consensus_head` with the two peers, and the probabilities of consensus heads on all images, the network's or three's mean
 
-Probabilities are those on the clean images, made once. Ridges and recipes are chosen for each seed on 341 validation images, from as many settings
+Probabilities are those on the clean images, made once. Ridges and recipes are chosen for each seed on the validation images, from as many settings
 for every classifier, and its temperature too. Learning rate and weight are chosen on a tuning seed and the validation images, from four settings for
 every way, and so is who teaches ours. Test images are only reported on.
 """
@@ -24,50 +24,47 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from refine_data import CLASSES, SPLITS, changed, draw, features, normalised, pixels, shuffled
+from refine_data import SPLITS, draw, shuffled
+from refine_tasks import Task
 from torch import Tensor, nn
-from zoo import efficientnet_lite
 
 from knowiso_train.losses import WeightSchedule
 from knowiso_train.refinement.evaluation import best_temperature
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
 
 LABELS, TUNING_LABELS, TUNING_SEED = (10, 5), 10, 1000  # five labels per class are trained with the settings of ten
-STEPS, HALF, CLIP, DECAY = 40, 16, 1.0, 1e-4
-NETWORKS = ("lite0", "lite1", "lite2")
+HALF, CLIP, DECAY = 16, 1.0, 1e-4
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 8))  # as many as there are recipes
-TAUGHT = ("self-distillation", "ensemble", "self-training", "ours")
-GRID = {"plain": [{"lr": lr, "weight": 0.0} for lr in (0.001, 0.003, 0.01, 0.03)]}
-GRID |= {way: [{"lr": lr, "weight": weight} for lr in (0.003, 0.01) for weight in (1.0, 3.0)] for way in TAUGHT}
+WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours")
 WITHOUT = ("ridge head", "self-training head", "consensus head", "three ridge heads", "three consensus heads")
-BOOTSTRAP, TEST_IMAGES = 2000, 372
+BOOTSTRAP = 2000
 
 
 class Bench:
     """Images, features and the network; what does not depend on the labels is made once."""
 
-    def __init__(self, recipes: Sequence[HeadRecipe]) -> None:
-        self.recipes = recipes
-        self.x = {name: features(name) for name in NETWORKS}
-        self.labels: dict[str, Tensor] = self.x["lite0"]["labels"]  # type: ignore[assignment]
-        train = {name: self.x[name]["train"] for name in NETWORKS}
-        self.consensus = {name: Consensus.of([train[name], *(train[other] for other in NETWORKS if other != name)]) for name in NETWORKS}
-        self.alone = Consensus.of([train["lite0"]])
-        self.images = {split: pixels(split) for split in SPLITS}
-        self.network = efficientnet_lite(0).to(memory_format=torch.channels_last)
+    def __init__(self, task: Task, recipes: Sequence[HeadRecipe]) -> None:
+        self.task, self.recipes, self.own = task, recipes, task.names[0]
+        self.x = {name: task.features(name) for name in task.names}
+        self.labels: dict[str, Tensor] = self.x[self.own]["labels"]
+        train = {name: self.x[name]["train"] for name in task.names}
+        self.consensus = {name: Consensus.of([train[name], *(train[other] for other in task.names if other != name)]) for name in task.names}
+        self.alone = Consensus.of([train[self.own]])
+        self.images = {split: task.pixels(split) for split in SPLITS}
+        self.network = task.network()
 
     def heads(self, index: Tensor) -> dict[str, dict[str, Head]]:
         """Ridge classifiers and consensus heads of every network, and the head without peers: the best on the validation images, calibrated there."""
         labels, found = self.labels["train"][index], {}
         for kind in ("ridge", "consensus"):
-            found[kind] = {name: self._best(self._tried(kind, name, index, labels), name) for name in NETWORKS}
-        alone = [self.alone.head(index, labels, CLASSES, recipe) for recipe in self.recipes]
-        return found | {"alone": {"lite0": self._best(alone, "lite0")}}
+            found[kind] = {name: self._best(self._tried(kind, name, index, labels), name) for name in self.task.names}
+        alone = [self.alone.head(index, labels, self.task.classes, recipe) for recipe in self.recipes]
+        return found | {"alone": {self.own: self._best(alone, self.own)}}
 
     def _tried(self, kind: str, name: str, index: Tensor, labels: Tensor) -> list[Head]:
         if kind == "ridge":
-            return [ridge_head(self.x[name]["train"][index], labels, CLASSES, ridge) for ridge in RIDGES]
-        return [self.consensus[name].head(index, labels, CLASSES, recipe) for recipe in self.recipes]
+            return [ridge_head(self.x[name]["train"][index], labels, self.task.classes, ridge) for ridge in RIDGES]
+        return [self.consensus[name].head(index, labels, self.task.classes, recipe) for recipe in self.recipes]
 
     def _best(self, heads: list[Head], name: str) -> Head:
         x, y = self.x[name]["validation"], self.labels["validation"]
@@ -79,22 +76,22 @@ class Bench:
         return torch.stack([head(self.x[name][split]).softmax(1) for name, head in heads.items()]).mean(0)
 
     def trained(self, way: str, heads: dict[str, dict[str, Head]], index: Tensor, seed: int, *, lr: float, weight: float, three: bool) -> nn.Module:
-        """The network after STEPS steps; batches and crops depend on the seed alone."""
-        own = heads[{"ours": "consensus", "self-training": "alone"}.get(way, "ridge")]
-        taught = own if way == "ensemble" or (way == "ours" and three) else {"lite0": own["lite0"]}
-        targets, model = self.told(taught, "train").float(), _with_head(self.network, own["lite0"])
+        """The network after the task's steps; batches and crops depend on the seed alone."""
+        own, steps = heads[{"ours": "consensus", "self-training": "alone"}.get(way, "ridge")], self.task.steps
+        taught = own if way == "ensemble" or (way == "ours" and three) else {self.own: own[self.own]}
+        targets, model = self.told(taught, "train").float(), self.with_head(own[self.own])
         for module in model.train().modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY, nesterov=True)
-        schedule, rest = WeightSchedule(warmup=STEPS // 10, total=STEPS + 1), torch.ones(len(self.images["train"]), dtype=torch.bool)
+        schedule, rest = WeightSchedule(warmup=steps // 10, total=steps + 1), torch.ones(len(self.images["train"]), dtype=torch.bool)
         rest[index] = False
-        known, others = shuffled(index, 2 * HALF * STEPS, seed), shuffled(rest.nonzero().flatten(), HALF * STEPS, seed + 1)
+        known, others = shuffled(index, 2 * HALF * steps, seed), shuffled(rest.nonzero().flatten(), HALF * steps, seed + 1)
         generator, few = torch.Generator().manual_seed(seed), 2 * HALF if way == "plain" else HALF
-        for step in range(STEPS):
+        for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
             which = torch.cat([known[few * step : few * (step + 1)], others[HALF * step : HALF * (step + 1)]])[: 2 * HALF]
-            logits = model(changed(self.images["train"][which], generator))
+            logits = model(self.task.changed(self.images["train"][which], generator))
             loss = F.cross_entropy(logits[:few], self.labels["train"][which[:few]]) + weight * F.cross_entropy(logits, targets[which])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
@@ -102,14 +99,24 @@ class Bench:
             optimizer.step()
         return model.eval()
 
+    def with_head(self, head: Head) -> nn.Module:
+        """A copy of the network with this classifier."""
+        model = copy.deepcopy(self.network)
+        layer = nn.Linear(head.weight.shape[1], self.task.classes)
+        with torch.no_grad():
+            layer.weight.copy_(head.weight)
+            layer.bias.copy_(head.bias)
+        setattr(model, self.task.classifier, layer)
+        return model
+
     @torch.inference_mode()
     def right(self, model: nn.Module, split: str) -> Tensor:
         """Which images of a split it gets right."""
-        guessed = torch.cat([model(normalised(x)).argmax(1) for x in torch.split(self.images[split], 64)])
+        guessed = torch.cat([model(self.task.normalised(x)).argmax(1) for x in torch.split(self.images[split], 64)])
         return guessed == self.labels[split]
 
 
-def full(seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+def full(task: Task, seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """A row for the tuning, and one for each number of labels and seed; kept after every training."""
     bench: Bench | None = None
     if not kept:
@@ -120,14 +127,14 @@ def full(seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[str, Any]], 
             kept.append(row := {"labels": k, "seed": seed, "accuracy": {}, "right": {}, "seconds": {}})
         if _complete(row):
             continue
-        bench = bench or Bench(recipes)
-        index = draw(bench.labels["train"], k, seed)
+        bench = bench or Bench(task, recipes)
+        index = draw(bench.labels["train"], k, seed, task.classes)
         heads = bench.heads(index)
         if seed == TUNING_SEED:
             _tune(bench, heads, index, row, save)
             continue
         _without(bench, heads, row)
-        for way in GRID:
+        for way in WAYS:
             if way not in row["accuracy"]:
                 began = time.perf_counter()
                 settings = {**kept[0]["chosen"][way], "three": kept[0]["three"]}
@@ -141,17 +148,17 @@ def full(seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[str, Any]], 
 def _complete(row: dict[str, Any]) -> bool:
     """A way that is added later is tuned and judged then."""
     if row["seed"] == TUNING_SEED:
-        return set(row.get("chosen", ())) == set(GRID)
-    return set(row["accuracy"]) == {*WITHOUT, *GRID}
+        return set(row.get("chosen", ())) == set(WAYS)
+    return set(row["accuracy"]) == {*WITHOUT, *WAYS}
 
 
 def _tune(bench: Bench, heads: dict[str, dict[str, Head]], index: Tensor, row: dict[str, Any], save: Any) -> None:
     y, consensus = bench.labels["validation"], heads["consensus"]
-    sure = [int((bench.told(part, "validation").argmax(1) == y).sum()) for part in ({"lite0": consensus["lite0"]}, consensus)]
+    sure = [int((bench.told(part, "validation").argmax(1) == y).sum()) for part in ({bench.own: consensus[bench.own]}, consensus)]
     row["three"] = sure[1] > sure[0]
-    for way, grid in GRID.items():
+    for way in WAYS:
         tried = row["tried"].setdefault(way, [])
-        for settings in grid[len(tried) :]:
+        for settings in bench.task.grid(way)[len(tried) :]:
             done = bench.trained(way, heads, index, TUNING_SEED, **settings, three=row["three"])
             tried.append([100 * float(bench.right(done, "validation").double().mean()), settings])
             save()
@@ -162,7 +169,7 @@ def _tune(bench: Bench, heads: dict[str, dict[str, Head]], index: Tensor, row: d
 
 def _without(bench: Bench, heads: dict[str, dict[str, Head]], row: dict[str, Any]) -> None:
     ridge, consensus = heads["ridge"], heads["consensus"]
-    parts = ({"lite0": ridge["lite0"]}, heads["alone"], {"lite0": consensus["lite0"]}, ridge, consensus)
+    parts = ({bench.own: ridge[bench.own]}, heads["alone"], {bench.own: consensus[bench.own]}, ridge, consensus)
     for name, part in zip(WITHOUT, parts, strict=True):
         _keep(row, name, bench.told(part, "test").argmax(1) == bench.labels["test"])
 
@@ -172,31 +179,24 @@ def _keep(row: dict[str, Any], name: str, right: Tensor) -> None:
     row["right"][name] = f"{int(''.join(str(int(r)) for r in right.tolist()), 2):x}"
 
 
-def _with_head(network: nn.Module, head: Head) -> nn.Module:
-    model = copy.deepcopy(network)
-    model.classifier = nn.Linear(head.weight.shape[1], CLASSES)
-    with torch.no_grad():
-        model.classifier.weight.copy_(head.weight)
-        model.classifier.bias.copy_(head.bias)
-    return model
-
-
-def full_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def full_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and paired differences to three of the rivals: mean ± standard error over seeds, and over test images drawn again."""
     found = []
     for k in LABELS:
         judged = [row for row in rows if row["labels"] == k and row["seed"] != TUNING_SEED and _complete(row)]
-        right = {name: torch.stack([_bits(row["right"][name]) for row in judged]) for name in (*WITHOUT, *GRID)} if len(judged) > 1 else {}
+        right = (
+            {name: torch.stack([_bits(row["right"][name], task.tested) for row in judged]) for name in (*WITHOUT, *WAYS)} if len(judged) > 1 else {}
+        )
         for name, own in right.items():
             line: dict[str, Any] = {"labels": k, "method": name, "seeds": len(own), "top-1 %": round(100 * float(own.mean()), 2)}
             for other in ("plain", "ensemble", "self-training"):
                 gap = 100 * (own - right[other])
-                again = torch.randint(TEST_IMAGES, (BOOTSTRAP, TEST_IMAGES), generator=torch.Generator().manual_seed(0))
+                again = torch.randint(task.tested, (BOOTSTRAP, task.tested), generator=torch.Generator().manual_seed(0))
                 line[f"over {other}"] = f"{float(gap.mean()):+.2f} ± {float(gap.mean(1).std()) / math.sqrt(len(gap)):.2f}"
                 line[f"over {other}, over images"] = f"± {float(gap.mean(0)[again].mean(1).std()):.2f}"
             found.append(line)
     return found
 
 
-def _bits(text: str) -> Tensor:
-    return torch.tensor([float(bit) for bit in f"{int(text, 16):0{TEST_IMAGES}b}"], dtype=torch.float64)
+def _bits(text: str, count: int) -> Tensor:
+    return torch.tensor([float(bit) for bit in f"{int(text, 16):0{count}b}"], dtype=torch.float64)

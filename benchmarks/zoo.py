@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 DATA = Path(os.environ.get("KNOWISO_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CIFAR10_MEAN, CIFAR10_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the checkpoints were trained with
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CIFAR10_CHECKPOINTS = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th", 44: "resnet44-014dd654.th", 56: "resnet56-4bfd9763.th"}
 
 
@@ -61,13 +62,63 @@ def cifar_resnet(depth: int) -> CifarResNet:
 
 def cifar10(split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:
     """Normalised CIFAR-10 images (n, 3, 32, 32) and labels (n,), in the file's order."""
+    pixels, labels = cifar_bytes("cifar10", split, n)
+    mean, std = torch.tensor(CIFAR10_MEAN).view(3, 1, 1), torch.tensor(CIFAR10_STD).view(3, 1, 1)
+    return (pixels.float() / 255 - mean) / std, labels
+
+
+def cifar_bytes(name: str, split: str, n: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images of "cifar10" or "cifar100", bytes (n, 3, 32, 32), and labels (n,), in the file's order."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from datasets import load_dataset
 
-    table = load_dataset(str(DATA / "cifar10"), split=split if n is None else f"{split}[:{n}]").with_format("torch")
-    images = torch.stack([row["image"] for row in table]).float() / 255
-    mean, std = torch.tensor(CIFAR10_MEAN).view(3, 1, 1), torch.tensor(CIFAR10_STD).view(3, 1, 1)
-    return (images - mean) / std, torch.stack([row["label"] for row in table])
+    table = load_dataset(str(DATA / name), split=split if n is None else f"{split}[:{n}]").with_format("torch")
+    images, labels = ([row[key] for row in table] for key in ("image", "label" if name == "cifar10" else "fine_label"))
+    return torch.stack(images), torch.stack(labels)
+
+
+class Cifar100Block(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x)
+
+
+class Cifar100ResNet(nn.Module):
+    """The ResNet of the CIFAR-100 checkpoints: a stem of 64 channels, a ReLU after each stage alone, 2 × 2 positions before the classifier."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width_in = 64
+        for stage, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
+            layer = [Cifar100Block(width_in if i == 0 else width, width, stride if i == 0 else 1) for i in range((depth - 2) // 6)]
+            self.add_module(f"layer{stage}", nn.Sequential(*layer))
+            width_in = width
+        self.linear = nn.Linear(256, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for layer in (self.layer1, self.layer2, self.layer3):
+            x = F.relu(layer(x))
+        return self.linear(F.avg_pool2d(x, 4).flatten(1))
+
+
+def cifar100_resnet(depth: int) -> Cifar100ResNet:
+    """ResNet-8/20/32 with its trained CIFAR-100 weights, in eval mode."""
+    state = torch.load(DATA / "weights" / f"resnet{depth}_cifar100.pth", map_location="cpu", weights_only=True)["model_state_dict"]
+    model = Cifar100ResNet(depth)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    return model.eval()
 
 
 @torch.no_grad()

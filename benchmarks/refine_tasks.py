@@ -1,0 +1,95 @@
+"""What sections `full` and `transfer` of bench_refine.py train on.
+
+clothes:   lite0 with ImageNet weights at 160 px, peers lite1 and lite2, on 3,068 photographs of clothes.
+cifar-10:  a ResNet-20 that was trained on CIFAR-100, peers of 32 and of 8 layers, on 10,000 images of CIFAR-10; with crops and flips, or as they are.
+cifar-100: a ResNet-20 that was trained on CIFAR-10, peers of 32 and of 44 layers, on 10,000 images of CIFAR-100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from refine_data import changed, features, normalised, pixels
+from refine_small import small_changed, small_features, small_network, small_normalised, small_pixels
+from torch import Tensor, nn
+from zoo import efficientnet_lite
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images with few labels, and networks that were trained for another task.
+
+    Attributes:
+        names: of the networks, first the one that is refined.
+        features: by a network's name, (images, channels) by split, and the labels by split under "labels".
+        pixels: images (N, 3, H, W) of a split, as bytes.
+        normalised: what the networks are given, from bytes.
+        changed: the same from crops and flips that a generator draws.
+        network: the one that is refined, anew.
+        classifier: its attribute.
+        steps: of every training.
+        rates: learning rates that are tried for `plain`; the middle two, each with two weights, for every other way.
+        tested: test images.
+    """
+
+    names: tuple[str, ...]
+    features: Callable[[str], dict[str, Any]]
+    pixels: Callable[[str], Tensor]
+    normalised: Callable[[Tensor], Tensor]
+    changed: Callable[[Tensor, torch.Generator], Tensor]
+    network: Callable[[], nn.Module]
+    classifier: str
+    steps: int
+    rates: tuple[float, float, float, float]
+    tested: int
+    classes: int = 10
+
+    def grid(self, way: str) -> list[dict[str, float]]:
+        """Settings that are tried, four for every way."""
+        if way == "plain":
+            return [{"lr": lr, "weight": 0.0} for lr in self.rates]
+        return [{"lr": lr, "weight": weight} for lr in self.rates[1:3] for weight in (1.0, 3.0)]
+
+
+CLOTHES = Task(
+    names=("lite0", "lite1", "lite2"),
+    features=features,
+    pixels=pixels,
+    normalised=normalised,
+    changed=changed,
+    network=lambda: efficientnet_lite(0).to(memory_format=torch.channels_last),
+    classifier="classifier",
+    steps=40,
+    rates=(0.001, 0.003, 0.01, 0.03),
+    tested=372,
+)
+CIFAR10 = Task(
+    names=("20", "32", "8"),
+    features=partial(small_features, "cifar10"),
+    pixels=partial(small_pixels, "cifar10"),
+    normalised=partial(small_normalised, "cifar10"),
+    changed=partial(small_changed, "cifar10"),
+    network=partial(small_network, "cifar10", "20"),
+    classifier="linear",
+    steps=120,
+    rates=(0.003, 0.01, 0.03, 0.1),
+    tested=5000,
+)
+CIFAR10_AS_IT_IS = replace(CIFAR10, changed=lambda x, _: small_normalised("cifar10", x))
+CIFAR100 = Task(
+    names=("20", "32", "44"),
+    features=partial(small_features, "cifar100"),
+    pixels=partial(small_pixels, "cifar100"),
+    normalised=partial(small_normalised, "cifar100"),
+    changed=partial(small_changed, "cifar100"),
+    network=partial(small_network, "cifar100", "20"),
+    classifier="linear",
+    steps=120,
+    rates=(0.003, 0.01, 0.03, 0.1),
+    tested=5000,
+    classes=100,
+)
