@@ -8,10 +8,12 @@ self-distillation  from the same classifier, and its own frozen probabilities on
 ensemble           from the ridge classifier, and the mean probabilities of three of them, one on each network
 self-training      from `consensus_head` of the network alone, which guesses the unlabelled images' labels, and its probabilities: ours without peers
 ours               from `consensus_head` with the two peers, and the probabilities of consensus heads on all images, the network's or three's mean
+ours, features     the same by `fine_tune`, as `ki.refine(method="consensus")` trains: three's mean, and the part of its features that peers reproduce
 
-Probabilities are those on the clean images, made once. Ridges and recipes are chosen for each seed on the validation images, from as many settings
-for every classifier, and its temperature too. Learning rate and weight are chosen on a tuning seed and the validation images, from four settings for
-every way, and so is who teaches ours. Test images are only reported on.
+Probabilities are those on the clean images, made once; the last way takes them, and the peers' features, from the images as the network sees them.
+Ridges and recipes are chosen for each seed on the validation images, from as many settings for every classifier, and its temperature too. Learning
+rate and weight are chosen on a tuning seed and the validation images, from four settings for every way, and so is who teaches ours. Test images are
+only reported on.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +33,14 @@ from torch import Tensor, nn
 
 from knowiso_train.losses import WeightSchedule
 from knowiso_train.refinement.evaluation import best_temperature
+from knowiso_train.refinement.finetune import FineTuning, fine_tune
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
+from knowiso_train.refinement.networks import network
 
 LABELS, TUNING_LABELS, TUNING_SEED = (10, 5), 10, 1000  # five labels per class are trained with the settings of ten
 HALF, CLIP, DECAY = 16, 1.0, 1e-4
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 8))  # as many as there are recipes
-WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours")
+WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", "ours, features")
 WITHOUT = ("ridge head", "self-training head", "consensus head", "three ridge heads", "three consensus heads")
 BOOTSTRAP = 2000
 
@@ -51,7 +56,7 @@ class Bench:
         self.consensus = {name: Consensus.of([train[name], *(train[other] for other in task.names if other != name)]) for name in task.names}
         self.alone = Consensus.of([train[self.own]])
         self.images = {split: task.pixels(split) for split in SPLITS}
-        self.network = task.network()
+        self.network = task.network(self.own)
 
     def heads(self, index: Tensor) -> dict[str, dict[str, Head]]:
         """Ridge classifiers and consensus heads of every network, and the head without peers: the best on the validation images, calibrated there."""
@@ -77,6 +82,8 @@ class Bench:
 
     def trained(self, way: str, heads: dict[str, dict[str, Head]], index: Tensor, seed: int, *, lr: float, weight: float, three: bool) -> nn.Module:
         """The network after the task's steps; batches and crops depend on the seed alone."""
+        if way == "ours, features":
+            return self.with_features(heads["consensus"], index, seed, lr=lr, weight=weight)
         own, steps = heads[{"ours": "consensus", "self-training": "alone"}.get(way, "ridge")], self.task.steps
         taught = own if way == "ensemble" or (way == "ours" and three) else {self.own: own[self.own]}
         targets, model = self.told(taught, "train").float(), self.with_head(own[self.own])
@@ -108,6 +115,20 @@ class Bench:
             layer.bias.copy_(head.bias)
         setattr(model, self.task.classifier, layer)
         return model
+
+    def with_features(self, heads: dict[str, Head], index: Tensor, seed: int, *, lr: float, weight: float) -> nn.Module:
+        """The library's own training, on as many batches of as many images."""
+        rest = torch.ones(len(self.labels["train"]), dtype=torch.bool)
+        rest[index] = False
+        count = HALF * (self.task.steps + 1)  # fine_tune looks at one batch more, to learn the shapes
+        known, others = shuffled(index, count, seed), shuffled(rest.nonzero().flatten(), count, seed + 1)
+        generator = torch.Generator().manual_seed(seed)
+        few = [(self.task.changed(self.images["train"][part], generator), self.labels["train"][part]) for part in known.split(HALF)]
+        many = [self.task.changed(self.images["train"][part], generator) for part in others.split(HALF)]
+        start, peers = self.with_head(heads[self.own]), [network(self.task.network(name), name) for name in self.task.names[1:]]
+        say = {i: partial(F.linear, weight=heads[p.name].weight.float(), bias=heads[p.name].bias.float()) for i, p in enumerate(peers)}
+        settings = FineTuning(steps=self.task.steps, lr=lr, weight=weight, weight_decay=DECAY, temperature=1.0, layers=self.task.layers, clip=CLIP)
+        return fine_tune(start, network(start, self.own), peers, many, few, settings, heads=say)
 
     @torch.inference_mode()
     def right(self, model: nn.Module, split: str) -> Tensor:

@@ -29,8 +29,9 @@ class Task:
         pixels: images (N, 3, H, W) of a split, as bytes.
         normalised: what the networks are given, from bytes.
         changed: the same from crops and flips that a generator draws.
-        network: the one that is refined, anew.
-        classifier: its attribute.
+        network: anew, by its name.
+        classifier: attribute of each.
+        layers: that `fine_tune` compares; None takes what pools.
         steps: of every training.
         rates: learning rates that are tried for `plain`; the middle two, each with two weights, for every other way.
         tested: test images.
@@ -41,11 +42,12 @@ class Task:
     pixels: Callable[[str], Tensor]
     normalised: Callable[[Tensor], Tensor]
     changed: Callable[[Tensor, torch.Generator], Tensor]
-    network: Callable[[], nn.Module]
+    network: Callable[[str], nn.Module]
     classifier: str
     steps: int
     rates: tuple[float, float, float, float]
     tested: int
+    layers: tuple[str, ...] | None = None
     classes: int = 10
 
     def grid(self, way: str) -> list[dict[str, float]]:
@@ -61,7 +63,7 @@ CLOTHES = Task(
     pixels=pixels,
     normalised=normalised,
     changed=changed,
-    network=lambda: efficientnet_lite(0).to(memory_format=torch.channels_last),
+    network=lambda name: efficientnet_lite(int(name[4])).to(memory_format=torch.channels_last),
     classifier="classifier",
     steps=40,
     rates=(0.001, 0.003, 0.01, 0.03),
@@ -73,11 +75,12 @@ CIFAR10 = Task(
     pixels=partial(small_pixels, "cifar10"),
     normalised=partial(small_normalised, "cifar10"),
     changed=partial(small_changed, "cifar10"),
-    network=partial(small_network, "cifar10", "20"),
+    network=partial(small_network, "cifar10"),
     classifier="linear",
     steps=120,
     rates=(0.003, 0.01, 0.03, 0.1),
     tested=5000,
+    layers=("layer3",),
 )
 CIFAR10_AS_IT_IS = replace(CIFAR10, changed=lambda x, _: small_normalised("cifar10", x))
 CIFAR100 = Task(
@@ -86,10 +89,11 @@ CIFAR100 = Task(
     pixels=partial(small_pixels, "cifar100"),
     normalised=partial(small_normalised, "cifar100"),
     changed=partial(small_changed, "cifar100"),
-    network=partial(small_network, "cifar100", "20"),
+    network=partial(small_network, "cifar100"),
     classifier="linear",
     steps=120,
     rates=(0.003, 0.01, 0.03, 0.1),
     tested=5000,
+    layers=("layer3",),
     classes=100,
 )
