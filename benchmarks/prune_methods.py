@@ -90,7 +90,7 @@ def inputs_of_consumers(setting: Setting, taps: bool) -> dict[str, Tensor]:
     return setting.remembered(f"grams {taps}", lambda: grams(original, consumers, setting.batches, taps=taps, seed=setting.seed))
 
 
-def survivors(setting: Setting, model: nn.Module) -> dict[str, list[int]]:
+def survivors(setting: Setting) -> dict[str, list[int]]:
     """Channels that are left of each root, from the record of the cut."""
     kept = setting.memory["kept"]
     widths = {name: setting.task.original.get_submodule(name).weight.shape[0] for name in setting.task.spaces["inner"]}
@@ -103,7 +103,7 @@ def consumers_of(setting: Setting) -> dict[str, str]:
 
 def set_consumers(setting: Setting, model: nn.Module, of: Callable[[str, list[int]], Tensor]) -> None:
     """`of(root, kept)` gives the weights of the root's consumer; a consumer that is a root itself has lost outputs too."""
-    kept, consumers = survivors(setting, model), consumers_of(setting)
+    kept, consumers = survivors(setting), consumers_of(setting)
     found = {name: of(root, kept[root]) for root, name in consumers.items()}
     set_weights(model, {name: weight[kept[name]] if name in kept else weight for name, weight in found.items()})
 

@@ -133,7 +133,7 @@ def test_it_leaves_no_hook_and_no_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == flags
 
 
-def test_refused() -> None:
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = original(0), pictures(64)
     with pytest.raises(OptionError, match="block_steps needs the refit"):
         ki.prune(model, [images], refit=False, block_steps=3, progress=False)
@@ -143,5 +143,9 @@ def test_refused() -> None:
     plain = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
     with pytest.raises(OptionError, match="Sequential has no blocks"):
         ki.prune(plain, [images], block_steps=3, progress=False)
+    monkeypatch.setattr("knowiso_train.integrations.prune.by_isomorphism", None)  # the choice takes long: it must not be reached
+    with pytest.raises(OptionError, match="Sequential has no blocks"):
+        ki.prune(plain, [images], block_steps=3, progress=False)
+    monkeypatch.undo()
     with pytest.raises(NonFiniteError):
         ki.prune(model, [images * float("nan")], block_steps=3, progress=False)

@@ -19,7 +19,7 @@ from knowiso_train.integrations.channel_groups import channel_groups
 from knowiso_train.integrations.choice import by_isomorphism, by_scores
 from knowiso_train.integrations.latency import latency_of, reach_latency
 from knowiso_train.integrations.pruned_storage import save_pruned
-from knowiso_train.pruning.blocks import BlockFit
+from knowiso_train.pruning.blocks import BlockFit, tunable_blocks
 from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.cost import count_macs, layer_costs, layer_places
 from knowiso_train.pruning.forward import RIDGES, LayerFit
@@ -126,6 +126,8 @@ def prune(
     few = images.some(min(2, images.count))
     with undisturbed(original), torch.no_grad():
         tails = traced(original, images)
+        if block_steps:
+            tunable_blocks(original, original, list(tails), images, block_steps)  # refused before the long part
         groups = channel_groups(original, few, tails, ignored, forward)
         if not groups:
             raise OptionError(

@@ -76,19 +76,7 @@ class Blocks:
             Traceback (most recent call last):
             knowiso_train.errors.OptionError: block_steps must be 1 or more, got 0
         """
-        if steps < 1:
-            raise OptionError(f"block_steps must be 1 or more, got {steps!r}")
-        few = images.some(min(2, images.count))
-        names = [
-            name
-            for name in shared_layers(pruned, original, lambda network: images.run(network, few))
-            if len([layer for layer in layers if layer.startswith(f"{name}.")]) > 1
-        ]
-        if not names:
-            raise OptionError(
-                f"block_steps={steps}, but {type(original).__name__} has no blocks of two or more layers that give one shape before and after "
-                "pruning. Pass 0, and use ki.tune"
-            )
+        names = tunable_blocks(original, pruned, layers, images, steps)
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for batch in images:
             with FeatureTaps(original, names) as taps:
@@ -156,6 +144,31 @@ class Blocks:
                 optimizer.param_groups[0]["lr"] = height * rate
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+
+
+def tunable_blocks(original: nn.Module, pruned: nn.Module, layers: Sequence[str], images: Calibration, steps: int) -> list[str]:
+    """Names of the blocks that `Blocks` would tune; arguments and errors are those of `Blocks.of`.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_resnet", pretrained=False).eval()
+        >>> tunable_blocks(model, model, ["layer1.0.conv1", "layer1.0.conv2"], Calibration([torch.randn(2, 3, 32, 32)]), steps=5)
+        ['layer1.0']
+    """
+    if steps < 1:
+        raise OptionError(f"block_steps must be 1 or more, got {steps!r}")
+    few = images.some(min(2, images.count))
+    names = [
+        name
+        for name in shared_layers(pruned, original, lambda network: images.run(network, few))
+        if len([layer for layer in layers if layer.startswith(f"{name}.")]) > 1
+    ]
+    if not names:
+        raise OptionError(
+            f"block_steps={steps}, but {type(original).__name__} has no blocks of two or more layers that give one shape before and after "
+            "pruning. Pass 0, and use ki.tune"
+        )
+    return names
 
 
 def _images(feature: Tensor) -> int:
