@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 SIDE = 32
+Network = TypeVar("Network", bound=nn.Module)
 NETWORKS: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "resnext26ts": {},
@@ -75,3 +76,16 @@ def _patch(model: nn.Module, widths: dict[str, tuple[int, int]]) -> None:
     for name, (heads, width) in widths.items():
         module: Any = model.get_submodule(name)
         module.num_heads, module.attn_dim, module.head_dim = heads, width, width // heads
+
+
+def settled(model: Network, images: Tensor) -> Network:
+    """Batch norms with random scales, and the statistics of the network's own activations, as after training; in eval mode."""
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = None
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.3)
+        model.train()
+        model(images)
+    return model.eval()

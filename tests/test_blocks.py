@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from pruned_networks import settled
 from torch import Tensor, nn
 
 import knowiso_train as ki
@@ -47,16 +48,7 @@ def pictures(n: int = 192, seed: int = 0) -> Tensor:
 
 def original(seed: int) -> Net:
     torch.manual_seed(seed)
-    model = Net()
-    with torch.no_grad():
-        for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.momentum = None
-                norm.weight.uniform_(0.5, 1.5)
-                norm.bias.normal_(0, 0.3)
-        model.train()
-        model(pictures(256, seed=9))
-    return model.eval()
+    return settled(Net(), pictures(256, seed=9))
 
 
 def apart(a: nn.Module, b: nn.Module, images: Tensor) -> float:

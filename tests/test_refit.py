@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 import zoo
+from pruned_networks import settled
 from torch import Tensor, nn
 
 import knowiso_train as ki
@@ -45,15 +46,7 @@ class Residual(nn.Module):
 
 def trained(**options: Any) -> Residual:
     """With statistics that are those of its own activations, as after training."""
-    model = Residual(**options)
-    with torch.no_grad():
-        for norm in [*model.bn1, *model.bn2]:
-            norm.momentum = None
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.3)
-        model.train()
-        model(pictures(256, seed=9))
-    return model.eval()
+    return settled(Residual(**options), pictures(256, seed=9))
 
 
 def pictures(n: int = 160, seed: int = 0) -> Tensor:
