@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from crops import crops_and_flips
+from judging import spread
 from record import RESULTS, record, table
 from rivals import AttentionTransfer, FitNet
 from torch import Tensor, nn
@@ -111,11 +113,7 @@ def keep(model: nn.Module, features: dict[str, Tensor]) -> None:
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Random crops of the image padded by 4, and flips."""
-    wide = F.pad(images, (4, 4, 4, 4))
-    corners = torch.randint(9, (len(images), 2), generator=generator).tolist()
-    flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
-    crops = [x[:, i : i + 32, j : j + 32] for x, (i, j) in zip(wide, corners, strict=True)]
-    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)])
+    return crops_and_flips(F.pad(images, (4,) * 4), 32, generator)
 
 
 def train(
@@ -220,9 +218,7 @@ def compared(arms: Sequence[Arm], accuracies: list[list[float]]) -> list[dict[st
             "top-1 %": round(float(own.mean()), 2),
         }
         for name, other in (("cross-entropy", values[0]), ("KD", values[1])):
-            difference = own - other
-            error = float(difference.std()) / math.sqrt(len(own)) if len(own) > 1 else math.nan
-            row[f"over {name}"] = f"{float(difference.mean()):+.2f} ± {error:.2f}"
+            row[f"over {name}"] = spread((own - other).tolist(), signed=True)
         rows.append(row)
     return rows
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judging import over_images, packed, spread, unpacked
 from record import RESULTS, record, table
 from refine_checks import harm, harm_table, paper, paper_table
 from refine_cifar import cifar, cifar_table
@@ -50,7 +51,7 @@ RECIPES = [
     for ridge in (1.0, 3.0)
 ]
 USELESS = ("untrained lite1", "untrained lite1, its statistics set", "ResNet-20 of CIFAR-10", "ResNet-10 of digits", "noise")
-BOOTSTRAP, TEST_IMAGES = 2000, 372
+TEST_IMAGES = 372
 TASKS = {"full": CLOTHES, "transfer": CIFAR10, "transfer, as it is": CIFAR10_AS_IT_IS, "transfer to CIFAR-100": CIFAR100}
 SECTIONS = ["peers", "head", "harm", "cifar", *TASKS, "paper"]
 
@@ -141,7 +142,7 @@ def head(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, An
             right = tried[best]["test"].argmax(1) == arms.labels["test"]
             row["accuracy"][name] = 100 * float(right.double().mean())
             row["validation"][name] = 100 * on_validation[best]
-            row["right"][name] = f"{int(''.join(str(int(r)) for r in right.tolist()), 2):x}"
+            row["right"][name] = packed(right)
             row["settings"][name] = len(tried)
         kept.append(row)
         save()
@@ -163,31 +164,26 @@ def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line |= {f"{k} labels": round(float(torch.tensor([by[k, s]["accuracy"][name] for s in seeds]).mean()), 1) for k in LABELS}
         line["all labels"] = round(by[EVERY, 0]["accuracy"][name], 1)
         for title, other in (("over raw", "raw features"), ("over control", control)):
-            gap = means[name] - means[other]
-            error = float(gap.std()) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
-            line[title] = f"{float(gap.mean()):+.2f} ± {error:.2f}"
-            line[f"{title}, over images"] = f"± {over_images(by, seeds, name, other):.2f}"
+            line[title] = spread((means[name] - means[other]).tolist(), signed=True)
+            line[f"{title}, over images"] = f"± {over_images(gap_of_images(by, seeds, name, other)):.2f}"
         found.append(line)
     return found
 
 
-def over_images(by: dict[tuple[int, int], dict[str, Any]], seeds: list[int], name: str, other: str) -> float:
-    """Bootstrap standard error of the mean difference when the test images are drawn again."""
+def gap_of_images(by: dict[tuple[int, int], dict[str, Any]], seeds: list[int], name: str, other: str) -> Tensor:
+    """(images,) difference of two methods in points, mean over the judged labels and the seeds."""
 
     def right(method: str) -> Tensor:
-        bits = [f"{int(by[k, s]['right'][method], 16):0{TEST_IMAGES}b}" for k in JUDGED for s in seeds]
-        return torch.tensor([[int(bit) for bit in row] for row in bits], dtype=torch.float64).mean(0)
+        return torch.stack([unpacked(by[k, s]["right"][method], TEST_IMAGES) for k in JUDGED for s in seeds]).mean(0)
 
-    gap = 100 * (right(name) - right(other))
-    again = torch.randint(len(gap), (BOOTSTRAP, len(gap)), generator=torch.Generator().manual_seed(0))
-    return float(gap[again].mean(1).std())
+    return 100 * (right(name) - right(other))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--seeds-trained", type=int, default=5, help="of the sections harm, cifar, full and paper")
+    parser.add_argument("--seeds-trained", type=int, default=5, help="of the sections that train, and of harm")
     parser.add_argument("--name", default="bench_refine", help="of the results file")
     args = parser.parse_args()
     path: Path = RESULTS / f"{args.name}.json"

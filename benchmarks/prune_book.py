@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from judging import spread
 from prune_methods import BLOCK_STEPS, FINISHES, OURS, STEPS
 from prune_tasks import TASKS, Task
 from record import record, table
@@ -68,12 +68,6 @@ def chosen(task: Task, book: Book) -> list[tuple[str, str]]:
     for name in ("GRAIL", "OSSCAR"):
         picked += [row for row in others if row["method"] == name][:1]
     return list(dict.fromkeys((row["method"], row["finish"]) for row in picked))
-
-
-def spread(values: Sequence[float], signed: bool = False) -> str:
-    mean = sum(values) / len(values)
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan
-    return f"{mean:+.2f} ± {error:.2f}" if signed else f"{mean:.2f} ± {error:.2f}"
 
 
 def summary(task: Task, book: Book, ratio: float) -> list[dict[str, Any]]:

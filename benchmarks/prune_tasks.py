@@ -56,11 +56,6 @@ class Task:
     def build(self) -> nn.Module:
         raise NotImplementedError
 
-    @cached_property
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """Images and labels to train with after pruning, where there are more than those that calibrate."""
-        raise NotImplementedError
-
     def calibration(self, seed: int) -> Tensor:
         raise NotImplementedError
 
@@ -87,11 +82,6 @@ class Cifar(Task):
     @cached_property
     def spaces(self) -> dict[str, list[str]]:
         return {"inner": [name for name, module in self.original.named_modules() if isinstance(module, nn.Conv2d) and name.endswith(".conv1")]}
-
-    @cached_property
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        images, labels = kept_on_disk("cifar10_train", lambda: cifar10("train"))
-        return (images[:600], labels[:600]) if self.quick else (images, labels)
 
     @cached_property
     def train(self) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from typing import Any
 
 import torch
+from judging import spread
 from refine_cifar import LABELLED, Batches, accuracy, trained
 from refine_data import CLASSES, draw, features
 from torch import Tensor, nn
@@ -73,13 +73,13 @@ def harm_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for peers in dict.fromkeys(tuple(row["peers"]) for row in rows):
         own = [row for row in rows if row["peers"] == list(peers) and row["seed"] in base]
-        gap = torch.tensor([row["accuracy"] - base[row["seed"]] for row in own])
+        gaps = [row["accuracy"] - base[row["seed"]] for row in own]
         found.append(
             {
                 "peers": " + ".join(peers),
                 "found useful": ", ".join(own[0]["useful"]) or "none",
                 "top-1 %": round(sum(row["accuracy"] for row in own) / len(own), 2),
-                "over lite1 alone": f"{float(gap.mean()):+.2f} ± {float(gap.std()) / math.sqrt(len(gap)):.2f}",
+                "over lite1 alone": spread(gaps, signed=True),
             }
         )
     return found
@@ -118,11 +118,8 @@ def paper_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and the paired difference to the same training on the network's own features."""
     found = []
     for layer in LAYERS:
-        base = torch.tensor([row[f"{layer}, own features"] for row in rows])
         for name in ("own features", *(f"orders 0…{k}" for k in range(ORDER + 1))):
-            own = torch.tensor([row[f"{layer}, {name}"] for row in rows])
-            gap = own - base
-            error = float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
-            line = {"layer": layer, "handed on": name, "top-1 %": round(float(own.mean()), 2)}
-            found.append(line | {"over own features": f"{float(gap.mean()):+.2f} ± {error:.2f}"})
+            own = [row[f"{layer}, {name}"] for row in rows]
+            line = {"layer": layer, "handed on": name, "top-1 %": round(sum(own) / len(own), 2)}
+            found.append(line | {"over own features": spread([row[f"{layer}, {name}"] - row[f"{layer}, own features"] for row in rows], signed=True)})
     return found

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from crops import crops_and_flips
+from judging import spread
 from torch import Tensor, nn
 from zoo import CifarResNet, cifar10
 
@@ -135,11 +137,7 @@ def changed(images: Tensor, generator: torch.Generator, augment: bool) -> Tensor
     """Random crops of the image padded by 4, and flips."""
     if not augment:
         return images
-    wide = F.pad(images, (4, 4, 4, 4))
-    corners = torch.randint(9, (len(images), 2), generator=generator).tolist()
-    flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
-    crops = [x[:, i : i + 32, j : j + 32] for x, (i, j) in zip(wide, corners, strict=True)]
-    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)])
+    return crops_and_flips(F.pad(images, (4,) * 4), 32, generator)
 
 
 @torch.no_grad()
@@ -167,7 +165,6 @@ def cifar_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             own = torch.tensor([row[name] for row in judged], dtype=torch.float64)
             line: dict[str, Any] = {"images": "augmented" if augment else "plain", "method": name, "top-1 %": round(float(own.mean()), 2)}
             for other in ("start", "cross-entropy", "ensemble"):
-                gap = own - torch.tensor([row[other] for row in judged], dtype=torch.float64)
-                line[f"over {other}"] = f"{float(gap.mean()):+.2f} ± {float(gap.std()) / math.sqrt(len(gap)):.2f}"
+                line[f"over {other}"] = spread([row[name] - row[other] for row in judged], signed=True)
             found.append(line)
     return found

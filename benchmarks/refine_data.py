@@ -9,6 +9,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from crops import crops_and_flips
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
@@ -61,10 +62,7 @@ def normalised(pixels: Tensor) -> Tensor:
 def changed(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Random crops of the image with a mirrored margin, and flips."""
     wide = F.pad(pixels.float(), (MARGIN,) * 4, mode="reflect")
-    corners = torch.randint(2 * MARGIN + 1, (len(pixels), 2), generator=generator).tolist()
-    flips = (torch.rand(len(pixels), generator=generator) < 0.5).tolist()
-    crops = [x[:, i : i + SIDE, j : j + SIDE] for x, (i, j) in zip(wide, corners, strict=True)]
-    return normalised(torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]))
+    return normalised(crops_and_flips(wide, SIDE, generator))
 
 
 def shuffled(index: Tensor, count: int, seed: int) -> Tensor:

@@ -19,7 +19,6 @@ only reported on.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from judging import over_images, packed, spread, unpacked
 from refine_data import SPLITS, draw, shuffled
 from refine_tasks import Task
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ HALF, CLIP, DECAY = 16, 1.0, 1e-4
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 8))  # as many as there are recipes
 WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", "ours, features")
 WITHOUT = ("ridge head", "self-training head", "consensus head", "three ridge heads", "three consensus heads")
-BOOTSTRAP = 2000
 
 
 class Bench:
@@ -56,7 +55,7 @@ class Bench:
         self.consensus = {name: Consensus.of([train[name], *(train[other] for other in task.names if other != name)]) for name in task.names}
         self.alone = Consensus.of([train[self.own]])
         self.images = {split: task.pixels(split) for split in SPLITS}
-        self.network = task.network(self.own)
+        self.networks = {name: task.network(name) for name in task.names}
 
     def heads(self, index: Tensor) -> dict[str, dict[str, Head]]:
         """Ridge classifiers and consensus heads of every network, and the head without peers: the best on the validation images, calibrated there."""
@@ -91,9 +90,8 @@ class Bench:
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY, nesterov=True)
-        schedule, rest = WeightSchedule(warmup=steps // 10, total=steps + 1), torch.ones(len(self.images["train"]), dtype=torch.bool)
-        rest[index] = False
-        known, others = shuffled(index, 2 * HALF * steps, seed), shuffled(rest.nonzero().flatten(), HALF * steps, seed + 1)
+        schedule = WeightSchedule(warmup=steps // 10, total=steps + 1)
+        known, others = shuffled(index, 2 * HALF * steps, seed), shuffled(self.others(index), HALF * steps, seed + 1)
         generator, few = torch.Generator().manual_seed(seed), 2 * HALF if way == "plain" else HALF
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
@@ -106,9 +104,15 @@ class Bench:
             optimizer.step()
         return model.eval()
 
+    def others(self, index: Tensor) -> Tensor:
+        """Training images without labels, where those at `index` have them."""
+        rest = torch.ones(len(self.labels["train"]), dtype=torch.bool)
+        rest[index] = False
+        return rest.nonzero().flatten()
+
     def with_head(self, head: Head) -> nn.Module:
         """A copy of the network with this classifier."""
-        model = copy.deepcopy(self.network)
+        model = copy.deepcopy(self.networks[self.own])
         layer = nn.Linear(head.weight.shape[1], self.task.classes)
         with torch.no_grad():
             layer.weight.copy_(head.weight)
@@ -118,14 +122,12 @@ class Bench:
 
     def with_features(self, heads: dict[str, Head], index: Tensor, seed: int, *, lr: float, weight: float) -> nn.Module:
         """The library's own training, on as many batches of as many images."""
-        rest = torch.ones(len(self.labels["train"]), dtype=torch.bool)
-        rest[index] = False
         count = HALF * (self.task.steps + 1)  # fine_tune looks at one batch more, to learn the shapes
-        known, others = shuffled(index, count, seed), shuffled(rest.nonzero().flatten(), count, seed + 1)
+        known, others = shuffled(index, count, seed), shuffled(self.others(index), count, seed + 1)
         generator = torch.Generator().manual_seed(seed)
         few = [(self.task.changed(self.images["train"][part], generator), self.labels["train"][part]) for part in known.split(HALF)]
         many = [self.task.changed(self.images["train"][part], generator) for part in others.split(HALF)]
-        start, peers = self.with_head(heads[self.own]), [network(self.task.network(name), name) for name in self.task.names[1:]]
+        start, peers = self.with_head(heads[self.own]), [network(self.networks[name], name) for name in self.task.names[1:]]
         say = {i: partial(F.linear, weight=heads[p.name].weight.float(), bias=heads[p.name].bias.float()) for i, p in enumerate(peers)}
         settings = FineTuning(steps=self.task.steps, lr=lr, weight=weight, weight_decay=DECAY, temperature=1.0, layers=self.task.layers, clip=CLIP)
         return fine_tune(start, network(start, self.own), peers, many, few, settings, heads=say)
@@ -197,7 +199,7 @@ def _without(bench: Bench, heads: dict[str, dict[str, Head]], row: dict[str, Any
 
 def _keep(row: dict[str, Any], name: str, right: Tensor) -> None:
     row["accuracy"][name] = 100 * float(right.double().mean())
-    row["right"][name] = f"{int(''.join(str(int(r)) for r in right.tolist()), 2):x}"
+    row["right"][name] = packed(right)
 
 
 def full_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,19 +207,14 @@ def full_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for k in LABELS:
         judged = [row for row in rows if row["labels"] == k and row["seed"] != TUNING_SEED and _complete(row)]
-        right = (
-            {name: torch.stack([_bits(row["right"][name], task.tested) for row in judged]) for name in (*WITHOUT, *WAYS)} if len(judged) > 1 else {}
-        )
+        if len(judged) < 2:
+            continue
+        right = {name: torch.stack([unpacked(row["right"][name], task.tested) for row in judged]) for name in (*WITHOUT, *WAYS)}
         for name, own in right.items():
             line: dict[str, Any] = {"labels": k, "method": name, "seeds": len(own), "top-1 %": round(100 * float(own.mean()), 2)}
             for other in ("plain", "ensemble", "self-training"):
                 gap = 100 * (own - right[other])
-                again = torch.randint(task.tested, (BOOTSTRAP, task.tested), generator=torch.Generator().manual_seed(0))
-                line[f"over {other}"] = f"{float(gap.mean()):+.2f} ± {float(gap.mean(1).std()) / math.sqrt(len(gap)):.2f}"
-                line[f"over {other}, over images"] = f"± {float(gap.mean(0)[again].mean(1).std()):.2f}"
+                line[f"over {other}"] = spread(gap.mean(1).tolist(), signed=True)
+                line[f"over {other}, over images"] = f"± {over_images(gap.mean(0)):.2f}"
             found.append(line)
     return found
-
-
-def _bits(text: str, count: int) -> Tensor:
-    return torch.tensor([float(bit) for bit in f"{int(text, 16):0{count}b}"], dtype=torch.float64)

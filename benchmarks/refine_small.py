@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from crops import crops_and_flips
 from refine_data import CACHE, SPLITS
 from torch import Tensor, nn
 from zoo import CIFAR10_MEAN, CIFAR10_STD, CIFAR100_MEAN, CIFAR100_STD, cifar100_resnet, cifar_bytes, cifar_resnet
@@ -28,11 +29,7 @@ def small_normalised(images: str, pixels: Tensor) -> Tensor:
 
 def small_changed(images: str, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Random crops of the image padded with grey, and flips."""
-    wide = F.pad(small_normalised(images, pixels), (PADDING,) * 4)
-    corners = torch.randint(2 * PADDING + 1, (len(pixels), 2), generator=generator).tolist()
-    flips = (torch.rand(len(pixels), generator=generator) < 0.5).tolist()
-    crops = [x[:, i : i + 32, j : j + 32] for x, (i, j) in zip(wide, corners, strict=True)]
-    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)])
+    return crops_and_flips(F.pad(small_normalised(images, pixels), (PADDING,) * 4), 32, generator)
 
 
 def small_pixels(images: str, split: str) -> Tensor:

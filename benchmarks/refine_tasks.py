@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from refine_data import changed, features, normalised, pixels
-from refine_small import small_changed, small_features, small_network, small_normalised, small_pixels
+from refine_small import TEST, small_changed, small_features, small_network, small_normalised, small_pixels
 from torch import Tensor, nn
 from zoo import efficientnet_lite
 
@@ -69,31 +69,26 @@ CLOTHES = Task(
     rates=(0.001, 0.003, 0.01, 0.03),
     tested=372,
 )
-CIFAR10 = Task(
-    names=("20", "32", "8"),
-    features=partial(small_features, "cifar10"),
-    pixels=partial(small_pixels, "cifar10"),
-    normalised=partial(small_normalised, "cifar10"),
-    changed=partial(small_changed, "cifar10"),
-    network=partial(small_network, "cifar10"),
-    classifier="linear",
-    steps=120,
-    rates=(0.003, 0.01, 0.03, 0.1),
-    tested=5000,
-    layers=("layer3",),
-)
+
+
+def small(images: str, names: tuple[str, ...], classes: int) -> Task:
+    """ResNets by their depths, trained on the other of the two CIFARs."""
+    return Task(
+        names=names,
+        features=partial(small_features, images),
+        pixels=partial(small_pixels, images),
+        normalised=partial(small_normalised, images),
+        changed=partial(small_changed, images),
+        network=partial(small_network, images),
+        classifier="linear",
+        steps=120,
+        rates=(0.003, 0.01, 0.03, 0.1),
+        tested=TEST,
+        layers=("layer3",),
+        classes=classes,
+    )
+
+
+CIFAR10 = small("cifar10", ("20", "32", "8"), 10)
 CIFAR10_AS_IT_IS = replace(CIFAR10, changed=lambda x, _: small_normalised("cifar10", x))
-CIFAR100 = Task(
-    names=("20", "32", "44"),
-    features=partial(small_features, "cifar100"),
-    pixels=partial(small_pixels, "cifar100"),
-    normalised=partial(small_normalised, "cifar100"),
-    changed=partial(small_changed, "cifar100"),
-    network=partial(small_network, "cifar100"),
-    classifier="linear",
-    steps=120,
-    rates=(0.003, 0.01, 0.03, 0.1),
-    tested=5000,
-    layers=("layer3",),
-    classes=100,
-)
+CIFAR100 = small("cifar100", ("20", "32", "44"), 100)

@@ -24,11 +24,24 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.stride, self.pad = stride, (width - width_in) // 2
 
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+        y: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = self.branch(x)
         if self.stride != 1 or self.pad:  # option A of He et al.: subsample, pad the channels with zeros
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(y + x)
+
+
+def add_stages(model: nn.Module, block: type[BasicBlock], depth: int, width_in: int) -> None:
+    """layer1, layer2 and layer3."""
+    for stage, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
+        layer = [block(width_in if i == 0 else width, width, stride if i == 0 else 1) for i in range((depth - 2) // 6)]
+        model.add_module(f"layer{stage}", nn.Sequential(*layer))
+        width_in = width
 
 
 class CifarResNet(nn.Module):
@@ -38,12 +51,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        blocks = (depth - 2) // 6
-        width_in = 16
-        for stage, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
-            layer = [BasicBlock(width_in if i == 0 else width, width, stride if i == 0 else 1) for i in range(blocks)]
-            self.add_module(f"layer{stage}", nn.Sequential(*layer))
-            width_in = width
+        add_stages(self, BasicBlock, depth, 16)
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,19 +85,15 @@ def cifar_bytes(name: str, split: str, n: int | None = None) -> tuple[Tensor, Te
     return torch.stack(images), torch.stack(labels)
 
 
-class Cifar100Block(nn.Module):
+class Cifar100Block(BasicBlock):
     def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        super().__init__(width_in, width, stride)
         self.shortcut = nn.Sequential()
         if stride != 1 or width_in != width:
             self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x)
+        return self.branch(x) + self.shortcut(x)
 
 
 class Cifar100ResNet(nn.Module):
@@ -99,11 +103,7 @@ class Cifar100ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        width_in = 64
-        for stage, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
-            layer = [Cifar100Block(width_in if i == 0 else width, width, stride if i == 0 else 1) for i in range((depth - 2) // 6)]
-            self.add_module(f"layer{stage}", nn.Sequential(*layer))
-            width_in = width
+        add_stages(self, Cifar100Block, depth, 64)
         self.linear = nn.Linear(256, 100)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import knowiso_train as ki
 from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, NonFiniteError, OptionError
 from knowiso_train.integrations import latency as clock
-from knowiso_train.integrations.choice import Choice
 from knowiso_train.integrations.prune import Pruned
 from knowiso_train.pruning import BackwardElimination, Consumer, take
 from knowiso_train.pruning.allocation import allocate, allowed_widths, total_cost
@@ -385,37 +384,3 @@ def test_a_wrapped_network_gives_a_bare_one() -> None:
 def test_networks_for_storage_can_be_pruned_too() -> None:
     pruned = little(network("test_resnet"), torch.randn(8, 3, 32, 32))
     assert pruned.report.parameters[1] < pruned.report.parameters[0]
-
-
-class TestCandidates:
-    """Widths are tried, not assumed."""
-
-    @staticmethod
-    def network() -> nn.Sequential:
-        """Every channel of the first layer is there twice; those of the second are all different."""
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU()]
-        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
-        with torch.no_grad():
-            for value in (model[0].weight, model[0].bias):
-                value[8:] = value[:8]
-        return model
-
-    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-    def test_the_nearer_network_is_taken(self, order: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-        offered = [{"0": 8, "2": 16, "4": 8}, {"0": 16, "2": 8, "4": 8}]
-        monkeypatch.setattr(Choice, "candidates", lambda self, *args: [offered[i] for i in order])
-        pruned = ki.prune(self.network(), [torch.randn(96, 3, 10, 10)], macs=0.9, progress=False)
-        assert {width.name: width.after for width in pruned.report.widths} == offered[0]
-
-    def test_all_fit_the_budget_and_differ(self) -> None:
-        costs = {"a": LayerCost(1.0, 1, 8, {}, {"a": 1.0}), "b": LayerCost(1.0, 1, 8, {}, {"b": 1.0})}
-        harms = {name: torch.arange(8.0, -1, -1).double() ** 2 for name in costs}
-        choice = Choice({name: list(range(8)) for name in costs}, harms, {"a": 1.0, "b": 4.0}, {"a": "channels", "b": "channels"})
-        found = choice.candidates(costs, 0.5, 0.125, 1)
-        assert len(found) == len({tuple(widths.items()) for widths in found}) > 1
-        for widths in found:
-            assert total_cost(costs, {name: 8 - width for name, width in widths.items()}) <= 0.5 * total_cost(costs, {})
-            assert widths["b"] > widths["a"]
-        spread = [widths["b"] - widths["a"] for widths in found]
-        assert spread == sorted(spread)  # the fuller the sensitivity counts, the further they are apart

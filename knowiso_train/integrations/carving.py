@@ -96,7 +96,7 @@ class Carving:
         found = []
         for widths in tqdm(candidates, desc="widths", unit="choice", disable=not self.progress):
             small = copy_of(self.original)
-            removed = {group.name: self.choice.orders[group.name][: group.size - widths[group.name]] for group in self.groups}
+            removed = self._removed(widths)
             layers, masks = dict(small.named_modules()), self._masks(small, removed)
             refit_forward(small, layers, self.tails, target, images, masks=masks, ridge=self.ridges, quiet=True, progress=False)
             found.append(float((output_of(self.images.run(small, others)) - wanted).square().sum()))
@@ -110,7 +110,7 @@ class Carving:
             OptionError: a network in which taking channels out is not the same as not reading them.
         """
         small = copy_of(self.original)
-        removed = {group.name: self.choice.orders[group.name][: group.size - widths[group.name]] for group in self.groups}
+        removed = self._removed(widths)
         fits = self._refitted(small, widths, removed) if self.refit else []
         silenced = self._silenced(small, removed)
         with recording(small) as kept:
@@ -143,6 +143,10 @@ class Carving:
             progress=self.progress,
         )
         return [replace(new, before=old.before) for old, new in zip(fits, again, strict=True)], blocks.fits
+
+    def _removed(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
+        """Units that go, by group."""
+        return {group.name: self.choice.orders[group.name][: group.size - widths[group.name]] for group in self.groups}
 
     def _originals(self) -> Originals:
         if self._target is None:
