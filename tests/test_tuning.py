@@ -98,7 +98,7 @@ def test_nothing_to_gain_leaves_every_bit(original: nn.Module, images: Tensor) -
 def test_never_worse_than_it_came(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
     start = state(disturbed)
     report = tune(disturbed, original, [images], **QUIET | {"lr": 1.0})
-    assert min(check.value for check in report.checks[1:]) > report.before.value
+    assert min(check.objective for check in report.checks[1:]) > report.before.objective
     assert same(state(disturbed), start)
 
 
@@ -117,11 +117,37 @@ def test_labels_are_not_read(original: nn.Module, disturbed: nn.Module, images: 
     assert same(state(disturbed), state(other))
 
 
+def test_labels_that_the_original_knows_by_heart_do_not_hide_what_the_features_gain(
+    original: nn.Module, disturbed: nn.Module, images: Tensor
+) -> None:
+    """All classes are right with certainty from the start, so that the cross-entropy alone could only lose."""
+    for model in (original, disturbed):
+        with torch.no_grad():
+            model[6].weight.zero_()  # type: ignore[index]
+            model[6].bias.copy_(torch.tensor([0.0, 90.0, 0.0, 0.0, 0.0]))  # type: ignore[index]
+    report = tune(disturbed, original, [(images, torch.ones(96, dtype=torch.long))], **QUIET, label_weight=1.0)
+    assert report.before.cross_entropy == 0
+    assert report.before.features is not None
+    assert report.after.features is not None
+    assert report.after.features < 0.7 * report.before.features
+
+
+def test_what_chooses_is_what_trains(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    options: dict[str, Any] = {"feature_weight": 2.0, "logit_weight": 0.3, "label_weight": 0.5}
+    truth = original(images).argmax(1)
+    report = tune(disturbed, original, [(images, truth)], **QUIET, **options)
+    for check in report.checks:
+        assert check.features is not None
+        assert check.cross_entropy is not None
+        assert check.objective == pytest.approx(2 * check.features + 0.3 * check.divergence + 0.5 * check.cross_entropy, abs=1e-5)
+    assert report.after.objective == min(check.objective for check in report.checks)
+
+
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
 def test_labels_are_learned_where_asked(original: nn.Module, images: Tensor, form: str) -> None:
     truth = (images.mean((1, 2, 3)) > 0).long()
     batch = (images, truth) if form == "tuple" else {"image": images, "label": truth}
-    options: dict[str, Any] = {**QUIET, "feature_weight": 0, "logit_weight": 0, "labels": True, "lr": 2e-2, "steps": None, "epochs": 8}
+    options: dict[str, Any] = {**QUIET, "feature_weight": 0, "logit_weight": 0, "label_weight": 1.0, "lr": 2e-2, "steps": None, "epochs": 8}
     pruned = copy.deepcopy(original)
     report = tune(pruned, original, [batch], **options)
     assert report.before.cross_entropy is not None
@@ -215,6 +241,8 @@ def test_outputs_without_classes(images: Tensor) -> None:
     pruned[2].weight.data *= 1.5
     report = tune(pruned, original, [images], **QUIET, layers=())
     assert report.after.agreement is None
+    with pytest.raises(OptionError, match=r"labels need logits .* gives \(12, 1, 2, 2\)"):
+        tune(pruned, original, [(images, torch.zeros(96, dtype=torch.long))], **QUIET, layers=(), label_weight=1.0)
     assert report.after.divergence < 0.5 * report.before.divergence
 
 
@@ -246,7 +274,7 @@ def head_alone(model: nn.Module) -> nn.Module:
         (copy.deepcopy, {"lr": 0}, OptionError, "lr > 0"),
         (copy.deepcopy, {"held_out": 1.0}, OptionError, "held_out"),
         (copy.deepcopy, {"batch_size": 90}, DataError, "12 of them held out"),
-        (copy.deepcopy, {"labels": True}, InputTypeError, "one integer for each image"),
+        (copy.deepcopy, {"label_weight": 1.0}, InputTypeError, "one integer for each image"),
     ],
 )
 def test_arguments_without_meaning(

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError, NonFiniteError, ShapeError
+from knowiso_train.errors import InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features import batch_size, select
-from knowiso_train.losses import kd_loss
+from knowiso_train.pruning.objective import Objective, are_logits, divergence
 from knowiso_train.pruning.targets import PER_PASS, Targets, distance, tapped
 from knowiso_train.pruning.tune_report import Check
 
@@ -26,48 +26,64 @@ class HeldOut:
         model: the network; the caller sees to its mode.
         targets: what the original gives.
         index: of the images.
+        objective: what chooses.
         labels: of all images of the targets; None where the original alone is the measure.
 
     Raises:
-        ShapeError: outputs of different shapes.
+        OptionError: labels, and outputs that are no logits.
 
     Example:
         >>> from knowiso_train.pruning.calibration import Calibration
         >>> model, images = nn.Linear(3, 2), Calibration([torch.randn(8, 3)])
-        >>> HeldOut(model, Targets(model, [], images, images.all()), torch.arange(4)).check(0).agreement
+        >>> HeldOut(model, Targets(model, [], images, images.all()), torch.arange(4), Objective(logits=1.0)).check(0).agreement
         1.0
     """
 
-    def __init__(self, model: nn.Module, targets: Targets, index: Tensor, labels: Tensor | None = None) -> None:
-        self.model, self.targets, self.index, self.labels = model, targets, index, labels
+    def __init__(self, model: nn.Module, targets: Targets, index: Tensor, objective: Objective, labels: Tensor | None = None) -> None:
+        self.model, self.targets, self.index, self.objective, self.labels = model, targets, index, objective, labels
         self.wanted = torch.cat([targets.of(part).output for part in torch.split(index, PER_PASS)])
+        if labels is not None and not are_logits(self.wanted):
+            raise OptionError(f"label_weight: labels need logits (images, classes), and the network gives {tuple(self.wanted.shape)}; leave it at 0")
 
     @torch.no_grad()
     def check(self, step: int) -> Check:
         """How it is now.
 
         Raises:
+            ShapeError: outputs of different shapes.
             NonFiniteError: NaN or Inf in the network's output.
         """
         images, batch = self.targets.images, self.targets.batch
-        outputs, apart = [], 0.0
+        outputs: list[Tensor] = []
+        means = torch.zeros(2)
         for part in torch.split(self.index, PER_PASS):
             found, wanted = tapped(images, self.model, self.targets.layers, select(batch, part)), self.targets.of(part)
             outputs.append(found.output)
-            apart += float(distance(found, wanted, self.targets)) * len(part) / len(self.index)
+            if found.output.shape != wanted.output.shape:
+                shapes = tuple(found.output.shape), tuple(wanted.output.shape)
+                raise ShapeError(f"the pruned network gives {shapes[0]}, the original {shapes[1]} for the same images")
+            both = distance(found, wanted, self.targets), self.objective(found, wanted, self.targets, self._truth(part))
+            means += torch.tensor([float(value) * len(part) / len(self.index) for value in both])
         made = torch.cat(outputs)
-        features = round(apart, DIGITS) if self.targets.layers else None
-        if made.shape != self.wanted.shape:
-            raise ShapeError(f"the pruned network gives {tuple(made.shape)}, the original {tuple(self.wanted.shape)} for the same images")
         if not bool(made.isfinite().all()):
             raise NonFiniteError(f"NaN or Inf in the pruned network's output after {step} steps")
-        if made.ndim != 2 or made.shape[1] < 2:
-            return Check(step, round(float((made - self.wanted).square().mean()) / self.targets.output_scale, DIGITS), None, None, features)
-        divergence = max(0.0, round(float(kd_loss(made, self.wanted, 1.0)), DIGITS))  # what is less is rounding, and no reason to choose
-        agreement = float((made.argmax(1) == self.wanted.argmax(1)).float().mean())
-        if self.labels is None:
-            return Check(step, divergence, agreement, None, features)
-        return Check(step, divergence, agreement, float(F.cross_entropy(made, self.labels[self.index.to(self.labels.device)])), features)
+        logits, truth = are_logits(made), self._truth(self.index)
+        return Check(
+            step,
+            divergence=_rounded(divergence(made, self.wanted, self.targets.output_scale)),
+            agreement=float((made.argmax(1) == self.wanted.argmax(1)).float().mean()) if logits else None,
+            cross_entropy=None if truth is None else float(F.cross_entropy(made, truth)),
+            features=_rounded(means[0]) if self.targets.layers else None,
+            objective=_rounded(means[1]),
+        )
+
+    def _truth(self, index: Tensor) -> Tensor | None:
+        return None if self.labels is None else self.labels[index.to(self.labels.device)]
+
+
+def _rounded(value: Tensor) -> float:
+    """What is less is rounding, and no reason to choose."""
+    return max(0.0, round(float(value), DIGITS))
 
 
 def labels_of(batch: Any) -> Tensor:
@@ -87,7 +103,7 @@ def labels_of(batch: Any) -> Tensor:
         found = batch[1]
     if not isinstance(found, Tensor) or found.is_floating_point() or found.shape != (batch_size(batch),):
         raise InputTypeError(
-            f"labels=True needs one integer for each image: (images, labels), or a mapping with one of {LABEL_KEYS}; got {type(batch).__name__} "
+            f"label_weight needs one integer for each image: (images, labels), or a mapping with one of {LABEL_KEYS}; got {type(batch).__name__} "
             f"with {'none' if found is None else getattr(found, 'shape', type(found).__name__)}"
         )
     return found

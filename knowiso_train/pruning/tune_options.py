@@ -34,16 +34,16 @@ def two_networks(pruned: Any, original: Any) -> tuple[nn.Module, nn.Module]:
     return small, whole
 
 
-def check_numbers(lr: float, batch_size: int, feature_weight: float, logit_weight: float, temperature: float, held_out: float, memory: float) -> None:
+def check_numbers(lr: float, batch_size: int, temperature: float, held_out: float, others: Sequence[float]) -> None:
     """Raises:
-    OptionError: a number without meaning.
+    OptionError: a number without meaning; the others are the weights of the loss and the memory.
     """
     if not 0 < lr < math.inf or not 0 < temperature < math.inf or not 0 < held_out < 1 or batch_size < 1:
         raise OptionError(
             f"expected lr > 0, temperature > 0, 0 < held_out < 1 and batch_size >= 1, got {lr!r}, {temperature!r}, {held_out!r} and {batch_size!r}"
         )
-    if not all(0 <= value < math.inf for value in (feature_weight, logit_weight, memory)):
-        raise OptionError(f"weights and memory must be numbers >= 0, got {feature_weight!r}, {logit_weight!r} and {memory!r}")
+    if not all(0 <= value < math.inf for value in others):
+        raise OptionError(f"feature_weight, logit_weight, label_weight and memory must be numbers >= 0, got {', '.join(map(repr, others))}")
 
 
 def updates(steps: int | None, epochs: float | None, count: int, batch_size: int) -> int:

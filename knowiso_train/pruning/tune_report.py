@@ -17,23 +17,15 @@ class Check:
     agreement: share of them with the same first guess; None where the outputs are no logits.
     cross_entropy: with their labels; None where these are not read.
     features: mean relative squared distance of the layers that are compared; None where none is.
+    objective: what is trained, the weighted sum; what chooses, less is better.
     """
 
     step: int
     divergence: float
     agreement: float | None
     cross_entropy: float | None
-    features: float | None = None
-
-    @property
-    def value(self) -> float:
-        """What chooses, less is better: the cross-entropy where there are labels, else the features' distance, else the divergence.
-
-        On images that trained the original its classes are so sure that the divergence of some hundred is a matter of one or two of them.
-        """
-        if self.cross_entropy is not None:
-            return self.cross_entropy
-        return self.divergence if self.features is None else self.features
+    features: float | None
+    objective: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class TuneReport:
     @property
     def after(self) -> Check:
         """The network as it is handed back: the best one, the first of equal ones."""
-        return min(self.checks, key=lambda check: check.value)
+        return min(self.checks, key=lambda check: check.objective)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """As JSON; also written to a file where a path is given."""
@@ -73,10 +65,20 @@ class TuneReport:
         return text
 
     def __str__(self) -> str:
-        rows = [["step", "features", "divergence", "agreement", "cross-entropy", ""]]
+        rows = [["step", "features", "divergence", "agreement", "cross-entropy", "objective", ""]]
         for check in self.checks:
             agreement = "" if check.agreement is None else f"{100 * check.agreement:.1f} %"
             truth = "" if check.cross_entropy is None else f"{check.cross_entropy:.4f}"
             features = "" if check.features is None else f"{check.features:.4f}"
-            rows.append([str(check.step), features, f"{check.divergence:.4f}", agreement, truth, "kept" if check is self.after else ""])
+            rows.append(
+                [
+                    str(check.step),
+                    features,
+                    f"{check.divergence:.4f}",
+                    agreement,
+                    truth,
+                    f"{check.objective:.4f}",
+                    "kept" if check is self.after else "",
+                ]
+            )
         return f"{aligned(rows)}\n\n{len(self.layers)} layers and the output, {self.images} images"

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
 from knowiso_train.features import device_of, inputs_of, select, undisturbed, with_inputs
-from knowiso_train.losses import WeightSchedule, kd_loss
+from knowiso_train.losses import WeightSchedule
 from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.held_out import HeldOut, labels_of
+from knowiso_train.pruning.objective import Objective
 from knowiso_train.pruning.orthogonal import OrthogonalMomentum, split_parameters
-from knowiso_train.pruning.targets import Given, Targets, distance, tapped
+from knowiso_train.pruning.targets import Targets, tapped
 from knowiso_train.pruning.tune_options import check_numbers, compared_layers, two_networks, updates
 from knowiso_train.pruning.tune_report import TuneReport
 
@@ -33,7 +33,6 @@ def tune(
     original: nn.Module,
     loader: Iterable[Any],
     *,
-    labels: bool = False,
     steps: int | None = None,
     epochs: float | None = None,
     lr: float = 5e-3,
@@ -41,6 +40,7 @@ def tune(
     layers: str | Sequence[str] | None = None,
     feature_weight: float = 1.0,
     logit_weight: float | None = None,
+    label_weight: float = 0.0,
     temperature: float = 1.0,
     max_images: int = 1024,
     held_out: float = 0.125,
@@ -54,7 +54,8 @@ def tune(
     """Train a pruned network, in place, to be what its original was, on the few images that pruned it. No labels.
 
     The loss is the mean of `‖x_pruned - x_original‖² / Var(x_original)` at the ends of the blocks, where pruning left the widths, plus, where
-    asked, the divergence of the logits. Some images are held out: the weights that do best there are kept, those before the training included.
+    asked, the divergence of the logits and the cross-entropy with labels. Some images are held out: the weights with the least loss there are kept,
+    those before the training included.
 
     Matrices move along orthogonalised momenta, see `OrthogonalMomentum`; norms and biases by Adam.
 
@@ -62,7 +63,6 @@ def tune(
         pruned: pruned from `original`, with the same layer names; parameters that are frozen stay as they are. Wrapped or not.
         original: the network before pruning, on the same device.
         loader: batches of images, see `knowiso_train.features.inputs_of`. They are held in memory.
-        labels: whether to read labels, the second element of each batch, or its "label": adds the cross-entropy, which then chooses.
         steps: updates; 200 where neither this nor `epochs` is given.
         epochs: passes over the images that are not held out.
         lr: longest step, relative to the norm of a weight; it rises over a twentieth of the steps and falls as a cosine.
@@ -71,6 +71,8 @@ def tune(
         feature_weight: of the features' distance.
         logit_weight: of the logits' divergence; for outputs that are no logits (N, classes), of their relative squared distance. None is 0 where
             features are compared, and 1 where none can be: on images that trained the original its logits are sure of themselves, and say little.
+        label_weight: of the cross-entropy with the labels, the second element of each batch, or its "label"; they are read where this is not 0.
+            Images that trained the original have nothing new to say to it, and their labels pull the features away: keep it small there.
         temperature: of the logits.
         max_images: to look at.
         held_out: share of the images that choose and do not train.
@@ -102,13 +104,15 @@ def tune(
         True
     """
     small, whole = two_networks(pruned, original)
-    check_numbers(lr, batch_size, feature_weight, logit_weight or 0.0, temperature, held_out, memory)
+    check_numbers(lr, batch_size, temperature, held_out, (feature_weight, logit_weight or 0.0, label_weight, memory))
     trained = [parameter for parameter in small.parameters() if parameter.requires_grad]
     if not trained:
         raise OptionError("every parameter of the pruned network is frozen: nothing to tune")
-    images = Calibration(loader, max_images, device_of(whole), forward or (_called if labels else None))  # without one it keeps the inputs alone
+    images = Calibration(
+        loader, max_images, device_of(whole), forward or (_called if label_weight else None)
+    )  # without one it keeps the inputs alone
     batch = images.all()
-    truth = labels_of(batch) if labels else None
+    truth = labels_of(batch) if label_weight else None
     away = max(1, round(held_out * images.count))
     if images.count < FEWEST or images.count - away < batch_size:
         raise DataError(
@@ -124,9 +128,10 @@ def tune(
         order = torch.Generator().manual_seed(seed)
         names = compared_layers(small, whole, images, layers) if feature_weight else []
         of_logits = logit_weight if logit_weight is not None else 0.0 if names else 1.0
+        objective = Objective(feature_weight if names else 0.0, of_logits, label_weight, temperature)
         targets = Targets(whole, names, images, batch, int(memory * 2**30) if transform is None else 0)
         mixed = torch.randperm(images.count, generator=order)
-        chooser = HeldOut(small, targets, mixed[:away].sort().values, truth)
+        chooser = HeldOut(small, targets, mixed[:away].sort().values, objective, truth)
         optimizers = _optimizers(small, lr)
         schedule = WeightSchedule(warmup=int(WARMUP * total), total=total + 1)
         checked = {round(total * (i + 1) / CHECKS) for i in range(CHECKS)}
@@ -147,11 +152,7 @@ def tune(
                 given = targets.of(index, None if transform is None else seen)
                 _mode(small, not frozen_statistics)
                 made = tapped(images, small, names, seen)
-                loss = feature_weight * distance(made, given, targets)
-                if of_logits:
-                    loss = loss + of_logits * _divergence(made, given, targets, temperature)
-                if truth is not None:
-                    loss = loss + F.cross_entropy(made.output, truth[index.to(truth.device)])
+                loss = objective(made, given, targets, None if truth is None else truth[index.to(truth.device)])
                 if not loss.requires_grad:
                     raise OptionError("what is trained has no part in what is compared; set logit_weight, or choose other layers")
                 if not bool(loss.detach().isfinite()):
@@ -165,7 +166,7 @@ def tune(
                 if step + 1 in checked:
                     _mode(small, False)
                     history.append(chooser.check(step + 1))
-                    if history[-1].value < min(check.value for check in history[:-1]):
+                    if history[-1].objective < min(check.objective for check in history[:-1]):
                         best = _weights(small)
         except BaseException:
             small.load_state_dict(start)
@@ -186,12 +187,6 @@ def _optimizers(small: nn.Module, lr: float) -> list[tuple[Optimizer, float]]:
     if rest:
         found.append((torch.optim.Adam(rest, REST * lr, betas=BETAS), REST * lr))
     return found
-
-
-def _divergence(made: Given, given: Given, targets: Targets, temperature: float) -> Tensor:
-    if made.output.ndim == 2 and made.output.shape[1] > 1:
-        return kd_loss(made.output, given.output, temperature)
-    return (made.output - given.output).square().mean() / targets.output_scale
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
