@@ -81,7 +81,7 @@ def cifar_bytes(name: str, split: str, n: int | None = None) -> tuple[Tensor, Te
     from datasets import load_dataset
 
     table = load_dataset(str(DATA / name), split=split if n is None else f"{split}[:{n}]").with_format("torch")
-    images, labels = ([row[key] for row in table] for key in ("image", "label" if name == "cifar10" else "fine_label"))
+    images, labels = ([row[key] for row in table] for key in ("image", "label"))
     return torch.stack(images), torch.stack(labels)
 
 
