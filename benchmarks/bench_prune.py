@@ -18,7 +18,7 @@ multiply-adds, scores taken anew at each. Criteria that ask for gradients take w
 
 Finishes: "bare"; "statistics": batch norms' running statistics from the same images; "refit": `ki.refit` on the same images, in closed form;
 "blocks": and every block tuned as a whole, by 60 updates (`block_steps`): gradients, but within one block at a time. ki.prune at the screened ratio
-also "tuned": `ki.tune`, label-free, after the closed form.
+also what prune_afterwards.py holds: short trainings without labels, and with them as a control (`--afterwards`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+from prune_afterwards import AFTERWARDS
 from prune_book import LIBRARY, Book, chosen, fingerprint, report
 from prune_closed import recompute_statistics
 from prune_importances import Calibration
-from prune_methods import AFTERWARDS, BLOCK_STEPS, FINISHES, OURS, SOLVED, Method, Setting, rivals
+from prune_methods import BLOCK_STEPS, FINISHES, OURS, SOLVED, Method, Setting, rivals
 from prune_tasks import CACHE, TASKS, Task, predict
 from torch import Tensor, nn
 
@@ -47,8 +48,8 @@ from knowiso_train.pruning import recording
 class Runner:
     """All methods of one seed, whatever is not in the book."""
 
-    def __init__(self, task: Task, seed: int, book: Book, screen: bool) -> None:
-        self.task, self.seed, self.book, self.screen = task, seed, book, screen
+    def __init__(self, task: Task, seed: int, book: Book, screen: bool, afterwards: Sequence[str] = ()) -> None:
+        self.task, self.seed, self.book, self.screen, self.afterwards = task, seed, book, screen, afterwards
         self.memory: dict[str, Any] = {}
         self.failures: list[str] = []
 
@@ -77,7 +78,7 @@ class Runner:
 
     def ours(self, ratio: float) -> None:
         """ki.prune, and what follows it."""
-        finishes = (*SOLVED, *(AFTERWARDS if self.task.name == "resnet56" and ratio == self.task.screened else ()))
+        finishes = (*SOLVED, *(self.afterwards if self.task.name == "resnet56" and ratio == self.task.screened else ()))
         missing = [name for name in finishes if self.book.find(**self.key(OURS, name, ratio)) is None]
         if missing:
             self._guarded(OURS, partial(self._ours, ratio, missing))
@@ -154,9 +155,9 @@ def screen(task: Task, seed: int, book: Book, wanted: Callable[[Method], bool], 
     return runner.failures
 
 
-def full(task: Task, seed: int, book: Book, wanted: Callable[[Method], bool], ratios: Sequence[float]) -> list[str]:
+def full(task: Task, seed: int, book: Book, wanted: Callable[[Method], bool], ratios: Sequence[float], afterwards: Sequence[str]) -> list[str]:
     """Ours and the best rivals at every ratio."""
-    runner, pairs = Runner(task, seed, book, screen=False), chosen(task, book)
+    runner, pairs = Runner(task, seed, book, False, afterwards), chosen(task, book)
     if not pairs:
         raise SystemExit(f"nothing of {task.name} is screened yet: run with --screen first")
     for ratio in ratios:
@@ -173,6 +174,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ratios", nargs="+", type=float, help="times fewer multiply-adds")
     parser.add_argument("--methods", nargs="+", help="those whose name contains one of these; none: `--methods -` runs ki.prune alone")
     parser.add_argument("--finishes", nargs="+", choices=FINISHES, default=list(FINISHES[:3]), help="of the screening")
+    parser.add_argument(
+        "--afterwards", nargs="*", choices=AFTERWARDS, default=["tuned"], help="trainings after ki.prune, ResNet-56 at 2x; all: half an hour a seed"
+    )
     parser.add_argument("--quick", action="store_true", help="few images, one ratio, one seed; rows of its own, no results file")
     parser.add_argument("--tables", action="store_true", help="run nothing, print what is there and write the results file")
     return parser.parse_args()
@@ -196,7 +200,7 @@ def main() -> None:
                 failures += screen(task, seeds[0], book, wanted, args.finishes, ratio)
         if not args.screen:
             for seed in seeds:
-                failures += full(task, seed, book, wanted, [task.screened] if args.quick else ratios)
+                failures += full(task, seed, book, wanted, [task.screened] if args.quick else ratios, args.afterwards)
     report(tasks, book, write=not args.quick and not args.screen)
     if failures:
         sys.exit("failed, without a row:\n" + "\n".join(failures))

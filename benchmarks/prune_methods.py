@@ -15,7 +15,6 @@ from prune_tasks import Task
 from torch import Tensor, nn
 
 import knowiso_train as ki
-from knowiso_train.pruning import mix_patches
 
 FINISHES = ("bare", "statistics", "refit", "blocks")
 SOLVED = ("refit", "blocks")  # by ki.refit, from the surviving original weights
@@ -173,12 +172,3 @@ def rivals(task: Task) -> list[Method]:
         Method(f"OSSCAR, {OURS}'s widths", partial(osscar, our_widths), osscar_weights),
     ]
     return closed + [by_importance(*point) for point in grid]
-
-
-def tuned(setting: Setting, model: nn.Module) -> None:
-    """A short training on the same images, without labels: about a minute of two cores."""
-    images = setting.batches
-    ki.tune(model, setting.task.original, images, steps=200, transform=partial(mix_patches, flip=True), seed=setting.seed, progress=False)
-
-
-AFTERWARDS: dict[str, Callable[[Setting, nn.Module], None]] = {"tuned": tuned}  # after ki.prune, by finish; of ResNet-56, at the screened ratio

@@ -56,6 +56,11 @@ class Task:
     def build(self) -> nn.Module:
         raise NotImplementedError
 
+    @cached_property
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Images and labels to train with after pruning."""
+        raise NotImplementedError
+
     def calibration(self, seed: int) -> Tensor:
         raise NotImplementedError
 
@@ -82,6 +87,11 @@ class Cifar(Task):
     @cached_property
     def spaces(self) -> dict[str, list[str]]:
         return {"inner": [name for name, module in self.original.named_modules() if isinstance(module, nn.Conv2d) and name.endswith(".conv1")]}
+
+    @cached_property
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        images, labels = kept_on_disk("cifar10_train", lambda: cifar10("train"))
+        return (images[:128], labels[:128]) if self.quick else (images, labels)
 
     @cached_property
     def train(self) -> Tensor:
