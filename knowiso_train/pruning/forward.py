@@ -142,16 +142,13 @@ def refit_forward(
         inputs = inputs if name not in masks else int(masks[name].sum())
         fits.append(LayerFit(name, inputs, len(rows), shares[0], shares[-1]))
 
-    def reached(name: str) -> Callable[..., Tensor]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if name in solved:  # its block is tuned
-                return output
-            solved.add(name)
-            with mode.silent():
-                solve(name, layer, inputs[0])
+    def reached(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if name not in solved:  # else its block is being tuned
+                solved.add(name)
+                with mode.silent():
+                    solve(name, layer, inputs[0])
                 bar.update()
-                again: Tensor = type(layer).forward(layer, inputs[0])
-                return again
 
         return hook
 
@@ -167,7 +164,7 @@ def refit_forward(
         return hook
 
     every = images.all()
-    handles = [layers[name].register_forward_hook(reached(name)) for name in tails]
+    handles = [layers[name].register_forward_pre_hook(reached(name)) for name in tails]
     handles += [modules[name].register_forward_hook(finished(name), with_kwargs=True) for name in (blocks.targets if blocks is not None else ())]
     try:
         with tqdm(total=len(tails), desc="refit", unit="layer", disable=not progress) as bar, mode:
