@@ -172,7 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ratios", nargs="+", type=float, help="times fewer multiply-adds")
-    parser.add_argument("--methods", nargs="+", help="those whose name contains one of these; none: `--methods -` runs ki.prune alone")
+    parser.add_argument("--methods", nargs="*", help="those whose name contains one of these; `--methods` alone runs ki.prune alone")
     parser.add_argument("--finishes", nargs="+", choices=FINISHES, default=list(FINISHES[:3]), help="of the screening")
     parser.add_argument(
         "--afterwards", nargs="*", choices=AFTERWARDS, default=["tuned"], help="trainings after ki.prune, ResNet-56 at 2x; all: half an hour a seed"
