@@ -273,7 +273,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("--round-to", 1, at_least(1), "widths are multiples of it; 8 is faster on most machines and keeps a little less")
     add("--block-steps", 0, at_least(0), "updates of each block towards the original's, without labels, when its layers are solved; 60 are enough")
     add("--tune-steps", 0, at_least(0), "updates without labels after each step, towards the features of the original; 200 bring much")
-    add("--tune-lr", 5e-3, at_least(0, float), "longest step of these, relative to the norm of a weight")
+    add("--tune-lr", 1e-2, at_least(0, float), "longest step of these, relative to the norm of a weight")
     add("--epochs", 0, at_least(0), "to train with labels after each step")
     add("--lr", 0.01, at_least(0, float), "highest learning rate of SGD for that, a fifth of what trained the original")
     add("--iso-weight", 1.0, at_least(0, float), "of the isomorphism loss at each of the original's stages, in that training")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import knowiso_train as ki
+from knowiso_train.integrations import carving
 from knowiso_train.integrations.choice import Choice
 from knowiso_train.pruning.allocation import total_cost
+from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.cost import LayerCost
 
 
@@ -30,6 +34,23 @@ class TestCandidates:
         monkeypatch.setattr(Choice, "candidates", lambda self, *args: [offered[i] for i in order])
         pruned = ki.prune(self.network(), [torch.randn(96, 3, 10, 10)], macs=0.9, progress=False)
         assert {width.name: width.after for width in pruned.report.widths} == offered[0]
+
+    @pytest.mark.parametrize(("work", "images"), [(1e12, 256), (1.0, 64)])
+    def test_large_networks_are_tried_on_fewer_images(self, work: float, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The target of a trial is what the original gives for its images; a third of them more judge."""
+        seen: list[int] = []
+        real = carving.originals
+
+        def spied(model: nn.Module, layers: Any, tails: Any, of: Calibration, *rest: Any) -> Any:
+            seen.append(of.count)
+            return real(model, layers, tails, of, *rest)
+
+        monkeypatch.setattr(carving, "originals", spied)
+        monkeypatch.setattr(carving, "WORK", work)
+        monkeypatch.setattr(Choice, "candidates", lambda self, *args: [{"0": 8, "2": 16, "4": 8}, {"0": 16, "2": 8, "4": 8}])
+        pruned = ki.prune(self.network(), [torch.randn(400, 3, 10, 10)], macs=0.9, progress=False)
+        assert seen == [images, 400]
+        assert pruned.report.widths[0].after == 8
 
     def test_all_fit_the_budget_and_differ(self) -> None:
         costs = {"a": LayerCost(1.0, 1, 8, {}, {"a": 1.0}), "b": LayerCost(1.0, 1, 8, {}, {"b": 1.0})}

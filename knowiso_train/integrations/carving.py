@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from knowiso_train.integrations.choice import Choice
 from knowiso_train.pruning.blocks import BlockFit, Blocks
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer
+from knowiso_train.pruning.cost import count_macs
 from knowiso_train.pruning.forward import LayerFit, refit_forward
 from knowiso_train.pruning.kept import kept_outputs
 from knowiso_train.pruning.originals import Originals, originals
@@ -26,7 +28,8 @@ from knowiso_train.pruning.sensitivity import output_of
 from knowiso_train.pruning.trace import Tail
 from knowiso_train.pruning.twin import Kept
 
-TRIED, JUDGED, FEWEST = 256, 1 / 3, 8  # images that widths are tried with at most, the share of others that judge, and how many of these it takes
+TRIED, JUDGED, FEWEST = (64, 256), 1 / 3, 8  # images that widths are tried with, the share of others that judge, and how many of these it takes
+WORK = 4e11  # multiply-adds of one pass of those that widths are tried with, within these: large networks take fewer
 QUICK = 20  # rows per regressor in such a trial
 FAITHFUL = 1e-3  # relative: the cut network against the one whose readers only ignore what goes
 
@@ -84,7 +87,8 @@ class Carving:
 
         Near in squared distance: images that trained the original make its logits sure of themselves, so that their divergence tells less.
         """
-        fitted = min(TRIED, round((1 - JUDGED) * self.images.count))
+        each = count_macs(self.original, partial(self.images.run, self.original, self.images.some(1)), 1)
+        fitted = min(max(TRIED[0], min(TRIED[1], int(WORK / each))), round((1 - JUDGED) * self.images.count))
         judged = min(round(JUDGED / (1 - JUDGED) * fitted), self.images.count - fitted)
         if len(candidates) < 2 or not self.refit or judged < FEWEST:
             return candidates[0]

@@ -35,7 +35,7 @@ def tune(
     *,
     steps: int | None = None,
     epochs: float | None = None,
-    lr: float = 5e-3,
+    lr: float = 1e-2,
     batch_size: int = 64,
     layers: str | Sequence[str] | None = None,
     feature_weight: float = 1.0,
