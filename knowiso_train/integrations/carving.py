@@ -87,10 +87,12 @@ class Carving:
 
         Near in squared distance: images that trained the original make its logits sure of themselves, so that their divergence tells less.
         """
+        if len(candidates) < 2 or not self.refit:
+            return candidates[0]
         each = count_macs(self.original, partial(self.images.run, self.original, self.images.some(1)), 1)
         fitted = min(max(TRIED[0], min(TRIED[1], int(WORK / each))), round((1 - JUDGED) * self.images.count))
         judged = min(round(JUDGED / (1 - JUDGED) * fitted), self.images.count - fitted)
-        if len(candidates) < 2 or not self.refit or judged < FEWEST:
+        if judged < FEWEST:
             return candidates[0]
         both = self.images.some(fitted + judged)
         images = Calibration([select(both, torch.arange(fitted))], fitted, None, self.images.forward)

@@ -51,7 +51,7 @@ def tune(
     seed: int = 0,
     progress: bool = True,
 ) -> TuneReport:
-    """Train a pruned network, in place, to be what its original was, on the few images that pruned it. No labels.
+    """Train a pruned network, in place, to be what its original was, on the few images that pruned it. It needs no labels.
 
     The loss is the mean of `‖x_pruned - x_original‖² / Var(x_original)` at the ends of the blocks, where pruning left the widths, plus, where
     asked, the divergence of the logits and the cross-entropy with labels. Some images are held out: the weights with the least loss there are kept,
