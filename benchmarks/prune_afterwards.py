@@ -1,6 +1,6 @@
 """Short trainings that may follow `ki.prune`, without labels and with them; for bench_prune.py, ResNet-56 at the screened ratio.
 
-tuned                    `ki.tune` on the images that pruned, 400 updates of 64 with crops, flips and mixed patches: without labels
+tuned                    `ki.tune` on the images that pruned, 400 updates of 64, crops with mirrored margins, flips, mixed patches: without labels
 5 epochs, cross-entropy  the control: SGD on the 15,000 labelled images at hand, crops and flips
 5 epochs, ki.tune        as many updates of as many images towards the original's blocks, augmented as for "tuned": the labels are not read
 
@@ -40,7 +40,7 @@ def _towards_original(setting: Setting, model: nn.Module, images: Tensor, steps:
     generator = torch.Generator().manual_seed(setting.seed)
     ki.tune(
         model, setting.task.original, [images], steps=steps, lr=LR, batch_size=BATCH, max_images=len(images), held_out=HELD_OUT,
-        transform=lambda x: mix_patches(changed(x, generator)), seed=setting.seed, progress=False,
+        transform=lambda x: mix_patches(changed(x, generator, "reflect")), seed=setting.seed, progress=False,
     )  # fmt: skip
 
 
@@ -66,9 +66,9 @@ def updates(images: Tensor) -> int:
     return EPOCHS * len(images) // BATCH
 
 
-def changed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of the images with a margin of the mean colour, half of them mirrored."""
-    return crops_and_flips(F.pad(images, (PADDING,) * 4), images.shape[-1], generator)
+def changed(images: Tensor, generator: torch.Generator, margin: str = "constant") -> Tensor:
+    """Random crops of the images with a margin of the mean colour, or as they are mirrored there; half of them flipped."""
+    return crops_and_flips(F.pad(images, (PADDING,) * 4, mode=margin), images.shape[-1], generator)
 
 
 AFTERWARDS: dict[str, Callable[[Setting, nn.Module], None]] = {
