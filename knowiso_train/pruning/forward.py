@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class LayerFit:
 
 Rows = tuple[Tensor, Tensor]  # (R, G, d) and (R, G, o)
 AnyMoments = RowMoments | DualMoments
-Judge = Callable[[Tensor], float]
+Judge = Callable[[Tensor | None], Callable[[Tensor], float]]  # for these columns alone: weights -> unexplained share on the rows to report on
 Choose = Callable[[AnyMoments, Tensor, Tensor], Tensor]  # moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
 
 
@@ -225,17 +226,23 @@ def _moments(fitted: Rows, held: Rows) -> tuple[AnyMoments, AnyMoments, Judge]:
     apart = held[0] is not fitted[0]
     if regressors > WIDE and count <= regressors:
         part = DualMoments.of(*fitted)
-        every = DualMoments.of(*(torch.cat(both) for both in zip(fitted, held, strict=True))) if apart else part
-        return part, every, lambda weight: _unexplained(held, weight)
+        dual = DualMoments.of(*(torch.cat(both) for both in zip(fitted, held, strict=True))) if apart else part
+        return part, dual, lambda at: partial(_unexplained, held)
     moments = RowMoments.of(*fitted)
     of_held = RowMoments.of(*held) if apart else moments
     total = float(held[1].double().var(0, correction=0).sum())
-    return moments, moments.merged(of_held, len(held[0]) / (count + len(held[0]))) if apart else moments, lambda weight: of_held.left(weight, total)
+    every = moments.merged(of_held, len(held[0]) / (count + len(held[0]))) if apart else moments
+    return moments, every, lambda at: partial((of_held if at is None else of_held.restricted(at)).left, total=total)
 
 
 def _best(moments: AnyMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], judge: Judge) -> tuple[float, float]:
     """The least unexplained share on other images, and the ridge that leaves it."""
-    return min((judge(moments.weight(original, keep, ridge)), ridge) for ridge in ridges)
+    at = None
+    if keep is not None and len(keep) == 1 and isinstance(moments, RowMoments):  # once for all ridges
+        at = keep[0].nonzero().flatten()
+        moments, original, keep = moments.restricted(at), original[:, at], None
+    left = judge(at)
+    return min((left(moments.weight(original, keep, ridge)), ridge) for ridge in ridges)
 
 
 def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:

@@ -114,6 +114,16 @@ class RowMoments:
             torch.lerp(self.xy, other.xy, share) + between * of_x[:, :, None] * of_y[:, None],
         )
 
+    def restricted(self, at: Tensor) -> RowMoments:
+        """Of these columns alone.
+
+        Example:
+            >>> x, y = torch.randn(30, 1, 3), torch.randn(30, 1, 2)
+            >>> torch.allclose(RowMoments.of(x, y).restricted(torch.tensor([2, 0])).xx, RowMoments.of(x[:, :, [2, 0]], y).xx)
+            True
+        """
+        return RowMoments(self.mean_x[:, at], self.mean_y, self.xx[:, at][:, :, at], self.xy[:, at])
+
     def weight(self, original: Tensor, keep: Tensor | None = None, ridge: float = 1e-4) -> Tensor:
         """(G, d, o): the weights that `refit_weights` describes.
 
@@ -128,12 +138,11 @@ class RowMoments:
         """
         if not ridge >= 0:
             raise OptionError(f"ridge must be a number >= 0 (relative to the mean variance of what the layer reads), got {ridge!r}")
-        if not bool(self.xx.isfinite().all() and self.xy.isfinite().all()):
+        if not bool(self.xx.diagonal(dim1=1, dim2=2).isfinite().all() and self.xy.isfinite().all()):  # no entry is beyond the diagonal's
             raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
         if keep is not None and len(keep) == 1:  # one group: what is gone is left out
             at = keep[0].nonzero().flatten()
-            part = RowMoments(self.mean_x[:, at], self.mean_y, self.xx[:, at][:, :, at], self.xy[:, at])
-            return torch.zeros_like(original).index_copy(1, at, part.weight(original[:, at], None, ridge))
+            return torch.zeros_like(original).index_copy(1, at, self.restricted(at).weight(original[:, at], None, ridge))
         left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
         start = original * left[..., None]
         if math.isinf(ridge):
