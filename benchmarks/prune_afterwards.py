@@ -11,16 +11,17 @@ Rows of "root of the sensitivity alone" in the results were tuned as it was befo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from crops import crops_and_flips
 from prune_methods import Setting
+from refine_data import shuffled
 from torch import Tensor, nn
 
 import knowiso_train as ki
+from knowiso_train.losses import WeightSchedule
 from knowiso_train.pruning import mix_patches
 
 EPOCHS, BATCH, PADDING = 5, 64, 4
@@ -49,13 +50,13 @@ def with_labels(setting: Setting, model: nn.Module, lr: float = CONTROL_LR) -> N
     """What a user would do: SGD with momentum in training mode, a warm-up and a cosine."""
     images, labels = setting.task.labelled
     generator, total = torch.Generator().manual_seed(setting.seed), updates(images)
-    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(EPOCHS)])
+    order, schedule = shuffled(torch.arange(len(images)), BATCH * total, setting.seed), WeightSchedule(warmup=total // 20, total=total + 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=CONTROL_DECAY, nesterov=True)
     model.train()
     with torch.enable_grad():
         for step in range(total):
             which = order[BATCH * step : BATCH * (step + 1)]
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / (0.05 * total)) * (1 + math.cos(math.pi * step / total)) / 2
+            optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
             loss = F.cross_entropy(model(changed(images[which], generator)), labels[which])
             optimizer.zero_grad()
             torch.autograd.backward(loss)

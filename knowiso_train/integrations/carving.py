@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from knowiso_train.integrations.choice import Choice
 from knowiso_train.pruning.blocks import BlockFit, Blocks
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer
-from knowiso_train.pruning.cost import count_macs
+from knowiso_train.pruning.cost import affordable
 from knowiso_train.pruning.forward import LayerFit, refit_forward
 from knowiso_train.pruning.kept import kept_outputs
 from knowiso_train.pruning.originals import Originals, originals
@@ -89,8 +88,7 @@ class Carving:
         """
         if len(candidates) < 2 or not self.refit:
             return candidates[0]
-        each = count_macs(self.original, partial(self.images.run, self.original, self.images.some(1)), 1)
-        fitted = min(max(TRIED[0], min(TRIED[1], int(WORK / each))), round((1 - JUDGED) * self.images.count))
+        fitted = min(affordable(self.original, self.images, WORK, TRIED), round((1 - JUDGED) * self.images.count))
         judged = min(round(JUDGED / (1 - JUDGED) * fitted), self.images.count - fitted)
         if judged < FEWEST:
             return candidates[0]

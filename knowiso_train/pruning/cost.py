@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from knowiso_train.errors import OptionError
+from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_group import ChannelGroup
 
 
@@ -50,6 +52,25 @@ def count_macs(model: nn.Module, run: Callable[[], Any], images: int) -> float:
     """
     modules: dict[str, Any] = dict(model.named_modules())
     return float(sum(places * modules[name].weight.numel() for name, places in layer_places(model, run, images).items()))
+
+
+def affordable(model: nn.Module, images: Calibration, work: float, within: tuple[int, int], passes: int = 1) -> int:
+    """Images for which so many passes of a network stay within a budget, at least and at most so many.
+
+    Args:
+        model: the network.
+        images: one of them is run.
+        work: multiply-adds of all passes together.
+        within: at least and at most.
+        passes: that all these images take.
+
+    Example:
+        >>> images = Calibration([torch.zeros(2, 3, 4, 4)])  # 432 multiply-adds each
+        >>> [affordable(nn.Conv2d(3, 4, 3), images, work, (4, 64)) for work in (1e2, 1e4, 1e6)]
+        [4, 23, 64]
+    """
+    each = count_macs(model, partial(images.run, model, images.some(1)), 1)
+    return max(within[0], min(within[1], int(work / (each * passes + 1))))
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ class HeldOut:
     """
 
     def __init__(self, model: nn.Module, targets: Targets, index: Tensor, objective: Objective, labels: Tensor | None = None) -> None:
-        self.model, self.targets, self.index, self.objective, self.labels = model, targets, index, objective, labels
+        self.model, self.targets, self.index, self.objective = model, targets, index, objective
         self.wanted = torch.cat([targets.of(part).output for part in torch.split(index, PER_PASS)])
         if labels is not None and not are_logits(self.wanted):
             raise OptionError(f"label_weight: labels need logits (images, classes), and the network gives {tuple(self.wanted.shape)}; leave it at 0")
+        self.truth = None if labels is None else labels[index.to(labels.device)].to(self.wanted.device)
 
     @torch.no_grad()
     def check(self, step: int) -> Check:
@@ -55,30 +56,25 @@ class HeldOut:
         """
         images, batch = self.targets.images, self.targets.batch
         outputs: list[Tensor] = []
-        means = torch.zeros(2)
+        apart = torch.zeros(())
         for part in torch.split(self.index, PER_PASS):
             found, wanted = tapped(images, self.model, self.targets.layers, select(batch, part)), self.targets.of(part)
             outputs.append(found.output)
-            if found.output.shape != wanted.output.shape:
-                shapes = tuple(found.output.shape), tuple(wanted.output.shape)
-                raise ShapeError(f"the pruned network gives {shapes[0]}, the original {shapes[1]} for the same images")
-            both = distance(found, wanted, self.targets), self.objective(found, wanted, self.targets, self._truth(part))
-            means += torch.tensor([float(value) * len(part) / len(self.index) for value in both])
+            apart = apart + distance(found, wanted, self.targets).cpu() * len(part) / len(self.index)
         made = torch.cat(outputs)
+        if made.shape != self.wanted.shape:
+            raise ShapeError(f"the pruned network gives {tuple(made.shape)}, the original {tuple(self.wanted.shape)} for the same images")
         if not bool(made.isfinite().all()):
             raise NonFiniteError(f"NaN or Inf in the pruned network's output after {step} steps")
-        logits, truth = are_logits(made), self._truth(self.index)
+        logits, scale = are_logits(made), self.targets.output_scale
         return Check(
             step,
-            divergence=_rounded(divergence(made, self.wanted, self.targets.output_scale)),
+            divergence=_rounded(divergence(made, self.wanted, scale)),
             agreement=float((made.argmax(1) == self.wanted.argmax(1)).float().mean()) if logits else None,
-            cross_entropy=None if truth is None else float(F.cross_entropy(made, truth)),
-            features=_rounded(means[0]) if self.targets.layers else None,
-            objective=_rounded(means[1]),
+            cross_entropy=None if self.truth is None else float(F.cross_entropy(made, self.truth)),
+            features=_rounded(apart) if self.targets.layers else None,
+            objective=_rounded(self.objective(apart.to(made.device), made, self.wanted, scale, self.truth)),
         )
-
-    def _truth(self, index: Tensor) -> Tensor | None:
-        return None if self.labels is None else self.labels[index.to(self.labels.device)]
 
 
 def _rounded(value: Tensor) -> float:

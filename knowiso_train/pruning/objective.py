@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knowiso_train.losses import kd_loss
-from knowiso_train.pruning.targets import Given, Targets, distance
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of the features' distance, the logits' divergence and the cross-entropy; what has weight 0 is not computed.
+    """A weighted sum of the features' distance, the logits' divergence and the cross-entropy; divergences of weight 0 are not computed.
 
     Attributes:
         features: weight of `distance`.
@@ -23,12 +22,9 @@ class Objective:
 
     Example:
         >>> import torch
-        >>> from knowiso_train.pruning.calibration import Calibration
-        >>> images, model = Calibration([torch.randn(8, 3)]), torch.nn.Linear(3, 2)
-        >>> targets = Targets(model, [], images, images.all())
-        >>> said = Given({}, torch.zeros(1, 2))
-        >>> round(float(Objective(labels=2.0)(said, said, targets, torch.tensor([1]))), 3)  # 2 ln 2
-        1.386
+        >>> objective, logits = Objective(labels=2.0), torch.zeros(1, 2)
+        >>> round(float(objective(torch.tensor(0.5), logits, logits, scale=1.0, truth=torch.tensor([1]))), 3)  # 0.5 + 2 ln 2
+        1.886
     """
 
     features: float = 1.0
@@ -36,23 +32,22 @@ class Objective:
     labels: float = 0.0
     temperature: float = 1.0
 
-    def __call__(self, made: Given, given: Given, targets: Targets, truth: Tensor | None = None) -> Tensor:
+    def __call__(self, apart: Tensor, made: Tensor, given: Tensor, scale: float, truth: Tensor | None = None) -> Tensor:
         """Scalar, the mean over the images.
 
         Args:
-            made: by the network that is trained.
-            given: by the original for the same images.
-            targets: whose scales divide squared distances.
+            apart: the features' `distance`.
+            made: (N, …) outputs of the network that is trained.
+            given: the original's for the same images.
+            scale: of `divergence`.
             truth: (N,) labels; None where they have no weight.
         """
-        terms = [made.output.new_zeros(())]
-        if self.features:
-            terms.append(self.features * distance(made, given, targets))
+        total = self.features * apart
         if self.logits:
-            terms.append(self.logits * divergence(made.output, given.output, targets.output_scale, self.temperature))
+            total = total + self.logits * divergence(made, given, scale, self.temperature)
         if self.labels and truth is not None:
-            terms.append(self.labels * F.cross_entropy(made.output, truth.to(made.output.device)))
-        return sum(terms[1:], terms[0])
+            total = total + self.labels * F.cross_entropy(made, truth.to(made.device))
+        return total
 
 
 def divergence(made: Tensor, given: Tensor, scale: float, temperature: float = 1.0) -> Tensor:

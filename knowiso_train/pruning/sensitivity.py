@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_group import ChannelGroup, unit_columns
 from knowiso_train.pruning.collect import LayerInput
 from knowiso_train.pruning.consumer import Consumer, regression_weight
-from knowiso_train.pruning.cost import count_macs
+from knowiso_train.pruning.cost import affordable
 from knowiso_train.pruning.elimination import BackwardElimination
 from knowiso_train.pruning.positions import ungrouped_weight
 from knowiso_train.pruning.trace import Tail
@@ -126,8 +125,7 @@ def sensitivities(
         InputTypeError: a network whose output is no tensor.
     """
     with torch.no_grad():
-        each = count_macs(model, partial(images.run, model, images.some(1)), 1)
-        some = images.some(min(images.count, max(IMAGES[0], min(IMAGES[1], int(WORK / (each * len(groups) + 1))))))
+        some = images.some(min(images.count, affordable(model, images, WORK, IMAGES, len(groups))))
         plain = output_of(images.run(model, some))
         spread = float((plain - plain.mean(0)).square().sum().clamp_min(1e-30))
         factors = {}

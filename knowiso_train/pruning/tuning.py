@@ -17,7 +17,7 @@ from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.held_out import HeldOut, labels_of
 from knowiso_train.pruning.objective import Objective
 from knowiso_train.pruning.orthogonal import OrthogonalMomentum, split_parameters
-from knowiso_train.pruning.targets import Targets, tapped
+from knowiso_train.pruning.targets import Targets, distance, tapped
 from knowiso_train.pruning.tune_options import check_numbers, compared_layers, two_networks, updates
 from knowiso_train.pruning.tune_report import TuneReport
 
@@ -128,7 +128,7 @@ def tune(
         order = torch.Generator().manual_seed(seed)
         names = compared_layers(small, whole, images, layers) if feature_weight else []
         of_logits = logit_weight if logit_weight is not None else 0.0 if names else 1.0
-        objective = Objective(feature_weight if names else 0.0, of_logits, label_weight, temperature)
+        objective = Objective(feature_weight, of_logits, label_weight, temperature)
         targets = Targets(whole, names, images, batch, int(memory * 2**30) if transform is None else 0)
         mixed = torch.randperm(images.count, generator=order)
         chooser = HeldOut(small, targets, mixed[:away].sort().values, objective, truth)
@@ -152,7 +152,8 @@ def tune(
                 given = targets.of(index, None if transform is None else seen)
                 _mode(small, not frozen_statistics)
                 made = tapped(images, small, names, seen)
-                loss = objective(made, given, targets, None if truth is None else truth[index.to(truth.device)])
+                known = None if truth is None else truth[index.to(truth.device)]
+                loss = objective(distance(made, given, targets), made.output, given.output, targets.output_scale, known)
                 if not loss.requires_grad:
                     raise OptionError("what is trained has no part in what is compared; set logit_weight, or choose other layers")
                 if not bool(loss.detach().isfinite()):
