@@ -103,6 +103,13 @@ def screening(task: Task, book: Book) -> list[dict[str, Any]]:
     ]
 
 
+def original(task: Task) -> dict[str, float]:
+    """Accuracy before pruning, by part of the judging images."""
+    _, labels, logits, parts = task.judges(0, False)
+    right = (logits.argmax(1) == labels).double()
+    return {name: round(100 * float(right[part].mean()), 3) for name, part in parts.items()}
+
+
 def report(tasks: Sequence[Task], book: Book, write: bool) -> None:
     tables = {task.name: [summary(task, book, ratio) for ratio in task.ratios] for task in tasks}
     for task in tasks:
@@ -113,6 +120,7 @@ def report(tasks: Sequence[Task], book: Book, write: bool) -> None:
     if write and any(not row["screen"] for row in book.rows):
         figures = {
             task.name: {
+                "original, seed 0": original(task),
                 "table": [row for ratio in task.ratios for row in summary(task, book, ratio)],
                 "screening": screening(task, book),
                 "rows": book.select(network=task.name, screen=False),
