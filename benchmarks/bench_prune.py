@@ -4,7 +4,8 @@
     python benchmarks/bench_prune.py               # the best eight and ours in full; writes results/bench_prune.json
     python benchmarks/bench_prune.py --quick       # does it run? a minute, nothing is written
 
-Stopped and started again, it goes on where it was: each row is kept in `benchmarks/.cache/bench_prune/rows.jsonl` as it is finished.
+Stopped and started again, it goes on where it was: each row is kept in `benchmarks/.cache/bench_prune/rows.jsonl` as it is finished
+(in a fresh clone that begins with the rows of the results file; delete those that are to be run again).
 
 ResNet-56 on CIFAR-10 (real weights, 93.39 %): 1,024 training images calibrate, drawn by the seed; choices are made on the first 2,000 test images
 ("select"), what is claimed is judged on the other 8,000. Everybody prunes the widths inside of the blocks: option-A shortcuts fix the others.
@@ -34,11 +35,12 @@ from functools import cached_property, partial
 from typing import Any
 
 from prune_afterwards import AFTERWARDS
-from prune_book import LIBRARY, Book, chosen, fingerprint, report
+from prune_book import LIBRARY, NAME, Book, chosen, fingerprint, report
 from prune_closed import recompute_statistics
 from prune_importances import Calibration
 from prune_methods import BLOCK_STEPS, FINISHES, OURS, SOLVED, Method, Setting, rivals
 from prune_tasks import CACHE, TASKS, Task, predict
+from record import RESULTS
 from torch import Tensor, nn
 
 import knowiso_train as ki
@@ -185,7 +187,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module="torch_pruning")
-    book = Book(CACHE / ("rows_quick.jsonl" if args.quick else "rows.jsonl"))
+    book = Book(CACHE / "rows_quick.jsonl") if args.quick else Book(CACHE / "rows.jsonl", RESULTS / f"{NAME}.json")
     tasks = [TASKS[name](args.quick) for name in args.networks]
     failures: list[str] = []
 

@@ -16,6 +16,7 @@ from record import record, table
 import knowiso_train as ki
 
 BEST = 8
+NAME = "bench_prune"  # of the results file
 
 
 def fingerprint(kept: dict[str, Any]) -> str:
@@ -34,11 +35,14 @@ LIBRARY = library()
 
 
 class Book:
-    """Rows that are done."""
+    """Rows that are done; where the file is not there, those of the results file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, results: Path | None = None) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and results is not None and results.exists():
+            figures = json.loads(results.read_text())["figures"]
+            path.write_text("".join(json.dumps(row) + "\n" for part in figures.values() for row in part["rows"]))
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def find(self, **key: Any) -> dict[str, Any] | None:
@@ -123,9 +127,9 @@ def report(tasks: Sequence[Task], book: Book, write: bool) -> None:
                 "original, seed 0": original(task),
                 "table": [row for ratio in task.ratios for row in summary(task, book, ratio)],
                 "screening": screening(task, book),
-                "rows": book.select(network=task.name, screen=False),
+                "rows": book.select(network=task.name),
             }
             for task in every
         }
         settings = {"calibration": {"resnet56": 1024, "lite0": 500}, "iterative steps": STEPS, "best": BEST, "block steps": BLOCK_STEPS}
-        print(record("bench_prune", figures, settings=settings))
+        print(record(NAME, figures, settings=settings))

@@ -19,9 +19,9 @@ from knowiso_train.pruning.collect import ROWS, input_moments
 from knowiso_train.pruning.consumer import Consumer
 from knowiso_train.pruning.cost import LayerCost
 from knowiso_train.pruning.elimination import BackwardElimination
-from knowiso_train.pruning.forward import AnyMoments
 from knowiso_train.pruning.originals import WIDE
 from knowiso_train.pruning.refit import RowMoments
+from knowiso_train.pruning.regression import AnyMoments
 from knowiso_train.pruning.rows import columns_of, readable
 from knowiso_train.pruning.sensitivity import eliminate, sensitivities
 from knowiso_train.pruning.trace import Tail

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,27 +69,49 @@ def allocate(
             f"cannot reach {target / everything:.3f} of the cost: with every group at its floor {least / everything:.3f} is left. "
             "Ask for less, lower the floor or round_to, or ignore fewer layers"
         )
-    grids = {name: torch.tensor(options) for name, options in choices.items()}
     touching = {name: [c for c in costs.values() if name in c.reads or name in c.writes] for name in widths}
-    now = total_cost(costs, {})
+    together = {name: {other for other in widths for c in touching[name] if other in c.reads or other in c.writes} for name in widths}
+    now, gone = total_cost(costs, {}), dict.fromkeys(widths, 0)
+    steepest: dict[str, Narrowing | None] = {}  # of each group; it changes when a group of a layer in common does
     while now > target:
-        gone = {name: sizes[name] - width for name, width in widths.items()}
-        best = math.inf, "", 0
+        found: list[tuple[Narrowing, str]] = []
         for name, width in widths.items():
-            grid = grids[name][grids[name] < width]
-            if not len(grid):
-                continue
             each = _saved(touching[name], gone, name, 1)
-            enough = (width - grid) * each >= now - target
-            grid = grid[: int(enough.float().argmax()) + 1] if bool(enough.any()) else grid  # narrower still would save more than is asked for
-            slopes = (harms[name][grid] - harms[name][width]) / ((width - grid) * max(each, 1e-30))
-            at = int(slopes.argmin())
-            if float(slopes[at]) < best[0]:
-                best = float(slopes[at]), name, int(grid[at])
-        _, name, narrower = best
-        now -= _saved(touching[name], gone, name, widths[name] - narrower)
-        widths[name] = narrower
+            if name not in steepest:
+                steepest[name] = _narrowing(harms[name], choices[name], width, each, math.inf)
+            best = steepest[name]
+            if best is not None and (width - best.width) * each > now - target:  # perhaps less would do
+                best = _narrowing(harms[name], choices[name], width, each, now - target)
+            if best is not None:
+                found.append((best, name))
+        best, name = min(found, key=lambda pair: pair[0].slope)
+        now -= _saved(touching[name], gone, name, widths[name] - best.width)
+        gone[name] += widths[name] - best.width
+        widths[name] = best.width
+        for other in together[name]:
+            steepest.pop(other, None)
     return widths
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """To this width, and the harm it does for each unit of cost that it saves."""
+
+    slope: float
+    width: int
+
+
+def _narrowing(harm: Tensor, choices: Sequence[int], width: int, each: float, enough: float) -> Narrowing | None:
+    """The best one of a group, no narrower than it takes to save `enough`; None at the floor."""
+    grid = torch.tensor([choice for choice in choices if choice < width])
+    if not len(grid):
+        return None
+    saves = (width - grid) * max(each, 1e-30)
+    if bool((saves >= enough).any()):
+        grid = grid[: int((saves >= enough).float().argmax()) + 1]
+    slopes = (harm[grid] - harm[width]) / saves[: len(grid)]
+    at = int(slopes.argmin())
+    return Narrowing(float(slopes[at]), int(grid[at]))
 
 
 def _saved(costs: Sequence[LayerCost], gone: Mapping[str, int], name: str, units: int) -> float:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from knowiso_train.errors import DataError, NonFiniteError
 from knowiso_train.features import device_of, inputs_of, select, to_device, undisturbed
+from knowiso_train.pruning.products import RowSums
 from knowiso_train.pruning.rows import columns_of, input_rows
-from knowiso_train.statistics import Moments, StreamingMoments
+from knowiso_train.statistics import Moments
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def input_moments(
     """
     merged = merged or {}
     wanted = {name: len(merged[name]) if name in merged else columns_of(layer) for name, layer in layers.items()}
-    streams: dict[str, StreamingMoments] = {}
+    sums: dict[str, RowSums] = {}
     positions: dict[str, float] = {}
     generator, device = torch.Generator().manual_seed(seed), device_of(model)
     seen = 0
@@ -85,10 +86,8 @@ def input_moments(
             found = input_rows(layer, x, math.ceil(rows * wanted[name] * size / max_images), generator)
             if name in merged:
                 found = found[:, merged[name].to(found.device)].transpose(1, 2).flatten(0, 1)
-            found = found[:, :, None, None]
-            stream = streams.setdefault(name, StreamingMoments(wanted[name], 1, device=x.device if x.device.type != "mps" else "cpu"))
             try:
-                stream.update(found, found[:, :1])
+                sums.setdefault(name, RowSums()).add(found.cpu() if found.device.type == "mps" else found)  # which has no float64
             except NonFiniteError as error:
                 raise NonFiniteError(f"layer {name!r} reads NaN or Inf after {seen} images") from error
 
@@ -109,10 +108,10 @@ def input_moments(
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in layers if name not in streams]
+    missing = [name for name in layers if name not in sums]
     if not seen or missing:
         raise DataError(f"{seen} images were seen, and these layers never ran: {missing}. Give a loader with images, and layers that they reach.")
-    return {name: LayerInput(stream.value, positions[name]) for name, stream in streams.items()}
+    return {name: LayerInput(found.moments(), positions[name]) for name, found in sums.items()}
 
 
 def _width(layer: nn.Module) -> int:

@@ -12,6 +12,7 @@ from knowiso_train.errors import OptionError, ShapeError
 from knowiso_train.pruning.consumer import Consumer
 
 TINY = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
+SHRUNK = 0.75  # of the channels left: the rest goes on in smaller matrices
 POOL = 64  # candidates of one round where there are many channels; a quarter of them go, the greedy way, before all others are brought up to date
 
 
@@ -112,6 +113,13 @@ class BackwardElimination:
                 order.append(int(self.costs().argmin()))
                 costs.append(self.remove(order[-1]))
                 continue
+            if left <= SHRUNK * len(self.kept):
+                rest = self.kept.nonzero().flatten()
+                part = self._pool(rest)
+                part._candidates = None
+                gone, more = part.run(keep)
+                self._put_back(rest, part)
+                return order + rest[gone].tolist(), costs + more
             last = left <= 2 * POOL
             pool = self.kept.nonzero().flatten() if last else self.costs().topk(POOL, largest=False).indices
             gone, more = self._pool(pool).run(keep if last else POOL - min(POOL // 4, left - keep))
@@ -143,6 +151,14 @@ class BackwardElimination:
             weight[at], inverse[at], inverse[:, at] = 0, 0, 0
         self.kept[channels] = False
         return cost
+
+    def _put_back(self, channels: Tensor, part: BackwardElimination) -> None:
+        """What became of the channels that were left."""
+        self.kept[channels] = part.kept
+        for (columns, _, inverse, weight), (_, _, of_part, rows) in zip(self._readers(), part._readers(), strict=True):
+            at = columns[channels].flatten()
+            weight[at] = rows
+            inverse[at[:, None], at] = of_part
 
     def _pool(self, pool: Tensor) -> BackwardElimination:
         """The same elimination among a few channels: what becomes of them depends on no others' entries."""

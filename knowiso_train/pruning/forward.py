@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +16,12 @@ from knowiso_train.errors import KnowisoWarning, NonFiniteError
 from knowiso_train.pruning.absorb import absorb, affine_of
 from knowiso_train.pruning.blocks import Blocks
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.originals import WIDE, Originals, aimed_at_sum
+from knowiso_train.pruning.originals import Originals, aimed_at_sum
 from knowiso_train.pruning.positions import Positions, grouped_weight, groups_of, ungrouped_weight
-from knowiso_train.pruning.refit import DualMoments, RowMoments
+from knowiso_train.pruning.regression import AnyMoments, Regression
 from knowiso_train.pruning.trace import Operations, Tail
 
-HELD = 0.1  # of the images: the unexplained shares are measured on them
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # the last leaves the surviving weights, for layers that the rows only mislead
-FEWEST = 16  # rows held out, below which every row is both fitted and reported on
 FREE = 1e-2  # ridge of the weights from which a choice of channels starts
 SAME = 1e-10  # unexplained: nothing upstream has changed, and the layer stays to the bit
 
@@ -48,9 +45,6 @@ class LayerFit:
     after: float
 
 
-Rows = tuple[Tensor, Tensor]  # (R, G, d) and (R, G, o)
-AnyMoments = RowMoments | DualMoments
-Judge = Callable[[Tensor | None], Callable[[Tensor], float]]  # for these columns alone: weights -> unexplained share on the rows to report on
 Choose = Callable[[AnyMoments, Tensor, Tensor], Tensor]  # moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
 
 
@@ -101,6 +95,7 @@ def refit_forward(
     fits: list[LayerFit] = []
     solved: set[str] = set()
     short: list[str] = []
+    last: float | None = None
 
     def seen(number: int, name: str, args: tuple[Any, ...], result: Tensor) -> None:
         if number in wanted:
@@ -109,36 +104,43 @@ def refit_forward(
     mode = Operations(seen)
 
     def solve(name: str, layer: nn.Module, x: Tensor) -> None:
+        nonlocal last
         tail, at, groups = tails[name], target.positions[name], groups_of(layer)
-        rows = at.inputs(layer, x)
+        whole = original = grouped_weight(layer).detach().double()
+        bias = torch.zeros_like(original[:, 0]) if layer.bias is None else layer.bias.detach().double().view(groups, -1)  # type: ignore[operator]
         y, scale = _aims(name, layer, tail, target, at, streams, outputs.get(name), modules, parameters)
         y = y.view(len(y), groups, -1)
-        fitted, held = _parts(rows, y, len(at.index))
+        known = None if name in choose else masks.get(name)
+        rows = at.inputs(layer, x if known is None or groups > 1 else _channels(layer, x, known))
         try:
-            moments, every, judge = _moments(fitted, held)
+            regression = Regression.of(rows, y, len(at.index))
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {name!r}: {error}") from error
-        original = grouped_weight(layer).detach().double()
-        bias = torch.zeros_like(original[:, 0]) if layer.bias is None else layer.bias.detach().double().view(groups, -1)  # type: ignore[operator]
         if name in choose:
-            masks[name] = choose[name](moments, moments.weight(original, None, FREE)[0], scale)
-        keep = _columns(layer, masks.get(name))
+            masks[name] = choose[name](regression.fitted, regression.fitted.weight(original, None, FREE)[0], scale)
+        keep, columns = _columns(layer, masks.get(name)), None
+        if keep is not None and groups == 1:  # what is gone is left out; else it becomes 0, in each group other columns
+            columns, keep = keep[0].nonzero().flatten(), None
+            original = original[:, columns]
+            regression = regression if known is not None else regression.restricted(columns)
         before = original if keep is None else original * keep.to(original)[..., None]
         read = original.shape[1] if keep is None else int(keep.sum(1).max())
-        shares = [_unexplained(held, before)]
-        if shares[0] > SAME or bool((moments.bias(before) - bias).square().sum() > SAME * y.var(0, correction=0).sum()):
-            if len(fitted[0]) < read:
-                short.append(f"{name!r} ({len(fitted[0])} rows for {read} regressors)")
-            share, best = _best(moments, original, keep, ridge, judge)
+        shares, new = [regression.unexplained(before)], before
+        changed = shares[0] > SAME or bool((regression.fitted.bias(before) - bias).square().sum() > SAME * y.var(0, correction=0).sum())
+        if changed:
+            if regression.count < read:
+                short.append(f"{name!r} ({regression.count} rows for {read} regressors)")
+            share, last = regression.best(original, keep, ridge, last)
             shares.append(share)
-            new = every.weight(original, keep, best)
-            with torch.no_grad():
+            new = regression.every.weight(original, keep, last)
+        with torch.no_grad():
+            if columns is not None:
+                layer.weight.copy_(ungrouped_weight(layer, torch.zeros_like(whole).index_copy(1, columns, new)))  # type: ignore[operator]
+            elif changed or keep is not None:
                 layer.weight.copy_(ungrouped_weight(layer, new))  # type: ignore[operator]
+        if changed:
             norm = modules[tail.norm] if tail.norm is not None else None
-            absorb(layer, norm, every.bias(new).flatten(), every, new)
-        elif keep is not None:
-            with torch.no_grad():
-                layer.weight.copy_(ungrouped_weight(layer, before))  # type: ignore[operator]
+            absorb(layer, norm, regression.every.bias(new).flatten(), regression.every, new)
         inputs = x.shape[1] if isinstance(layer, nn.Conv2d) else x.shape[-1]
         inputs = inputs if name not in masks else int(masks[name].sum())
         fits.append(LayerFit(name, inputs, len(rows), shares[0], shares[-1]))
@@ -210,39 +212,9 @@ def _aims(
     return y, scale
 
 
-def _parts(x: Tensor, y: Tensor, images: int) -> tuple[Rows, Rows]:
-    """Rows to fit on and rows to report on, of other images where there are enough."""
-    y = y.to(x.device)
-    held = int(HELD * images) * (len(x) // images)
-    if held < FEWEST:
-        every = x, y
-        return every, every
-    return (x[:-held], y[:-held]), (x[-held:], y[-held:])
-
-
-def _moments(fitted: Rows, held: Rows) -> tuple[AnyMoments, AnyMoments, Judge]:
-    """Of the rows to fit on, and of all; and the unexplained share that a weight leaves on the rows to report on."""
-    count, regressors = len(fitted[0]), fitted[0].shape[2]
-    apart = held[0] is not fitted[0]
-    if regressors > WIDE and count <= regressors:
-        part = DualMoments.of(*fitted)
-        dual = DualMoments.of(*(torch.cat(both) for both in zip(fitted, held, strict=True))) if apart else part
-        return part, dual, lambda at: partial(_unexplained, held)
-    moments = RowMoments.of(*fitted)
-    of_held = RowMoments.of(*held) if apart else moments
-    total = float(held[1].double().var(0, correction=0).sum())
-    every = moments.merged(of_held, len(held[0]) / (count + len(held[0]))) if apart else moments
-    return moments, every, lambda at: partial((of_held if at is None else of_held.restricted(at)).left, total=total)
-
-
-def _best(moments: AnyMoments, original: Tensor, keep: Tensor | None, ridges: Sequence[float], judge: Judge) -> tuple[float, float]:
-    """The least unexplained share on other images, and the ridge that leaves it."""
-    at = None
-    if keep is not None and len(keep) == 1 and isinstance(moments, RowMoments):  # once for all ridges
-        at = keep[0].nonzero().flatten()
-        moments, original, keep = moments.restricted(at), original[:, at], None
-    left = judge(at)
-    return min((left(moments.weight(original, keep, ridge)), ridge) for ridge in ridges)
+def _channels(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """What a layer of one group reads, of these channels alone."""
+    return x.index_select(1 if isinstance(layer, nn.Conv2d) else -1, mask.nonzero().flatten())
 
 
 def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
@@ -253,11 +225,3 @@ def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
         return mask[None]
     taps = layer.weight[0, 0].numel()  # type: ignore[index]
     return mask.view(groups_of(layer), 1, -1).expand(-1, taps, -1).flatten(1)
-
-
-def _unexplained(rows: Rows, weight: Tensor) -> float:
-    """Share of the variance of what a layer should give that is left with the best intercept."""
-    x, y = rows
-    total = float(y.double().var(0, correction=0).sum())
-    left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight)
-    return float(left.var(0, correction=0).sum()) / total if total > 0 else 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from knowiso_train.disentangle.ridge import LinearMap
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
+from knowiso_train.pruning.products import gram
 from knowiso_train.statistics import Moments
 
 TINY = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
@@ -88,7 +89,7 @@ class RowMoments:
         kind = torch.float32 if rows * groups * d * d > SLOW else torch.float64
         for of_x, of_y in zip(torch.split(x, CHUNK), torch.split(y, CHUNK), strict=True):
             left, right = (of_x - mean_x.to(x)).to(kind).permute(1, 2, 0), (of_y - mean_y.to(y)).to(kind).transpose(0, 1)
-            xx += left @ left.mT
+            xx += gram(left)
             xy += left @ right
         return cls(mean_x, mean_y, xx / rows, xy / rows)
 
@@ -140,9 +141,6 @@ class RowMoments:
             raise OptionError(f"ridge must be a number >= 0 (relative to the mean variance of what the layer reads), got {ridge!r}")
         if not bool(self.xx.diagonal(dim1=1, dim2=2).isfinite().all() and self.xy.isfinite().all()):  # no entry is beyond the diagonal's
             raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
-        if keep is not None and len(keep) == 1:  # one group: what is gone is left out
-            at = keep[0].nonzero().flatten()
-            return torch.zeros_like(original).index_copy(1, at, self.restricted(at).weight(original[:, at], None, ridge))
         left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
         start = original * left[..., None]
         if math.isinf(ridge):
@@ -213,6 +211,10 @@ class DualMoments:
         if not bool(mean_x.isfinite().all() and mean_y.isfinite().all()):
             raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
         return cls(mean_x, mean_y, of_x - mean_x[:, None], of_y - mean_y[:, None])
+
+    def restricted(self, at: Tensor) -> DualMoments:
+        """Of these columns alone."""
+        return DualMoments(self.mean_x[:, at], self.mean_y, self.x[:, :, at], self.y)
 
     def weight(self, original: Tensor, keep: Tensor | None = None, ridge: float = 1e-4) -> Tensor:
         """(G, d, o), see `RowMoments.weight`: `A + Xᵀ(XXᵀ + nλ)⁻¹(Y - XA)`."""

@@ -26,7 +26,7 @@ from knowiso_train.pruning.trace import Tail
 PROBED = 0.25  # share of a group's units that is left when the network's output is looked at
 FEW = 0.05  # regressors per row, from which on what channels have in common is trusted less
 IMAGES = 16, 256  # at least and at most
-WORK = 3e12  # multiply-adds that all groups together may take, within these
+WORK = 2e12  # multiply-adds that all groups together may take, within these
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""One layer's regression: the images that it is fitted on, others that judge, and all of them for what is written in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from knowiso_train.pruning.originals import WIDE
+from knowiso_train.pruning.refit import DualMoments, RowMoments
+
+HELD = 0.1  # of the images: the unexplained shares are measured on them
+FEWEST = 16  # rows held out, below which every row is both fitted and reported on
+
+AnyMoments = RowMoments | DualMoments
+Rows = tuple[Tensor, Tensor]  # (R, G, d) and (R, G, o)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What a layer reads and should give.
+
+    Attributes:
+        fitted: moments of the rows to fit on.
+        every: of all rows.
+        held: the rows to report on; those that are fitted where there are too few.
+        of_held: their moments; None where regressors are too many.
+        count: rows to fit on.
+    """
+
+    fitted: AnyMoments
+    every: AnyMoments
+    held: Rows
+    of_held: RowMoments | None
+    count: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, images: int) -> Regression:
+        """From rows (R, G, d) and (R, G, o), image after image.
+
+        Raises:
+            NonFiniteError: NaN or Inf in the rows.
+
+        Example:
+            >>> x, a = torch.randn(400, 1, 3).double(), torch.randn(1, 3, 2).double()
+            >>> found = Regression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
+            >>> found.unexplained(a) < 1e-12, found.best(torch.zeros_like(a), None, [1e-9, 1.0])[1]
+            (True, 1e-09)
+        """
+        y = y.to(x.device)
+        count = int(HELD * images) * (len(x) // images)
+        apart = count >= FEWEST
+        fitted, held = ((x[:-count], y[:-count]), (x[-count:], y[-count:])) if apart else ((x, y), (x, y))
+        if x.shape[2] > WIDE and len(fitted[0]) <= x.shape[2]:
+            part = DualMoments.of(*fitted)
+            return cls(part, DualMoments.of(x, y) if apart else part, held, None, len(fitted[0]))
+        moments = RowMoments.of(*fitted)
+        if not apart:
+            return cls(moments, moments, held, moments, len(x))
+        of_held = RowMoments.of(*held)
+        return cls(moments, moments.merged(of_held, count / len(x)), held, of_held, len(fitted[0]))
+
+    def restricted(self, at: Tensor) -> Regression:
+        """On these columns alone.
+
+        Example:
+            >>> x, y, at = torch.randn(400, 1, 3), torch.randn(400, 1, 2), torch.tensor([2, 0])
+            >>> a, b = Regression.of(x, y, 40).restricted(at), Regression.of(x[:, :, at], y, 40)
+            >>> torch.allclose(a.every.weight(torch.zeros(1, 2, 2)), b.every.weight(torch.zeros(1, 2, 2)))
+            True
+        """
+        x, y = self.held
+        of_held = None if self.of_held is None else self.of_held.restricted(at)
+        return replace(self, fitted=self.fitted.restricted(at), every=self.every.restricted(at), held=(x[:, :, at], y), of_held=of_held)
+
+    def unexplained(self, weight: Tensor) -> float:
+        """Share of the variance of what the layer should give that a weight (G, d, o) leaves on the held rows, with the best intercept."""
+        x, y = self.held
+        left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight)
+        total = self._total()
+        return float(left.var(0, correction=0).sum()) / total if total > 0 else 0.0
+
+    def best(self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None) -> tuple[float, float]:
+        """The least unexplained share on the held rows, and the ridge that leaves it.
+
+        From the ridge of the layer before, downhill to both sides: what is left rises to both sides of the best ridge.
+
+        Args:
+            original: (G, d, o) float64, what the ridge draws towards.
+            keep: (G, d), the columns that are left; None is all.
+            ridges: to choose from.
+            start: where to begin; in the middle if it is not among them.
+
+        Example:
+            >>> x, a = torch.randn(400, 1, 3).double(), torch.randn(1, 3, 2).double()
+            >>> found = Regression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
+            >>> [found.best(0 * a, None, (1e-6, 1e-3, 1.0, 10.0), start)[1] for start in (None, 10.0, 1e-6)]
+            [1e-06, 1e-06, 1e-06]
+        """
+        of_held, total = self.of_held, self._total()
+
+        def left(ridge: float) -> tuple[float, float]:
+            weight = self.fitted.weight(original, keep, ridge)
+            return (self.unexplained(weight) if of_held is None else of_held.left(weight, total)), ridge
+
+        tried = sorted(set(ridges))
+        found = {ridge: left(ridge) for ridge in tried if math.isinf(ridge)}  # costs nothing, and is no neighbour of the others
+        tried = [ridge for ridge in tried if not math.isinf(ridge)]
+        if tried:
+            middle = tried.index(start) if start in tried else len(tried) // 2
+            found[tried[middle]] = left(tried[middle])
+            for step in (-1, 1):
+                at = middle
+                while 0 <= at + step < len(tried):
+                    found[tried[at + step]] = left(tried[at + step])
+                    if found[tried[at + step]] > found[tried[at]]:
+                        break
+                    at += step
+                if at != middle:  # it was downhill: not to the other side
+                    break
+        return min(found.values())
+
+    def _total(self) -> float:
+        return float(self.held[1].double().var(0, correction=0).sum())
