@@ -127,7 +127,8 @@ def test_the_layer_after_the_cut_is_what_least_squares_finds() -> None:
         wanted = patch_rows(model.bn2[0](model.conv2[0](F.relu(model.bn1[0](model.conv1[0](s))))), 1)
         rows = patch_rows(y, 3).double()
         ones = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
-        solution = torch.linalg.lstsq(ones, wanted.double(), driver="gelsd").solution
+        fitted = 54 * 64  # positions; the last tenth of the images is held out
+        solution = torch.linalg.lstsq(ones[:fitted], wanted[:fitted].double(), driver="gelsd").solution
         found = patch_rows(small.bn2[0](small.conv2[0](F.relu(small.bn1[0](small.conv1[0](s))))), 1)
     torch.testing.assert_close(found.double(), ones @ solution, atol=2e-4, rtol=1e-3)
 
@@ -150,7 +151,7 @@ def test_batch_norms_hold_the_statistics_of_what_they_now_read() -> None:
     x = pictures(300)
     ki.refit(small, model, [x], rows=10**6, progress=False)
     with torch.no_grad():
-        s = F.relu(small.stem(x))
+        s = F.relu(small.stem(x[:270]))  # the last tenth is held out
         z = small.conv2[0](F.relu(small.bn1[0](small.conv1[0](s))))
     torch.testing.assert_close(small.bn2[0].running_mean, z.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(small.bn2[0].running_var, z.var((0, 2, 3)), atol=1e-4, rtol=1e-3)

@@ -70,7 +70,7 @@ def test_columns_that_are_left_out_are_columns_that_are_not_there() -> None:
     keep = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, at, True)
     whole, part = Regression.of(x, y, 40), Regression.of(x[:, :, at], y, 40)
     for less in (whole.restricted(at), part):
-        torch.testing.assert_close(less.every.weight(original[:, at], None, 0.1), whole.every.weight(original, keep, 0.1)[:, at])
+        torch.testing.assert_close(less.fitted.weight(original[:, at], None, 0.1), whole.fitted.weight(original, keep, 0.1)[:, at])
         assert less.best(original[:, at], None, RIDGES)[0] == pytest.approx(whole.best(original, keep, RIDGES)[0])
 
 

@@ -23,11 +23,12 @@ from knowiso_train.pruning.originals import WIDE
 from knowiso_train.pruning.refit import RowMoments
 from knowiso_train.pruning.regression import AnyMoments
 from knowiso_train.pruning.rows import columns_of, readable
-from knowiso_train.pruning.sensitivity import eliminate, sensitivities
+from knowiso_train.pruning.sensitivity import eliminate, probed, sensitivities
 from knowiso_train.pruning.trace import Tail
 
 RIDGE = 1e-4
 TEMPERS = (0.5, 0.75, 1.0)  # exponents of the output's sensitivity; the first where nothing tells them apart
+JUDGING = 0.25  # of the images at most tell the output's sensitivity, and no more than it takes
 AGAIN = 2304  # regressors, above which a second elimination takes longer than it is worth
 
 
@@ -124,7 +125,9 @@ class SequentialChoice:
 def by_isomorphism(
     model: nn.Module, groups: Sequence[ChannelGroup], tails: Mapping[str, Tail], images: Calibration, seed: int, progress: bool
 ) -> Choice:
-    """Backward elimination of every group on the original's inputs, weighed by what the output makes of it."""
+    """Backward elimination of every group on the original's inputs, weighed by what the output makes of it on images that were not looked at before:
+    where images are few, refitted weights do better on those that they were fitted to, and more so in wide layers.
+    """
     modules = dict(model.named_modules())
     readers = {
         name: modules[name] for group in groups for name in group.readers if readable(modules[name]) and getattr(modules[name], "groups", 1) == 1
@@ -135,11 +138,12 @@ def by_isomorphism(
         for name, channels in group.readers.items()
         if name in readers and columns_of(readers[name]) > WIDE
     }
+    fitted, others = images.parted(JUDGING, probed(model, groups, images))
     inputs = input_moments(
-        model, images, readers, max_images=images.count, rows=ROWS, forward=images.forward, merged=merged, seed=seed, progress=progress
+        model, fitted, readers, max_images=fitted.count, rows=ROWS, forward=images.forward, merged=merged, seed=seed, progress=progress
     )
     found = {group.name: eliminate(model, group, inputs, tails, RIDGE) for group in groups}
-    factors = sensitivities(model, groups, found, images, progress)
+    factors = sensitivities(model, groups, found, others, progress)
     orders, harms = {name: entry.order for name, entry in found.items()}, {name: entry.harms for name, entry in found.items()}
     return Choice(orders, harms, factors, {group.name: group.kind for group in groups})
 

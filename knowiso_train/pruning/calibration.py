@@ -62,14 +62,30 @@ class Calibration:
 
     def some(self, images: int) -> Any:
         """The first images, as one batch."""
-        batches, left = [], images
+        return _joined(self._between(0, images).batches)
+
+    def parted(self, share: float, most: int) -> tuple[Calibration, Calibration]:
+        """The first images, and the last ones: at most this share of them and so many; all of them twice where they are too few to be parted.
+
+        Example:
+            >>> images = Calibration([torch.zeros(6, 1), torch.zeros(4, 1)])
+            >>> [[part.count for part in images.parted(share, 3)] for share in (0.25, 0.5, 0.05)]
+            [[8, 2], [7, 3], [10, 10]]
+        """
+        last = min(most, int(share * self.count))
+        if not last:
+            return self, self
+        return self._between(0, self.count - last), self._between(self.count - last, self.count)
+
+    def _between(self, start: int, stop: int) -> Calibration:
+        batches, seen = [], 0
         for batch in self.batches:
-            size = min(left, batch_size(batch))
-            batches.append(select(batch, torch.arange(size)))
-            left -= size
-            if not left:
-                break
-        return _joined(batches)
+            size = batch_size(batch)
+            first, last = max(0, start - seen), min(size, stop - seen)
+            if first < last:
+                batches.append(batch if last - first == size else select(batch, torch.arange(first, last)))
+            seen += size
+        return Calibration(batches, stop - start, None, self.forward)
 
     def all(self) -> Any:
         """Every image, as one batch."""

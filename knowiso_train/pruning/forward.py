@@ -21,7 +21,7 @@ from knowiso_train.pruning.positions import Positions, grouped_weight, groups_of
 from knowiso_train.pruning.regression import AnyMoments, Regression
 from knowiso_train.pruning.trace import Operations, Tail
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # the last leaves the surviving weights, for layers that the rows only mislead
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, math.inf)  # the last leaves the surviving weights, for layers that the rows only mislead
 FREE = 1e-2  # ridge of the weights from which a choice of channels starts
 SAME = 1e-10  # unexplained: nothing upstream has changed, and the layer stays to the bit
 
@@ -35,7 +35,7 @@ class LayerFit:
         inputs: channels that it reads.
         rows: of its regression.
         before: unexplained share of what it should give, with the surviving original weights, on images that were not fitted.
-        after: the same with refitted ones; the network then gets those of the same ridge from all images.
+        after: the same with refitted ones.
     """
 
     name: str
@@ -132,7 +132,7 @@ def refit_forward(
                 short.append(f"{name!r} ({regression.count} rows for {read} regressors)")
             share, last = regression.best(original, keep, ridge, last)
             shares.append(share)
-            new = regression.every.weight(original, keep, last)
+            new = regression.fitted.weight(original, keep, last)
         with torch.no_grad():
             if columns is not None:
                 layer.weight.copy_(ungrouped_weight(layer, torch.zeros_like(whole).index_copy(1, columns, new)))  # type: ignore[operator]
@@ -140,7 +140,7 @@ def refit_forward(
                 layer.weight.copy_(ungrouped_weight(layer, new))  # type: ignore[operator]
         if changed:
             norm = modules[tail.norm] if tail.norm is not None else None
-            absorb(layer, norm, regression.every.bias(new).flatten(), regression.every, new)
+            absorb(layer, norm, regression.fitted.bias(new).flatten(), regression.fitted, new)
         inputs = x.shape[1] if isinstance(layer, nn.Conv2d) else x.shape[-1]
         inputs = inputs if name not in masks else int(masks[name].sum())
         fits.append(LayerFit(name, inputs, len(rows), shares[0], shares[-1]))

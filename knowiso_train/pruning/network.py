@@ -42,7 +42,8 @@ def refit(
 
     Layer after layer in the order in which they run, each one's weight and intercept are solved in closed form from what the layer now reads, errors
     made upstream included, to what the original's layer gives; where its output joins a residual stream, to what the stream lacks of the original's.
-    The ridge pulls towards the surviving original weights, and is chosen for each layer by images that were not fitted.
+    The ridge pulls towards the surviving original weights. A tenth of the images, the last ones, is never fitted: it chooses each layer's ridge, and
+    says what is left unexplained.
 
     Refitted are convolutions of any kernel, stride and number of groups (depthwise: each channel by itself) and linear layers that run once. The
     intercept goes into the following batch norm, whose statistics then are those of the new output, or into the layer's bias, which is added where

@@ -93,28 +93,6 @@ class RowMoments:
             xy += left @ right
         return cls(mean_x, mean_y, xx / rows, xy / rows)
 
-    def merged(self, other: RowMoments, share: float) -> RowMoments:
-        """Of these rows and others together (Chan et al.).
-
-        Args:
-            other: of the same layer.
-            share: of the other's rows among all.
-
-        Example:
-            >>> x, y = torch.randn(30, 1, 3), torch.randn(30, 1, 2)
-            >>> both = RowMoments.of(x[:20], y[:20]).merged(RowMoments.of(x[20:], y[20:]), 1 / 3)
-            >>> torch.allclose(both.xx, RowMoments.of(x, y).xx)
-            True
-        """
-        of_x, of_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
-        between = share * (1 - share)
-        return RowMoments(
-            self.mean_x + share * of_x,
-            self.mean_y + share * of_y,
-            torch.lerp(self.xx, other.xx, share) + between * of_x[:, :, None] * of_x[:, None],
-            torch.lerp(self.xy, other.xy, share) + between * of_x[:, :, None] * of_y[:, None],
-        )
-
     def restricted(self, at: Tensor) -> RowMoments:
         """Of these columns alone.
 

@@ -1,4 +1,4 @@
-"""One layer's regression: the images that it is fitted on, others that judge, and all of them for what is written in the end."""
+"""One layer's regression: the images that it is fitted on, and others that choose its ridge and say how good it is."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ class Regression:
 
     Attributes:
         fitted: moments of the rows to fit on.
-        every: of all rows.
-        held: the rows to report on; those that are fitted where there are too few.
+        held: the rows to report on; those that are fitted where there are too few. No layer before this one was fitted on their images.
         of_held: their moments; None where regressors are too many.
         count: rows to fit on.
     """
 
     fitted: AnyMoments
-    every: AnyMoments
     held: Rows
     of_held: RowMoments | None
     count: int
@@ -55,13 +53,9 @@ class Regression:
         apart = count >= FEWEST
         fitted, held = ((x[:-count], y[:-count]), (x[-count:], y[-count:])) if apart else ((x, y), (x, y))
         if x.shape[2] > WIDE and len(fitted[0]) <= x.shape[2]:
-            part = DualMoments.of(*fitted)
-            return cls(part, DualMoments.of(x, y) if apart else part, held, None, len(fitted[0]))
+            return cls(DualMoments.of(*fitted), held, None, len(fitted[0]))
         moments = RowMoments.of(*fitted)
-        if not apart:
-            return cls(moments, moments, held, moments, len(x))
-        of_held = RowMoments.of(*held)
-        return cls(moments, moments.merged(of_held, count / len(x)), held, of_held, len(fitted[0]))
+        return cls(moments, held, RowMoments.of(*held) if apart else moments, len(fitted[0]))
 
     def restricted(self, at: Tensor) -> Regression:
         """On these columns alone.
@@ -69,12 +63,12 @@ class Regression:
         Example:
             >>> x, y, at = torch.randn(400, 1, 3), torch.randn(400, 1, 2), torch.tensor([2, 0])
             >>> a, b = Regression.of(x, y, 40).restricted(at), Regression.of(x[:, :, at], y, 40)
-            >>> torch.allclose(a.every.weight(torch.zeros(1, 2, 2)), b.every.weight(torch.zeros(1, 2, 2)))
+            >>> torch.allclose(a.fitted.weight(torch.zeros(1, 2, 2)), b.fitted.weight(torch.zeros(1, 2, 2)))
             True
         """
         x, y = self.held
         of_held = None if self.of_held is None else self.of_held.restricted(at)
-        return replace(self, fitted=self.fitted.restricted(at), every=self.every.restricted(at), held=(x[:, :, at], y), of_held=of_held)
+        return replace(self, fitted=self.fitted.restricted(at), held=(x[:, :, at], y), of_held=of_held)
 
     def unexplained(self, weight: Tensor) -> float:
         """Share of the variance of what the layer should give that a weight (G, d, o) leaves on the held rows, with the best intercept."""

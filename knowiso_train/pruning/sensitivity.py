@@ -103,6 +103,11 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
     return Elimination([*order, last], harms, probed, weights)
 
 
+def probed(model: nn.Module, groups: Sequence[ChannelGroup], images: Calibration) -> int:
+    """Images that `sensitivities` needs: at most 256, fewer where the network is large."""
+    return affordable(model, images, WORK, IMAGES, len(groups))
+
+
 def sensitivities(
     model: nn.Module, groups: Sequence[ChannelGroup], found: Mapping[str, Elimination], images: Calibration, progress: bool = True
 ) -> dict[str, float]:
@@ -115,7 +120,7 @@ def sensitivities(
         model: the original, in eval mode.
         groups: to compare.
         found: their eliminations.
-        images: the first ones are used, at most 256, fewer where the network is large.
+        images: all of them are used, see `probed`.
         progress: whether to show a bar.
 
     Returns:
@@ -125,7 +130,7 @@ def sensitivities(
         InputTypeError: a network whose output is no tensor.
     """
     with torch.no_grad():
-        some = images.some(min(images.count, affordable(model, images, WORK, IMAGES, len(groups))))
+        some = images.all()
         plain = output_of(images.run(model, some))
         spread = float((plain - plain.mean(0)).square().sum().clamp_min(1e-30))
         factors = {}
