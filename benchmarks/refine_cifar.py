@@ -1,7 +1,8 @@
 """Section `cifar` of bench_refine.py: a small network on few labelled images, refined by two that differ only in their seed.
 
-ResNet-8, 2,000 labelled CIFAR-10 images with crops and flips or without, 8,000 unlabelled ones; all three networks are trained alike for STEPS steps.
-Then one of them is trained for MORE steps in each of these ways, from the same start and with the same batches (50 labelled, 50 unlabelled ones):
+ResNet-8, 2,000 labelled CIFAR-10 images with crops and flips or without, 8,000 unlabelled ones, or instead of these the labelled ones again; all
+three networks are trained alike for STEPS steps. Then one of them is trained for MORE steps in each of these ways, from the same start and with the
+same batches (50 labelled, 50 unlabelled images):
 
 cross-entropy       the labels alone, once more
 self-distillation   and its own frozen logits on all images
@@ -33,35 +34,45 @@ LABELLED, STEPS, MORE, BATCH, LR = 2000, 250, 60, 50, 0.1
 TUNING, TUNING_SEED, VALIDATION, TEST = slice(13000, 15000), 1000, slice(10000, 12000), 5000
 LRS, WEIGHTS = (0.01, 0.03), (1.0, 3.0)
 WAYS = ("cross-entropy", "self-distillation", "ensemble", "ours")
+KINDS = ((False, True), (True, True), (False, False), (True, False))  # augmented, unlabelled images
 
 
 def cifar(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """One row for each seed and kind of images, with the accuracy of everything."""
     images, labels = cifar10("train")
     test = cifar10("test", TEST)
-    for augment in (False, True):
-        chosen = next((row["chosen"] for row in kept if row["augment"] == augment and "chosen" in row), None)
+    for augment, unlabelled in KINDS:
+        kind = {"augment": augment, "unlabelled": unlabelled}
+        found = [row for row in kept if is_of(row, kind)]
+        chosen = next((row["chosen"] for row in found if "chosen" in row), None)
         if chosen is None:
-            known, others = (images[TUNING], labels[TUNING]), images[2000:10000]
-            chosen = tuned(known, others, (images[VALIDATION], labels[VALIDATION]), augment)
-            kept.append({"augment": augment, "seed": TUNING_SEED, **chosen})
+            known = images[TUNING], labels[TUNING]
+            chosen = tuned(known, images[2000:10000] if unlabelled else known[0], (images[VALIDATION], labels[VALIDATION]), augment)
+            kept.append({**kind, "seed": TUNING_SEED, **chosen})
+            chosen = chosen["chosen"]
             save()
         for seed in range(seeds):
-            if any(row["augment"] == augment and row["seed"] == seed for row in kept):
+            if any(row["seed"] == seed for row in found):
                 continue
             order = torch.randperm(10000, generator=torch.Generator().manual_seed(seed))
-            few, rest = order[:LABELLED], order[LABELLED:]
+            few = order[:LABELLED]
+            rest = order[LABELLED:] if unlabelled else few
             began = time.perf_counter()
             nets = [trained((images[few], labels[few]), 10 * seed + i, augment) for i in range(3)]
-            row: dict[str, Any] = {"augment": augment, "seed": seed} | without_training(nets, (images[few], labels[few]), images[rest], test)
+            row: dict[str, Any] = {**kind, "seed": seed} | without_training(nets, (images[few], labels[few]), images[rest], test)
             for way in WAYS:
-                done = more(way, nets, (images[few], labels[few]), images[rest], seed, augment, **chosen["chosen"][way])
+                done = more(way, nets, (images[few], labels[few]), images[rest], seed, augment, **chosen[way])
                 row[way] = accuracy(done, *test)
             row["seconds"] = round(time.perf_counter() - began)
             kept.append(row)
             save()
             print({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
     return kept
+
+
+def is_of(row: dict[str, Any], kind: dict[str, bool]) -> bool:
+    """Rows of before there was a choice had unlabelled images."""
+    return row["augment"] == kind["augment"] and row.get("unlabelled", True) == kind["unlabelled"]
 
 
 def tuned(known: tuple[Tensor, Tensor], others: Tensor, validation: tuple[Tensor, Tensor], augment: bool) -> dict[str, Any]:
@@ -159,11 +170,13 @@ def pooled(model: nn.Module, images: Tensor) -> Tensor:
 def cifar_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and paired differences to plain fine-tuning and to the ensemble's distillation."""
     found = []
-    for augment in (False, True):
-        judged = [row for row in rows if row["augment"] == augment and row["seed"] != TUNING_SEED]
+    for augment, unlabelled in KINDS:
+        kind = {"augment": augment, "unlabelled": unlabelled}
+        judged = [row for row in rows if is_of(row, kind) and row["seed"] != TUNING_SEED]
         for name in ("start", "three networks", "self-training head", "consensus head", *WAYS) if len(judged) > 1 else ():
             own = torch.tensor([row[name] for row in judged], dtype=torch.float64)
-            line: dict[str, Any] = {"images": "augmented" if augment else "plain", "method": name, "top-1 %": round(float(own.mean()), 2)}
+            line: dict[str, Any] = {"images": "augmented" if augment else "plain", "unlabelled": "8,000" if unlabelled else "none"}
+            line |= {"method": name, "top-1 %": round(float(own.mean()), 2)}
             for other in ("start", "cross-entropy", "ensemble"):
                 line[f"over {other}"] = spread([row[name] - row[other] for row in judged], signed=True)
             found.append(line)
