@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, LayerNameError, OptionError, ShapeError
-from knowiso_train.refinement import FineTuning, Refined, refine
+from knowiso_train.refinement import FineTuning, HeadRecipe, Refined, refine
 from knowiso_train.refinement.networks import network
 from knowiso_train.refinement.sampling import sampled
 from knowiso_train.refinement.told import Told
@@ -226,3 +227,25 @@ def test_a_sorted_folder_is_read_at_random_places() -> None:
         sampled(iter(loader), 20)
     with pytest.raises(OptionError, match="max_images"):
         sampled(loader, 0)
+
+
+def test_guesses_that_mislead_are_not_used() -> None:
+    """Sixty classes that the network hardly tells apart: without validation images the labels left out in turn say so."""
+    generator = torch.Generator().manual_seed(0)
+    centre, y = torch.randn(60, 24, generator=generator), torch.arange(3000) % 60
+    x = centre[y] + 1.2 * torch.randn(3000, 24, generator=generator)
+    x = torch.cat([x, torch.randn(3000, 48, generator=generator)], 1)
+    nets = []
+    for i in range(2):
+        nets.append(nn.Sequential(nn.Linear(72, 48, bias=False), nn.Linear(48, 60)))
+        with torch.no_grad():
+            nets[i][0].weight.copy_(torch.eye(72)[[*range(24), *range(24 + 24 * i, 48 + 24 * i)]])
+    options: dict[str, Any] = {"labelled": batches(x[:240], y[:240]), "test": batches(x[2000:], y[2000:]), "progress": False}
+    with pytest.warns(KnowisoWarning, match="points on labelled images left out; the labels alone are used"):
+        safe = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadRecipe(balance=0.0, sharpness=math.inf), **options)
+    assert safe.report.chosen.startswith("labels only")
+    harmed = next(row for row in safe.report.rows if row.name.startswith("consensus head"))
+    assert safe.report.row("after").test.accuracy > harmed.test.accuracy + 10
+    better = refine(nets[0], nets[1], batches(x[240:2000]), method="head", **options)
+    assert better.report.chosen.startswith("consensus head")
+    assert better.report.row("after").test.accuracy > safe.report.row("after").test.accuracy

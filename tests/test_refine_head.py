@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from refined_networks import SIGNAL, WIDTH, Eye, images
 
 from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.refinement import HeadRecipe, consensus_head, denoiser, ridge_head, worth
+from knowiso_train.refinement.crossed import crossed
 from knowiso_train.refinement.evaluation import best_temperature, score
-from knowiso_train.refinement.smoother import Smoother
+from knowiso_train.refinement.head import Consensus
+from knowiso_train.refinement.smoother import Smoother, sharpened
 from knowiso_train.refinement.views import isomorphic_parts
 
 X, Y = images(3000, noise=1.0)
@@ -64,8 +68,56 @@ def test_the_consensus_head_beats_self_training_and_labels_alone() -> None:
         alone = max(accuracy(ridge_head(train[0][few], Y[few], 3, r)(test)) for r in (0.01, 0.1, 1.0))
         gaps.append([accuracy(head(test)) - alone for head in heads])
     with_peers, without = torch.tensor(gaps).mean(0).tolist()
-    assert with_peers > 5
-    assert with_peers > without + 2
+    assert with_peers > 12
+    assert with_peers > without + 1
+
+
+def test_guesses_come_in_the_proportions_of_the_labels() -> None:
+    """Sixty classes in 24 directions: guesses favour some of them, and classifiers fitted to guesses favour them more, unless they are balanced."""
+    for seed in range(3):
+        train, labels, x, y = many_classes(seed)
+        few = torch.arange(240)
+        heads = {
+            balance: consensus_head(
+                [f[few] for f in train], labels[few], [f[240:] for f in train], 60, HeadRecipe(balance=balance, sharpness=math.inf)
+            )
+            for balance in (0.0, 1.0)
+        }
+        alone = accuracy(ridge_head(train[0][few], labels[few], 60, 0.1)(x), y)
+        spread = {balance: head.targets.sum(0).std() for balance, head in heads.items()}
+        assert spread[1.0] < 0.5 * spread[0.0]
+        assert accuracy(heads[0.0](x), y) < alone - 10
+        assert accuracy(heads[1.0](x), y) > alone + 1
+
+
+def many_classes(seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features of two networks for training and labels; features of the first for other images, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centre, labels = torch.randn(60, 24, generator=generator), torch.arange(6000) % 60
+    signal = centre[labels] + 1.2 * torch.randn(6000, 24, generator=generator)
+    networks = [torch.cat([signal, torch.randn(6000, 24, generator=generator)], 1) for _ in range(2)]
+    return [f[:4000] for f in networks], labels[:4000], networks[0][4000:], labels[4000:]
+
+
+def test_guesses_that_mislead_are_noticed_on_labels_left_out() -> None:
+    index, recipe = torch.arange(240), HeadRecipe(balance=0.0, sharpness=math.inf)
+    for seed in range(3):
+        train, labels, _, _ = many_classes(seed)
+        found = crossed(Consensus.of(train), train[0][index], index, labels[index], 60, recipe)
+        assert found.misled
+        assert found.gain + found.error < -10
+    own = [net.features(X) for net in NETS]
+    few = torch.cat([torch.nonzero(c == Y)[:5, 0] for c in range(3)])
+    assert not crossed(Consensus.of(own), own[0][few], few, Y[few], 3, HeadRecipe()).misled
+    assert not crossed(Consensus.of(own), own[0][few[:6]], few[:6], Y[few[:6]], 3, HeadRecipe()).misled  # too few to say
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_proportions_on_the_way(balance: float) -> None:
+    scores = torch.randn(3000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3 + torch.tensor([0.6, 0.1, 0.0, -0.1])
+    wanted, plain = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), (12 * scores).softmax(1).mean(0)
+    between = plain ** (1 - balance) * wanted**balance
+    torch.testing.assert_close(sharpened(scores, 12.0, wanted, balance).mean(0), between / between.sum(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["noise", "blind", "shuffled"])
@@ -133,6 +185,8 @@ def test_errors_say_what_to_do() -> None:
         consensus_head([torch.randn(4, 2), bad], torch.tensor([0, 1, 0, 1]), [torch.randn(9, 2), torch.randn(9, 2)], 2)
     with pytest.raises(OptionError, match="rounds"):
         HeadRecipe(rounds=0)
+    with pytest.raises(OptionError, match="balance"):
+        HeadRecipe(balance=1.5)
     with pytest.raises(OptionError, match="ridge must be"):
         denoiser(torch.randn(30, 2), [torch.randn(30, 2)], ridge=-1.0)
     with pytest.raises(ShapeError, match="peers on the same"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,7 @@ from knowiso_train.pruning.twin import Kept
 
 TRIED, JUDGED, FEWEST = (64, 256), 1 / 3, 8  # images that widths are tried with, the share of others that judge, and how many of these it takes
 WORK = 4e11  # multiply-adds of one pass of those that widths are tried with, within these: large networks take fewer
-QUICK = 20  # rows per regressor in such a trial
+QUICK, QUICK_RIDGES = 20, (1e-2, 1.0, math.inf)  # rows per regressor in such a trial, and what there is to choose from
 FAITHFUL = 1e-3  # relative: the cut network against the one whose readers only ignore what goes
 
 
@@ -97,12 +98,12 @@ class Carving:
         others = select(both, torch.arange(fitted, fitted + judged))
         target = originals(self.original, dict(self.original.named_modules()), self.tails, images, QUICK, self.seed, False)
         wanted = output_of(self.images.run(self.original, others))
-        found = []
+        found, ridges = [], QUICK_RIDGES if len(self.ridges) > 1 else self.ridges
         for widths in tqdm(candidates, desc="widths", unit="choice", disable=not self.progress):
             small = copy_of(self.original)
             removed = self._removed(widths)
             layers, masks = dict(small.named_modules()), self._masks(small, removed)
-            refit_forward(small, layers, self.tails, target, images, masks=masks, ridge=self.ridges, quiet=True, progress=False)
+            refit_forward(small, layers, self.tails, target, images, masks=masks, ridge=ridges, quiet=True, progress=False)
             found.append(float((output_of(self.images.run(small, others)) - wanted).square().sum()))
         return candidates[found.index(min(found))]
 

@@ -27,7 +27,7 @@ from knowiso_train.pruning.sensitivity import eliminate, probed, sensitivities
 from knowiso_train.pruning.trace import Tail
 
 RIDGE = 1e-4
-TEMPERS = (0.5, 0.75, 1.0)  # exponents of the output's sensitivity; the first where nothing tells them apart
+TEMPERS = (0.5, 1.0)  # exponents of the output's sensitivity; the first where nothing tells them apart
 JUDGING = 0.25  # of the images at most tell the output's sensitivity, and no more than it takes
 AGAIN = 2304  # regressors, above which a second elimination takes longer than it is worth
 

@@ -75,7 +75,7 @@ def prune(
 
     1. Every group of channels that does not belong to a residual stream is eliminated backwards: each time the channel goes that its readers miss
        least once they are refitted. Attention loses whole heads.
-    2. How much the network's output minds is measured for each group, and widths are allocated for least harm at the given cost; of three ways to
+    2. How much the network's output minds is measured for each group, and widths are allocated for least harm at the given cost; of two ways to
        weigh that, the one whose quickly refitted network is nearest to the original on other images.
     3. In forward order every layer is refitted in closed form to the original's outputs, on what the pruned network gives it; where one layer alone
        reads a group, the channels are chosen again by what it is given there.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,25 +15,23 @@ SPLIT, BLOCKS = 512, 8  # columns from which on one triangle is computed, in so 
 ROWS = 4096  # that wait until their product is added
 
 
-def gram(x: Tensor) -> Tensor:
-    """(…, d, R) → (…, d, d), x·xᵀ; of wide ones no more than the upper triangle and what lies beside the diagonal is multiplied.
+def gram(parts: Iterable[Tensor], total: Tensor) -> Tensor:
+    """Σ x·xᵀ over parts (…, d, R), added to `total` (…, d, d) in place; of wide ones the products on and above the diagonal's blocks.
 
     Example:
         >>> x = torch.randn(600, 50, dtype=torch.float64)
-        >>> torch.allclose(gram(x), x @ x.T)
+        >>> torch.allclose(gram(x.split(20, 1), torch.zeros(600, 600, dtype=torch.float64)), x @ x.T)
         True
     """
-    d = x.shape[-2]
-    if d < SPLIT:
-        return x @ x.mT
-    found = x.new_empty(*x.shape[:-2], d, d)
-    step = -(-d // BLOCKS)
-    for start in range(0, d, step):
-        at, beyond = slice(start, start + step), slice(start + step, d)
-        found[..., at, at] = x[..., at, :] @ x[..., at, :].mT
-        found[..., at, beyond] = x[..., at, :] @ x[..., beyond, :].mT
-        found[..., beyond, at] = found[..., at, beyond].mT
-    return found
+    d = total.shape[-1]
+    step = d if d < SPLIT else -(-d // BLOCKS)
+    for x in parts:
+        for start in range(0, d, step):
+            at = slice(start, start + step)
+            total[..., at, start:] += x[..., at, :] @ x[..., start:, :].mT
+    for start in range(step, d, step):
+        total[..., start : start + step, :start] = total[..., :start, start : start + step].mT
+    return total
 
 
 class RowSums:
@@ -82,4 +82,4 @@ class RowSums:
             self._waiting = []
             self._sum += rows.sum(0, dtype=torch.float64)
             with full_precision(rows.device):
-                self._product += gram(rows.T)
+                gram([rows.T], self._product)

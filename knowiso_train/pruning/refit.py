@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,10 +88,14 @@ class RowMoments:
         xx = x.new_zeros(groups, d, d, dtype=torch.float64)
         xy = x.new_zeros(groups, d, y.shape[2], dtype=torch.float64)
         kind = torch.float32 if rows * groups * d * d > SLOW else torch.float64
-        for of_x, of_y in zip(torch.split(x, CHUNK), torch.split(y, CHUNK), strict=True):
-            left, right = (of_x - mean_x.to(x)).to(kind).permute(1, 2, 0), (of_y - mean_y.to(y)).to(kind).transpose(0, 1)
-            xx += gram(left)
-            xy += left @ right
+
+        def parts() -> Iterator[Tensor]:
+            for of_x, of_y in zip(torch.split(x, CHUNK), torch.split(y, CHUNK), strict=True):
+                left, right = (of_x - mean_x.to(x)).to(kind).permute(1, 2, 0), (of_y - mean_y.to(y)).to(kind).transpose(0, 1)
+                xy.add_(left @ right)
+                yield left
+
+        gram(parts(), xx)
         return cls(mean_x, mean_y, xx / rows, xy / rows)
 
     def restricted(self, at: Tensor) -> RowMoments:

@@ -148,11 +148,12 @@ def closed_forms(
         found += folded(own, images.unlabelled, useful, called, ridges, seed)
     if images.labelled is not None and method in ("auto", "head", "consensus"):
         groups: list[Sequence[int]] = [useful] if useful else [()]
-        if method == "auto":
+        if images.validation is not None:
             found += labels_only(own, images.labelled, images.validation)
+        if method == "auto":
             alone = [[i] for i in useful] if len(useful) > 1 else []
             groups = [(), *alone, *([useful] if useful else [])]
-        found += by_consensus(own, images.labelled, images.unlabelled, groups, names, recipe, images.validation)
+        found += by_consensus(own, images.labelled, images.unlabelled, groups, names, recipe, images.validation, seed)
     return found if method == "auto" or len(found) == 1 else found[1:]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import OptionError
+from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features import bare
+from knowiso_train.refinement.crossed import crossed
 from knowiso_train.refinement.denoise import denoiser
 from knowiso_train.refinement.evaluation import best_temperature
 from knowiso_train.refinement.fold import absorb
@@ -25,12 +27,13 @@ CONFIDENCE = 10.0  # logits are this times the scores where there are no validat
 
 @dataclass(frozen=True)
 class Candidate:
-    """A classifier for the network's pooled features: (classes, channels) and (classes,), float64."""
+    """A classifier for the network's pooled features: (classes, channels) and (classes,), float64; `alone` if of the labels alone."""
 
     name: str
     weight: Tensor
     bias: Tensor
     note: str = ""
+    alone: bool = False
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, D) → (N, classes)."""
@@ -62,7 +65,7 @@ def labels_only(own: Network, labelled: Seen, validation: Seen | None) -> list[C
     """Ridge classifiers from the labelled images alone: what the labels give without peers or unlabelled images."""
     features, labels = labelled.features[0], _labels(labelled)
     heads = [(ridge, ridge_head(features, labels, own.classes, ridge)) for ridge in (FEW_RIDGES if validation is not None else FEW_RIDGES[:1])]
-    return [_calibrated(f"labels only, ridge {ridge:g}", head, validation) for ridge, head in heads]
+    return [replace(_calibrated(f"labels only, ridge {ridge:g}", head, validation), alone=True) for ridge, head in heads]
 
 
 def by_consensus(
@@ -73,8 +76,12 @@ def by_consensus(
     names: Sequence[str],
     recipe: HeadRecipe,
     validation: Seen | None,
+    seed: int = 0,
 ) -> list[Candidate]:
-    """The closed form of `consensus_head` for each group of peers; an empty group is self-training."""
+    """The closed form of `consensus_head` for each group of peers; an empty group is self-training.
+
+    Without validation images the last one is the labels' own classifier where guesses do worse than it on labelled images left out in turn.
+    """
     labels, index, found = _labels(labelled), torch.arange(len(labelled)), []
     for group in groups:
         members = [0, *group]
@@ -85,18 +92,30 @@ def by_consensus(
         for ridge in ridges:
             head = consensus.head(index, labels, own.classes, HeadRecipe(**{**vars(recipe), "head_ridge": ridge}))
             found.append(_calibrated(f"{called}, ridge {ridge:g}", head, validation))
+        if validation is None:
+            judged = crossed(consensus, labelled.features[0], index, labels, own.classes, recipe, seed)
+            if judged.misled:
+                said = f"guesses on unlabelled images cost {-judged.gain:.1f} ± {judged.error:.1f} points on labelled images left out"
+                warnings.warn(f"{called}: {said}; the labels alone are used. More labels or better peers would help", KnowisoWarning, stacklevel=4)
+                found += [replace(candidate, note=said) for candidate in labels_only(own, labelled, None)]
     return found
 
 
 def heads_of_peers(
-    networks: Sequence[Network], labelled: Seen, unlabelled: Seen, useful: Sequence[int], recipe: HeadRecipe, validation: Seen | None
+    networks: Sequence[Network], labelled: Seen, unlabelled: Seen, useful: Sequence[int], recipe: HeadRecipe, validation: Seen | None, alone: bool
 ) -> dict[int, Callable[[Tensor], Tensor]]:
-    """For each useful peer, by its place among them, what the same consensus makes its classifier: float32 features → logits, on any device."""
+    """For each useful peer, by its place among them, what the same consensus makes its classifier, or what the labels alone make it: float32
+    features → logits, on any device.
+    """
     found: dict[int, Callable[[Tensor], Tensor]] = {}
     for place, i in enumerate(useful):
         members = [i, 0, *(j for j in useful if j != i)]
-        every = [torch.cat([few, many]) for few, many in zip(labelled.of(members), unlabelled.of(members), strict=True)]
-        head = Consensus.of(every, recipe).head(torch.arange(len(labelled)), _labels(labelled), networks[0].classes, recipe)
+        labels, classes = _labels(labelled), networks[0].classes
+        if alone:
+            head = ridge_head(labelled.features[i], labels, classes, recipe.few_ridge)
+        else:
+            every = [torch.cat([few, many]) for few, many in zip(labelled.of(members), unlabelled.of(members), strict=True)]
+            head = Consensus.of(every, recipe).head(torch.arange(len(labelled)), labels, classes, recipe)
         made = _calibrated("", head, None if validation is None else Seen(validation.of([i]), validation.labels))
         found[place] = partial(_linear, made.weight.float(), made.bias.float())
     return found

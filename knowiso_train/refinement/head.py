@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from knowiso_train.errors import OptionError, ShapeError
-from knowiso_train.refinement.smoother import Smoother, one_hot, sharpened
+from knowiso_train.refinement.smoother import Smoother, class_shares, one_hot, sharpened
 from knowiso_train.refinement.views import Scaling, isomorphic_parts
 
 
@@ -24,6 +24,8 @@ class HeadRecipe:
         pool_ridge: of the classifiers on all images.
         head_ridge: of the network's own classifier, on all images.
         sharpness: how decided the pseudo-labels are; infinite takes the first guess.
+        balance: from 0 to 1, how far the pseudo-labels' classes are brought to the proportions of the labelled images: 1 where the other images have
+            about the same, 0 where nothing is known of them.
         rounds: pseudo-labels are made this often.
         width: most components kept of each network's part.
 
@@ -35,7 +37,8 @@ class HeadRecipe:
     few_ridge: float = 0.1
     pool_ridge: float = 0.3
     head_ridge: float = 1.0
-    sharpness: float = float("inf")
+    sharpness: float = 12.0
+    balance: float = 1.0
     rounds: int = 3
     width: int = 256
 
@@ -43,6 +46,8 @@ class HeadRecipe:
         for name in ("part_ridge", "few_ridge", "pool_ridge", "head_ridge", "sharpness"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0 <= self.balance <= 1:
+            raise OptionError(f"balance must lie in 0 … 1, got {self.balance!r}")
         for name in ("rounds", "width"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise OptionError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
@@ -181,9 +186,9 @@ class Consensus:
         targets = known
         if len(index) < len(self.together):
             weight, bias = Smoother(self.together[index]).solve(known, recipe.few_ridge)
-            scores = self.together @ weight + bias
+            scores, shares = self.together @ weight + bias, class_shares(labels, classes)
             for left in reversed(range(recipe.rounds)):
-                targets = sharpened(scores, recipe.sharpness)
+                targets = sharpened(scores, recipe.sharpness, shares, recipe.balance)
                 targets[index] = known
                 if left:
                     scores = self._on_all().fitted(targets, recipe.pool_ridge)

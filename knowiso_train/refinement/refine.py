@@ -67,7 +67,8 @@ def refine(
         loader: images; labels in it are not read. Some hundred at least, thousands are better. Read once, or as often as training needs.
         method: "fold": the classifier absorbs the map own → peers → own (no labels, no training, exact);
             "head": the classifier is fitted in closed form to the labels and to what all networks together make of the other images
-            (`consensus_head`; needs `labelled`). For networks trained for another task and few labels of the new one: it replaces the classifier,
+            (`consensus_head`; needs `labelled`), or to the labels alone, where `validation`, or labelled images left out in turn, say that the
+            guesses mislead. For networks trained for another task and few labels of the new one: it replaces the classifier,
             and a classifier that was trained together with its network is better left;
             "consensus": fine-tuning of the whole network towards what the peers reproduce, on `loader`, and `labelled` where given;
             "auto": what the arguments allow of these, fine-tuning only with `training=`; the best on `validation` is kept, the original included;
@@ -161,7 +162,7 @@ def refine(
             if useful and (method == "consensus" or (method == "auto" and training is not None)):
                 few, told = images.labelled, None
                 if few is not None and tuning.targets == "ensemble":
-                    told = heads_of_peers(networks, few, images.unlabelled, useful, closed, images.validation)
+                    told = heads_of_peers(networks, few, images.unlabelled, useful, closed, images.validation, best.alone)
                 fellows = [networks[i] for i in useful]
                 tuned = fine_tune(chosen, networks[0], fellows, loader, labelled, tuning, heads=told, progress=progress)
                 called = f"{name}, fine-tuned to the consensus"
