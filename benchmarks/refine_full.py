@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,21 +37,29 @@ from knowiso_train.refinement.evaluation import best_temperature
 from knowiso_train.refinement.finetune import FineTuning, fine_tune
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
 from knowiso_train.refinement.networks import network
+from knowiso_train.refinement.smoother import class_shares
 
 LABELS, TUNING_LABELS, TUNING_SEED = (10, 5), 10, 1000  # five labels per class are trained with the settings of ten
 HALF, CLIP, DECAY = 16, 1.0, 1e-4
-RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 8))  # as many as there are recipes
+RIDGES = tuple(10.0 ** (e / 4) for e in range(-16, 16))  # as many as there are recipes
 WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", "ours, features")
 WITHOUT = ("ridge head", "self-training head", "consensus head", "three ridge heads", "three consensus heads")
+
+
+def with_shares(recipes: Sequence[HeadRecipe], labels: Tensor, classes: int) -> list[HeadRecipe]:
+    """Each with guesses as they are, and in the proportions of the validation images."""
+    shares = tuple(class_shares(labels, classes).tolist())
+    return [replace(recipe, shares=known) for recipe in recipes for known in (None, shares)]
 
 
 class Bench:
     """Images, features and the network; what does not depend on the labels is made once."""
 
     def __init__(self, task: Task, recipes: Sequence[HeadRecipe]) -> None:
-        self.task, self.recipes, self.own = task, recipes, task.names[0]
+        self.task, self.own = task, task.names[0]
         self.x = {name: task.features(name) for name in task.names}
         self.labels: dict[str, Tensor] = self.x[self.own]["labels"]
+        self.recipes = with_shares(recipes, self.labels["validation"], task.classes)
         train = {name: self.x[name]["train"] for name in task.names}
         self.consensus = {name: Consensus.of([train[name], *(train[other] for other in task.names if other != name)]) for name in task.names}
         self.alone = Consensus.of([train[self.own]])

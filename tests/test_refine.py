@@ -242,10 +242,10 @@ def test_guesses_that_mislead_are_not_used() -> None:
             nets[i][0].weight.copy_(torch.eye(72)[[*range(24), *range(24 + 24 * i, 48 + 24 * i)]])
     options: dict[str, Any] = {"labelled": batches(x[:240], y[:240]), "test": batches(x[2000:], y[2000:]), "progress": False}
     with pytest.warns(KnowisoWarning, match="points on labelled images left out; the labels alone are used"):
-        safe = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadRecipe(balance=0.0, sharpness=math.inf), **options)
+        safe = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadRecipe(sharpness=math.inf), **options)
     assert safe.report.chosen.startswith("labels only")
     harmed = next(row for row in safe.report.rows if row.name.startswith("consensus head"))
     assert safe.report.row("after").test.accuracy > harmed.test.accuracy + 10
-    better = refine(nets[0], nets[1], batches(x[240:2000]), method="head", **options)
+    better = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadRecipe(shares="even"), **options)
     assert better.report.chosen.startswith("consensus head")
     assert better.report.row("after").test.accuracy > safe.report.row("after").test.accuracy

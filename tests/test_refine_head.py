@@ -74,20 +74,20 @@ def test_the_consensus_head_beats_self_training_and_labels_alone() -> None:
 
 def test_guesses_come_in_the_proportions_of_the_labels() -> None:
     """Sixty classes in 24 directions: guesses favour some of them, and classifiers fitted to guesses favour them more, unless they are balanced."""
+    few = torch.arange(240)
     for seed in range(3):
         train, labels, x, y = many_classes(seed)
-        few = torch.arange(240)
-        heads = {
-            balance: consensus_head(
-                [f[few] for f in train], labels[few], [f[240:] for f in train], 60, HeadRecipe(balance=balance, sharpness=math.inf)
-            )
-            for balance in (0.0, 1.0)
-        }
         alone = accuracy(ridge_head(train[0][few], labels[few], 60, 0.1)(x), y)
-        spread = {balance: head.targets.sum(0).std() for balance, head in heads.items()}
-        assert spread[1.0] < 0.5 * spread[0.0]
-        assert accuracy(heads[0.0](x), y) < alone - 10
-        assert accuracy(heads[1.0](x), y) > alone + 1
+        heads = []
+        for shares in (None, "even"):
+            recipe = HeadRecipe(shares=shares, sharpness=math.inf)
+            heads.append(consensus_head([f[few] for f in train], labels[few], [f[240:] for f in train], 60, recipe))
+        left, brought = heads
+        assert brought.targets.sum(0).std() < 0.5 * left.targets.sum(0).std()
+        assert accuracy(left(x), y) < alone - 10
+        assert accuracy(brought(x), y) > accuracy(left(x), y) + 20
+        softly = consensus_head([f[few] for f in train], labels[few], [f[240:] for f in train], 60, HeadRecipe(shares="even"))
+        assert accuracy(softly(x), y) > alone + 5
 
 
 def many_classes(seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def many_classes(seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Ten
 
 
 def test_guesses_that_mislead_are_noticed_on_labels_left_out() -> None:
-    index, recipe = torch.arange(240), HeadRecipe(balance=0.0, sharpness=math.inf)
+    index, recipe = torch.arange(240), HeadRecipe(sharpness=math.inf)
     for seed in range(3):
         train, labels, _, _ = many_classes(seed)
         found = crossed(Consensus.of(train), train[0][index], index, labels[index], 60, recipe)
@@ -112,12 +112,13 @@ def test_guesses_that_mislead_are_noticed_on_labels_left_out() -> None:
     assert not crossed(Consensus.of(own), own[0][few[:6]], few[:6], Y[few[:6]], 3, HeadRecipe()).misled  # too few to say
 
 
-@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
-def test_proportions_on_the_way(balance: float) -> None:
+def test_proportions_that_are_known() -> None:
     scores = torch.randn(3000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3 + torch.tensor([0.6, 0.1, 0.0, -0.1])
-    wanted, plain = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), (12 * scores).softmax(1).mean(0)
-    between = plain ** (1 - balance) * wanted**balance
-    torch.testing.assert_close(sharpened(scores, 12.0, wanted, balance).mean(0), between / between.sum(), atol=1e-3, rtol=0)
+    wanted = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    found = sharpened(scores, 12.0, 5 * wanted)
+    torch.testing.assert_close(found.mean(0), wanted, atol=1e-3, rtol=0)
+    ratio = found / (12 * scores).softmax(1)  # by nothing but a factor for each class
+    torch.testing.assert_close(ratio / ratio[:, :1], (ratio / ratio[:, :1])[:1].expand_as(ratio))
 
 
 @pytest.mark.parametrize("kind", ["noise", "blind", "shuffled"])
@@ -185,8 +186,11 @@ def test_errors_say_what_to_do() -> None:
         consensus_head([torch.randn(4, 2), bad], torch.tensor([0, 1, 0, 1]), [torch.randn(9, 2), torch.randn(9, 2)], 2)
     with pytest.raises(OptionError, match="rounds"):
         HeadRecipe(rounds=0)
-    with pytest.raises(OptionError, match="balance"):
-        HeadRecipe(balance=1.5)
+    for wrong in ("many", (), (0.5, -0.5)):
+        with pytest.raises(OptionError, match="shares"):
+            HeadRecipe(shares=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="shares of 2 classes, got 3"):
+        consensus_head([torch.randn(4, 2)], torch.tensor([0, 1, 0, 1]), [torch.randn(9, 2)], 2, HeadRecipe(shares=(1, 1, 2)))
     with pytest.raises(OptionError, match="ridge must be"):
         denoiser(torch.randn(30, 2), [torch.randn(30, 2)], ridge=-1.0)
     with pytest.raises(ShapeError, match="peers on the same"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from knowiso_train.errors import OptionError, ShapeError
-from knowiso_train.refinement.smoother import Smoother, class_shares, one_hot, sharpened
+from knowiso_train.refinement.smoother import Smoother, one_hot, sharpened
 from knowiso_train.refinement.views import Scaling, isomorphic_parts
 
 
@@ -24,8 +24,9 @@ class HeadRecipe:
         pool_ridge: of the classifiers on all images.
         head_ridge: of the network's own classifier, on all images.
         sharpness: how decided the pseudo-labels are; infinite takes the first guess.
-        balance: from 0 to 1, how far the pseudo-labels' classes are brought to the proportions of the labelled images: 1 where the other images have
-            about the same, 0 where nothing is known of them.
+        shares: of the classes among the images, where they are known, or "even": pseudo-labels are brought to these proportions, which is worth much.
+            Wrong ones do harm: None leaves the guesses. Few labels, drawn class by class, say nothing of them; `refine` takes those of validation
+            images.
         rounds: pseudo-labels are made this often.
         width: most components kept of each network's part.
 
@@ -38,7 +39,7 @@ class HeadRecipe:
     pool_ridge: float = 0.3
     head_ridge: float = 1.0
     sharpness: float = 12.0
-    balance: float = 1.0
+    shares: tuple[float, ...] | str | None = None
     rounds: int = 3
     width: int = 256
 
@@ -46,8 +47,10 @@ class HeadRecipe:
         for name in ("part_ridge", "few_ridge", "pool_ridge", "head_ridge", "sharpness"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if not 0 <= self.balance <= 1:
-            raise OptionError(f"balance must lie in 0 … 1, got {self.balance!r}")
+        if isinstance(self.shares, str) and self.shares != "even":
+            raise OptionError(f'shares must be the classes\' proportions, "even" or None, got {self.shares!r}')
+        if not isinstance(self.shares, str) and self.shares is not None and not (len(self.shares) and all(share > 0 for share in self.shares)):
+            raise OptionError(f"shares must be a positive number for each class, got {self.shares!r}")
         for name in ("rounds", "width"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise OptionError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
@@ -186,9 +189,9 @@ class Consensus:
         targets = known
         if len(index) < len(self.together):
             weight, bias = Smoother(self.together[index]).solve(known, recipe.few_ridge)
-            scores, shares = self.together @ weight + bias, class_shares(labels, classes)
+            scores, shares = self.together @ weight + bias, _shares(recipe, classes)
             for left in reversed(range(recipe.rounds)):
-                targets = sharpened(scores, recipe.sharpness, shares, recipe.balance)
+                targets = sharpened(scores, recipe.sharpness, shares)
                 targets[index] = known
                 if left:
                     scores = self._on_all().fitted(targets, recipe.pool_ridge)
@@ -200,6 +203,15 @@ class Consensus:
         if self._smoother is None:
             self._smoother = Smoother(self.together)
         return self._smoother
+
+
+def _shares(recipe: HeadRecipe, classes: int) -> Tensor | None:
+    if recipe.shares is None:
+        return None
+    shares = [1.0] * classes if isinstance(recipe.shares, str) else recipe.shares
+    if len(shares) != classes:
+        raise ShapeError(f"expected shares of {classes} classes, got {len(shares)}")
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def _unscaled(weight: Tensor, bias: Tensor, scaling: Scaling, targets: Tensor) -> Head:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 DECIDED = 12.0  # sharpness at which proportions are counted where guesses are all or nothing
 ROUNDS = 20
-PRIOR = 10
+SMALLEST = 1e-12
 
 
 class Smoother:
@@ -55,7 +55,7 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels, classes).double()
 
 
-def sharpened(scores: Tensor, sharpness: float, shares: Tensor | None = None, balance: float = 1.0) -> Tensor:
+def sharpened(scores: Tensor, sharpness: float, shares: Tensor | None = None) -> Tensor:
     """Scores that approximate probabilities, made decided: `softmax(sharpness · scores)`, or the first guess where sharpness is infinite.
 
     Guesses favour some classes, and classifiers fitted to them favour them more. With `shares`, a bias for each class brings the guesses to these
@@ -64,8 +64,7 @@ def sharpened(scores: Tensor, sharpness: float, shares: Tensor | None = None, ba
     Args:
         scores: (N, C).
         sharpness: of the guesses.
-        shares: (C,) of the classes among the images, as far as is known.
-        balance: from 0, which leaves the guesses, to 1; between them, proportions on the way.
+        shares: (C,) > 0, of the classes among the images.
 
     Example:
         >>> sharpened(torch.tensor([[0.2, 0.4]]), float("inf"))
@@ -75,26 +74,21 @@ def sharpened(scores: Tensor, sharpness: float, shares: Tensor | None = None, ba
         tensor([1, 1, 0, 0])
     """
     hard = sharpness == float("inf")
-    if shares is not None and balance > 0 and len(scores):
-        scores = scores.double()
-        decided = scores * (DECIDED if hard else sharpness)
-        wanted = decided.softmax(1).mean(0).log() * (1 - balance) + shares.double().log() * balance
-        wanted, bias = wanted.softmax(0), torch.zeros_like(wanted)
+    decided = scores.double() * (DECIDED if hard else sharpness)
+    if shares is not None and len(scores):
+        wanted, bias = (shares.double() / shares.sum()).log(), torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
         for _ in range(ROUNDS):
-            bias = bias + (wanted / (decided + bias).softmax(1).mean(0).clamp_min(1e-12)).log()
-        scores = decided + bias
-        return one_hot(scores.argmax(1), scores.shape[1]) if hard else scores.softmax(1)
-    if hard:
-        return one_hot(scores.argmax(1), scores.shape[1])
-    return (scores.double() * sharpness).softmax(1)
+            bias = bias + wanted - (decided + bias).softmax(1).mean(0).clamp_min(SMALLEST).log()
+        decided = decided + bias
+    return one_hot(decided.argmax(1), scores.shape[1]) if hard else decided.softmax(1)
 
 
 def class_shares(labels: Tensor, classes: int) -> Tensor:
-    """(C,) of few labels, each class seen `PRIOR` times more than it was: how many there are of a class among few says little.
+    """(C,) among some labels, each class counted once more than it was seen.
 
     Example:
-        >>> class_shares(torch.tensor([0] * 20 + [1] * 10), 3).tolist()
+        >>> class_shares(torch.tensor([0, 0, 1]), 3).tolist()
         [0.5, 0.3333333333333333, 0.16666666666666666]
     """
-    counts = torch.bincount(labels, minlength=classes).double() + PRIOR
+    counts = torch.bincount(labels, minlength=classes).double() + 1
     return counts / counts.sum()
