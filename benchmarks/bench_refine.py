@@ -6,8 +6,8 @@
 peers: what lite1, lite2 and networks that should be useless know of lite0, without labels.
 head:  `clothing10`, 3 to 50 labels per class and all of them, lite0 with ImageNet weights at 160 px and a new classifier in closed form; the rest of
        the 3,068 training images without labels. Hyper-parameters of every method are chosen for each seed on the 341 validation images, the controls'
-       from more settings than ours; "as shipped" tunes nothing, but takes the classes' proportions from there, as `refine` does. The defaults were found on 800 of the training images, before a test image was looked
-       at.
+       from more settings than ours; "as shipped" tunes nothing, but takes the classes' proportions from there, as `refine` does. Its defaults were
+       found on 800 of the training images, before a test image was looked at; the sharpness later, on the validation images.
 harm:  useless peers through `refine` itself, alone and beside a good one: they must be noticed and cost nothing.
 cifar: fine-tuning of a small network on few labelled CIFAR-10 images, without augmentation and with, see refine_cifar.py.
 full:  fine-tuning of all of lite0 on few labels of `clothing10`, from classifiers in closed form, see refine_full.py.
