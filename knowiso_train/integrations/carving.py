@@ -29,7 +29,7 @@ from knowiso_train.pruning.trace import Tail
 from knowiso_train.pruning.twin import Kept
 
 TRIED, JUDGED, FEWEST = (64, 256), 1 / 3, 8  # images that widths are tried with, the share of others that judge, and how many of these it takes
-WORK = 4e11  # multiply-adds of one pass of those that widths are tried with, within these: large networks take fewer
+WORK = 2.5e11  # multiply-adds of one pass of those that widths are tried with, within these: large networks take fewer
 QUICK, QUICK_RIDGES = 20, (1e-2, 1.0, math.inf)  # rows per regressor in such a trial, and what there is to choose from
 FAITHFUL = 1e-3  # relative: the cut network against the one whose readers only ignore what goes
 
@@ -66,6 +66,7 @@ class Carving:
         ridges: to choose from.
         seed: of the positions.
         progress: whether to show bars.
+        target: what the original gives on the images; None has it made when it is needed.
     """
 
     original: nn.Module
@@ -79,7 +80,7 @@ class Carving:
     ridges: tuple[float, ...]
     seed: int
     progress: bool
-    _target: Originals | None = None
+    target: Originals | None = None
 
     @torch.no_grad()
     def best(self, candidates: Sequence[Mapping[str, int]]) -> Mapping[str, int]:
@@ -154,10 +155,10 @@ class Carving:
         return {group.name: self.choice.orders[group.name][: group.size - widths[group.name]] for group in self.groups}
 
     def _originals(self) -> Originals:
-        if self._target is None:
+        if self.target is None:
             modules = dict(self.original.named_modules())
-            self._target = originals(self.original, modules, self.tails, self.images, self.rows, self.seed, self.progress)
-        return self._target
+            self.target = originals(self.original, modules, self.tails, self.images, self.rows, self.seed, self.progress)
+        return self.target
 
     def _refitted(self, small: nn.Module, widths: Mapping[str, int], removed: dict[str, list[int]]) -> list[LayerFit]:
         """Refit in place; groups that are chosen again on the way are entered into `removed`."""

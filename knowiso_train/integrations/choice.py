@@ -11,15 +11,16 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from knowiso_train.errors import OptionError, ShapeError
+from knowiso_train.features import batch_size
 from knowiso_train.integrations.channel_groups import dependency_graph
 from knowiso_train.pruning.allocation import allocate, allowed_widths, total_cost
 from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer, unit_columns
-from knowiso_train.pruning.collect import ROWS, input_moments
+from knowiso_train.pruning.collect import ROWS, InputMoments
 from knowiso_train.pruning.consumer import Consumer
 from knowiso_train.pruning.cost import LayerCost
 from knowiso_train.pruning.elimination import BackwardElimination
-from knowiso_train.pruning.originals import WIDE
+from knowiso_train.pruning.originals import WIDE, Originals, originals
 from knowiso_train.pruning.refit import RowMoments
 from knowiso_train.pruning.regression import AnyMoments
 from knowiso_train.pruning.rows import columns_of, readable
@@ -123,10 +124,17 @@ class SequentialChoice:
 
 
 def by_isomorphism(
-    model: nn.Module, groups: Sequence[ChannelGroup], tails: Mapping[str, Tail], images: Calibration, seed: int, progress: bool
-) -> Choice:
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    tails: Mapping[str, Tail],
+    images: Calibration,
+    seed: int,
+    progress: bool,
+    rows: int | None = None,
+) -> tuple[Choice, Originals | None]:
     """Backward elimination of every group on the original's inputs, weighed by what the output makes of it on images that were not looked at before:
     where images are few, refitted weights do better on those that they were fitted to, and more so in wide layers.
+    With `rows`, what a refit will aim at is kept in the same pass.
     """
     modules = dict(model.named_modules())
     readers = {
@@ -139,13 +147,19 @@ def by_isomorphism(
         if name in readers and columns_of(readers[name]) > WIDE
     }
     fitted, others = images.parted(JUDGING, probed(model, groups, images))
-    inputs = input_moments(
-        model, fitted, readers, max_images=fitted.count, rows=ROWS, forward=images.forward, merged=merged, seed=seed, progress=progress
-    )
+    gathered, target = InputMoments(readers, fitted.count, ROWS, merged, seed), None
+    with gathered:
+        if rows is not None:
+            target = originals(model, modules, tails, images, rows, seed, progress, also=gathered)
+        else:
+            for batch in fitted:
+                with gathered.batch(batch_size(batch)):
+                    images.run(model, batch)
+    inputs = gathered.moments()
     found = {group.name: eliminate(model, group, inputs, tails, RIDGE) for group in groups}
     factors = sensitivities(model, groups, found, others, progress)
     orders, harms = {name: entry.order for name, entry in found.items()}, {name: entry.harms for name, entry in found.items()}
-    return Choice(orders, harms, factors, {group.name: group.kind for group in groups})
+    return Choice(orders, harms, factors, {group.name: group.kind for group in groups}), target
 
 
 def by_scores(model: nn.Module, example: Any, groups: Sequence[ChannelGroup], importance: Any, forward: Forward | None = None) -> Choice:

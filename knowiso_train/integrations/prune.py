@@ -135,11 +135,12 @@ def prune(
                 "layer norm runs over. The network is as it was"
             )
         if importance == "isomorphism":
-            choice = by_isomorphism(original, groups, tails, images, seed, progress)
+            choice, target = by_isomorphism(original, groups, tails, images, seed, progress, rows if refit else None)
         else:
+            target = None
             choice = by_scores(original, few, groups, importance, forward)
 
-        carving = Carving(original, groups, tails, images, few, choice, refit, rows, ridges, seed, progress)
+        carving = Carving(original, groups, tails, images, few, choice, refit, rows, ridges, seed, progress, target)
         places = layer_places(original, lambda: images.run(original, few), batch_size(few))
 
         def pruned_to(target: float, of: str) -> Made:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,48 +74,93 @@ def input_moments(
         >>> found["2"].positions
         16.0
     """
-    merged = merged or {}
-    wanted = {name: len(merged[name]) if name in merged else columns_of(layer) for name, layer in layers.items()}
-    sums: dict[str, RowSums] = {}
-    positions: dict[str, float] = {}
-    generator, device = torch.Generator().manual_seed(seed), device_of(model)
-    seen = 0
-
-    def reading(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x: Tensor = inputs[0].detach()
-            positions[name] = output.numel() / (size * _width(layer))
-            found = input_rows(layer, x, math.ceil(rows * wanted[name] * size / max_images), generator)
-            if name in merged:
-                found = found[:, merged[name].to(found.device)].transpose(1, 2).flatten(0, 1)
-            try:
-                sums.setdefault(name, RowSums()).add(found.cpu() if found.device.type == "mps" else found)  # which has no float64
-            except NonFiniteError as error:
-                raise NonFiniteError(f"layer {name!r} reads NaN or Inf after {seen} images") from error
-
-        return hook
-
-    handles = [layer.register_forward_hook(reading(name)) for name, layer in layers.items()]
-    try:
-        with undisturbed(model), torch.no_grad(), tqdm(total=max_images, desc="moments", unit="image", disable=not progress) as bar:
-            for batch in loader:
-                images = inputs_of(batch)
-                size = min(len(images), max_images - seen)
-                batch = to_device(batch if size == len(images) else select(batch, torch.arange(size)), device or images.device)
+    device = device_of(model)
+    found = InputMoments(layers, max_images, rows, merged, seed)
+    with found, undisturbed(model), torch.no_grad(), tqdm(total=max_images, desc="moments", unit="image", disable=not progress) as bar:
+        for batch in loader:
+            images = inputs_of(batch)
+            size = min(len(images), max_images - found.seen)
+            batch = to_device(batch if size == len(images) else select(batch, torch.arange(size)), device or images.device)
+            with found.batch(size):
                 forward(model, batch) if forward is not None else model(inputs_of(batch))
-                seen += size
-                bar.update(size)
-                if seen >= max_images:
-                    break
-    finally:
-        for handle in handles:
+            bar.update(size)
+            if found.seen >= max_images:
+                break
+    return found.moments()
+
+
+class InputMoments:
+    """What `input_moments` gathers in a pass, for any pass: hooks while it is entered, and each batch within `batch`.
+
+    Args:
+        layers: by name.
+        images: of these, the first ones of the pass, rows are taken.
+        rows: to draw per regressor.
+        merged: as for `input_moments`.
+        seed: of the positions.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
+        >>> with InputMoments({"2": model[2]}, images=6) as found, found.batch(8):
+        ...     _ = model(torch.randn(8, 3, 6, 6))
+        >>> int(found.moments()["2"].moments.count)  # 16 positions of six images
+        96
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], images: int, rows: int = ROWS, merged: Mapping[str, Tensor] | None = None, seed: int = 0
+    ) -> None:
+        self.layers, self.images, self.rows, self.merged = layers, images, rows, merged or {}
+        self.seen = 0
+        self._wanted = {name: len(self.merged[name]) if name in self.merged else columns_of(layer) for name, layer in layers.items()}
+        self._sums: dict[str, RowSums] = {}
+        self._positions: dict[str, float] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._handles: list[Any] = []
+        self._size = 0
+        self._quietly: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __enter__(self) -> InputMoments:
+        self._handles = [layer.register_forward_hook(partial(self._reading, name)) for name, layer in self.layers.items()]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
             handle.remove()
-    missing = [name for name in layers if name not in sums]
-    if not seen or missing:
-        raise DataError(f"{seen} images were seen, and these layers never ran: {missing}. Give a loader with images, and layers that they reach.")
-    return {name: LayerInput(found.moments(), positions[name]) for name, found in sums.items()}
 
+    @contextmanager
+    def batch(self, size: int, quietly: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """While a batch of so many images passes; `quietly` is entered while something is gathered."""
+        self._size, self._quietly = size, quietly
+        yield
+        self.seen += size
 
-def _width(layer: nn.Module) -> int:
-    weight: Any = layer.weight
-    return len(weight)
+    def moments(self) -> dict[str, LayerInput]:
+        """Of every layer.
+
+        Raises:
+            DataError: no images, or a layer that never ran.
+        """
+        missing = [name for name in self.layers if name not in self._sums]
+        if not self.seen or missing:
+            raise DataError(
+                f"{self.seen} images were seen, and these layers never ran: {missing}. Give a loader with images, and layers that they reach."
+            )
+        return {name: LayerInput(found.moments(), self._positions[name]) for name, found in self._sums.items()}
+
+    def _reading(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        left = min(self._size, self.images - self.seen)
+        if left > 0:
+            with self._quietly():
+                self._positions[name] = output.numel() / (self._size * len(layer.weight))  # type: ignore[arg-type]
+                x: Tensor = inputs[0].detach()
+                self._gather(name, layer, x[: len(x) * left // self._size], left)
+
+    def _gather(self, name: str, layer: nn.Module, x: Tensor, left: int) -> None:
+        found = input_rows(layer, x, math.ceil(self.rows * self._wanted[name] * left / self.images), self._generator)
+        if name in self.merged:
+            found = found[:, self.merged[name].to(found.device)].transpose(1, 2).flatten(0, 1)
+        try:
+            self._sums.setdefault(name, RowSums()).add(found.cpu() if found.device.type == "mps" else found)  # which has no float64
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {name!r} reads NaN or Inf after {self.seen} images") from error

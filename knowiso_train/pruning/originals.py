@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from knowiso_train.errors import NonFiniteError
+from knowiso_train.errors import NonFiniteError, OptionError
 from knowiso_train.features import batch_size
 from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.collect import InputMoments
 from knowiso_train.pruning.positions import Positions, grouped_weight
 from knowiso_train.pruning.trace import Operations, Tail
 
@@ -52,7 +54,14 @@ def rows_wanted(regressors: int, rows: int) -> int:
 
 
 def originals(
-    model: nn.Module, layers: Mapping[str, nn.Module], tails: Mapping[str, Tail], images: Calibration, rows: int, seed: int, progress: bool
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    tails: Mapping[str, Tail],
+    images: Calibration,
+    rows: int,
+    seed: int,
+    progress: bool,
+    also: InputMoments | None = None,
 ) -> Originals:
     """One pass of the original network.
 
@@ -64,9 +73,11 @@ def originals(
         rows: per regressor.
         seed: of the positions.
         progress: whether to show a bar.
+        also: gathers what the layers read in the same pass.
 
     Raises:
         NonFiniteError: a layer gives NaN or Inf.
+        OptionError: a network that does other things in another pass.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
@@ -108,11 +119,17 @@ def originals(
     try:
         for batch in tqdm(images, desc="original", unit="batch", disable=not progress):
             size, mode.count = batch_size(batch), 0
-            with mode:
+            with nullcontext() if also is None else also.batch(size, mode.silent), mode:
                 images.run(model, batch)
             start += size
     finally:
         for handle in handles:
             handle.remove()
+    missing = [name for name, parts in kept.items() if not parts]
+    if missing:
+        raise OptionError(
+            f"{type(model).__name__} cannot be pruned or refitted: it does not do the same in every pass, so that the sums that layers {missing} are "
+            "added to are not found again (does it keep results in eval mode?). It is as it was"
+        )
     found.outputs = {name: torch.cat(parts) for name, parts in kept.items()}
     return found

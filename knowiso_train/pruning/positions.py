@@ -115,7 +115,9 @@ class Positions:
         if not isinstance(layer, nn.Conv2d):
             return self.outputs(x, conv=False)[:, None]
         left, right, top, bottom = padding_of(layer, *x.shape[2:])
-        padded = F.pad(x, (left, right, top, bottom), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode).permute(0, 2, 3, 1)
+        if left + right + top + bottom:
+            x = F.pad(x, (left, right, top, bottom), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+        padded = x.permute(0, 2, 3, 1)
         (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
         width = (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
         at = self.index.to(x.device)

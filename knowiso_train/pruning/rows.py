@@ -57,7 +57,7 @@ def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generato
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     left, right, top, bottom = padding_of(layer, *x.shape[2:])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, (left, right, top, bottom), mode=mode)
+    padded = F.pad(x, (left, right, top, bottom), mode=mode) if left + right + top + bottom else x
     height, width = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1, (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
     at = torch.randperm(height * width, generator=generator)[: math.ceil(rows / len(x))].to(x.device)
     lines, columns = at // width * sh, at % width * sw
