@@ -43,7 +43,7 @@ def test_auto_is_better_than_every_part_alone_and_reports_all() -> None:
     labels = max(row.test.accuracy for name, row in candidates.items() if name.startswith("labels only"))
     alone = max(row.test.accuracy for name, row in candidates.items() if name.startswith("self-training"))
     assert after.test.accuracy > labels + 4
-    assert after.test.accuracy > alone - 1  # chosen on other images
+    assert after.test.accuracy > alone - 2  # the best of several on the test images, while ours was chosen on others
     assert after.test.accuracy > report.row("before").test.accuracy
     assert after.validation.accuracy == max(row.validation.accuracy for row in report.rows if row.role in ("before", "candidate"))
     assert [worth.useful for worth in report.peers] == [True, True]

@@ -19,6 +19,7 @@ from knowiso_train.refinement.evaluation import best_temperature
 from knowiso_train.refinement.fold import absorb
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
 from knowiso_train.refinement.networks import Network, Seen
+from knowiso_train.refinement.smoother import class_shares
 
 HEAD_RIDGES = (1.0, 3.0, 10.0)
 FEW_RIDGES = (0.1, 1.0, 10.0)
@@ -27,13 +28,15 @@ CONFIDENCE = 10.0  # logits are this times the scores where there are no validat
 
 @dataclass(frozen=True)
 class Candidate:
-    """A classifier for the network's pooled features: (classes, channels) and (classes,), float64; `alone` if of the labels alone."""
+    """A classifier for the network's pooled features: (classes, channels) and (classes,), float64; `alone` if of the labels alone,
+    `recipe` if of a consensus."""
 
     name: str
     weight: Tensor
     bias: Tensor
     note: str = ""
     alone: bool = False
+    recipe: HeadRecipe | None = None
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, D) → (N, classes)."""
@@ -88,16 +91,28 @@ def by_consensus(
         every = [torch.cat([few, many]) for few, many in zip(labelled.of(members), unlabelled.of(members), strict=True)]
         consensus = Consensus.of(every, recipe)
         called = f"consensus head, {' + '.join(names[i] for i in group)}" if group else "self-training, no peer"
-        ridges = [recipe.head_ridge] if validation is None else sorted({recipe.head_ridge, *HEAD_RIDGES})
-        for ridge in ridges:
-            head = consensus.head(index, labels, own.classes, HeadRecipe(**{**vars(recipe), "head_ridge": ridge}))
-            found.append(_calibrated(f"{called}, ridge {ridge:g}", head, validation))
+        for tried, said in _tried(recipe, own.classes, validation):
+            head = consensus.head(index, labels, own.classes, tried)
+            found.append(replace(_calibrated(f"{called}, {said}", head, validation), recipe=tried))
         if validation is None:
             judged = crossed(consensus, labelled.features[0], index, labels, own.classes, recipe, seed)
             if judged.misled:
                 said = f"guesses on unlabelled images cost {-judged.gain:.1f} ± {judged.error:.1f} points on labelled images left out"
                 warnings.warn(f"{called}: {said}; the labels alone are used. More labels or better peers would help", KnowisoWarning, stacklevel=4)
                 found += [replace(candidate, note=said) for candidate in labels_only(own, labelled, None)]
+    return found
+
+
+def _tried(recipe: HeadRecipe, classes: int, validation: Seen | None) -> list[tuple[HeadRecipe, str]]:
+    """The recipe, and where validation images can choose, other ridges, and guesses in the proportions of their classes."""
+    if validation is None or validation.labels is None:
+        return [(recipe, f"ridge {recipe.head_ridge:g}")]
+    found = []
+    for ridge in sorted({recipe.head_ridge, *HEAD_RIDGES}):
+        found.append((replace(recipe, head_ridge=ridge), f"ridge {ridge:g}"))
+        if recipe.shares is None:
+            shares = tuple(class_shares(validation.labels, classes).tolist())
+            found.append((replace(recipe, head_ridge=ridge, shares=shares), f"in proportion, ridge {ridge:g}"))
     return found
 
 

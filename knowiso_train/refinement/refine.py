@@ -23,7 +23,6 @@ from knowiso_train.refinement.head import HeadRecipe
 from knowiso_train.refinement.networks import checked_networks, see
 from knowiso_train.refinement.result import Refined, RefineReport
 from knowiso_train.refinement.sampling import sampled
-from knowiso_train.refinement.smoother import class_shares
 from knowiso_train.refinement.worth import worth
 
 METHODS = ("auto", "fold", "head", "consensus", "paper")
@@ -76,7 +75,7 @@ def refine(
             "paper": the network's layer rebuilt from a peer's (arXiv 1908.01581): a composite of two networks, for study.
         labelled: batches with labels, few are enough.
         validation: batches with labels, to choose and calibrate on; needed by "auto". They also say how frequent the classes are, unless `recipe`
-            does.
+            does: guesses on the other images are tried as they are and in these proportions.
         test: batches with labels that nothing is chosen on, for the report.
         head: name of the classifier, a Linear; None takes timm's, or the last one.
         peer_heads: of each peer.
@@ -133,8 +132,6 @@ def refine(
         stack.enter_context(on_device(device, *models))
         some = sampled(loader, max_images, seed)
         images = Images.read(networks, some, labelled, validation, test, max_images, progress)
-        if closed.shares is None and images.validation is not None and images.validation.labels is not None:
-            closed = replace(closed, shares=tuple(class_shares(images.validation.labels, networks[0].classes).tolist()))
         own = images.unlabelled.features[0]
         judged = [worth(own, images.unlabelled.features[i], net.name, least=least, seed=seed) for i, net in enumerate(networks[1:], 1)]
         useful = [i for i, found in enumerate(judged, 1) if found.useful or keep_useless]
@@ -166,7 +163,7 @@ def refine(
             if useful and (method == "consensus" or (method == "auto" and training is not None)):
                 few, told = images.labelled, None
                 if few is not None and tuning.targets == "ensemble":
-                    told = heads_of_peers(networks, few, images.unlabelled, useful, closed, images.validation, best.alone)
+                    told = heads_of_peers(networks, few, images.unlabelled, useful, best.recipe or closed, images.validation, best.alone)
                 fellows = [networks[i] for i in useful]
                 tuned = fine_tune(chosen, networks[0], fellows, loader, labelled, tuning, heads=told, progress=progress)
                 called = f"{name}, fine-tuned to the consensus"
