@@ -198,7 +198,7 @@ def main() -> None:
         figures["peers"] = figures.get("peers") or peers()
         print(table(figures["peers"]))
     if "head" in args.sections:
-        figures["head"] = head(args.seeds, figures.get("head", []), save)
+        figures["head"] = head(args.seeds, figures.setdefault("head", []), save)
         figures["head table"] = head_table(figures["head"])
         print(table(figures["head table"]))
     if "harm" in args.sections:
