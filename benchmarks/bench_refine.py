@@ -36,11 +36,13 @@ from refine_tasks import CIFAR10, CIFAR10_AS_IT_IS, CIFAR100, CLOTHES
 from torch import Tensor
 
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
+from knowiso_train.refinement.smoother import sharpened
 from knowiso_train.refinement.views import Scaling, ridge_map
 from knowiso_train.refinement.worth import worth
 
 LABELS = (3, 5, 10, 20, 50)
 JUDGED = (3, 5, 10, 20)  # that the targets speak of
+PROPORTION = ", in proportion"  # of the classes among the validation images, as ours
 EVERY = 1000  # more than there are of any class; once, since nothing is drawn
 RIDGES = tuple(10.0**e for e in range(-3, 3))
 RECIPES = [
@@ -104,17 +106,24 @@ class Arms:
         }
         return {name: [(scaling, matrix) for matrix in found] for name, found in maps.items()}
 
-    def candidates(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
-        """Scores (images, classes) on validation and test of every setting of every method."""
+    def linear(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
+        """Scores (images, classes) on validation and test of every setting of the methods that see no guesses; and as they are in proportion."""
         found: dict[str, list[dict[str, Tensor]]] = {}
         own = self.data["lite0"]
         for name, maps in self.projections.items():
             rows = [{s: scaling(own[s]) @ matrix for s in ("train", "validation", "test")} for scaling, matrix in maps]
             found[name] = [scores for part in rows for scores in self._ridges(part, index, labels)]
+            if name == "raw features":
+                found[f"{name}{PROPORTION}"] = [scores for part in rows for scores in self._ridges(part, index, labels, self.shipped)]
         for name, names in {"two networks side by side": ["lite0", "lite1"], "three networks side by side": ["lite0", "lite1", "lite2"]}.items():
             part = {s: torch.cat([Scaling.of(self.data[n]["train"])(self.data[n][s]) for n in names], 1) for s in ("train", "validation", "test")}
             found[name] = self._ridges(part, index, labels)
-        found["self-training, no peer"] = [self._scores(c.head(index, labels, CLASSES, r)) for c in self.single for r in self.recipes]
+            found[f"{name}{PROPORTION}"] = self._ridges(part, index, labels, self.shipped)
+        return found
+
+    def guessing(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
+        """The same of the methods that fit guesses on the other images."""
+        found = {"self-training, no peer": [self._scores(c.head(index, labels, CLASSES, r)) for c in self.single for r in self.recipes]}
         found["self-training as shipped"] = [self._scores(self.single[0].head(index, labels, CLASSES, self.shipped))]
         for name, consensus in self.ours.items():
             found[f"ours, {name}"] = [self._scores(c.head(index, labels, CLASSES, r)) for c in consensus for r in self.recipes]
@@ -125,30 +134,44 @@ class Arms:
         return {split: head(self.data["lite0"][split]) for split in ("validation", "test")}
 
     @staticmethod
-    def _ridges(part: dict[str, Tensor], index: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
-        heads = [ridge_head(part["train"][index], labels, CLASSES, r) for r in RIDGES]
-        return [{split: head(part[split]) for split in ("validation", "test")} for head in heads]
+    def _ridges(part: dict[str, Tensor], index: Tensor, labels: Tensor, recipe: HeadRecipe | None = None) -> list[dict[str, Tensor]]:
+        """With a recipe, a bias for each class brings the guesses on all training images to its proportions."""
+        found = []
+        for ridge in RIDGES:
+            classifier = ridge_head(part["train"][index], labels, CLASSES, ridge)
+            scores = {split: classifier(part[split]) for split in ("validation", "test")}
+            if recipe is not None:
+                train = classifier(part["train"])
+                alike = sharpened(train, recipe.sharpness, torch.tensor(recipe.shares))
+                bias = (alike.log() - recipe.sharpness * train).mean(0)  # up to a number for each image, which decides nothing
+                scores = {split: recipe.sharpness * own + bias for split, own in scores.items()}
+            found.append(scores)
+        return found
 
 
 def head(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """One row for each number of labels and seed: accuracy of every method, and which test images it got right."""
-    missing = [(k, s) for s in range(seeds) for k in LABELS]
-    missing = [point for point in [*missing, (EVERY, 0)] if not any((row["labels"], row["seed"]) == point for row in kept)]
-    arms = Arms() if missing else None
-    for k, seed in missing:
-        index = draw(arms.labels["train"], k, seed)
-        row: dict[str, Any] = {"labels": k, "seed": seed, "accuracy": {}, "validation": {}, "right": {}, "settings": {}}
-        for name, tried in arms.candidates(index, arms.labels["train"][index]).items():
-            on_validation = [float((t["validation"].argmax(1) == arms.labels["validation"]).double().mean()) for t in tried]
-            best = max(range(len(tried)), key=on_validation.__getitem__)
-            right = tried[best]["test"].argmax(1) == arms.labels["test"]
-            row["accuracy"][name] = 100 * float(right.double().mean())
-            row["validation"][name] = 100 * on_validation[best]
-            row["right"][name] = packed(right)
-            row["settings"][name] = len(tried)
-        kept.append(row)
-        save()
-        print(f"{k} labels per class, seed {seed}:", {n: round(a, 1) for n, a in row["accuracy"].items()}, flush=True)
+    points = [*((k, s) for s in range(seeds) for k in LABELS), (EVERY, 0)]
+    arms: Arms | None = None
+    for k, seed in points:
+        row = next((row for row in kept if (row["labels"], row["seed"]) == (k, seed)), None)
+        if row is None:
+            kept.append(row := {"labels": k, "seed": seed, "accuracy": {}, "validation": {}, "right": {}, "settings": {}})
+        for part, name in (("linear", f"raw features{PROPORTION}"), ("guessing", "self-training, no peer")):  # what is added later is judged then
+            if name in row["accuracy"]:
+                continue
+            arms = arms or Arms()
+            index = draw(arms.labels["train"], k, seed)
+            for method, tried in getattr(arms, part)(index, arms.labels["train"][index]).items():
+                on_validation = [float((t["validation"].argmax(1) == arms.labels["validation"]).double().mean()) for t in tried]
+                best = max(range(len(tried)), key=on_validation.__getitem__)
+                right = tried[best]["test"].argmax(1) == arms.labels["test"]
+                row["accuracy"][method] = 100 * float(right.double().mean())
+                row["validation"][method] = 100 * on_validation[best]
+                row["right"][method] = packed(right)
+                row["settings"][method] = len(tried)
+            save()
+            print(f"{k} labels per class, seed {seed}:", {n: round(a, 1) for n, a in row["accuracy"].items()}, flush=True)
     return kept
 
 
@@ -157,7 +180,7 @@ def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = list(rows[0]["accuracy"])
     seeds = sorted({row["seed"] for row in rows if all(any(o["seed"] == row["seed"] and o["labels"] == k for o in rows) for k in LABELS)})
     by = {(row["labels"], row["seed"]): row for row in rows}
-    controls = ["own → own, own → mirrored", "self-training, no peer"]
+    controls = [f"raw features{PROPORTION}", "own → own, own → mirrored", "self-training, no peer", "self-training as shipped"]
     means = {n: torch.tensor([[by[k, s]["accuracy"][n] for k in JUDGED] for s in seeds]).mean(1) for n in names}
     control = max(controls, key=lambda n: float(means[n].mean()))
     found = []
