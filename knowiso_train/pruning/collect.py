@@ -101,7 +101,7 @@ class InputMoments:
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
-        >>> with InputMoments({"2": model[2]}, images=6) as found, found.batch(8):
+        >>> with InputMoments({"2": model[2]}, images=6, rows=100) as found, found.batch(8):
         ...     _ = model(torch.randn(8, 3, 6, 6))
         >>> int(found.moments()["2"].moments.count)  # 16 positions of six images
         96
