@@ -69,7 +69,7 @@ def test_the_consensus_head_beats_self_training_and_labels_alone() -> None:
         gaps.append([accuracy(head(test)) - alone for head in heads])
     with_peers, without = torch.tensor(gaps).mean(0).tolist()
     assert with_peers > 12
-    assert with_peers > without + 1
+    assert with_peers > without + 2
 
 
 def test_guesses_come_in_the_proportions_of_the_labels() -> None:

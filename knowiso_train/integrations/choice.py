@@ -11,12 +11,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from knowiso_train.errors import OptionError, ShapeError
-from knowiso_train.features import batch_size
 from knowiso_train.integrations.channel_groups import dependency_graph
 from knowiso_train.pruning.allocation import allocate, allowed_widths, total_cost
 from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer, unit_columns
-from knowiso_train.pruning.collect import ROWS, InputMoments
+from knowiso_train.pruning.collect import ROWS, InputMoments, input_moments
 from knowiso_train.pruning.consumer import Consumer
 from knowiso_train.pruning.cost import LayerCost
 from knowiso_train.pruning.elimination import BackwardElimination
@@ -147,15 +146,15 @@ def by_isomorphism(
         if name in readers and columns_of(readers[name]) > WIDE
     }
     fitted, others = images.parted(JUDGING, probed(model, groups, images))
-    gathered, target = InputMoments(readers, fitted.count, ROWS, merged, seed), None
-    with gathered:
-        if rows is not None:
+    target = None
+    if rows is None:
+        inputs = input_moments(
+            model, fitted, readers, max_images=fitted.count, rows=ROWS, forward=images.forward, merged=merged, seed=seed, progress=progress
+        )
+    else:
+        with InputMoments(readers, fitted.count, ROWS, merged, seed) as gathered:
             target = originals(model, modules, tails, images, rows, seed, progress, also=gathered)
-        else:
-            for batch in fitted:
-                with gathered.batch(batch_size(batch)):
-                    images.run(model, batch)
-    inputs = gathered.moments()
+        inputs = gathered.moments()
     found = {group.name: eliminate(model, group, inputs, tails, RIDGE) for group in groups}
     factors = sensitivities(model, groups, found, others, progress)
     orders, harms = {name: entry.order for name, entry in found.items()}, {name: entry.harms for name, entry in found.items()}

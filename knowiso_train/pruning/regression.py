@@ -28,12 +28,14 @@ class Regression:
         held: the rows to report on; those that are fitted where there are too few. No layer before this one was fitted on their images.
         of_held: their moments; None where regressors are too many.
         count: rows to fit on.
+        total: variance of what the layer should give on the held rows, summed over outputs.
     """
 
     fitted: AnyMoments
     held: Rows
     of_held: RowMoments | None
     count: int
+    total: float
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, images: int) -> Regression:
@@ -52,10 +54,11 @@ class Regression:
         count = int(HELD * images) * (len(x) // images)
         apart = count >= FEWEST
         fitted, held = ((x[:-count], y[:-count]), (x[-count:], y[-count:])) if apart else ((x, y), (x, y))
+        total = float(held[1].double().var(0, correction=0).sum())
         if x.shape[2] > WIDE and len(fitted[0]) <= x.shape[2]:
-            return cls(DualMoments.of(*fitted), held, None, len(fitted[0]))
+            return cls(DualMoments.of(*fitted), held, None, len(fitted[0]), total)
         moments = RowMoments.of(*fitted)
-        return cls(moments, held, RowMoments.of(*held) if apart else moments, len(fitted[0]))
+        return cls(moments, held, RowMoments.of(*held) if apart else moments, len(fitted[0]), total)
 
     def restricted(self, at: Tensor) -> Regression:
         """On these columns alone.
@@ -74,8 +77,7 @@ class Regression:
         """Share of the variance of what the layer should give that a weight (G, d, o) leaves on the held rows, with the best intercept."""
         x, y = self.held
         left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight)
-        total = self._total()
-        return float(left.var(0, correction=0).sum()) / total if total > 0 else 0.0
+        return float(left.var(0, correction=0).sum()) / self.total if self.total > 0 else 0.0
 
     def best(self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None) -> tuple[float, float]:
         """The least unexplained share on the held rows, and the ridge that leaves it.
@@ -94,11 +96,11 @@ class Regression:
             >>> [found.best(0 * a, None, (1e-6, 1e-3, 1.0, 10.0), start)[1] for start in (None, 10.0, 1e-6)]
             [1e-06, 1e-06, 1e-06]
         """
-        of_held, total = self.of_held, self._total()
+        of_held = self.of_held
 
         def left(ridge: float) -> tuple[float, float]:
             weight = self.fitted.weight(original, keep, ridge)
-            return (self.unexplained(weight) if of_held is None else of_held.left(weight, total)), ridge
+            return (self.unexplained(weight) if of_held is None else of_held.left(weight, self.total)), ridge
 
         tried = sorted(set(ridges))
         found = {ridge: left(ridge) for ridge in tried if math.isinf(ridge)}  # costs nothing, and is no neighbour of the others
@@ -116,6 +118,3 @@ class Regression:
                 if at != middle:  # it was downhill: not to the other side
                     break
         return min(found.values())
-
-    def _total(self) -> float:
-        return float(self.held[1].double().var(0, correction=0).sum())
