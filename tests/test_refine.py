@@ -37,17 +37,17 @@ def refined(*peers: nn.Module, **options: Any) -> Refined:
 
 
 def test_auto_is_better_than_every_part_alone_and_reports_all() -> None:
-    result = refined(Eye(1), Eye(2), names=["own", "a", "b"])
+    result = refined(Eye(1), Eye(2), names=["own", "a", "b"], test=batches(*images(3000, seed=3)))
     report = result.report
     after, candidates = report.row("after"), {row.name: row for row in report.rows if row.role == "candidate"}
     labels = max(row.test.accuracy for name, row in candidates.items() if name.startswith("labels only"))
     alone = max(row.test.accuracy for name, row in candidates.items() if name.startswith("self-training"))
     assert after.test.accuracy > labels + 4
-    assert after.test.accuracy > alone - 2  # the best of several on the test images, while ours was chosen on others
+    assert after.test.accuracy > alone - 1  # chosen on other images
     assert after.test.accuracy > report.row("before").test.accuracy
     assert after.validation.accuracy == max(row.validation.accuracy for row in report.rows if row.role in ("before", "candidate"))
     assert [worth.useful for worth in report.peers] == [True, True]
-    assert report.images == {"unlabelled": 1500, "labelled": 12, "validation": 300, "test": 600}
+    assert report.images == {"unlabelled": 1500, "labelled": 12, "validation": 300, "test": 3000}
     text = str(report)
     assert all(word in text for word in ("own", "(peer)", "(ensemble)", "(after)", "ECE", "noise floor"))
     assert json.loads(report.to_json())["chosen"] == report.chosen
