@@ -31,12 +31,11 @@ from record import RESULTS, record, table
 from refine_checks import harm, harm_table, paper, paper_table
 from refine_cifar import cifar, cifar_table
 from refine_data import CLASSES, draw, features
-from refine_full import full, full_table, with_shares
+from refine_full import full, full_table, in_proportion, with_shares
 from refine_tasks import CIFAR10, CIFAR10_AS_IT_IS, CIFAR100, CLOTHES
 from torch import Tensor
 
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
-from knowiso_train.refinement.smoother import sharpened
 from knowiso_train.refinement.views import Scaling, ridge_map
 from knowiso_train.refinement.worth import worth
 
@@ -139,13 +138,9 @@ class Arms:
         found = []
         for ridge in RIDGES:
             classifier = ridge_head(part["train"][index], labels, CLASSES, ridge)
-            scores = {split: classifier(part[split]) for split in ("validation", "test")}
             if recipe is not None:
-                train = classifier(part["train"])
-                alike = sharpened(train, recipe.sharpness, torch.tensor(recipe.shares))
-                bias = (alike.log() - recipe.sharpness * train).mean(0)  # up to a number for each image, which decides nothing
-                scores = {split: recipe.sharpness * own + bias for split, own in scores.items()}
-            found.append(scores)
+                classifier = in_proportion(classifier, part["train"], recipe)
+            found.append({split: classifier(part[split]) for split in ("validation", "test")})
         return found
 
 

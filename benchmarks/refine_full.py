@@ -11,8 +11,9 @@ ours               from `consensus_head` with the two peers, and the probabiliti
 ours, features     the same by `fine_tune`, as `ki.refine(method="consensus")` trains: three's mean, and the part of its features that peers reproduce
 
 Probabilities are those on the clean images, made once; the last way takes them, and the peers' features, from the images as the network sees them.
-Ridges and recipes are chosen for each seed on the validation images, from as many settings for every classifier, and its temperature too. Learning
-rate and weight are chosen on a tuning seed and the validation images, from four settings for every way, and so is who teaches ours. Test images are
+Ridges and recipes are chosen for each seed on the validation images, from as many settings for every classifier, and its temperature too: half of
+them with guesses in the classes' proportions among the validation images, the labels' own classifiers among those with guesses, as in `refine`.
+Learning rate and weight are chosen on a tuning seed and the validation images, from four settings for every way, and so is who teaches ours. Test images are
 only reported on.
 """
 
@@ -37,11 +38,12 @@ from knowiso_train.refinement.evaluation import best_temperature
 from knowiso_train.refinement.finetune import FineTuning, fine_tune
 from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_head
 from knowiso_train.refinement.networks import network
-from knowiso_train.refinement.smoother import class_shares
+from knowiso_train.refinement.smoother import class_shares, sharpened
 
 LABELS, TUNING_LABELS, TUNING_SEED = (10, 5), 10, 1000  # five labels per class are trained with the settings of ten
 HALF, CLIP, DECAY = 16, 1.0, 1e-4
-RIDGES = tuple(10.0 ** (e / 4) for e in range(-16, 16))  # as many as there are recipes
+RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # as they are and in proportion: as many as there are recipes and ALONE
+ALONE = (0.1, 1.0, 10.0)  # ridges of the labels' own classifiers, where nothing else of these is chosen
 WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", "ours, features")
 WITHOUT = ("ridge head", "self-training head", "consensus head", "three ridge heads", "three consensus heads")
 
@@ -52,6 +54,14 @@ def with_shares(recipes: Sequence[HeadRecipe], labels: Tensor, classes: int) -> 
     return [replace(recipe, shares=known) for recipe in recipes for known in (None, shares)]
 
 
+def in_proportion(head: Head, features: Tensor, recipe: HeadRecipe) -> Head:
+    """The classifier with a bias for each class that brings its guesses on `features` to the recipe's shares."""
+    scores = head(features)
+    alike = sharpened(scores, recipe.sharpness, torch.tensor(recipe.shares))
+    bias = (alike.log() - recipe.sharpness * scores).mean(0)  # up to a number for each image, which decides nothing
+    return Head(recipe.sharpness * head.weight, recipe.sharpness * head.bias + bias, head.targets)
+
+
 class Bench:
     """Images, features and the network; what does not depend on the labels is made once."""
 
@@ -60,6 +70,7 @@ class Bench:
         self.x = {name: task.features(name) for name in task.names}
         self.labels: dict[str, Tensor] = self.x[self.own]["labels"]
         self.recipes = with_shares(recipes, self.labels["validation"], task.classes)
+        self.shipped = with_shares([HeadRecipe()], self.labels["validation"], task.classes)[-1]
         train = {name: self.x[name]["train"] for name in task.names}
         self.consensus = {name: Consensus.of([train[name], *(train[other] for other in task.names if other != name)]) for name in task.names}
         self.alone = Consensus.of([train[self.own]])
@@ -71,13 +82,20 @@ class Bench:
         labels, found = self.labels["train"][index], {}
         for kind in ("ridge", "consensus"):
             found[kind] = {name: self._best(self._tried(kind, name, index, labels), name) for name in self.task.names}
-        alone = [self.alone.head(index, labels, self.task.classes, recipe) for recipe in self.recipes]
-        return found | {"alone": {self.own: self._best(alone, self.own)}}
+        return found | {"alone": {self.own: self._best(self._guessing(self.alone, self.own, index, labels), self.own)}}
 
     def _tried(self, kind: str, name: str, index: Tensor, labels: Tensor) -> list[Head]:
-        if kind == "ridge":
-            return [ridge_head(self.x[name]["train"][index], labels, self.task.classes, ridge) for ridge in RIDGES]
-        return [self.consensus[name].head(index, labels, self.task.classes, recipe) for recipe in self.recipes]
+        if kind == "consensus":
+            return self._guessing(self.consensus[name], name, index, labels)
+        plain = self._ridges(name, index, labels, RIDGES)
+        return [*plain, *(in_proportion(head, self.x[name]["train"], self.shipped) for head in plain)]
+
+    def _ridges(self, name: str, index: Tensor, labels: Tensor, ridges: Sequence[float]) -> list[Head]:
+        return [ridge_head(self.x[name]["train"][index], labels, self.task.classes, ridge) for ridge in ridges]
+
+    def _guessing(self, consensus: Consensus, name: str, index: Tensor, labels: Tensor) -> list[Head]:
+        fitted = [consensus.head(index, labels, self.task.classes, recipe) for recipe in self.recipes]
+        return [*self._ridges(name, index, labels, ALONE), *fitted]
 
     def _best(self, heads: list[Head], name: str) -> Head:
         x, y = self.x[name]["validation"], self.labels["validation"]
