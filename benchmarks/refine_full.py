@@ -13,8 +13,8 @@ ours, features     the same by `fine_tune`, as `ki.refine(method="consensus")` t
 Probabilities are those on the clean images, made once; the last way takes them, and the peers' features, from the images as the network sees them.
 Ridges and recipes are chosen for each seed on the validation images, from as many settings for every classifier, and its temperature too: half of
 them with guesses in the classes' proportions among the validation images, the labels' own classifiers among those with guesses, as in `refine`.
-Learning rate and weight are chosen on a tuning seed and the validation images, from four settings for every way, and so is who teaches ours. Test images
-are only reported on.
+Learning rate and weight are chosen on a tuning seed and the validation images, from four settings for every way, and so is who teaches ours.
+Test images are only reported on.
 """
 
 from __future__ import annotations
