@@ -229,17 +229,24 @@ def test_a_sorted_folder_is_read_at_random_places() -> None:
         sampled(loader, 0)
 
 
-def test_guesses_that_mislead_are_not_used() -> None:
-    """Sixty classes that the network hardly tells apart: without validation images the labels left out in turn say so."""
+def sixty_classes() -> tuple[list[nn.Module], torch.Tensor, torch.Tensor]:
+    """That two networks hardly tell apart, and images of them."""
     generator = torch.Generator().manual_seed(0)
     centre, y = torch.randn(60, 24, generator=generator), torch.arange(3000) % 60
     x = centre[y] + 1.2 * torch.randn(3000, 24, generator=generator)
     x = torch.cat([x, torch.randn(3000, 48, generator=generator)], 1)
-    nets = []
+    nets: list[nn.Module] = []
     for i in range(2):
-        nets.append(nn.Sequential(nn.Linear(72, 48, bias=False), nn.Linear(48, 60)))
+        first = nn.Linear(72, 48, bias=False)
         with torch.no_grad():
-            nets[i][0].weight.copy_(torch.eye(72)[[*range(24), *range(24 + 24 * i, 48 + 24 * i)]])
+            first.weight.copy_(torch.eye(72)[[*range(24), *range(24 + 24 * i, 48 + 24 * i)]])
+        nets.append(nn.Sequential(first, nn.Linear(48, 60)))
+    return nets, x, y
+
+
+def test_guesses_that_mislead_are_not_used() -> None:
+    """Without validation images the labels left out in turn say so."""
+    nets, x, y = sixty_classes()
     options: dict[str, Any] = {"labelled": batches(x[:240], y[:240]), "test": batches(x[2000:], y[2000:]), "progress": False}
     with pytest.warns(KnowisoWarning, match="points on labelled images left out; the labels alone are used"):
         safe = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadRecipe(sharpness=math.inf), **options)
@@ -249,3 +256,17 @@ def test_guesses_that_mislead_are_not_used() -> None:
     better = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadRecipe(shares="even"), **options)
     assert better.report.chosen.startswith("consensus head")
     assert better.report.row("after").test.accuracy > safe.report.row("after").test.accuracy
+
+
+def test_where_guesses_mislead_the_labels_are_trained_on_alone_too() -> None:
+    nets, x, y = sixty_classes()
+    sets: dict[str, Any] = {"labelled": batches(x[:240], y[:240]), "validation": batches(x[2500:], y[2500:])}
+    wrong = HeadRecipe(sharpness=math.inf, shares=(100.0, *(1.0,) * 59))
+    training = FineTuning(steps=5, lr=1e-3, layers=["0"])
+    report = refine(nets[0], nets[1], batches(x[240:2500]), recipe=wrong, training=training, progress=False, **sets).report
+    trained = [row for row in report.rows if "fine-tuned" in row.name]
+    assert [row.name.split(", ", 1)[0] for row in trained] == ["labels only"] * 2
+    assert [row.name.rsplit(" to ", 1)[1] for row in trained] == ["the consensus", "the labels"]
+    assert report.row("after").validation.accuracy == max(row.validation.accuracy for row in report.rows if row.role in ("before", "candidate"))
+    good = refine(nets[0], nets[1], batches(x[240:2500]), recipe=HeadRecipe(shares="even"), training=training, progress=False, **sets).report
+    assert [row.name.rsplit(" to ", 1)[1] for row in good.rows if "fine-tuned" in row.name] == ["the consensus"]

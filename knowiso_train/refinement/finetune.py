@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,19 @@ class FineTuning:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def ways_to_train(method: str, settings: FineTuning, alone: bool) -> list[tuple[str, FineTuning]]:
+    """What `refine` trains towards, and how; where the peers' guesses mislead (`alone`) there may be more in the labels than in any consensus.
+
+    Example:
+        >>> [towards for towards, _ in ways_to_train("auto", FineTuning(), alone=True)]
+        ['the consensus', 'the labels']
+    """
+    found = [("the consensus", settings)]
+    if method == "auto" and alone:
+        found.append(("the labels", replace(settings, weight=0.0, kd_weight=0.0)))
+    return found
 
 
 def fine_tune(

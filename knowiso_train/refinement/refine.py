@@ -18,7 +18,7 @@ from knowiso_train.measurement.versions import versions
 from knowiso_train.refinement.board import Board, Images, check_needs, closed_forms, shared
 from knowiso_train.refinement.candidates import heads_of_peers, with_classifier
 from knowiso_train.refinement.composite import paper_composite
-from knowiso_train.refinement.finetune import FineTuning, fine_tune
+from knowiso_train.refinement.finetune import FineTuning, fine_tune, ways_to_train
 from knowiso_train.refinement.head import HeadRecipe
 from knowiso_train.refinement.networks import checked_networks, see
 from knowiso_train.refinement.result import Refined, RefineReport
@@ -71,7 +71,8 @@ def refine(
             guesses mislead. For networks trained for another task and few labels of the new one: it replaces the classifier,
             and a classifier that was trained together with its network is better left;
             "consensus": fine-tuning of the whole network towards what the peers reproduce, on `loader`, and `labelled` where given;
-            "auto": what the arguments allow of these, fine-tuning only with `training=`; the best on `validation` is kept, the original included;
+            "auto": what the arguments allow of these, fine-tuning only with `training=`; the best on `validation` is kept, the original included.
+            Where the labels alone gave the best classifier, fine-tuning on them alone is tried beside the consensus;
             "paper": the network's layer rebuilt from a peer's (arXiv 1908.01581): a composite of two networks, for study.
         labelled: batches with labels, few are enough.
         validation: batches with labels, to choose and calibrate on; needed by "auto". They also say how frequent the classes are, unless `recipe`
@@ -161,16 +162,18 @@ def refine(
             best = board.best(found) if validation is not None else found[-1]
             name, chosen = best.name, with_classifier(model, networks[0].head, best)
             if useful and (method == "consensus" or (method == "auto" and training is not None)):
-                few, told = images.labelled, None
+                few, told, start = images.labelled, None, chosen
                 if few is not None and tuning.targets == "ensemble":
                     told = heads_of_peers(networks, few, images.unlabelled, useful, best.recipe or closed, images.validation, best.alone)
-                fellows = [networks[i] for i in useful]
-                tuned = fine_tune(chosen, networks[0], fellows, loader, labelled, tuning, heads=told, progress=progress)
-                called = f"{name}, fine-tuned to the consensus"
-                again = board.whole(called, "candidate", tuned, validation, test)
-                if method == "consensus" or again > board.validation(best):
-                    name, chosen = called, tuned
-                    after = see([replace(networks[0], model=tuned), *networks[1:]], some, labels=False, max_images=max_images, what="unlabelled")
+                fellows, highest = [networks[i] for i in useful], board.validation(best)
+                for towards, settings in ways_to_train(method, tuning, best.alone):
+                    tuned = fine_tune(start, networks[0], fellows, loader, labelled, settings, heads=told, progress=progress)
+                    called = f"{best.name}, fine-tuned to {towards}"
+                    again = board.whole(called, "candidate", tuned, validation, test)
+                    if method == "consensus" or again > highest:
+                        name, chosen, highest = called, tuned, again
+                if chosen is not start:
+                    after = see([replace(networks[0], model=chosen), *networks[1:]], some, labels=False, max_images=max_images, what="unlabelled")
                     shares = {key: (before, shared(after, useful, seed)) for key, (before, _) in shares.items()}
             board.after(name)
         board.peers(useful)
