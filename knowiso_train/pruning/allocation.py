@@ -72,14 +72,14 @@ def allocate(
     touching = {name: [c for c in costs.values() if name in c.reads or name in c.writes] for name in widths}
     together = {name: {other for other in widths for c in touching[name] if other in c.reads or other in c.writes} for name in widths}
     now, gone = total_cost(costs, {}), dict.fromkeys(widths, 0)
-    steepest: dict[str, Narrowing | None] = {}  # of each group; it changes when a group of a layer in common does
+    steepest: dict[str, tuple[Narrowing | None, float]] = {}  # and what one unit saves; they change when a group of a layer in common does
     while now > target:
         found: list[tuple[Narrowing, str]] = []
         for name, width in widths.items():
-            each = _saved(touching[name], gone, name, 1)
             if name not in steepest:
-                steepest[name] = _narrowing(harms[name], choices[name], width, each, math.inf)
-            best = steepest[name]
+                each = _saved(touching[name], gone, name, 1)
+                steepest[name] = _narrowing(harms[name], choices[name], width, each, math.inf), each
+            best, each = steepest[name]
             if best is not None and (width - best.width) * each > now - target:  # perhaps less would do
                 best = _narrowing(harms[name], choices[name], width, each, now - target)
             if best is not None:

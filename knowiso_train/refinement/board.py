@@ -11,21 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import OptionError, ShapeError
+from knowiso_train.errors import ShapeError
 from knowiso_train.features import device_of, inputs_of, undisturbed
-from knowiso_train.refinement.candidates import CONFIDENCE, Candidate, by_consensus, folded, labels_only, original
+from knowiso_train.refinement.candidates import CONFIDENCE, Candidate, better_of
 from knowiso_train.refinement.evaluation import Score, best_temperature, score
-from knowiso_train.refinement.head import HeadRecipe, ridge_head
+from knowiso_train.refinement.head import ridge_head
 from knowiso_train.refinement.networks import Network, Seen, labels_of, see
 from knowiso_train.refinement.result import Row
 from knowiso_train.refinement.worth import explained_share, parts
 
+PLAIN_RIDGE = 1.0  # of the peers' classifiers in the report
+
 
 @dataclass(frozen=True)
 class Images:
-    """Pooled features of all networks on each set of images."""
+    """Pooled features of all networks on each set of images; `others` are the unlabelled ones that are not among the labelled."""
 
     unlabelled: Seen
+    others: Seen
     labelled: Seen | None
     validation: Seen | None
     test: Seen | None
@@ -57,7 +60,7 @@ class Images:
                     "give it a classifier for these classes first (timm: model.reset_classifier(classes))"
                 )
             more.append(found)
-        return cls(unlabelled, *more)
+        return cls(unlabelled, unlabelled if more[0] is None else unlabelled.without(more[0]), *more)
 
     def counts(self) -> dict[str, int]:
         """How many there are of each."""
@@ -83,16 +86,23 @@ class Board:
             if candidate.name != "original":
                 self.rows.append(self._row(candidate.name, "candidate", partial(_of, candidate.logits, 0), candidate.note))
 
-    def validation(self, candidate: Candidate) -> float:
-        """Accuracy on the validation images."""
+    def validation(self, candidate: Candidate) -> Score | None:
+        """Figures on the validation images."""
         seen = self.images.validation
-        if seen is None or seen.labels is None:
-            return -math.inf
-        return score(candidate.logits(seen.features[0]), seen.labels).accuracy
+        return None if seen is None or seen.labels is None else score(candidate.logits(seen.features[0]), seen.labels)
+
+    def accuracy(self, candidate: Candidate) -> float:
+        """On the validation images; the least there is where there are none."""
+        found = self.validation(candidate)
+        return -math.inf if found is None else found.accuracy
 
     def best(self, found: Sequence[Candidate]) -> Candidate:
         """The highest on the validation images; of equal ones the first, which is the simplest."""
-        return max(found, key=self.validation)
+        return max(found, key=self.accuracy)
+
+    def row(self, name: str) -> Row:
+        """Of this name, or else the first: the network before."""
+        return next((row for row in self.rows if row.name == name), self.rows[0])
 
     def whole(self, name: str, role: str, model: nn.Module, validation: Iterable[Any] | None, test: Iterable[Any] | None) -> float:
         """A row for a network that has other features than the original; its accuracy on the validation images."""
@@ -103,8 +113,7 @@ class Board:
 
     def after(self, name: str) -> None:
         """The row of what was chosen, once more, as the result."""
-        found = next((row for row in self.rows if row.name == name), self.rows[0])
-        self.rows.append(replace(found, name=self.networks[0].name, role="after", note=name))
+        self.rows.append(replace(self.row(name), name=self.networks[0].name, role="after", note=name))
 
     def peers(self, useful: Sequence[int]) -> None:
         """Peers and the ensemble of all networks, with classifiers from the same labels, or their own where they tell the same classes apart."""
@@ -120,14 +129,15 @@ class Board:
             self.rows.append(self._row("all networks together", "ensemble", together, f"{len(heads)} networks at inference"))
 
     def _plain_head(self, i: int) -> Callable[[Tensor], Tensor] | None:
-        few = self.images.labelled
-        if few is not None and few.labels is not None:
-            head = ridge_head(few.features[i], few.labels, self.networks[0].classes, 1.0)
-            seen = self.images.validation
-            fitted = None if seen is None or seen.labels is None else best_temperature(head(seen.features[i]), seen.labels)
-            return head.scaled(fitted or 1 / CONFIDENCE)
-        net = self.networks[i]
-        return net.logits if net.classes == self.networks[0].classes else None
+        """A network's own classifier or one from the labels, whichever is better; None where there is neither."""
+        few, net, classes = self.images.labelled, self.networks[i], self.networks[0].classes
+        if few is None or few.labels is None:
+            return net.logits if net.speaks(classes) else None
+        head, seen = ridge_head(few.features[i], few.labels, classes, PLAIN_RIDGE), self.images.validation
+        fitted = None if seen is None or seen.labels is None else best_temperature(head(seen.features[i]), seen.labels)
+        head = head.scaled(fitted or 1 / CONFIDENCE)
+        made = Candidate("", head.weight, head.bias)
+        return (better_of(net, i, made, few, seen, PLAIN_RIDGE) if net.speaks(classes) else made).logits
 
     def _row(self, name: str, role: str, logits: Callable[[Seen], Tensor], note: str = "") -> Row:
         scores = [
@@ -136,44 +146,9 @@ class Board:
         return Row(name, role, scores[0], scores[1], note)
 
 
-def closed_forms(
-    method: str, networks: Sequence[Network], useful: Sequence[int], images: Images, ridge: float | str, recipe: HeadRecipe, seed: int
-) -> list[Candidate]:
-    """What there is to choose from without training, simplest first; the last one is the method's own where nothing can be chosen on."""
-    own, names = networks[0], [net.name for net in networks]
-    found = [original(own)]
-    called = [names[i] for i in useful]
-    if useful and (method == "fold" or (method == "auto" and images.labelled is None)):
-        ridges = [ridge] if method == "fold" else list(dict.fromkeys([ridge, 0.1, 1.0]))
-        found += folded(own, images.unlabelled, useful, called, ridges, seed)
-    if images.labelled is not None and method in ("auto", "head", "consensus"):
-        groups: list[Sequence[int]] = [useful] if useful else [()]
-        if images.validation is not None:
-            found += labels_only(own, images.labelled, images.validation)
-        if method == "auto":
-            alone = [[i] for i in useful] if len(useful) > 1 else []
-            groups = [(), *alone, *([useful] if useful else [])]
-        found += by_consensus(own, images.labelled, images.unlabelled, groups, names, recipe, images.validation, seed)
-    return found if method == "auto" or len(found) == 1 else found[1:]
-
-
 def shared(seen: Seen, useful: Sequence[int], seed: int) -> float:
     """Share of the network's pooled features that the useful peers explain together, on held-out images."""
     return explained_share(torch.cat(seen.of(useful), 1), seen.features[0], parts(len(seen), seed))
-
-
-def check_needs(method: str, labelled: Any, validation: Any, layer: str | None) -> None:
-    """Whether a method has the images it needs.
-
-    Raises:
-        OptionError: it has not.
-    """
-    if method == "auto" and validation is None:
-        raise OptionError('method="auto" chooses on labelled images that nothing was fitted to: pass validation=, or choose a method yourself')
-    if method in ("head", "paper") and labelled is None:
-        raise OptionError(f"method={method!r} needs a few labelled images: pass labelled=")
-    if method == "paper" and layer is None:
-        raise OptionError('method="paper" needs layer=, the layer of the network that is rebuilt from the peer')
 
 
 def _of(logits: Callable[[Tensor], Tensor], i: int, seen: Seen) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import KnowisoWarning, OptionError
+from knowiso_train.errors import OptionError
 from knowiso_train.features import bare
-from knowiso_train.refinement.crossed import crossed
+from knowiso_train.refinement.crossed import crossed, own_over_labels
 from knowiso_train.refinement.denoise import denoiser
 from knowiso_train.refinement.evaluation import best_temperature
 from knowiso_train.refinement.fold import absorb
@@ -51,6 +50,26 @@ def original(own: Network) -> Candidate:
     return Candidate("original", weight, bias)
 
 
+def better_of(net: Network, place: int, made: Candidate, labelled: Seen, validation: Seen | None, ridge: float, seed: int = 0) -> Candidate:
+    """A network's own classifier where it is better than `made`: on the validation images, or clearly so on labelled images left out in turn.
+
+    Args:
+        net: whose classifier tells the same classes apart.
+        place: of its features among those that were seen.
+        made: a new classifier for it.
+        labelled: what `made` was fitted to.
+        validation: to choose on, or None.
+        ridge: of the labels' own classifier, which stands for `made` on images that are left out.
+        seed: of these.
+    """
+    own = original(net)
+    if validation is not None and validation.labels is not None:
+        right = [int((part.logits(validation.features[place]).argmax(1) == validation.labels).sum()) for part in (own, made)]
+        return own if right[0] > right[1] else made
+    features, labels = labelled.features[place], _labels(labelled)
+    return own if own_over_labels(own.logits(features), features, labels, net.classes, ridge, seed).clear else made
+
+
 def folded(own: Network, unlabelled: Seen, useful: Sequence[int], names: Sequence[str], ridges: Sequence[float | str], seed: int) -> list[Candidate]:
     """The classifier with own → peers → own absorbed, for each ridge; no labels."""
     first, found = original(own), []
@@ -80,12 +99,14 @@ def by_consensus(
     recipe: HeadRecipe,
     validation: Seen | None,
     seed: int = 0,
-) -> list[Candidate]:
-    """The closed form of `consensus_head` for each group of peers; an empty group is self-training.
+) -> tuple[list[Candidate], list[str]]:
+    """The closed form of `consensus_head` for each group of peers; an empty group is self-training. And what the user should know.
 
     Without validation images the last one is the labels' own classifier where guesses do worse than it on labelled images left out in turn.
     """
-    labels, index, found = _labels(labelled), torch.arange(len(labelled)), []
+    labels, index = _labels(labelled), torch.arange(len(labelled))
+    found: list[Candidate] = []
+    notes: list[str] = []
     for group in groups:
         members = [0, *group]
         every = [torch.cat([few, many]) for few, many in zip(labelled.of(members), unlabelled.of(members), strict=True)]
@@ -98,9 +119,9 @@ def by_consensus(
             judged = crossed(consensus, labelled.features[0], index, labels, own.classes, recipe, seed)
             if judged.misled:
                 said = f"guesses on unlabelled images cost {-judged.gain:.1f} ± {judged.error:.1f} points on labelled images left out"
-                warnings.warn(f"{called}: {said}; the labels alone are used. More labels or better peers would help", KnowisoWarning, stacklevel=4)
+                notes.append(f"{called}: {said}; the labels alone are used. More labels or better peers would help")
                 found += [replace(candidate, note=said) for candidate in labels_only(own, labelled, None)]
-    return found
+    return found, notes
 
 
 def _tried(recipe: HeadRecipe, classes: int, validation: Seen | None) -> list[tuple[HeadRecipe, str]]:
@@ -119,8 +140,8 @@ def _tried(recipe: HeadRecipe, classes: int, validation: Seen | None) -> list[tu
 def heads_of_peers(
     networks: Sequence[Network], labelled: Seen, unlabelled: Seen, useful: Sequence[int], recipe: HeadRecipe, validation: Seen | None, alone: bool
 ) -> dict[int, Callable[[Tensor], Tensor]]:
-    """For each useful peer, by its place among them, what the same consensus makes its classifier, or what the labels alone make it: float32
-    features → logits, on any device.
+    """For each useful peer, by its place among them, what the same consensus makes its classifier, or what the labels alone make it, or its own
+    where that is better: float32 features → logits, on any device.
     """
     found: dict[int, Callable[[Tensor], Tensor]] = {}
     for place, i in enumerate(useful):
@@ -132,6 +153,8 @@ def heads_of_peers(
             every = [torch.cat([few, many]) for few, many in zip(labelled.of(members), unlabelled.of(members), strict=True)]
             head = Consensus.of(every, recipe).head(torch.arange(len(labelled)), labels, classes, recipe)
         made = _calibrated("", head, None if validation is None else Seen(validation.of([i]), validation.labels))
+        if networks[i].speaks(classes):
+            made = better_of(networks[i], i, made, labelled, validation, recipe.few_ridge)
         found[place] = partial(_linear, made.weight.float(), made.bias.float())
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,17 @@ def score(logits: Tensor, labels: Tensor) -> Score:
     which = (sure * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, which, right - sure)
     return Score(100 * float(right.mean()), 100 * float(gaps.abs().sum()) / len(labels), len(labels))
+
+
+def clearly_less(after: Score, before: Score) -> bool:
+    """Whether an accuracy fell by more than two standard errors of one share.
+
+    Example:
+        >>> clearly_less(Score(70.0, 1.0, 400), Score(80.0, 1.0, 400)), clearly_less(Score(70.0, 1.0, 20), Score(80.0, 1.0, 20))
+        (True, False)
+    """
+    share = before.accuracy / 100
+    return after.accuracy < before.accuracy - 200 * math.sqrt(max(share * (1 - share), 1e-4) / before.images)
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
-from knowiso_train.features import bare, device_of, inputs_of, named_layers, undisturbed
+from knowiso_train.features import bare, device_of, inputs_of, undisturbed
 from knowiso_train.losses import IsomorphismLoss, WeightSchedule, kd_loss
 from knowiso_train.refinement.networks import Network, labels_of
+from knowiso_train.refinement.pooled import pooled_layer
 from knowiso_train.refinement.told import Logits, Told
 
 
@@ -33,8 +35,9 @@ class FineTuning:
         targets: "ensemble", the mean of what the frozen original and the peers say, where the peers tell the same classes apart or labels gave them
             classifiers; "own", the frozen original alone.
         temperature: of these.
-        layers: of the network; None takes the one that pools (`global_pool`).
-        peer_layers: {own layer: peer layer}, one for all peers or one for each; None takes the same names.
+        layers: of the network; None takes what its classifier reads.
+        peer_layers: {own layer: peer layer}, one for all peers or one for each; None takes the same names, or with `layers=None` what their
+            classifiers read.
         clip: largest norm of the gradient.
         frozen_statistics: batch norms keep their statistics, as small sets of images need.
         seed: of dropout.
@@ -73,17 +76,44 @@ class FineTuning:
         return asdict(self)
 
 
-def ways_to_train(method: str, settings: FineTuning, alone: bool) -> list[tuple[str, FineTuning]]:
-    """What `refine` trains towards, and how; where the peers' guesses mislead (`alone`) there may be more in the labels than in any consensus.
+def ways_to_train(method: str, settings: FineTuning, *, alone: bool, peers: bool) -> list[tuple[str, FineTuning]]:
+    """What `refine` trains towards, and how. Where no peer is useful, or guesses mislead, there may be more in the labels than in any consensus.
+
+    Args:
+        method: of `refine`.
+        settings: as given.
+        alone: whether the labels alone gave the best classifier.
+        peers: whether any is useful.
 
     Example:
-        >>> [towards for towards, _ in ways_to_train("auto", FineTuning(), alone=True)]
+        >>> [towards for towards, _ in ways_to_train("auto", FineTuning(), alone=True, peers=True)]
         ['the consensus', 'the labels']
     """
-    found = [("the consensus", settings)]
+    found = [("the consensus", settings)] if peers else []
     if method == "auto" and alone:
         found.append(("the labels", replace(settings, weight=0.0, kd_weight=0.0)))
     return found
+
+
+def placed(settings: FineTuning, own: Network, peers: Sequence[Network], batch: Any) -> FineTuning:
+    """The settings with the layers named where they were not: what the classifiers read.
+
+    Args:
+        settings: as given.
+        own: in eval mode.
+        peers: likewise.
+        batch: of images.
+
+    Raises:
+        OptionError: no such layer, or a peer with a transform of its own.
+    """
+    for peer in peers:
+        _bridge(peer, own)
+    if settings.layers:
+        return settings
+    layer = pooled_layer(own, batch)
+    layers = settings.peer_layers if settings.peer_layers is not None else [{layer: pooled_layer(peer, batch)} for peer in peers]
+    return replace(settings, layers=[layer], peer_layers=layers)
 
 
 def fine_tune(
@@ -99,6 +129,8 @@ def fine_tune(
 ) -> nn.Module:
     """A copy of `start`, trained on labels (cross-entropy), towards the consensus of its frozen original with the peers, and towards their logits.
 
+    With both weights 0 this is training on the labels alone, and needs no peers.
+
     Args:
         start: the network with the classifier that it starts from; left as it is.
         own: what is refined, for its transform.
@@ -113,11 +145,12 @@ def fine_tune(
         A plain network in eval mode.
 
     Raises:
-        OptionError: no peers, or no layer that pools.
+        OptionError: no peers, or no layer that gives the classifier what it reads.
         NonFiniteError: the loss is NaN or Inf.
         DataError: a loader without images.
     """
-    if not peers:
+    compares = bool(settings.weight or settings.kd_weight)
+    if compares and not peers:
         raise OptionError("no useful peer is left; there is no consensus to train towards")
     with undisturbed(start, *(peer.model for peer in peers)):
         torch.manual_seed(settings.seed)
@@ -125,21 +158,11 @@ def fine_tune(
         student = copy.deepcopy(bare(start)).requires_grad_(True)
         _training_mode(student, settings.frozen_statistics)
         unlabelled, known = _batches(loader, "unlabelled images"), None if labelled is None else _batches(labelled, "labelled images")
-        first = _prepared(next(_batches(loader, "unlabelled images")), student, own.transform)
-        iso = IsomorphismLoss(
-            student,
-            teacher,
-            _layers(student, settings.layers),
-            form="consensus",
-            peers=[peer.model for peer in peers],
-            peer_layers=settings.peer_layers,
-            peer_transforms=[peer.transform for peer in peers] if own.transform is None else [_refused(peer, own) for peer in peers],
-            example=first[:2],
-        )
-        iso.to(first.device)
+        iso = _loss(student, teacher, own, peers, next(_batches(loader, "unlabelled images")), settings) if compares else None
         optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True)
         schedule = WeightSchedule(warmup=max(1, settings.steps // 20), total=max(2, settings.steps))
-        with iso, Told(peers, heads, own.classes if settings.targets == "ensemble" else 0) as told:
+        asked = Told(peers, heads, own.classes if compares and settings.targets == "ensemble" else 0)
+        with iso or nullcontext(), asked as told:
             for step in tqdm(range(settings.steps), desc="consensus", unit="step", disable=not progress):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * schedule(step)
@@ -149,7 +172,7 @@ def fine_tune(
 
 def _step(
     student: nn.Module,
-    iso: IsomorphismLoss,
+    iso: IsomorphismLoss | None,
     told: Told,
     optimizer: torch.optim.Optimizer,
     batch: Any,
@@ -165,7 +188,7 @@ def _step(
         images = torch.cat([few, images])
     logits: Tensor = student(images)
     loss = 0.0 * logits.sum()
-    if settings.weight or settings.kd_weight:
+    if iso is not None:
         loss = settings.weight * iso()  # runs the frozen original and the peers
         loss = loss + settings.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, settings.temperature), settings.temperature)
     if labels is not None:
@@ -186,17 +209,28 @@ def _training_mode(model: nn.Module, frozen_statistics: bool) -> None:
                 module.training = False
 
 
-def _layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
-    if layers:
-        return list(layers)
-    if "global_pool" in named_layers(model):
-        return ["global_pool"]
-    raise OptionError("the network has no layer 'global_pool'; say with FineTuning(layers=[...]) where it is to agree with its peers")
+def _loss(student: nn.Module, teacher: nn.Module, own: Network, peers: Sequence[Network], batch: Any, settings: FineTuning) -> IsomorphismLoss:
+    settings = placed(settings, replace(own, model=teacher), peers, batch)
+    first = _prepared(batch, student, own.transform)
+    iso = IsomorphismLoss(
+        student,
+        teacher,
+        list(settings.layers or ()),
+        form="consensus",
+        peers=[peer.model for peer in peers],
+        peer_layers=settings.peer_layers,
+        peer_transforms=[_bridge(peer, own) for peer in peers],
+        example=first[:2],
+    )
+    iso.to(first.device)
+    return iso
 
 
-def _refused(peer: Network, own: Network) -> Callable[[Any], Any] | None:
-    """The loss hands peers what the network saw, so they need the same transform, or one from there."""
-    if peer.transform is own.transform:
+def _bridge(peer: Network, own: Network) -> Callable[[Any], Any] | None:
+    """From what the network saw to what the peer is given: the loss hands peers the former, so they need the same transform, or one from there."""
+    if own.transform is None:
+        return peer.transform
+    if peer.transform == own.transform:
         return None
     raise OptionError(
         f"{peer.name} has another transform than the network. In training peers see what the network sees: "

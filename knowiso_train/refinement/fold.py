@@ -31,7 +31,7 @@ def fold(model: nn.Module, layer: str, consumers: Sequence[str], weight: Tensor,
         example: a batch of inputs.
 
     Returns:
-        The folded copy, of the same architecture, dtype and mode.
+        The folded copy, of the same dtype and mode, and of the same architecture; only a consumer without a bias gets one where `bias` is given.
 
     Raises:
         LayerNameError: no layer of this name.

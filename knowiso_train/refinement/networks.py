@@ -14,17 +14,20 @@ from tqdm.auto import tqdm
 from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, ShapeError
 from knowiso_train.features import Extractor, bare, batch_size, named_layers
 
+SAME = 1e-4  # relative: features of one image in two batches
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network, the name of its last linear layer, and what brings the loader's images to it."""
+    """A network, the name of its last linear layer, and what brings the loader's images to it; `silent` where its classifier has no say, because
+    its classes are others, or its output is not the classifier's alone."""
 
     model: nn.Module
     head: str
     name: str
     transform: Callable[[Any], Any] | None = None
+    silent: bool = False
 
     @property
     def classifier(self) -> nn.Linear:
@@ -38,6 +41,10 @@ class Network:
     def classes(self) -> int:
         """Outputs of the classifier."""
         return self.classifier.out_features
+
+    def speaks(self, classes: int) -> bool:
+        """Whether its classifier tells these classes apart."""
+        return not self.silent and self.classes == classes
 
     def logits(self, features: Tensor) -> Tensor:
         """What the network's classifier says of its pooled features (N, D), in float64."""
@@ -91,6 +98,23 @@ class Seen:
     def of(self, networks: Sequence[int]) -> tuple[Tensor, ...]:
         """Features of some of the networks."""
         return tuple(self.features[i] for i in networks)
+
+    def without(self, others: Seen) -> Seen:
+        """What is not among the others, by the first network's features: in other batches the same image gives nearly the same.
+
+        Example:
+            >>> x = torch.randn(10, 4)
+            >>> len(Seen((x,), None).without(Seen((x[3:5],), None)))
+            8
+        """
+        own, known = self.features[0].double(), others.features[0].double()
+        line = torch.randn(own.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        order = (known @ line).argsort()
+        at = torch.searchsorted((known @ line)[order], own @ line)
+        near = [order[place.clamp(0, len(known) - 1)] for place in (at - 1, at)]
+        apart = torch.stack([(own - known[index]).norm(dim=1) for index in near]).amin(0)
+        kept = apart > SAME * own.std(0).norm().clamp_min(1e-12)
+        return Seen(tuple(feature[kept] for feature in self.features), None if self.labels is None else self.labels[kept])
 
 
 def see(
@@ -158,7 +182,7 @@ def labels_of(batch: Any, what: str = "images") -> Tensor:
 
 def checked_networks(
     model: nn.Module,
-    peers: nn.Module | Sequence[nn.Module],
+    peers: nn.Module | Iterable[nn.Module],
     head: str | None,
     peer_heads: Sequence[str | None] | None,
     transform: Callable[[Any], Any] | None,
@@ -166,8 +190,7 @@ def checked_networks(
     names: Sequence[str] | None,
 ) -> list[Network]:
     """The network that is refined, then its peers."""
-    if isinstance(peers, nn.Module):
-        peers = [peers]
+    peers = [peers] if isinstance(peers, nn.Module) and not isinstance(peers, nn.ModuleList) else list(peers)
     if not peers:
         raise InputTypeError("expected at least one peer: a network that was trained on the same kind of images (another seed, another architecture)")
     for kind, given in (("peer_heads", peer_heads), ("peer_transforms", None if callable(peer_transforms) else peer_transforms)):
@@ -177,6 +200,9 @@ def checked_networks(
     if names is not None and len(names) != 1 + len(peers):
         raise InputTypeError(f"names needs one for the network and one for each of {len(peers)} peers, got {len(names)}")
     called = list(names or ["network", *(f"peer {i}" for i in range(len(peers)))])
+    twice = next((name for name in called if called.count(name) > 1), None)
+    if twice is not None:
+        raise InputTypeError(f"names are to tell the networks apart, but {twice!r} is there {called.count(twice)} times")
     heads = list(peer_heads or [None] * len(peers))
     own = network(model, called[0], head, transform)
     return [own, *(network(p, n, h, t) for p, n, h, t in zip(peers, called[1:], heads, transforms, strict=True))]

@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from knowiso_train.errors import KnowisoWarning, OptionError
-from knowiso_train.features import on_device, undisturbed
+from knowiso_train.errors import DataError, KnowisoWarning, OptionError
+from knowiso_train.features import device_of, on_device, undisturbed
 from knowiso_train.measurement.versions import versions
-from knowiso_train.refinement.board import Board, Images, check_needs, closed_forms, shared
+from knowiso_train.refinement.board import Board, Images, shared
 from knowiso_train.refinement.candidates import heads_of_peers, with_classifier
+from knowiso_train.refinement.closed_forms import check_needs, closed_forms
 from knowiso_train.refinement.composite import paper_composite
-from knowiso_train.refinement.finetune import FineTuning, fine_tune, ways_to_train
+from knowiso_train.refinement.evaluation import clearly_less
+from knowiso_train.refinement.finetune import FineTuning, fine_tune, placed, ways_to_train
 from knowiso_train.refinement.head import HeadRecipe
 from knowiso_train.refinement.networks import checked_networks, see
 from knowiso_train.refinement.result import Refined, RefineReport
 from knowiso_train.refinement.sampling import sampled
+from knowiso_train.refinement.speaking import heard, of_one_order
 from knowiso_train.refinement.worth import worth
 
 METHODS = ("auto", "fold", "head", "consensus", "paper")
@@ -31,7 +34,7 @@ Transform = Callable[[Any], Any]
 
 def refine(
     model: nn.Module,
-    peers: nn.Module | Sequence[nn.Module],
+    peers: nn.Module | Iterable[nn.Module],
     loader: Iterable[Any],
     *,
     method: str = "auto",
@@ -59,22 +62,26 @@ def refine(
 ) -> Refined:
     """Refine a network by what its peers know too. The result is a plain network of the same architecture; peers are not needed afterwards.
 
-    Every peer is judged first, without labels: one that knows nothing of the network (untrained, another task) is left out with a warning.
+    Every peer is judged first, without labels: one that knows nothing of the network (untrained, another task) is left out with a warning. A peer
+    that tells as many classes apart, but other ones, is not asked for its guesses.
+
+    Of several processes each does all of this by itself: call it in one of them, with the whole loader, as `recipes/refine.py` does.
 
     Args:
         model: the network; never modified.
-        peers: other seeds, other architectures, older versions; trained on the same kind of images, for whatever task.
+        peers: one or several: other seeds, other architectures, older versions; trained on the same kind of images, for whatever task.
         loader: images; labels in it are not read. Some hundred at least, thousands are better. Read once, or as often as training needs.
         method: "fold": the classifier absorbs the map own → peers → own (no labels, no training, exact);
             "head": the classifier is fitted in closed form to the labels and to what all networks together make of the other images
             (`consensus_head`; needs `labelled`), or to the labels alone, where `validation`, or labelled images left out in turn, say that the
             guesses mislead. For networks trained for another task and few labels of the new one: it replaces the classifier,
-            and a classifier that was trained together with its network is better left;
-            "consensus": fine-tuning of the whole network towards what the peers reproduce, on `loader`, and `labelled` where given;
+            and a classifier that was trained together with its network is better left (a warning says so where that is seen);
+            "consensus": fine-tuning of the whole network towards what the peers reproduce, on `loader`, and `labelled` where given. It starts from
+            the best of the classifiers that "head" tries and the network's own;
             "auto": what the arguments allow of these, fine-tuning only with `training=`; the best on `validation` is kept, the original included.
-            Where the labels alone gave the best classifier, fine-tuning on them alone is tried beside the consensus;
+            Where the labels alone gave the best classifier, or no peer is useful, fine-tuning on the labels alone is tried too;
             "paper": the network's layer rebuilt from a peer's (arXiv 1908.01581): a composite of two networks, for study.
-        labelled: batches with labels, few are enough.
+        labelled: batches with labels, few are enough. They may be in `loader` too.
         validation: batches with labels, to choose and calibrate on; needed by "auto". They also say how frequent the classes are, unless `recipe`
             does: guesses on the other images are tried as they are and in these proportions.
         test: batches with labels that nothing is chosen on, for the report.
@@ -93,7 +100,7 @@ def refine(
         keep_useless: use peers that were found useless.
         max_images: most unlabelled images for what is done in closed form: their pooled features lie in memory. A DataLoader over a map-style dataset
             that does not shuffle is read at random places; of any other loader the first images are taken.
-        seed: of every split and of the training.
+        seed: of every split, and of the training unless `training` says.
         device: run the networks there, and bring them back; None leaves each where it is.
         names: of the network and of each peer, for the report.
         progress: show progress bars.
@@ -102,7 +109,8 @@ def refine(
         `.model`, `.report` (print it, `.to_json(path)`), `.save(folder)`.
 
     Raises:
-        OptionError: an option without meaning, or a method whose images are missing.
+        OptionError: an option without meaning, a method whose images are missing, or no useful peer for "consensus" and "paper".
+        LayoutError: the network's output is not what one classifier makes of its features.
         DataError: too few images, or images without labels where these are needed.
         KnowisoError: as its subclasses say; modes, `requires_grad`, devices and random state are as before, also then.
 
@@ -123,22 +131,38 @@ def refine(
     """
     if method not in METHODS:
         raise OptionError(f"method must be one of {METHODS}, got {method!r}")
-    check_needs(method, labelled, validation, layer)
-    began = time.perf_counter()
+    began, home = time.perf_counter(), device_of(model)
     networks = checked_networks(model, peers, head, peer_heads, transform, peer_transforms, names)
+    check_needs(method, networks[0], layer, labelled=labelled, validation=validation, test=test)
     tuning, closed = training or FineTuning(seed=seed), recipe or HeadRecipe()
+    trains = method == "consensus" or (method == "auto" and training is not None)
+    noted: list[str] = []
+
+    def tell(notes: Sequence[str]) -> None:
+        noted.extend(notes)
+        for note in notes:
+            warnings.warn(note, KnowisoWarning, stacklevel=3)
+
     with ExitStack() as stack:
         models = [net.model for net in networks]
         stack.enter_context(undisturbed(*models))
         stack.enter_context(on_device(device, *models))
         some = sampled(loader, max_images, seed)
+        first = next(iter(some), None)
+        if first is None:
+            raise DataError("the loader of unlabelled images gave no images")
+        networks = heard(networks, first)
+        if trains:
+            placed(tuning, networks[0], networks[1:], first)  # what it lacks is said before the work, not after
         images = Images.read(networks, some, labelled, validation, test, max_images, progress)
         own = images.unlabelled.features[0]
         judged = [worth(own, images.unlabelled.features[i], net.name, least=least, seed=seed) for i, net in enumerate(networks[1:], 1)]
         useful = [i for i, found in enumerate(judged, 1) if found.useful or keep_useless]
-        noted = [f"{found.name} {found.reason}" for found in judged if not found.useful]
-        for note in noted:
-            warnings.warn(note, KnowisoWarning, stacklevel=2)
+        networks, others = of_one_order(networks, images.unlabelled)
+        tell([f"{found.name} {found.reason}" for found in judged if not found.useful])
+        tell(others if labelled is None else [])  # with labels all of them get classifiers of the same classes
+        if not useful and method in ("consensus", "paper"):
+            raise OptionError(f'no useful peer is left for method="{method}"; keep_useless=True would use one all the same')
         board = Board(networks, images)
         shares: dict[str, tuple[float, float | None]] = {}
         if useful:
@@ -146,35 +170,39 @@ def refine(
 
         chosen: nn.Module
         if method == "paper":
-            if not useful:
-                raise OptionError("no useful peer is left to rebuild the layer from; keep_useless=True would use one all the same")
-            first = networks[useful[0]]
+            peer = networks[useful[0]]
             chosen = paper_composite(
-                networks[0], first, loader, labelled or (), str(layer), peer_layer or str(layer),
+                networks[0], peer, loader, () if labelled is None else labelled, str(layer), peer_layer or str(layer),
                 order=order, orders=order if orders is None else orders, steps=tuning.steps, lr=tuning.lr,
                 seed=seed, max_images=max_images, progress=progress,
             )  # fmt: skip
-            name = f"composite with {first.name}"
+            name = f"composite with {peer.name}"
             board.whole(name, "after", chosen, validation, test)
         else:
-            found = closed_forms(method, networks, useful, images, ridge, closed, seed)
+            found, notes = closed_forms(method, networks, useful, images, ridge, closed, seed)
+            tell(notes)
             board.candidates(found[1:] if method == "auto" else found)
             best = board.best(found) if validation is not None else found[-1]
             name, chosen = best.name, with_classifier(model, networks[0].head, best)
-            if useful and (method == "consensus" or (method == "auto" and training is not None)):
+            if trains:
                 few, told, start = images.labelled, None, chosen
-                if few is not None and tuning.targets == "ensemble":
-                    told = heads_of_peers(networks, few, images.unlabelled, useful, best.recipe or closed, images.validation, best.alone)
-                fellows, highest = [networks[i] for i in useful], board.validation(best)
-                for towards, settings in ways_to_train(method, tuning, best.alone):
+                if few is not None and useful and tuning.targets == "ensemble":
+                    told = heads_of_peers(networks, few, images.others, useful, best.recipe or closed, images.validation, best.alone)
+                fellows, highest = [networks[i] for i in useful], board.accuracy(best)
+                alone = few is not None and (best.alone or not useful)
+                for towards, settings in ways_to_train(method, tuning, alone=alone, peers=bool(useful)):
                     tuned = fine_tune(start, networks[0], fellows, loader, labelled, settings, heads=told, progress=progress)
                     called = f"{best.name}, fine-tuned to {towards}"
                     again = board.whole(called, "candidate", tuned, validation, test)
                     if method == "consensus" or again > highest:
                         name, chosen, highest = called, tuned, again
-                if chosen is not start:
-                    after = see([replace(networks[0], model=chosen), *networks[1:]], some, labels=False, max_images=max_images, what="unlabelled")
-                    shares = {key: (before, shared(after, useful, seed)) for key, (before, _) in shares.items()}
+                before, after = board.validation(best), board.row(name).validation
+                if before is not None and after is not None and clearly_less(after, before):
+                    fell = f"fine-tuning took the validation images from {before.accuracy:.1f} % to {after.accuracy:.1f} %"
+                    tell([f'{fell}; method="auto" would have kept what it started from'])
+                if useful and chosen is not start:
+                    seen = see([replace(networks[0], model=chosen), *networks[1:]], some, labels=False, max_images=max_images, what="unlabelled")
+                    shares = {key: (known, shared(seen, useful, seed)) for key, (known, _) in shares.items()}
             board.after(name)
         board.peers(useful)
     report = RefineReport(
@@ -190,4 +218,4 @@ def refine(
         versions=versions(),
         warnings=tuple(noted),
     )
-    return Refined(chosen, report, plain=method != "paper")
+    return Refined(chosen if home is None else chosen.to(home), report, plain=method != "paper")

@@ -15,6 +15,7 @@ from knowiso_train.errors import OptionError
 from knowiso_train.features import bare
 from knowiso_train.measurement.versions import network_name
 from knowiso_train.refinement.evaluation import Score
+from knowiso_train.refinement.loadable import input_of, load_line
 from knowiso_train.refinement.worth import Worth
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -142,26 +143,27 @@ class Refined:
             options: of `timm.create_model`; None takes its number of classes.
 
         Raises:
-            OptionError: a composite, which no single architecture can load.
+            OptionError: a composite, which no single architecture can load, or options that build another network.
         """
         if not self.plain:
             raise OptionError('method="paper" gives a composite of two networks, for study; it has no architecture to load it. Keep its state_dict')
         from safetensors.torch import save_file
 
         inner, folder = bare(self.model), Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().cpu().clone().contiguous() for name, value in inner.state_dict().items()}, folder / WEIGHTS)
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in inner.state_dict().items()}
         classes = getattr(inner, "num_classes", None)
         chosen = dict(options) if options is not None else ({} if classes is None else {"num_classes": classes})
         name = architecture or network_name(inner)
-        words = "".join(f"{key}={value!r}, " for key, value in chosen.items())
         card = {
             "architecture": name,
             "options": chosen,
-            "load": f"timm.create_model({name!r}, {words}checkpoint_path={WEIGHTS!r})",
+            "load": load_line(name, chosen, state, WEIGHTS),
+            "input": input_of(inner),
             "parameters": sum(parameter.numel() for parameter in inner.parameters()),
             "report": self.report.to_dict(),
         }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / WEIGHTS)
         (folder / CARD).write_text(json.dumps(_portable(card), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n", encoding="utf-8")
 
 

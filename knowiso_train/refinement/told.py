@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,11 +21,11 @@ class Told:
     Args:
         peers: that the loss runs.
         heads: as for `fine_tune`.
-        classes: of the network; peers with other classifiers and without heads have no say. 0 asks none.
+        classes: of the network; peers whose classifiers tell others apart, and without heads, have no say. 0 asks none.
     """
 
     def __init__(self, peers: Sequence[Network], heads: Mapping[int, Logits] | None, classes: int) -> None:
-        same = {i: peer.classifier for i, peer in enumerate(peers) if peer.classes == classes}
+        same = {i: partial(_linear, peer.classifier) for i, peer in enumerate(peers) if peer.speaks(classes)}
         self.heads: Mapping[int, Logits] = {} if not classes else (same if heads is None else heads)
         self._peers = peers
         self._inputs: dict[int, Tensor] = {}
@@ -51,3 +52,8 @@ class Told:
 
     def _keep(self, i: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._inputs[i] = inputs[0].detach()
+
+
+def _linear(layer: nn.Linear, features: Tensor) -> Tensor:
+    """In the features' dtype, whatever the layer's."""
+    return F.linear(features, layer.weight.to(features), None if layer.bias is None else layer.bias.to(features))

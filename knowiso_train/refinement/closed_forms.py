@@ -1,0 +1,94 @@
+"""What `refine` has to choose from without training, and whether it was given what that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.refinement.board import Images
+from knowiso_train.refinement.candidates import Candidate, better_of, by_consensus, folded, labels_only, original
+from knowiso_train.refinement.head import HeadRecipe
+from knowiso_train.refinement.networks import Network, Seen
+
+CHANCE = 2.0  # times chance: a classifier that is better was trained for these classes
+
+
+def closed_forms(
+    method: str, networks: Sequence[Network], useful: Sequence[int], images: Images, ridge: float | str, recipe: HeadRecipe, seed: int
+) -> tuple[list[Candidate], list[str]]:
+    """What there is to choose from without training, simplest first; the last one is the method's own where nothing can be chosen on. And what the
+    user should know.
+    """
+    own, names = networks[0], [net.name for net in networks]
+    first, notes = original(own), list[str]()
+    found, few, seen = [first], images.labelled, images.validation
+    called = [names[i] for i in useful]
+    if useful and (method == "fold" or (method == "auto" and (few is None or _trained(first, seen)))):
+        ridges = [ridge] if method == "fold" else list(dict.fromkeys([ridge, 0.1, 1.0]))
+        found += folded(own, images.unlabelled, useful, called, ridges, seed)
+    if few is not None and few.labels is not None and method in ("auto", "head", "consensus"):
+        missing = sorted(set(range(own.classes)) - set(few.labels.tolist()))
+        if missing:
+            some = f"{', '.join(map(str, missing[:5]))}{', …' if len(missing) > 5 else ''}"
+            notes.append(f"{len(missing)} of {own.classes} classes have no labelled image ({some}): classifiers from the labels never guess these")
+        groups: list[Sequence[int]] = [useful] if useful else [()]
+        if seen is not None:
+            found += labels_only(own, few, seen)
+        if method == "auto":
+            alone = [[i] for i in useful] if len(useful) > 1 else []
+            groups = [(), *alone, *([useful] if useful else [])]
+        consensus, misled = by_consensus(own, few, images.others, groups, names, recipe, seen, seed)
+        found, notes = found + consensus, notes + misled
+        better = better_of(own, 0, found[-1] if seen is None else max(found[1:], key=lambda part: _right(part, seen)), few, seen, recipe.few_ridge)
+        if better.name == first.name and method == "head":
+            notes.append("the network's own classifier, trained with it, seems to be better than the new ones; methods 'fold' and 'auto' keep it")
+        if method == "consensus":  # which starts from the best
+            found = found if seen is not None else [*found[1:], first] if better.name == first.name else found[1:]
+            return found, notes
+    if method == "auto":
+        possible = _possible(own, found)
+        if len(possible) < len(found):
+            notes.append(f"{own.name}: the classifier {own.head!r} has no bias, so what needs one is not tried; give the network one with a bias")
+        return possible, notes
+    return (found if len(found) == 1 else found[1:]), notes
+
+
+def _possible(own: Network, found: Sequence[Candidate]) -> list[Candidate]:
+    """Without those that need a bias where the classifier has none."""
+    bias: nn.Parameter | None = own.classifier.bias
+    return [part for part in found if bias is not None or not bool(part.bias.any())]
+
+
+def _right(candidate: Candidate, seen: Seen) -> int:
+    """Images that it gets right."""
+    return 0 if seen.labels is None else int((candidate.logits(seen.features[0]).argmax(1) == seen.labels).sum())
+
+
+def _trained(first: Candidate, seen: Seen | None) -> bool:
+    """Whether the network's own classifier knows these classes."""
+    return seen is not None and _right(first, seen) > CHANCE * len(seen) / len(first.weight)
+
+
+def check_needs(method: str, own: Network, layer: str | None, **given: Any) -> None:
+    """Whether a method has what it needs; `given` are the labelled, validation and test images.
+
+    Raises:
+        OptionError: it has not.
+        InputTypeError: images that can be read only once.
+    """
+    labelled, validation = given["labelled"], given["validation"]
+    if method == "auto" and validation is None:
+        raise OptionError('method="auto" chooses on labelled images that nothing was fitted to: pass validation=, or choose a method yourself')
+    if method in ("head", "paper") and labelled is None:
+        raise OptionError(f"method={method!r} needs a few labelled images: pass labelled=")
+    for name, images in given.items():
+        if hasattr(images, "__next__"):
+            raise InputTypeError(f"{name}: expected a DataLoader or a list of batches, which can be read more than once; got {type(images).__name__}")
+    bias: nn.Parameter | None = own.classifier.bias
+    if bias is None and (method in ("head", "fold") or (method == "consensus" and labelled is not None)):
+        raise OptionError(f"the classifier {own.head!r} of {own.name} has no bias, but its refinement needs one; give the network one with a bias")
+    if method == "paper" and layer is None:
+        raise OptionError('method="paper" needs layer=, the layer of the network that is rebuilt from the peer')
