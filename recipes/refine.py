@@ -6,7 +6,8 @@
         --model resnet18 --peers resnet34 resnet50 --steps 1000 --output output/clothes
 
 First in closed form: what every peer knows of the network, and the classifier that all of them agree on (`knowiso_train.refinement.refine`, "auto").
-With --steps, then a fine-tuning of the whole network towards that agreement. What is better on the validation images is kept, the original included;
+With --steps, then a fine-tuning of the whole network towards that agreement: the part of its features that the peers reproduce, and the mean of what
+they all say, by classifiers that the labels and the consensus gave them. What is better on the validation images is kept, the original included;
 the test images choose nothing. A run that was killed goes on where it was when the same line is launched again.
 Writes report.json, summary.json, log.jsonl, and refined.safetensors: plain timm weights, with a card that says how to load them, without the peers.
 """
@@ -17,6 +18,8 @@ import argparse
 import math
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, skip_first_batches
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
@@ -46,9 +50,13 @@ from knowiso_train.integrations import (
     training_loader,
 )
 from knowiso_train.integrations.checkpoints import read_weights
+from knowiso_train.integrations.training import TrainingImages
 from knowiso_train.losses import IsomorphismLoss, WeightSchedule, kd_loss
 from knowiso_train.measurement.versions import versions
-from knowiso_train.refinement import refine
+from knowiso_train.refinement import FineTuning, refine
+from knowiso_train.refinement.finetune import placed
+from knowiso_train.refinement.networks import network as known_network
+from knowiso_train.refinement.told import Told
 
 FREE = ("output", "workers", "log_every", "save_every", "data_dir")  # may change when a run is taken up
 
@@ -65,7 +73,9 @@ def main(words: list[str] | None = None) -> int:
     closed = closed_form(model, peers, few, data, args, output, accelerator)
     load_checkpoint(model, args.output / "closed.safetensors")
     results = {"closed form": closed}
-    if args.steps:
+    if args.steps and not closed["useful"]:
+        accelerator.print("no peer knows the network well enough to train towards it: the closed form is what there is. Other --peers may do")
+    elif args.steps:
         results["fine-tuned"] = fine_tuned(model, peers, few, data, args, accelerator)
 
     best = max(results, key=lambda name: results[name]["validation"])  # of equal ones the closed form
@@ -105,6 +115,7 @@ def closed_form(model: nn.Module, peers: list[nn.Module], few: Subset[Any], data
         after = refined.report.row("after")
         useful = [i for i, peer in enumerate(refined.report.peers) if peer.useful]
         figures = {"validation": after.validation.accuracy, "test": after.test.accuracy}  # type: ignore[union-attr]
+        output.write_network("teachers", nn.ModuleList(refined.peer_classifiers.values()), {"of": list(refined.peer_classifiers)})
         output.write_network("closed", refined.model, {**figures, "chosen": refined.report.chosen, "useful": useful})
     accelerator.wait_for_everyone()
     return output.read_json("closed.json")
@@ -117,21 +128,30 @@ def fine_tuned(start: nn.Module, peers: list[nn.Module], few: Subset[Any], data:
         return finished
     device = accelerator.device
     useful = [peers[i].to(device) for i in (output.read_json("closed.json") or {})["useful"]]
-    if not useful:
-        raise OptionError("no peer knows the network well enough to train towards it; leave --steps out, or choose other --peers")
     bare, teacher = network(args.model, args, data.classes), start.to(device).eval().requires_grad_(False)
     load_checkpoint(bare, args.output / "closed.safetensors")
     bare.to(device)
     to_input = input_transform(bare, size=args.image_size).to(device)
     bridges = [InputBridge(to_input, input_transform(peer, size=args.image_size)).to(device) for peer in useful]
-    known = torch.stack([image for image, _ in few]), torch.tensor([label for _, label in few])
-    reading = {name: getattr(args, name) for name in ("batch_size", "seed", "padding", "flip", "workers")}
-    loader = training_loader(data.train, **reading, pin_memory=device.type == "cuda")
+    named = [known_network(peer, f"peer {i}", transform=bridge) for i, (peer, bridge) in enumerate(zip(useful, bridges, strict=True))]
+    weights = load_file(args.output / "teachers.safetensors")
+    teachers = {i: partial(F.linear, weight=weights[f"{i}.weight"].to(device), bias=weights[f"{i}.bias"].to(device)) for i in range(len(useful))}
+    changing = {name: getattr(args, name) for name in ("seed", "padding", "flip")}
+    loader = training_loader(data.train, **changing, batch_size=args.batch_size, workers=args.workers, pin_memory=device.type == "cuda")
+    known, each = TrainingImages(few, **changing), max(1, args.batch_size // 2 // accelerator.num_processes)
     order: Any = loader.sampler
+    example = to_input(torch.stack([few[i][0] for i in range(2)]).to(device))
+    where = placed(FineTuning(layers=args.layers or None, peer_layers=peer_layers(args)), known_network(teacher, "network"), named, example)
     iso = IsomorphismLoss(
-        bare, teacher, args.layers, form="consensus", peers=useful, peer_transforms=bridges, peer_layers=peer_layers(args),
-        example=to_input(known[0][:2].to(device)),
-    ).to(device)  # fmt: skip
+        bare,
+        teacher,
+        list(where.layers or ()),
+        form="consensus",
+        peers=useful,
+        peer_transforms=bridges,
+        peer_layers=where.peer_layers,
+        example=example,
+    ).to(device)
     optimizer: Any = torch.optim.SGD(bare.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
     schedule = WeightSchedule(warmup=max(1, args.steps // 20), total=args.steps + 1)
     scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -142,18 +162,19 @@ def fine_tuned(start: nn.Module, peers: list[nn.Module], few: Subset[Any], data:
     began, saved = time.monotonic() - at.seconds, at.step
     training_mode(bare)
 
-    with tqdm(total=args.steps, initial=at.step, desc="consensus", unit="step", disable=not accelerator.is_main_process) as bar, iso:
+    bar = tqdm(total=args.steps, initial=at.step, desc="consensus", unit="step", disable=not accelerator.is_main_process)
+    with bar, iso, Told(named, teachers, data.classes) as told:
         while at.step < args.steps:
             order.epoch, skipped = divmod(at.step, len(loader))
             for batch, _ in skip_first_batches(loader, skipped) if skipped else loader:
                 if at.step == args.steps:
                     break
                 torch.manual_seed(args.seed * 10**9 + at.step * 10**3 + accelerator.process_index)  # as if never interrupted
-                which = torch.randperm(len(few))[: args.batch_size // 2]
-                labels = known[1][which].to(device)
-                logits: Tensor = model(to_input.applied(torch.cat([known[0][which].to(device), batch])))
-                losses = {"cross_entropy": F.cross_entropy(logits[: len(which)], labels), "consensus": args.weight * iso()}
-                losses["self"] = args.kd_weight * kd_loss(logits, iso.teacher_output, args.temperature)
+                shown = [known[len(few) * at.step + i] for i in torch.randperm(len(few))[:each].tolist()]
+                labels = torch.tensor([label for _, label in shown]).to(device)
+                logits: Tensor = model(to_input.applied(torch.cat([torch.stack([image for image, _ in shown]).to(device), batch])))
+                losses = {"cross_entropy": F.cross_entropy(logits[: len(shown)], labels), "consensus": args.weight * iso()}
+                losses["ensemble"] = args.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, args.temperature), args.temperature)
                 accelerator.backward(sum(losses.values()))
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)  # a classifier in closed form can have large weights
                 optimizer.step()
@@ -194,7 +215,9 @@ def peer_layers(args: argparse.Namespace) -> dict[str, str] | None:
 
 def launched(args: argparse.Namespace) -> Accelerator:
     """What `accelerate launch` started, or this process alone. A batch is that of all processes together."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while the first refines in closed form
+    options: dict[str, Any] = {"dataloader_config": DataLoaderConfiguration(split_batches=True), "kwargs_handlers": [patience]}
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, **options)
     if args.batch_size % accelerator.num_processes:
         raise OptionError(f"--batch-size {args.batch_size} cannot be divided among {accelerator.num_processes} processes")
     return accelerator
@@ -274,14 +297,14 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("--max-images", 20_000, at_least(1), "most unlabelled images for the closed form")
     add("--workers", 0, at_least(0), "processes that read images; 0 where they lie in memory")
     add("--steps", 0, at_least(0), "of fine-tuning after the closed form; 0 for none")
-    add("--layers", ["global_pool"], str, "where the network is to agree with its peers while it is fine-tuned", nargs="+")
+    add("--layers", [], str, "where the network is to agree with its peers while it is fine-tuned; none: at what the classifiers read", nargs="*")
     add("--peer-layers", [], str, "the peers' layers for these, where they have other names", nargs="*")
     add("--weight", 1.0, at_least(0, float), "of the consensus")
-    add("--kd-weight", 1.0, at_least(0, float), "of the distance to the closed form's own logits")
+    add("--kd-weight", 1.0, at_least(0, float), "of the distance to the mean of what the closed form and the peers' classifiers say")
     add("--temperature", 2.0, at_least(0.01, float), "of these")
     add("--padding", 0, at_least(0), "pixels of the random crop in fine-tuning")
     add("--flip", False, help="mirror half of the images in fine-tuning; not for digits")
-    add("--batch-size", 64, at_least(2), "unlabelled images of all processes together; half as many labelled ones come to it")
+    add("--batch-size", 64, at_least(2), "unlabelled images of all processes together; half as many labelled ones come to them")
     add("--lr", 0.003, at_least(0, float), "highest learning rate of SGD")
     add("--weight-decay", 1e-4, at_least(0, float), "of every parameter")
     add("--seed", 0, at_least(0), "of the labelled images, the splits, the order and dropout")

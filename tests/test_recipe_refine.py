@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,3 +104,29 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole: Path, words: Callable[...,
 def test_other_settings_need_another_folder(whole: Path, words: Callable[..., list[str]]) -> None:
     with pytest.raises(OptionError, match="labels is 7, was 4"):
         refine.main(words(whole, "--labels", "7"))
+
+
+def test_two_processes_refine_as_one_and_a_peer_may_be_of_another_family(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    """The closed form is made by one of them and is that of one process; then both train, and one writes."""
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_vit", num_classes=5, img_size=SIDE).state_dict(), tmp_path / "vit.pth")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    both = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", port, str(RECIPES / "refine.py")]
+    ended = subprocess.run(
+        [*both, *words(tmp_path / "two", "--steps", "2")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert refine.main(words(tmp_path / "one", "--steps", "2")) == 0
+    for name in ("closed", "teachers"):
+        one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("one", "two"))
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+    logs = [[json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()] for folder in ("one", "two")]
+    assert [entry["step"] for entry in logs[1]] == [1, 2]
+    assert all(entry["ensemble"] >= 0 and entry["cross_entropy"] > 0 for entry in logs[1])

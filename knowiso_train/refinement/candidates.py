@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,13 @@ class Candidate:
     def logits(self, features: Tensor) -> Tensor:
         """(N, D) → (N, classes)."""
         return features.double() @ self.weight.T + self.bias
+
+    def layer(self) -> nn.Linear:
+        """As a module: float32, frozen."""
+        found = nn.Linear(self.weight.shape[1], self.weight.shape[0], device="meta").to_empty(device="cpu").requires_grad_(False)
+        found.weight.copy_(self.weight)
+        found.bias.copy_(self.bias)
+        return found
 
 
 def original(own: Network) -> Candidate:
@@ -139,11 +145,11 @@ def _tried(recipe: HeadRecipe, classes: int, validation: Seen | None) -> list[tu
 
 def heads_of_peers(
     networks: Sequence[Network], labelled: Seen, unlabelled: Seen, useful: Sequence[int], recipe: HeadRecipe, validation: Seen | None, alone: bool
-) -> dict[int, Callable[[Tensor], Tensor]]:
+) -> dict[int, nn.Linear]:
     """For each useful peer, by its place among them, what the same consensus makes its classifier, or what the labels alone make it, or its own
-    where that is better: float32 features → logits, on any device.
+    where that is better; float32, on the CPU.
     """
-    found: dict[int, Callable[[Tensor], Tensor]] = {}
+    found: dict[int, nn.Linear] = {}
     for place, i in enumerate(useful):
         members = [i, 0, *(j for j in useful if j != i)]
         labels, classes = _labels(labelled), networks[0].classes
@@ -155,12 +161,8 @@ def heads_of_peers(
         made = _calibrated("", head, None if validation is None else Seen(validation.of([i]), validation.labels))
         if networks[i].speaks(classes):
             made = better_of(networks[i], i, made, labelled, validation, recipe.few_ridge)
-        found[place] = partial(_linear, made.weight.float(), made.bias.float())
+        found[place] = made.layer()
     return found
-
-
-def _linear(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-    return features @ weight.to(features).T + bias.to(features)
 
 
 def with_classifier(model: nn.Module, head: str, candidate: Candidate) -> nn.Module:

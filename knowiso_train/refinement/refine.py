@@ -169,6 +169,7 @@ def refine(
             shares[networks[0].head + " (input)"] = (shared(images.unlabelled, useful, seed), None)
 
         chosen: nn.Module
+        classifiers: dict[str, nn.Linear] = {}
         if method == "paper":
             peer = networks[useful[0]]
             chosen = paper_composite(
@@ -184,10 +185,12 @@ def refine(
             board.candidates(found[1:] if method == "auto" else found)
             best = board.best(found) if validation is not None else found[-1]
             name, chosen = best.name, with_classifier(model, networks[0].head, best)
+            few, told = images.labelled, None
+            if few is not None and useful and method != "fold":
+                told = heads_of_peers(networks, few, images.others, useful, best.recipe or closed, images.validation, best.alone)
+                classifiers = {networks[i].name: told[place] for place, i in enumerate(useful)}
             if trains:
-                few, told, start = images.labelled, None, chosen
-                if few is not None and useful and tuning.targets == "ensemble":
-                    told = heads_of_peers(networks, few, images.others, useful, best.recipe or closed, images.validation, best.alone)
+                start = chosen
                 fellows, highest = [networks[i] for i in useful], board.accuracy(best)
                 alone = few is not None and (best.alone or not useful)
                 for towards, settings in ways_to_train(method, tuning, alone=alone, peers=bool(useful)):
@@ -218,4 +221,4 @@ def refine(
         versions=versions(),
         warnings=tuple(noted),
     )
-    return Refined(chosen if home is None else chosen.to(home), report, plain=method != "paper")
+    return Refined(chosen if home is None else chosen.to(home), report, plain=method != "paper", peer_classifiers=classifiers)

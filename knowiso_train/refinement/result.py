@@ -126,11 +126,14 @@ class Refined:
     Attributes:
         model: a plain network of the same architecture, in eval mode; for `method="paper"` a composite of two networks.
         report: what was tried and what it was worth.
+        peer_classifiers: by the names of the useful peers, what the same labels and consensus make their classifiers (pooled features → logits,
+            float32): teachers for a training of your own. Empty without labelled images.
     """
 
     model: nn.Module
     report: RefineReport
     plain: bool = field(default=True, repr=False)
+    peer_classifiers: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
 
     def save(self, folder: str | Path, *, architecture: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         """Write `model.safetensors`, a plain state dict, and `card.json`, how to load it and the report.

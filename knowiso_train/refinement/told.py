@@ -26,7 +26,8 @@ class Told:
 
     def __init__(self, peers: Sequence[Network], heads: Mapping[int, Logits] | None, classes: int) -> None:
         same = {i: partial(_linear, peer.classifier) for i, peer in enumerate(peers) if peer.speaks(classes)}
-        self.heads: Mapping[int, Logits] = {} if not classes else (same if heads is None else heads)
+        given = {i: partial(_linear, head) if isinstance(head, nn.Linear) else head for i, head in (heads or {}).items()}
+        self.heads: Mapping[int, Logits] = {} if not classes else (same if heads is None else given)
         self._peers = peers
         self._inputs: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -55,5 +56,5 @@ class Told:
 
 
 def _linear(layer: nn.Linear, features: Tensor) -> Tensor:
-    """In the features' dtype, whatever the layer's."""
+    """In the features' dtype and on their device, whatever the layer's."""
     return F.linear(features, layer.weight.to(features), None if layer.bias is None else layer.bias.to(features))
