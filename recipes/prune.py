@@ -95,7 +95,8 @@ def pruned_step(step: int, before: str, original: nn.Module, data: Data, args: a
 
     def prune_further(network: nn.Module, folder: Path) -> Any:
         budget = {kind: share ** (1 / args.steps) for kind in ("macs", "params", "latency") if (share := getattr(args, kind)) is not None}
-        choice: dict[str, Any] = {name: getattr(args, name) for name in ("ignored", "round_to", "floor", "block_steps", "seed")}
+        choice: dict[str, Any] = {name: getattr(args, name) for name in ("ignored", "round_to", "block_steps", "seed")}
+        choice["floor"] = args.floor ** (1 / args.steps)  # of what the stage before left
         made = ki.prune(network, loader, **(budget or {"macs": 0.5 ** (1 / args.steps)}), **choice, max_images=args.images)
         so_far = {} if step == 1 else saved_kept(args.output / before)
         kept = None if so_far is None else composed(so_far, made.kept, original)

@@ -6,10 +6,12 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from knowiso_train.errors import OptionError
@@ -197,9 +199,16 @@ class Carving:
             after = self.images.run(small, self.few)
         except RuntimeError as error:
             raise OptionError(f"{kind} cannot be pruned: its forward pass does not fit its new widths ({error}). It is as it was") from error
-        if not isinstance(silenced, Tensor):
-            return
-        apart = float((after - silenced).abs().max()) / float(silenced.abs().max().clamp_min(1e-12))
+        wanted, got = (list(filter(torch.is_tensor, tree_leaves(output))) for output in (silenced, after))
+        shapes = [tuple(map(tuple, (a.shape for a in part))) for part in (wanted, got)]
+        if shapes[0] != shapes[1]:
+            first = next((a, b) for a, b in zip_longest(*shapes) if a != b)
+            raise OptionError(
+                f"{kind} cannot be pruned: a width reaches its output, of which a part would be {first[1]} and not {first[0]}. It is as it was; pass "
+                "the modules that make it as ignored="
+            )
+        numbers = [(a.double(), b.double()) for a, b in zip(wanted, got, strict=True) if a.numel()]
+        apart = max((float((b - a).abs().max()) / float(a.abs().max().clamp_min(1e-12)) for a, b in numbers), default=0.0)
         if not apart <= FAITHFUL:
             raise OptionError(
                 f"{kind} cannot be pruned: taking channels out is not the same there as not reading them (outputs differ by {apart:.1e}). "

@@ -10,7 +10,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
+from knowiso_train.features import resolve
 from knowiso_train.integrations.heads import cut_heads, head_groups
 from knowiso_train.pruning.channel_group import ChannelGroup, inputs_of_layer
 from knowiso_train.pruning.rows import readable
@@ -29,13 +30,13 @@ def channel_groups(
     """The groups that can go without touching a residual stream: inner widths of blocks, plain chains, concatenated channels, heads.
 
     Left out are inner channels of attention other than whole heads, residual streams and what a layer norm or group norm runs over, the network's
-    outputs, and channels that only grouped convolutions read.
+    outputs, channels that only grouped convolutions read, and layers that run more than once or share their weights.
 
     Args:
         model: in eval mode.
         example: a small batch for `forward`, or a tensor of images.
         tails: of `pruning.trace`.
-        ignored: names of layers that keep their width, or of modules all of whose layers do.
+        ignored: names or globs of layers that keep their width, or of modules all of whose layers do.
         forward: see `ki.prune`.
 
     Raises:
@@ -47,9 +48,8 @@ def channel_groups(
         [('0', 8, ['2'])]
     """
     names = {module: name for name, module in model.named_modules()}
-    strange = [name for name in ignored if name not in names.values()]
-    if strange:
-        raise OptionError(f"ignored: no modules {strange} in {type(model).__name__}; see `model.named_modules()`")
+    ignored = _named(model, ignored)
+    unsteady = {name for name, layer in model.named_modules() if tails and readable(layer) and name not in tails}
     heads = head_groups(model)
     graph = dependency_graph(model, example, forward)
     attention = [name for name, module in model.named_modules() if isinstance(getattr(module, "num_heads", None), int) and hasattr(module, "proj")]
@@ -63,6 +63,7 @@ def channel_groups(
             group is None
             or any(_within(name, attention) for name in group.writers)
             or any(tails.get(name, Tail()).total is not None for name in group.writers)
+            or unsteady.intersection((*group.writers, *group.readers))
         ):
             continue
         found.append(group)
@@ -168,6 +169,14 @@ def _units(pairs: Sequence[tuple[int, int]], size: int) -> Tensor:
     if len(of_unit) != size or len({len(channels) for channels in of_unit.values()}) != 1:
         raise InputTypeError("units of different sizes")
     return torch.tensor([of_unit[unit] for unit in range(size)])
+
+
+def _named(model: nn.Module, patterns: str | Collection[str]) -> list[str]:
+    try:
+        found = [[pattern] if pattern == "" else resolve(model, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    except LayerNameError as error:
+        raise OptionError(f"ignored: no modules of such names in {type(model).__name__}: {error}") from error
+    return [name for names in found for name in names]
 
 
 def _within(name: str, modules: Collection[str]) -> bool:

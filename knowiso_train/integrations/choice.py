@@ -167,13 +167,16 @@ def by_scores(model: nn.Module, example: Any, groups: Sequence[ChannelGroup], im
     Raises:
         OptionError: no importance, or one that gives no scores for a group.
     """
-    if not callable(importance):
+    if not callable(importance) or isinstance(importance, type):
         raise OptionError(f'importance must be "isomorphism" or an importance of torch-pruning, got {importance!r}')
     graph, orders = dependency_graph(model, example, forward), {}
     for group in groups:
         root, handler = _root(model, group)
         item = graph.get_pruning_group(root, handler, group.writers[_writer(group)].flatten().tolist())
-        scores = importance(item)
+        try:
+            scores = importance(item)
+        except Exception as error:  # whatever it needs and was not given, such as gradients
+            raise OptionError(f"{type(importance).__name__} cannot score {group.name!r} ({type(error).__name__}: {error})") from error
         if scores is None:
             raise OptionError(f"{type(importance).__name__} gives no scores for {group.name!r}; pass it as ignored=, or choose another importance")
         channels = [int(index) for index in item[0].idxs]

@@ -53,7 +53,13 @@ def reach_latency(make: Callable[[float], Made], original: nn.Module, images: Ca
     """
     target, whole, reached = share, latency_of(original, images), 1.0
     for _ in range(TRIES):
-        made = make(target)
+        try:
+            made = make(target)
+        except OptionError as error:
+            raise OptionError(
+                f"a latency of {share} of the original's was not reached: {reached:.2f} was, and at {target:.2f} of the multiply-adds no more can go "
+                f"({error})"
+            ) from error
         reached = latency_of(made[0], images) / whole
         if reached <= share:
             return made

@@ -89,7 +89,7 @@ def prune(
             even ones, see `round_to`.
         importance: "isomorphism", or an importance of torch-pruning, whose scores then choose the channels and cut the same share of every group.
         refit: False leaves the surviving weights as they are.
-        ignored: names of layers, or of modules all of whose layers keep their width.
+        ignored: names or globs of layers, or of modules all of whose layers keep their width. Their weights are refitted all the same.
         floor: least share of a group's width that stays.
         round_to: widths are multiples of this, or whole; heads are not rounded.
         max_images: to look at; they pass through the network at once in the refit.
@@ -161,6 +161,8 @@ def prune(
             fits, blocks = carving.rebuilt(small, kept, fits, block_steps)
         times = (latency_of(original, images), latency_of(small, images)) if kind == "latency" else None
         count = [count_macs(network, partial(images.run, network, few), batch_size(few)) for network in (original, small)]
+    if not (count[1] < count[0] or _parameters(small) < _parameters(original)):
+        raise OptionError(f"nothing was taken out of {type(original).__name__}, though {share} was asked for; this network cannot be pruned so")
     for name, module in small.named_modules():
         module.training = original.get_submodule(name).training
     trains = {name: parameter.requires_grad for name, parameter in original.named_parameters()}

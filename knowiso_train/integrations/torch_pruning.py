@@ -24,8 +24,8 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
     """Scores channels by the rise of their consumers' unexplained share when the channel goes and the consumers are refitted (DESIGN §1.4).
 
     One unlabelled pass over some hundred images, at the first group that is scored; again where the network's widths have changed since, as in
-    iterative pruning. `global_pruning` compares scores of different layers and knows nothing of what a channel computes, so they say what is lost
-    for a million multiply-adds.
+    iterative pruning, or where it was trained. `global_pruning` compares scores of different layers and knows nothing of what a channel computes, so
+    they say what is lost for a million multiply-adds.
 
     Args:
         model: the network that is pruned.
@@ -71,6 +71,8 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(loader, Tensor) or not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
+            raise InputTypeError(f"expected a DataLoader or a list of batches, which is read at every step; got {type(loader).__name__}")
         if not ridge >= 0 or max_images < 1 or rows < 1:
             raise OptionError(f"expected ridge >= 0, max_images >= 1 and rows >= 1, got {ridge!r}, {max_images!r} and {rows!r}")
         if per not in ("macs", "channel"):
@@ -78,6 +80,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         self.model, self.loader, self.cumulative, self.per, self.ridge = bare(model), loader, cumulative, per, ridge
         self._pass: dict[str, Any] = {"max_images": max_images, "rows": rows, "forward": forward, "seed": seed, "progress": progress}
         self._seen: dict[str, LayerInput] = {}
+        self._weights: list[tuple[nn.Parameter, int]] = []
 
     def __call__(self, group: Any) -> Tensor | None:
         """(J,) scores of the group's channels, float32; None where nothing reads them, which torch-pruning skips."""
@@ -114,10 +117,16 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         readers = [item for item in group if item.dep.handler in READERS and _readable(item.dep.target.module)]
         names = {module: name for name, module in self.model.named_modules()}
         layers = {names[item.dep.target.module]: item.dep.target.module for item in readers if item.dep.target.module in names}
+        if readers and not layers:
+            raise OptionError(
+                f"the importance was made for another network than the one that is pruned, perhaps for a copy: its {type(self.model).__name__} has "
+                "none of the layers that read these channels. Pass it the very network that the pruner gets"
+            )
         stale = [name for name, layer in layers.items() if name not in self._seen or len(self._seen[name].moments.mean_x) != columns_of(layer)]
-        if stale:
+        if stale or self._changed():
             every = {name: layer for name, layer in self.model.named_modules() if _readable(layer)}
             self._seen = input_moments(self.model, self.loader, every, **self._pass)
+            self._weights = [(parameter, parameter._version) for parameter in self.model.parameters()]
         found = []
         for item in readers:
             layer = item.dep.target.module
@@ -125,6 +134,11 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
                 name = names[layer]
                 found.append(Consumer.of(name, self._seen[name].moments, layer.weight, _columns(layer, item.idxs, item.root_idxs)))
         return found
+
+    def _changed(self) -> bool:
+        """Whether weights were changed in place since the pass, as training does. torch-pruning puts new ones in their place: that tells nothing."""
+        present = set(map(id, self.model.parameters()))
+        return any(parameter._version != version for parameter, version in self._weights if id(parameter) in present)
 
 
 def _readable(layer: nn.Module) -> bool:

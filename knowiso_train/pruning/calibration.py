@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import DataError, InputTypeError, OptionError
+from knowiso_train.errors import DataError, InputTypeError, OptionError, ShapeError
 from knowiso_train.features import batch_size, inputs_of, select, to_device
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -97,7 +97,12 @@ def _joined(batches: list[Any]) -> Any:
     if len(batches) == 1:
         return first
     if isinstance(first, Tensor):
-        return torch.cat(batches) if first.ndim else first
+        if not first.ndim:
+            return first
+        sizes = sorted({tuple(batch.shape[1:]) for batch in batches})
+        if len(sizes) > 1:
+            raise ShapeError(f"expected images of one size, got {' and '.join(map(str, sizes))}; resize or crop them in the loader")
+        return torch.cat(batches)
     if isinstance(first, Mapping):
         return {key: _joined([batch[key] for batch in batches]) for key in first}
     if isinstance(first, (tuple, list)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from knowiso_train.pruning.kept import kept_outputs
 from knowiso_train.pruning.originals import originals
 from knowiso_train.pruning.report import RefitReport
 from knowiso_train.pruning.rows import readable
-from knowiso_train.pruning.trace import Tail, tails
+from knowiso_train.pruning.trace import Tail, operations, tails
 from knowiso_train.pruning.twin import Kept
 
 TRACED = 2  # images
@@ -97,6 +98,13 @@ def refit(
     with undisturbed(small, whole), torch.no_grad():
         found = traced(whole, images)
         outputs = kept_outputs(whole, small, found, kept)
+        few = images.some(min(TRACED, images.count))
+        counts = [operations(partial(images.run, network, few)) for network in (small, whole)]
+        if counts[0] != counts[1]:
+            raise ShapeError(
+                f"the pruned network runs {counts[0]} operations and the original {counts[1]}, so that they cannot be told to be the same ones. "
+                "Close FeatureTaps and take hooks off both first"
+            )
         layers = dict(small.named_modules())
         strange = [name for name in found if type(layers[name]) is not type(whole.get_submodule(name))]
         if strange:
@@ -108,8 +116,9 @@ def refit(
 
 
 def traced(model: nn.Module, images: Calibration) -> dict[str, Tail]:
-    """What follows every convolution and linear layer that runs once, in forward order."""
-    layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if readable(layer)}
+    """What follows every convolution and linear layer that runs once and has its weight for itself, in forward order."""
+    owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if readable(layer) and owners.count(id(layer.weight)) == 1}
     count = min(TRACED, images.count)
     few = images.some(count)
     apart: set[str] = set()  # layers that do not see images, such as one that makes a position code

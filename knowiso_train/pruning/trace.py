@@ -83,7 +83,11 @@ def tails(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]
         {'0': Tail(norm='1', scale=None, total=None, other=None, steps=())}
     """
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and module.affine}
+    owners = {
+        id(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.affine and module.running_mean is not None
+    }
     fixed = set(parameters)  # parameters, and what is made of nothing else
     made: dict[int, int] = {}
     alive: list[Any] = []  # keeps identities unique
@@ -131,6 +135,20 @@ def tails(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]
         if len(outputs[name]) == 1 and outputs[name][0] >= 0:
             found[name] = _follow(outputs[name][0], begun[name], users, owners, parameters, fixed, steps)
     return found
+
+
+def operations(run: Callable[[], Any]) -> int:
+    """How many tensor operations a pass takes, those of hooks included.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.zeros(1, 2)
+        >>> operations(lambda: model(x))
+        2
+    """
+    mode = Operations(lambda *_: None)
+    with mode:
+        run()
+    return mode.count
 
 
 Steps = dict[int, tuple[int, Callable[[Tensor], Tensor]]]
