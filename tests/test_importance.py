@@ -15,6 +15,8 @@ import knowiso_train as ki
 from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError
 from knowiso_train.pruning import BackwardElimination, input_moments, input_rows, regression_weight, removal_costs
 
+pytestmark = pytest.mark.filterwarnings("ignore:fewer rows than regressors")  # a few images are enough to tell how channels are scored
+
 
 def pictures(n: int = 24, side: int = 32, seed: int = 0) -> list[Tensor]:
     return list(torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed)).split(8))

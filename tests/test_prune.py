@@ -14,6 +14,7 @@ import timm
 import torch
 import torch_pruning as tp
 from pruned_networks import network
+from timm.models.mlp_mixer import MlpMixer
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from knowiso_train.pruning.cost import LayerCost, count_macs, layer_costs, layer
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "test_resnet": {},
+    "seresnet50": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)},
     "seresnext26ts": {},
     "densenet121": {"growth_rate": 4, "block_config": (2, 2)},
     "mobilenetv2_035": {},
@@ -41,6 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deit3_small_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3},
     "vit_small_patch14_dinov2": {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 3},
     "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)},
+    "cait_xxs24_224": {"img_size": 32, "depth": 2, "depth_token_only": 1, "embed_dim": 48, "num_heads": 4},
+    "xcit_nano_12_p16_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4},
 }
 
 
@@ -111,7 +115,9 @@ def test_families(name: str, tmp_path: Path) -> None:
     assert out.isfinite().all()
     for key, indices in pruned.kept.items():
         assert pruned.model.state_dict()[key].shape == take(model.state_dict()[key], indices).shape
-    for part in pruned.model.modules():
+    for path, part in pruned.model.named_modules():
+        if hasattr(part, "scale") and isinstance(part.scale, float):
+            assert part.scale == model.get_submodule(path).scale
         if hasattr(part, "attn_dim"):
             assert part.qkv.out_features == 3 * part.num_heads * part.head_dim
             assert part.proj.in_features == part.attn_dim == part.num_heads * part.head_dim
@@ -127,8 +133,49 @@ def test_vgg_with_batch_norm() -> None:
     torch.manual_seed(0)
     images = torch.randn(32, 3, 32, 32)
     model = lively(VGG([8, "M", 16, "M", 16, "M", 16], num_classes=5, norm_layer=nn.BatchNorm2d, mlp_ratio=0.01), images)
-    report = little(model, images, ignored=["pre_logits"]).report
-    assert [width.name for width in report.widths] == ["features.12", "features.8", "features.4", "features.0"]
+    pruned = little(model, images, ignored=["pre_logits"])
+    assert [width.name for width in pruned.report.widths] == ["features.12", "features.8", "features.4", "features.0"]
+    assert pruned.report.macs[1] <= 0.7 * pruned.report.macs[0]
+    assert pruned.model(images).shape == (32, 5)
+
+
+def test_mixer() -> None:
+    """Its two kinds of MLP are cut, tokens and channels are streams."""
+    torch.manual_seed(0)
+    images = torch.randn(32, 3, 32, 32)
+    model = lively(MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=2, embed_dim=24), images)
+    pruned = little(model, images)
+    assert {width.name.split(".", 2)[2] for width in pruned.report.widths} == {"mlp_tokens.fc1", "mlp_channels.fc1"}
+    assert pruned.model(images).shape == (32, 5)
+
+
+def test_grouped_convolutions_of_resnext_lose_the_same_of_every_group() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(32, 3, 32, 32)
+    options: dict[str, Any] = {"layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 32, "channels": (16, 16, 32, 32), "stem_width": 16}
+    model = lively(timm.create_model("resnext50_32x4d", num_classes=5, **options), images)
+    pruned = little(model, images, macs=0.9)
+    narrower = [name for name, conv in pruned.model.named_modules() if name.endswith("conv2") and conv.out_channels < _out(model, name)]
+    assert narrower
+    assert all(pruned.model.get_submodule(name).groups == 4 and _out(pruned.model, name) % 4 == 0 for name in narrower)
+    assert pruned.report.macs[1] <= 0.9 * pruned.report.macs[0]
+
+
+def _out(model: nn.Module, name: str) -> int:
+    return int(model.get_submodule(name).out_channels)  # type: ignore[arg-type]
+
+
+def test_labels_are_never_read() -> None:
+    class Unreadable:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"a label was asked for {name}")
+
+    model, images = chain()
+    batches = [(part, Unreadable()) for part in images.split(32)]
+    labelled, plain = (ki.prune(model, given, macs=0.7, progress=False).model for given in (batches, images.split(32)))
+    assert all(torch.equal(a, b) for a, b in zip(labelled.state_dict().values(), plain.state_dict().values(), strict=True))
+    importance = ki.IsomorphismImportance(model, batches, progress=False)
+    tp.pruner.BasePruner(model, images[:1], importance, pruning_ratio=0.5, ignored_layers=[model.fc]).step()
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_patch16_224", "densenet121"])

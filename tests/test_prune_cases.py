@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import knowiso_train as ki
-from knowiso_train.errors import InputTypeError, OptionError, ShapeError
+from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError, ShapeError
 from knowiso_train.features import FeatureTaps
 
 IMAGES = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -138,6 +138,18 @@ class TestImportance:
         model = chain()
         with pytest.raises(OptionError, match="made for another network than the one that is pruned"):
             self.step(copy.deepcopy(model), ki.IsomorphismImportance(model, [IMAGES], progress=False))
+
+    def test_ratios_for_single_layers(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        importance, ratios = ki.IsomorphismImportance(model, [IMAGES], progress=False), {model[0]: 0.25, model[2]: 0.5}
+        tp.pruner.BasePruner(model, IMAGES[:1], importance, pruning_ratio_dict=ratios, ignored_layers=[model[4]]).step()
+        assert (model[0].out_channels, model[2].out_channels) == (6, 4)
+
+    def test_few_images_are_warned_of(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)).eval()
+        with pytest.warns(KnowisoWarning, match=r"'2' \(24 rows for 288 regressors\)"):
+            self.step(model, ki.IsomorphismImportance(model, [IMAGES[:2, :, :10, :10]], progress=False))
 
     def test_looks_again_after_training(self) -> None:
         """Half of the channels become copies of the others: after one look more, one of each pair is free."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError
 from knowiso_train.features import bare
 from knowiso_train.pruning import BackwardElimination, Consumer, removal_costs
 from knowiso_train.pruning.channel_group import unit_columns
@@ -126,6 +127,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         if stale or self._changed():
             every = {name: layer for name, layer in self.model.named_modules() if _readable(layer)}
             self._seen = input_moments(self.model, self.loader, every, **self._pass)
+            self._warn(every)
             self._weights = [(parameter, parameter._version) for parameter in self.model.parameters()]
         found = []
         for item in readers:
@@ -134,6 +136,13 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
                 name = names[layer]
                 found.append(Consumer.of(name, self._seen[name].moments, layer.weight, _columns(layer, item.idxs, item.root_idxs)))
         return found
+
+    def _warn(self, layers: Mapping[str, nn.Module]) -> None:
+        counts = {name: (int(self._seen[name].moments.count), columns_of(layer)) for name, layer in layers.items() if name in self._seen}
+        short = [f"{name!r} ({rows} rows for {regressors} regressors)" for name, (rows, regressors) in counts.items() if rows < regressors]
+        if short:
+            told = f"fewer rows than regressors, so that channels look like mixtures of the rest: layers {', '.join(short)}. Give more images"
+            warnings.warn(told, KnowisoWarning, stacklevel=4)
 
     def _changed(self) -> bool:
         """Whether weights were changed in place since the pass, as training does. torch-pruning puts new ones in their place: that tells nothing."""
