@@ -60,7 +60,7 @@ def test_the_ridge_is_the_best_of_all(seed: int, start: float | None) -> None:
     found = Regression.of(x, y, images=60)
     original = weight + 0.1 * off
     every = {ridge: found.unexplained(found.fitted.weight(original, None, ridge)) for ridge in RIDGES}
-    share, ridge = found.best(original, None, RIDGES, start)
+    share, ridge, _ = found.best(original, None, RIDGES, start)
     assert ridge == min(every, key=every.__getitem__)
     assert share == pytest.approx(every[ridge])
 

@@ -130,9 +130,8 @@ def refit_forward(
         if changed:
             if regression.count < read:
                 short.append(f"{name!r} ({regression.count} rows for {read} regressors)")
-            share, last = regression.best(original, keep, ridge, last)
+            share, last, new = regression.best(original, keep, ridge, last)
             shares.append(share)
-            new = regression.fitted.weight(original, keep, last)
         with torch.no_grad():
             if columns is not None:
                 layer.weight.copy_(ungrouped_weight(layer, torch.zeros_like(whole).index_copy(1, columns, new)))  # type: ignore[operator]

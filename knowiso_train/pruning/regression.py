@@ -79,8 +79,8 @@ class Regression:
         left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight)
         return float(left.var(0, correction=0).sum()) / self.total if self.total > 0 else 0.0
 
-    def best(self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None) -> tuple[float, float]:
-        """The least unexplained share on the held rows, and the ridge that leaves it.
+    def best(self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None) -> tuple[float, float, Tensor]:
+        """The least unexplained share on the held rows, the ridge that leaves it, and its weight.
 
         From the ridge of the layer before, downhill to both sides: what is left rises to both sides of the best ridge.
 
@@ -96,25 +96,29 @@ class Regression:
             >>> [found.best(0 * a, None, (1e-6, 1e-3, 1.0, 10.0), start)[1] for start in (None, 10.0, 1e-6)]
             [1e-06, 1e-06, 1e-06]
         """
-        of_held = self.of_held
+        least = math.inf, math.inf, original
 
-        def left(ridge: float) -> tuple[float, float]:
+        def left(ridge: float) -> float:
+            nonlocal least
             weight = self.fitted.weight(original, keep, ridge)
-            return (self.unexplained(weight) if of_held is None else of_held.left(weight, self.total)), ridge
+            share = self.unexplained(weight) if self.of_held is None else self.of_held.left(weight, self.total)
+            if (share, ridge) < least[:2]:
+                least = share, ridge, weight
+            return share
 
         tried = sorted(set(ridges))
-        found = {ridge: left(ridge) for ridge in tried if math.isinf(ridge)}  # costs nothing, and is no neighbour of the others
-        tried = [ridge for ridge in tried if not math.isinf(ridge)]
+        if math.inf in tried:  # costs nothing, and is no neighbour of the others
+            left(tried.pop())
         if tried:
             middle = tried.index(start) if start in tried else len(tried) // 2
-            found[tried[middle]] = left(tried[middle])
+            first = left(tried[middle])
             for step in (-1, 1):
-                at = middle
+                at, last = middle, first
                 while 0 <= at + step < len(tried):
-                    found[tried[at + step]] = left(tried[at + step])
-                    if found[tried[at + step]] > found[tried[at]]:
+                    share = left(tried[at + step])
+                    if share > last or (share == last and step > 0):
                         break
-                    at += step
+                    at, last = at + step, share
                 if at != middle:  # it was downhill: not to the other side
                     break
-        return min(found.values())
+        return least
