@@ -13,7 +13,7 @@ from knowiso_train.refinement.candidates import Candidate, better_of, by_consens
 from knowiso_train.refinement.head import HeadRecipe
 from knowiso_train.refinement.networks import Network, Seen
 
-CHANCE = 2.0  # times chance: a classifier that is better was trained for these classes
+KNOWS = 0.25  # of the way from chance to perfect: a classifier that is better was trained for these classes
 
 
 def closed_forms(
@@ -69,7 +69,10 @@ def _right(candidate: Candidate, seen: Seen) -> int:
 
 def _trained(first: Candidate, seen: Seen | None) -> bool:
     """Whether the network's own classifier knows these classes."""
-    return seen is not None and _right(first, seen) > CHANCE * len(seen) / len(first.weight)
+    if seen is None:
+        return False
+    chance = 1 / len(first.weight)
+    return _right(first, seen) > len(seen) * (chance + KNOWS * (1 - chance))
 
 
 def check_needs(method: str, own: Network, layer: str | None, **given: Any) -> None:
