@@ -146,7 +146,7 @@ class Refined:
             options: of `timm.create_model`; None takes its number of classes.
 
         Raises:
-            OptionError: a composite, which no single architecture can load, or options that build another network.
+            OptionError: a composite, which no single architecture can load.
         """
         if not self.plain:
             raise OptionError('method="paper" gives a composite of two networks, for study; it has no architecture to load it. Keep its state_dict')
