@@ -42,8 +42,8 @@ def load_line(architecture: str, options: Mapping[str, Any], state: Mapping[str,
         return f"timm.create_model({architecture!r}, {words}checkpoint_path={file!r})"
     warnings.warn(
         f"timm.create_model({architecture!r}, {words.rstrip(', ')}) builds another network: {other!r} is {found.get(other)} there and "
-        f"{wanted.get(other)} here. Say with architecture= and options= how this one is built, such as options={{'in_chans': 1}}; a pruned one is saved "
-        "by save_pruned",
+        f"{wanted.get(other)} here. Say with architecture= and options= how this one is built, such as options={{'in_chans': 1}}; a pruned one is "
+        "saved by save_pruned",
         KnowisoWarning,
         stacklevel=3,
     )
