@@ -49,9 +49,10 @@ def test_peers_and_ensemble_keep_classifiers_that_were_trained() -> None:
 
 def test_consensus_starts_from_a_classifier_that_was_trained() -> None:
     options: dict[str, Any] = {"method": "consensus", "labelled": LABELLED, "training": FineTuning(steps=0), "progress": False}
-    result = refine(trained(0), trained(1), POOL, **options)
+    model = trained(0)
+    result = refine(model, trained(1), POOL, **options)
     assert result.report.chosen == "original, fine-tuned to the consensus"
-    assert torch.equal(result.model.fc.weight, trained(0).fc.weight)
+    assert torch.equal(result.model.fc.weight, model.fc.weight)
     assert refine(Eye(0), Eye(1), POOL, **options).report.chosen.startswith("consensus head")
     report = refine(trained(0), trained(1), POOL, validation=VALIDATION, **options).report
     assert report.row("after").validation.accuracy >= report.row("before").validation.accuracy
