@@ -42,12 +42,13 @@ def closed_forms(
             groups = [(), *alone, *([useful] if useful else [])]
         consensus, misled = by_consensus(own, few, images.others, groups, names, recipe, seen, seed)
         found, notes = found + consensus, notes + misled
-        better = better_of(own, 0, found[-1] if seen is None else max(found[1:], key=lambda part: _right(part, seen)), few, seen, recipe.few_ridge)
-        if better.name == first.name and method == "head":
-            notes.append("the network's own classifier, trained with it, seems to be better than the new ones; methods 'fold' and 'auto' keep it")
-        if method == "consensus":  # which starts from the best
-            found = found if seen is not None else [*found[1:], first] if better.name == first.name else found[1:]
-            return found, notes
+        if method != "auto":  # which has the original among what it chooses from
+            made = found[-1] if seen is None else max(found[1:], key=lambda part: _right(part, seen))
+            kept = better_of(own, 0, made, few, seen, recipe.few_ridge).name == first.name
+            if kept and method == "head":
+                notes.append("the network's own classifier, trained with it, seems to be better than the new ones; methods 'fold' and 'auto' keep it")
+            if method == "consensus":  # which starts from the best
+                return (found if seen is not None else [*found[1:], first] if kept else found[1:]), notes
     if method == "auto":
         possible = _possible(own, found)
         if len(possible) < len(found):
