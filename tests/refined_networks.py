@@ -45,6 +45,16 @@ class Eye(nn.Module):
         return self.global_pool(self.trunk(x)).detach()
 
 
+def with_best_classifier(model: Eye, x: Tensor, y: Tensor, *, sure: float, order: tuple[int, ...] = (0, 1, 2)) -> Eye:
+    """The network with the least-squares classifier of these images, its classes in this order and its logits `sure` times the scores."""
+    features = model.features(x)
+    best = torch.linalg.lstsq(torch.cat([features, torch.ones(len(x), 1)], 1), nn.functional.one_hot(y, 3).float()[:, order]).solution
+    with torch.no_grad():
+        model.fc.weight.copy_(sure * best[:-1].T)
+        model.fc.bias.copy_(sure * best[-1])
+    return model
+
+
 def batches(x: Tensor, y: Tensor | None = None, size: int = 64) -> list[object]:
     """As a loader gives them."""
     return [x[i : i + size] if y is None else (x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from refined_networks import Eye, batches, images
+from refined_networks import Eye, batches, images, with_best_classifier
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, KnowisoWarning, LayoutError, OptionError
@@ -27,14 +27,7 @@ VALIDATION, TEST = batches(*images(300, seed=2)), batches(*images(1000, seed=3))
 
 def trained(which: int, order: tuple[int, ...] = (0, 1, 2)) -> Eye:
     """With the best classifier that there is for these classes, in this order."""
-    model = Eye(which)
-    x = model.features(X)
-    targets = nn.functional.one_hot(Y, 3).float()[:, order]
-    best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), targets).solution
-    with torch.no_grad():
-        model.fc.weight.copy_(10 * best[:-1].T)
-        model.fc.bias.copy_(10 * best[-1])
-    return model
+    return with_best_classifier(Eye(which), X, Y, sure=10, order=order)
 
 
 def test_peers_and_ensemble_keep_classifiers_that_were_trained() -> None:
