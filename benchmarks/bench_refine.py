@@ -30,7 +30,7 @@ from judging import over_images, packed, spread, unpacked
 from record import RESULTS, record, table
 from refine_checks import harm, harm_table, paper, paper_table
 from refine_cifar import cifar, cifar_table
-from refine_data import CLASSES, draw, features
+from refine_data import CLASSES, EVERY, draw, features
 from refine_full import full, full_table, in_proportion, with_shares
 from refine_tasks import CIFAR10, CIFAR10_AS_IT_IS, CIFAR100, CLOTHES
 from torch import Tensor
@@ -42,7 +42,6 @@ from knowiso_train.refinement.worth import worth
 LABELS = (3, 5, 10, 20, 50)
 JUDGED = (3, 5, 10, 20)  # that the targets speak of
 PROPORTION = ", in proportion"  # of the classes among the validation images, as ours
-EVERY = 1000  # more than there are of any class; once, since nothing is drawn
 RIDGES = tuple(10.0**e for e in range(-3, 3))
 RECIPES = [
     HeadRecipe(few_ridge=few, sharpness=sharp, rounds=rounds, head_ridge=ridge)
@@ -146,7 +145,7 @@ class Arms:
 
 def head(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """One row for each number of labels and seed: accuracy of every method, and which test images it got right."""
-    points = [*((k, s) for s in range(seeds) for k in LABELS), (EVERY, 0)]
+    points = [*((k, s) for s in range(seeds) for k in LABELS), (EVERY, 0)]  # once, since nothing is drawn
     arms: Arms | None = None
     for k, seed in points:
         row = next((row for row in kept if (row["labels"], row["seed"]) == (k, seed)), None)

@@ -19,6 +19,7 @@ from zoo import CIFAR10_MEAN, CIFAR10_STD, DATA, cifar_resnet, efficientnet_lite
 
 CACHE = Path(__file__).parent / ".cache"
 CLASSES, SIDE, MARGIN, SPLITS = 10, 160, 16, ("train", "validation", "test")
+EVERY = 1000  # images of a class: more than there are of any
 Pooled = Callable[[Tensor], Tensor]
 
 

@@ -1,6 +1,7 @@
 """Sections `full` and `transfer` of bench_refine.py: every weight trained on few labelled images, from classifiers in closed form.
 
-LABELS images per class with labels, the rest of the training images without (tasks in refine_tasks.py). Each way takes the same steps of 32 images,
+Some images per class with labels, the rest of the training images without (tasks in refine_tasks.py; where all have labels, they are all of them once
+more, without). Each way takes the same steps of 32 images,
 crops and flips, batch norm's statistics frozen, from the best classifier in closed form:
 
 plain              from a ridge classifier, cross-entropy: 32 labelled images a step; every other way sees 16 of them and 16 unlabelled ones
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from judging import over_images, packed, spread, unpacked
-from refine_data import SPLITS, draw, shuffled
+from refine_data import EVERY, SPLITS, draw, shuffled
 from refine_tasks import Task
 from torch import Tensor, nn
 
@@ -40,11 +41,12 @@ from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, ridge_hea
 from knowiso_train.refinement.networks import network
 from knowiso_train.refinement.smoother import class_shares, sharpened
 
-LABELS, TUNING_LABELS, TUNING_SEED = (10, 5), 10, 1000  # five labels per class are trained with the settings of ten
+TUNING_LABELS, TUNING_SEED = 10, 1000  # other numbers of labels per class are trained with the settings of ten
 HALF, CLIP, DECAY = 16, 1.0, 1e-4
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # as they are and in proportion: as many as there are recipes and ALONE
 ALONE = (0.1, 1.0, 10.0)  # ridges of the labels' own classifiers, where nothing else of these is chosen
 WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", "ours, features")
+SLOW, SLOW_LABELS = "ours, features", (10, 5)  # three networks run in every step of it
 WITHOUT = ("ridge head", "self-training head", "consensus head", "three ridge heads", "three consensus heads")
 
 
@@ -132,10 +134,10 @@ class Bench:
         return model.eval()
 
     def others(self, index: Tensor) -> Tensor:
-        """Training images without labels, where those at `index` have them."""
+        """Training images without labels, where those at `index` have them; all where all have."""
         rest = torch.ones(len(self.labels["train"]), dtype=torch.bool)
         rest[index] = False
-        return rest.nonzero().flatten()
+        return (rest if rest.any() else ~rest).nonzero().flatten()
 
     def with_head(self, head: Head) -> nn.Module:
         """A copy of the network with this classifier."""
@@ -171,7 +173,7 @@ def full(task: Task, seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[
     bench: Bench | None = None
     if not kept:
         kept.append({"labels": TUNING_LABELS, "seed": TUNING_SEED, "tried": {}})
-    for k, seed in [(TUNING_LABELS, TUNING_SEED), *((k, s) for k in LABELS for s in range(seeds))]:
+    for k, seed in [(TUNING_LABELS, TUNING_SEED), *((k, s) for k in task.labels for s in range(seeds))]:
         row = next((r for r in kept if r["labels"] == k and r["seed"] == seed), None)
         if row is None:
             kept.append(row := {"labels": k, "seed": seed, "accuracy": {}, "right": {}, "seconds": {}})
@@ -184,7 +186,7 @@ def full(task: Task, seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[
             _tune(bench, heads, index, row, save)
             continue
         _without(bench, heads, row)
-        for way in WAYS:
+        for way in _ways(k):
             if way not in row["accuracy"]:
                 began = time.perf_counter()
                 settings = {**kept[0]["chosen"][way], "three": kept[0]["three"]}
@@ -199,7 +201,11 @@ def _complete(row: dict[str, Any]) -> bool:
     """A way that is added later is tuned and judged then."""
     if row["seed"] == TUNING_SEED:
         return set(row.get("chosen", ())) == set(WAYS)
-    return set(row["accuracy"]) == {*WITHOUT, *WAYS}
+    return set(row["accuracy"]) >= {*WITHOUT, *_ways(row["labels"])}
+
+
+def _ways(labels: int) -> list[str]:
+    return [way for way in WAYS if way != SLOW or labels in SLOW_LABELS]
 
 
 def _tune(bench: Bench, heads: dict[str, dict[str, Head]], index: Tensor, row: dict[str, Any], save: Any) -> None:
@@ -232,13 +238,18 @@ def _keep(row: dict[str, Any], name: str, right: Tensor) -> None:
 def full_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and paired differences to three of the rivals: mean ± standard error over seeds, and over test images drawn again."""
     found = []
-    for k in LABELS:
+    for k in task.labels:
         judged = [row for row in rows if row["labels"] == k and row["seed"] != TUNING_SEED and _complete(row)]
         if len(judged) < 2:
             continue
-        right = {name: torch.stack([unpacked(row["right"][name], task.tested) for row in judged]) for name in (*WITHOUT, *WAYS)}
+        right = {name: torch.stack([unpacked(row["right"][name], task.tested) for row in judged]) for name in (*WITHOUT, *_ways(k))}
         for name, own in right.items():
-            line: dict[str, Any] = {"labels": k, "method": name, "seeds": len(own), "top-1 %": round(100 * float(own.mean()), 2)}
+            line: dict[str, Any] = {
+                "labels": "all" if k == EVERY else k,
+                "method": name,
+                "seeds": len(own),
+                "top-1 %": round(100 * float(own.mean()), 2),
+            }
             for other in ("plain", "ensemble", "self-training"):
                 gap = 100 * (own - right[other])
                 line[f"over {other}"] = spread(gap.mean(1).tolist(), signed=True)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from refine_data import changed, features, normalised, pixels
+from refine_data import EVERY, changed, features, normalised, pixels
 from refine_small import TEST, small_changed, small_features, small_network, small_normalised, small_pixels
 from torch import Tensor, nn
 from zoo import efficientnet_lite
@@ -35,6 +35,7 @@ class Task:
         steps: of every training.
         rates: learning rates that are tried for `plain`; the middle two, each with two weights, for every other way.
         tested: test images.
+        labels: per class, one after another; more than there are takes all.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class Task:
     steps: int
     rates: tuple[float, float, float, float]
     tested: int
+    labels: tuple[int, ...] = (10, 5)
     layers: tuple[str, ...] | None = None
     classes: int = 10
 
@@ -68,6 +70,7 @@ CLOTHES = Task(
     steps=40,
     rates=(0.001, 0.003, 0.01, 0.03),
     tested=372,
+    labels=(10, 5, 3, 20, 50, EVERY),
 )
 
 
