@@ -50,8 +50,9 @@ from knowiso_train.pruning import recording
 class Runner:
     """All methods of one seed, whatever is not in the book."""
 
-    def __init__(self, task: Task, seed: int, book: Book, screen: bool, afterwards: Sequence[str] = ()) -> None:
-        self.task, self.seed, self.book, self.screen, self.afterwards = task, seed, book, screen, afterwards
+    def __init__(self, task: Task, seed: int, book: Book, screen: bool, finishes: Sequence[str], afterwards: Sequence[str] = ()) -> None:
+        self.task, self.seed, self.book, self.screen = task, seed, book, screen
+        self.finishes, self.afterwards = finishes, afterwards
         self.memory: dict[str, Any] = {}
         self.failures: list[str] = []
 
@@ -74,13 +75,17 @@ class Runner:
     def run(self, methods: Iterable[Method], ratio: float, finishes: Callable[[Method], Sequence[str]]) -> None:
         self.ours(ratio)
         for method in methods:
-            missing = [finish for finish in finishes(method) if self.book.find(**self.key(method.name, finish, ratio)) is None]
+            wanted = [finish for finish in finishes(method) if finish in self.finishes]
+            missing = [finish for finish in wanted if self.book.find(**self.key(method.name, finish, ratio)) is None]
             if missing:
                 self._guarded(method.name, partial(self._run, method, ratio, missing))
 
     def ours(self, ratio: float) -> None:
         """ki.prune, and what follows it."""
-        finishes = (*SOLVED, *(self.afterwards if self.task.name == "resnet56" and ratio == self.task.screened else ()))
+        finishes = (
+            *(finish for finish in SOLVED if finish in self.finishes),
+            *(self.afterwards if self.task.name == "resnet56" and ratio == self.task.screened else ()),
+        )
         missing = [name for name in finishes if self.book.find(**self.key(OURS, name, ratio)) is None]
         if missing:
             self._guarded(OURS, partial(self._ours, ratio, missing))
@@ -152,14 +157,16 @@ class Runner:
 
 
 def screen(task: Task, seed: int, book: Book, wanted: Callable[[Method], bool], finishes: Sequence[str], ratio: float) -> list[str]:
-    runner = Runner(task, seed, book, screen=True)
-    runner.run(filter(wanted, rivals(task)), ratio, lambda method: [finish for finish in finishes if finish in method.finishes])
+    runner = Runner(task, seed, book, True, finishes)
+    runner.run(filter(wanted, rivals(task)), ratio, lambda method: method.finishes)
     return runner.failures
 
 
-def full(task: Task, seed: int, book: Book, wanted: Callable[[Method], bool], ratios: Sequence[float], afterwards: Sequence[str]) -> list[str]:
+def full(
+    task: Task, seed: int, book: Book, wanted: Callable[[Method], bool], ratios: Sequence[float], finishes: Sequence[str], afterwards: Sequence[str]
+) -> list[str]:
     """Ours and the best rivals at every ratio."""
-    runner, pairs = Runner(task, seed, book, False, afterwards), chosen(task, book)
+    runner, pairs = Runner(task, seed, book, False, finishes, afterwards), chosen(task, book)
     if not pairs:
         raise SystemExit(f"nothing of {task.name} is screened yet: run with --screen first")
     for ratio in ratios:
@@ -175,7 +182,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ratios", nargs="+", type=float, help="times fewer multiply-adds")
     parser.add_argument("--methods", nargs="*", help="those whose name contains one of these; `--methods` alone runs ki.prune alone")
-    parser.add_argument("--finishes", nargs="+", choices=FINISHES, default=list(FINISHES[:3]), help="of the screening")
+    parser.add_argument("--finishes", nargs="+", choices=FINISHES, help="all but blocks in the screening, all those of the best after it")
     parser.add_argument(
         "--afterwards", nargs="*", choices=AFTERWARDS, default=["tuned"], help="trainings after ki.prune, ResNet-56 at 2x; all: half an hour a seed"
     )
@@ -199,10 +206,10 @@ def main() -> None:
         seeds = args.seeds[:1] if args.quick else args.seeds
         if args.screen or args.quick:
             for ratio in args.ratios or [task.screened]:
-                failures += screen(task, seeds[0], book, wanted, args.finishes, ratio)
+                failures += screen(task, seeds[0], book, wanted, args.finishes or FINISHES[:3], ratio)
         if not args.screen:
             for seed in seeds:
-                failures += full(task, seed, book, wanted, [task.screened] if args.quick else ratios, args.afterwards)
+                failures += full(task, seed, book, wanted, [task.screened] if args.quick else ratios, args.finishes or FINISHES, args.afterwards)
     report(tasks, book, write=not args.quick and not args.screen)
     if failures:
         sys.exit("failed, without a row:\n" + "\n".join(failures))
