@@ -254,15 +254,13 @@ def test_guesses_that_mislead_are_not_used() -> None:
     assert better.report.row("after").test.accuracy > safe.report.row("after").test.accuracy
 
 
-def test_where_guesses_mislead_the_labels_are_trained_on_alone_too() -> None:
+def test_auto_trains_on_the_labels_alone_too() -> None:
     nets, x, y = sixty_classes()
     sets: dict[str, Any] = {"labelled": batches(x[:240], y[:240]), "validation": batches(x[2500:], y[2500:])}
-    wrong = HeadRecipe(sharpness=math.inf, shares=(100.0, *(1.0,) * 59))
+    wrong = HeadRecipe(sharpness=math.inf, shares=(100.0, *(1.0,) * 59))  # the labels alone start it
     training = FineTuning(steps=5, lr=1e-3, layers=["0"])
     report = refine(nets[0], nets[1], batches(x[240:2500]), recipe=wrong, training=training, progress=False, **sets).report
     trained = [row for row in report.rows if "fine-tuned" in row.name]
     assert [row.name.split(", ", 1)[0] for row in trained] == ["labels only"] * 2
     assert [row.name.rsplit(" to ", 1)[1] for row in trained] == ["the consensus", "the labels"]
     assert report.row("after").validation.accuracy == max(row.validation.accuracy for row in report.rows if row.role in ("before", "candidate"))
-    good = refine(nets[0], nets[1], batches(x[240:2500]), recipe=HeadRecipe(shares="even"), training=training, progress=False, **sets).report
-    assert [row.name.rsplit(" to ", 1)[1] for row in good.rows if "fine-tuned" in row.name] == ["the consensus"]

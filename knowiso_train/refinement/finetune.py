@@ -76,21 +76,21 @@ class FineTuning:
         return asdict(self)
 
 
-def ways_to_train(method: str, settings: FineTuning, *, alone: bool, peers: bool) -> list[tuple[str, FineTuning]]:
-    """What `refine` trains towards, and how. Where no peer is useful, or guesses mislead, there may be more in the labels than in any consensus.
+def ways_to_train(method: str, settings: FineTuning, *, labels: bool, peers: bool) -> list[tuple[str, FineTuning]]:
+    """What `refine` trains towards, and how. There may be more in the labels than in any consensus, and only validation images can tell.
 
     Args:
         method: of `refine`.
         settings: as given.
-        alone: whether the labels alone gave the best classifier.
+        labels: whether there are labelled images.
         peers: whether any is useful.
 
     Example:
-        >>> [towards for towards, _ in ways_to_train("auto", FineTuning(), alone=True, peers=True)]
+        >>> [towards for towards, _ in ways_to_train("auto", FineTuning(), labels=True, peers=True)]
         ['the consensus', 'the labels']
     """
     found = [("the consensus", settings)] if peers else []
-    if method == "auto" and alone:
+    if method == "auto" and labels:
         found.append(("the labels", replace(settings, weight=0.0, kd_weight=0.0)))
     return found
 
@@ -129,7 +129,7 @@ def fine_tune(
 ) -> nn.Module:
     """A copy of `start`, trained on labels (cross-entropy), towards the consensus of its frozen original with the peers, and towards their logits.
 
-    With both weights 0 this is training on the labels alone, and needs no peers.
+    With both weights 0 this is training on the labels alone, and needs no peers; then unlabelled images are not looked at.
 
     Args:
         start: the network with the classifier that it starts from; left as it is.
@@ -157,7 +157,8 @@ def fine_tune(
         teacher = copy.deepcopy(bare(start)).eval().requires_grad_(False)
         student = copy.deepcopy(bare(start)).requires_grad_(True)
         _training_mode(student, settings.frozen_statistics)
-        unlabelled, known = _batches(loader, "unlabelled images"), None if labelled is None else _batches(labelled, "labelled images")
+        unlabelled = _batches(loader, "unlabelled images") if compares or labelled is None else None
+        known = None if labelled is None else _batches(labelled, "labelled images")
         iso = _loss(student, teacher, own, peers, next(_batches(loader, "unlabelled images")), settings) if compares else None
         optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True)
         schedule = WeightSchedule(warmup=max(1, settings.steps // 20), total=max(2, settings.steps))
@@ -166,7 +167,8 @@ def fine_tune(
             for step in tqdm(range(settings.steps), desc="consensus", unit="step", disable=not progress):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * schedule(step)
-                _step(student, iso, told, optimizer, next(unlabelled), None if known is None else next(known), own.transform, settings, step)
+                batch, few = (None if source is None else next(source) for source in (unlabelled, known))
+                _step(student, iso, told, optimizer, batch, few, own.transform, settings, step)
     return student.eval()
 
 
@@ -181,12 +183,8 @@ def _step(
     settings: FineTuning,
     step: int,
 ) -> None:
-    images, labels = _prepared(batch, student, transform), None
-    if known is not None:
-        few = _prepared(known, student, transform)
-        labels = labels_of(known, "labelled images").to(few.device)
-        images = torch.cat([few, images])
-    logits: Tensor = student(images)
+    labels = None if known is None else labels_of(known, "labelled images").to(device_of(student) or "cpu")
+    logits: Tensor = student(torch.cat([_prepared(part, student, transform) for part in (known, batch) if part is not None]))
     loss = 0.0 * logits.sum()
     if iso is not None:
         loss = settings.weight * iso()  # runs the frozen original and the peers

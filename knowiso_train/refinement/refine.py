@@ -79,7 +79,7 @@ def refine(
             "consensus": fine-tuning of the whole network towards what the peers reproduce, on `loader`, and `labelled` where given. It starts from
             the best of the classifiers that "head" tries and the network's own;
             "auto": what the arguments allow of these, fine-tuning only with `training=`; the best on `validation` is kept, the original included.
-            Where the labels alone gave the best classifier, or no peer is useful, fine-tuning on the labels alone is tried too;
+            With labels it fine-tunes twice, towards the consensus and on the labels alone: where guesses mislead, the latter is better;
             "paper": the network's layer rebuilt from a peer's (arXiv 1908.01581): a composite of two networks, for study.
         labelled: batches with labels, few are enough. They may be in `loader` too.
         validation: batches with labels, to choose and calibrate on; needed by "auto". They also say how frequent the classes are, unless `recipe`
@@ -192,8 +192,7 @@ def refine(
             if trains:
                 start = chosen
                 fellows, highest = [networks[i] for i in useful], board.accuracy(best)
-                alone = few is not None and (best.alone or not useful)
-                for towards, settings in ways_to_train(method, tuning, alone=alone, peers=bool(useful)):
+                for towards, settings in ways_to_train(method, tuning, labels=few is not None, peers=bool(useful)):
                     tuned = fine_tune(start, networks[0], fellows, loader, labelled, settings, heads=told, progress=progress)
                     called = f"{best.name}, fine-tuned to {towards}"
                     again = board.whole(called, "candidate", tuned, validation, test)
