@@ -9,11 +9,13 @@ self-distillation  from the same classifier, and its own frozen probabilities on
 ensemble           from the ridge classifier, and the mean probabilities of three of them, one on each network
 self-training      from `consensus_head` of the network alone, which guesses the unlabelled images' labels, and its probabilities: ours without peers
 ours               from `consensus_head` with the two peers, and the probabilities of consensus heads on all images, the network's or three's mean
-ours, features     the same by `fine_tune`, as `ki.refine(method="consensus")` trains: three's mean, and the part of its features that peers reproduce
+ours, labels       from `consensus_head` with the two peers, 32 labelled images a step and nothing else
+ours, features     as "ours" by `fine_tune`, as `ki.refine(method="consensus")` trains: three's mean, and the part of its features that peers know
 
 Probabilities are those on the clean images, made once; the last way takes them, and the peers' features, from the images as the network sees them.
 Ridges and recipes are chosen for each seed on the validation images, from as many settings for every classifier, and its temperature too: half of
 them with guesses in the classes' proportions among the validation images, the labels' own classifiers among those with guesses, as in `refine`.
+"as auto chooses" trains nothing: of the consensus head and the last ways the best on the validation images, for each seed, as `refine` takes it.
 Learning rate and weight are chosen on a tuning seed and the validation images, from four settings for every way, and so is who teaches ours.
 Test images are only reported on.
 """
@@ -45,9 +47,12 @@ TUNING_LABELS, TUNING_SEED = 10, 1000  # other numbers of labels per class are t
 HALF, CLIP, DECAY = 16, 1.0, 1e-4
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # as they are and in proportion: as many as there are recipes and ALONE
 ALONE = (0.1, 1.0, 10.0)  # ridges of the labels' own classifiers, where nothing else of these is chosen
-WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", "ours, features")
+LABELS_ONLY = ("plain", "ours, labels")
+AUTO, CHOSEN = ("ours, labels", "ours, features"), "as auto chooses"
+WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", *AUTO)
 SLOW, SLOW_LABELS = "ours, features", (10, 5)  # three networks run in every step of it
-WITHOUT = ("ridge head", "self-training head", "consensus head", "three ridge heads", "three consensus heads")
+CONSENSUS = "consensus head"
+WITHOUT = ("ridge head", "self-training head", CONSENSUS, "three ridge heads", "three consensus heads")
 
 
 def with_shares(recipes: Sequence[HeadRecipe], labels: Tensor, classes: int) -> list[HeadRecipe]:
@@ -112,7 +117,7 @@ class Bench:
         """The network after the task's steps; batches and crops depend on the seed alone."""
         if way == "ours, features":
             return self.with_features(heads["consensus"], index, seed, lr=lr, weight=weight)
-        own, steps = heads[{"ours": "consensus", "self-training": "alone"}.get(way, "ridge")], self.task.steps
+        own, steps = heads[{"ours": "consensus", "ours, labels": "consensus", "self-training": "alone"}.get(way, "ridge")], self.task.steps
         taught = own if way == "ensemble" or (way == "ours" and three) else {self.own: own[self.own]}
         targets, model = self.told(taught, "train").float(), self.with_head(own[self.own])
         for module in model.train().modules():
@@ -121,7 +126,7 @@ class Bench:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY, nesterov=True)
         schedule = WeightSchedule(warmup=steps // 10, total=steps + 1)
         known, others = shuffled(index, 2 * HALF * steps, seed), shuffled(self.others(index), HALF * steps, seed + 1)
-        generator, few = torch.Generator().manual_seed(seed), 2 * HALF if way == "plain" else HALF
+        generator, few = torch.Generator().manual_seed(seed), 2 * HALF if way in LABELS_ONLY else HALF
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
             which = torch.cat([known[few * step : few * (step + 1)], others[HALF * step : HALF * (step + 1)]])[: 2 * HALF]
@@ -176,8 +181,8 @@ def full(task: Task, seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[
     for k, seed in [(TUNING_LABELS, TUNING_SEED), *((k, s) for k in task.labels for s in range(seeds))]:
         row = next((r for r in kept if r["labels"] == k and r["seed"] == seed), None)
         if row is None:
-            kept.append(row := {"labels": k, "seed": seed, "accuracy": {}, "right": {}, "seconds": {}})
-        if _complete(row):
+            kept.append(row := {"labels": k, "seed": seed, "accuracy": {}, "right": {}, "validation": {}, "seconds": {}})
+        if _complete(task, row):
             continue
         bench = bench or Bench(task, recipes)
         index = draw(bench.labels["train"], k, seed, task.classes)
@@ -186,33 +191,43 @@ def full(task: Task, seeds: int, recipes: Sequence[HeadRecipe], kept: list[dict[
             _tune(bench, heads, index, row, save)
             continue
         _without(bench, heads, row)
-        for way in _ways(k):
+        for way in _ways(task, k):
             if way not in row["accuracy"]:
                 began = time.perf_counter()
                 settings = {**kept[0]["chosen"][way], "three": kept[0]["three"]}
-                _keep(row, way, bench.right(bench.trained(way, heads, index, seed, **settings), "test"))
+                done = bench.trained(way, heads, index, seed, **settings)
+                _keep(row, way, bench.right(done, "test"))
+                row["validation"][way] = 100 * float(bench.right(done, "validation").double().mean())
                 row["seconds"][way] = round(time.perf_counter() - began)
                 save()
+        if task.auto:
+            best = max((CONSENSUS, *AUTO), key=row["validation"].__getitem__)  # of equal ones the first, which is the simplest
+            row["accuracy"][CHOSEN], row["right"][CHOSEN], row["chosen"] = row["accuracy"][best], row["right"][best], best
+            save()
         print(f"{k} labels per class, seed {seed}:", {name: round(value, 1) for name, value in row["accuracy"].items()}, row["seconds"], flush=True)
     return kept
 
 
-def _complete(row: dict[str, Any]) -> bool:
+def _complete(task: Task, row: dict[str, Any]) -> bool:
     """A way that is added later is tuned and judged then."""
     if row["seed"] == TUNING_SEED:
-        return set(row.get("chosen", ())) == set(WAYS)
-    return set(row["accuracy"]) >= {*WITHOUT, *_ways(row["labels"])}
+        return set(row.get("chosen", ())) >= set(_ways(task, TUNING_LABELS))
+    return set(row["accuracy"]) >= set(_columns(task, row["labels"]))
 
 
-def _ways(labels: int) -> list[str]:
-    return [way for way in WAYS if way != SLOW or labels in SLOW_LABELS]
+def _ways(task: Task, labels: int) -> list[str]:
+    return [way for way in WAYS if (way != SLOW or labels in SLOW_LABELS) and (way != "ours, labels" or task.auto)]
+
+
+def _columns(task: Task, labels: int) -> list[str]:
+    return [*WITHOUT, *_ways(task, labels), *([CHOSEN] if task.auto else [])]
 
 
 def _tune(bench: Bench, heads: dict[str, dict[str, Head]], index: Tensor, row: dict[str, Any], save: Any) -> None:
     y, consensus = bench.labels["validation"], heads["consensus"]
     sure = [int((bench.told(part, "validation").argmax(1) == y).sum()) for part in ({bench.own: consensus[bench.own]}, consensus)]
     row["three"] = sure[1] > sure[0]
-    for way in WAYS:
+    for way in _ways(bench.task, TUNING_LABELS):
         tried = row["tried"].setdefault(way, [])
         for settings in bench.task.grid(way)[len(tried) :]:
             done = bench.trained(way, heads, index, TUNING_SEED, **settings, three=row["three"])
@@ -228,6 +243,7 @@ def _without(bench: Bench, heads: dict[str, dict[str, Head]], row: dict[str, Any
     parts = ({bench.own: ridge[bench.own]}, heads["alone"], {bench.own: consensus[bench.own]}, ridge, consensus)
     for name, part in zip(WITHOUT, parts, strict=True):
         _keep(row, name, bench.told(part, "test").argmax(1) == bench.labels["test"])
+        row["validation"][name] = 100 * float((bench.told(part, "validation").argmax(1) == bench.labels["validation"]).double().mean())
 
 
 def _keep(row: dict[str, Any], name: str, right: Tensor) -> None:
@@ -239,10 +255,10 @@ def full_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and paired differences to three of the rivals: mean ± standard error over seeds, and over test images drawn again."""
     found = []
     for k in task.labels:
-        judged = [row for row in rows if row["labels"] == k and row["seed"] != TUNING_SEED and _complete(row)]
+        judged = [row for row in rows if row["labels"] == k and row["seed"] != TUNING_SEED and _complete(task, row)]
         if len(judged) < 2:
             continue
-        right = {name: torch.stack([unpacked(row["right"][name], task.tested) for row in judged]) for name in (*WITHOUT, *_ways(k))}
+        right = {name: torch.stack([unpacked(row["right"][name], task.tested) for row in judged]) for name in _columns(task, k)}
         for name, own in right.items():
             line: dict[str, Any] = {
                 "labels": "all" if k == EVERY else k,

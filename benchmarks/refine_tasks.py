@@ -35,6 +35,7 @@ class Task:
         steps: of every training.
         rates: learning rates that are tried for `plain`; the middle two, each with two weights, for every other way.
         tested: test images.
+        auto: whether what `refine(method="auto")` would choose is a way of its own.
         labels: per class, one after another; more than there are takes all.
     """
 
@@ -48,13 +49,14 @@ class Task:
     steps: int
     rates: tuple[float, float, float, float]
     tested: int
+    auto: bool = False
     labels: tuple[int, ...] = (10, 5)
     layers: tuple[str, ...] | None = None
     classes: int = 10
 
     def grid(self, way: str) -> list[dict[str, float]]:
         """Settings that are tried, four for every way."""
-        if way == "plain":
+        if way in ("plain", "ours, labels"):
             return [{"lr": lr, "weight": 0.0} for lr in self.rates]
         return [{"lr": lr, "weight": weight} for lr in self.rates[1:3] for weight in (1.0, 3.0)]
 
@@ -93,5 +95,5 @@ def small(images: str, names: tuple[str, ...], classes: int) -> Task:
 
 
 CIFAR10 = small("cifar10", ("20", "32", "8"), 10)
-CIFAR10_AS_IT_IS = replace(CIFAR10, changed=lambda x, _: small_normalised("cifar10", x))
-CIFAR100 = small("cifar100", ("20", "32", "44"), 100)
+CIFAR10_AS_IT_IS = replace(CIFAR10, changed=lambda x, _: small_normalised("cifar10", x), auto=True)
+CIFAR100 = replace(small("cifar100", ("20", "32", "44"), 100), auto=True)
