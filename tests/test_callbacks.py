@@ -412,7 +412,7 @@ class TestMessages:
                 made(**wrong)
         with pytest.raises(LayerNameError):
             made(layers={"2": "nothing"})
-        with pytest.raises(InputTypeError, match="can be read only once"):
+        with pytest.raises(InputTypeError, match="can be read more than once"):
             made(iter(held_out()))
         with pytest.raises(DataError, match="empty"):
             made(DataLoader(TensorDataset(torch.zeros(0, 3, 8, 8))))

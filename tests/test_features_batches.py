@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
-from knowiso_train.features import batch_size, device_of, inputs_of, on_device, select, to_device, undisturbed, with_inputs
+from knowiso_train.features import batch_size, check_loader, device_of, inputs_of, on_device, select, to_device, undisturbed, with_inputs
 
 IMAGES, LABELS = torch.arange(24.0).view(4, 6), torch.arange(4)
 Pair = namedtuple("Pair", "image label")
@@ -161,3 +161,17 @@ def test_on_device_moves_there_and_back() -> None:
     spread = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(OptionError, match=r"\['cpu', 'meta'\]"), on_device("cpu", spread):
         pass
+
+
+@pytest.mark.parametrize("loader", [IMAGES, torch.nn.Identity(), 3, None])
+@pytest.mark.parametrize("again", [True, False])
+def test_what_is_no_loader_is_refused(loader: Any, again: bool) -> None:
+    with pytest.raises(InputTypeError, match=f"peers.*got {type(loader).__name__}.*into a list"):
+        check_loader(loader, "peers", again=again)
+
+
+def test_an_iterator_can_be_read_once() -> None:
+    check_loader(iter([IMAGES]), again=False)
+    check_loader([IMAGES])
+    with pytest.raises(InputTypeError, match="more than once; got an iterator"):
+        check_loader(iter([IMAGES]))

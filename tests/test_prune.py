@@ -1,10 +1,8 @@
-"""`ki.prune` on many families: budgets, faithful cuts, true attributes, plain results; and its parts against brute force."""
+"""`ki.prune` on many families: budgets, faithful cuts, true attributes, plain results."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,90 +11,18 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from prune_families import FAMILIES, Chain, chain, family, little, lively
 from pruned_networks import network
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 
 import knowiso_train as ki
-from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, NonFiniteError, OptionError
+from knowiso_train.errors import OptionError
 from knowiso_train.integrations import latency as clock
-from knowiso_train.integrations.prune import Pruned
-from knowiso_train.pruning import BackwardElimination, Consumer, take
-from knowiso_train.pruning.allocation import allocate, allowed_widths, total_cost
+from knowiso_train.pruning import take
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.channel_group import ChannelGroup
-from knowiso_train.pruning.cost import LayerCost, count_macs, layer_costs, layer_places
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "test_resnet": {},
-    "seresnet50": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)},
-    "seresnext26ts": {},
-    "densenet121": {"growth_rate": 4, "block_config": (2, 2)},
-    "mobilenetv2_035": {},
-    "mobilenetv3_small_050": {},
-    "test_efficientnet": {},
-    "regnety_002": {},
-    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
-    "vit_tiny_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48},
-    "deit_tiny_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48},
-    "deit3_small_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3},
-    "vit_small_patch14_dinov2": {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 3},
-    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)},
-    "cait_xxs24_224": {"img_size": 32, "depth": 2, "depth_token_only": 1, "embed_dim": 48, "num_heads": 4},
-    "xcit_nano_12_p16_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4},
-}
-
-
-def family(name: str) -> tuple[nn.Module, Tensor]:
-    """A lively network: running statistics are those of its own activations."""
-    torch.manual_seed(0)
-    options = FAMILIES[name]
-    model: nn.Module = timm.create_model(name, num_classes=5, **options)
-    images = torch.randn(32, 3, *[options.get("img_size", 32)] * 2)
-    return lively(model, images), images
-
-
-def lively(model: nn.Module, images: Tensor) -> nn.Module:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-            if name.endswith("gamma"):  # layer scale begins near nothing
-                parameter.add_(0.5)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None
-                module.reset_running_stats()
-                module.weight.data.clamp_(min=0.5)  # residual blocks of timm begin with 0
-        model.train()(images)
-    return model.eval()
-
-
-def little(model: nn.Module, images: Tensor, **options: Any) -> Pruned:
-    """With few images: the point is the cut."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KnowisoWarning)
-        return ki.prune(model, [images], progress=False, **{"rows": 2, "macs": 0.7, **options})
-
-
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12)
-        self.conv2, self.bn2 = nn.Conv2d(12, 10, 3, bias=False), nn.BatchNorm2d(10)
-        self.fc = nn.Linear(10, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x)).relu()
-        x = self.bn2(self.conv2(x)).relu()
-        out: Tensor = self.fc(x.mean((2, 3)))
-        return out
-
-
-def chain(seed: int = 0) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(seed)
-    images = torch.randn(128, 3, 10, 10)
-    return lively(Chain(), images), images
+from knowiso_train.pruning.cost import count_macs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -295,130 +221,6 @@ def test_latency_goes_on_until_it_is_reached(monkeypatch: pytest.MonkeyPatch) ->
     assert len(tried) > 1
     with pytest.raises(OptionError, match="not reached"):
         clock.reach_latency(make, original, images, 0.2)
-
-
-class TestParts:
-    def test_allocation_is_the_best_of_all_where_harms_are_convex(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(5):
-            harms, costs = {}, {}
-            for name in "abc":
-                steps = torch.rand(6, generator=generator, dtype=torch.float64).sort().values
-                harms[name] = torch.cat([steps.cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-                costs[name] = LayerCost(1.0, 1.0, 6.0, {}, {name: 1.0})
-            found = allocate(harms, costs, 9.0, floor=0.1)
-            assert total_cost(costs, {n: 6 - w for n, w in found.items()}) <= 9
-            best = min(
-                sum(float(harms[n][w]) for n, w in zip("abc", widths, strict=True))
-                for widths in itertools.product(range(1, 7), repeat=3)
-                if sum(widths) <= 9
-            )
-            assert sum(float(harms[n][w]) for n, w in found.items()) == pytest.approx(best)
-
-    def test_widths_that_are_allowed(self) -> None:
-        assert allowed_widths(12, 0.3, 1) == [12, 11, 10, 9, 8, 7, 6, 5, 4]
-        assert allowed_widths(12, 0.3, 5) == [12, 10, 5]
-        with pytest.raises(OptionError, match=r"0\.667 is left"):
-            allocate({"a": torch.zeros(4)}, {"a": LayerCost(1.0, 1.0, 3.0, {}, {"a": 1.0})}, 1.0, floor=0.6)
-
-    @pytest.mark.parametrize("name", ["test_resnet", "regnety_002", "densenet121", "vit_tiny_patch16_224"])
-    def test_costs_are_what_the_pruned_network_computes(self, name: str) -> None:
-        model, images = family(name)
-        pruned = little(model, images, refit=False)
-        from knowiso_train.integrations.channel_groups import channel_groups
-        from knowiso_train.pruning.network import traced
-
-        calibration = Calibration([images])
-        groups = channel_groups(model, images[:2], traced(model, calibration))
-        costs = layer_costs(model, groups, layer_places(model, partial(model, images[:2]), 2))
-        gone = {width.name: width.before - width.after for width in pruned.report.widths}
-        assert total_cost(costs, {}) == pruned.report.macs[0]
-        assert total_cost(costs, gone) == pytest.approx(pruned.report.macs[1])
-
-    def test_pools_cost_no_more_than_a_little_over_the_exact_choice(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2000, 40, generator=generator, dtype=torch.float64) @ torch.randn(40, 200, generator=generator, dtype=torch.float64)
-        x = x + 0.5 * torch.randn(2000, 200, generator=generator, dtype=torch.float64)
-        xx, weight = x.T @ x / 2000, torch.randn(200, 5, generator=generator, dtype=torch.float64)
-        every = torch.arange(200)[:, None]
-        consumer = Consumer("fc", xx, weight, every, float((weight * (xx @ weight)).sum()))
-        pooled, exact = BackwardElimination([consumer], 1e-6), BackwardElimination([consumer], 1e-6)
-        order, costs = pooled.run(keep=50)
-        for _ in range(150):
-            exact.remove(int(exact.costs().argmin()))
-        assert len(set(order)) == len(order) == 150
-        left = [c for c in range(200) if c not in order]
-        solved = torch.zeros_like(weight)
-        added = 1e-6 * xx.diagonal().mean() * torch.eye(200, dtype=torch.float64)
-        quadratic = xx + added
-        solved[left] = torch.linalg.solve(quadratic[left][:, left], (quadratic @ weight)[left])
-        torch.testing.assert_close(pooled.weights()[0], solved, atol=1e-6, rtol=1e-5)  # an independent solution for the same set
-        apart = weight - solved
-        assert sum(costs) == pytest.approx(float((apart * (quadratic @ apart)).sum()) / consumer.variance, rel=1e-6)
-        rival = weight - exact.weights()[0]
-        assert sum(costs) <= 1.05 * float((rival * (quadratic @ rival)).sum()) / consumer.variance
-
-    def test_units_of_a_group(self) -> None:
-        group = ChannelGroup("x", 2, {"fc": torch.tensor([[0, 1], [2, 3]])})
-        assert group.masks({"fc": 5}, [0])["fc"].tolist() == [False, False, True, True, True]
-
-
-class TestErrors:
-    @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "levit_128s"])
-    def test_families_that_cannot_be_pruned_say_so_and_stay_as_they_are(self, name: str) -> None:
-        options = {"img_size": 28, "depth": 1, "embed_dim": 48, "num_heads": 3} if "eva" in name else {}
-        model = timm.create_model(name, num_classes=3, **options).eval()
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(OptionError, match=type(model).__name__):
-            little(model, torch.randn(1, 3, *[28 if "eva" in name else 224] * 2))
-        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-        assert not any(module._forward_hooks for module in model.modules())
-
-    def test_pruning_nothing_is_an_error(self) -> None:
-        model, images = chain()
-        with pytest.raises(OptionError, match="nothing to prune"):
-            ki.prune(model, [images], ignored=["conv1", "conv2"], progress=False)
-        with pytest.raises(OptionError, match="nothing to prune"):
-            ki.prune(nn.Sequential(nn.Flatten(), nn.Linear(300, 3)), [images], progress=False)
-
-    def test_arguments(self) -> None:
-        model, images = chain()
-        with pytest.raises(OptionError, match="one budget"):
-            ki.prune(model, [images], macs=0.5, params=0.5)
-        for wrong in ({"macs": 1.2}, {"params": 0.0}, {"floor": 0.0}, {"round_to": 0}, {"rows": 0}, {"ridge": -1.0}, {"importance": "l7"}):
-            with pytest.raises(OptionError):
-                ki.prune(model, [images], progress=False, **wrong)
-        with pytest.raises(OptionError, match="cannot reach"):
-            ki.prune(model, [images], macs=0.05, floor=0.5, progress=False)
-        with pytest.raises(OptionError, match="no modules"):
-            ki.prune(model, [images], ignored=["layer7"], progress=False)
-        with pytest.raises(InputTypeError):
-            ki.prune("resnet50", [images])  # type: ignore[arg-type]
-        with pytest.raises(DataError):
-            ki.prune(model, [], progress=False)
-        with pytest.raises(NonFiniteError, match="conv"):
-            ki.prune(model, [torch.full_like(images, float("inf"))], progress=False)
-
-    def test_convolutions_that_standardise_their_weights_are_left_alone(self) -> None:
-        model = nn.Sequential(timm.layers.StdConv2d(3, 8, 3), nn.ReLU(), timm.layers.StdConv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
-        report = ki.prune(model, [torch.randn(32, 3, 8, 8)], macs=0.95, progress=False).report
-        assert [width.name for width in report.widths] == ["2"]
-        assert [fit.name for fit in report.layers] == ["4"]
-
-    def test_networks_that_cannot_be_traced(self) -> None:
-        class Odd(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
-
-            def forward(self, x: Tensor) -> Tensor:
-                if torch.is_grad_enabled():
-                    raise RuntimeError("this network does not like to be looked at")
-                out: Tensor = self.b(self.a(x).relu())
-                return out
-
-        with pytest.raises(OptionError, match=r"Odd cannot be pruned.*looked at"):
-            ki.prune(Odd(), [torch.randn(8, 3, 4, 4)], progress=False)
 
 
 def test_a_wrapped_network_gives_a_bare_one() -> None:

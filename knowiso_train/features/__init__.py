@@ -1,7 +1,7 @@
 """Features of inner layers: named, paired, tapped, brought to one layout and one grid."""
 
 from knowiso_train.features.alignment import align
-from knowiso_train.features.batches import batch_size, inputs_of, select, to_device, with_inputs
+from knowiso_train.features.batches import batch_size, check_loader, inputs_of, select, to_device, with_inputs
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.layout import FeatureSpec, Layout, describe, infer_layout, to_nchw
 from knowiso_train.features.names import bare, named_layers, resolve
@@ -20,6 +20,7 @@ __all__ = [
     "align",
     "bare",
     "batch_size",
+    "check_loader",
     "describe",
     "device_of",
     "infer_layout",

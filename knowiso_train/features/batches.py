@@ -7,11 +7,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, ShapeError
 
 INPUT_KEYS = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
+
+
+def check_loader(loader: Any, what: str = "loader", *, again: bool = True) -> None:
+    """That something can be read batch by batch.
+
+    Args:
+        loader: DataLoader or another iterable of batches.
+        what: it is, for the error.
+        again: whether it is read more than once, which an iterator cannot be.
+
+    Raises:
+        InputTypeError: it cannot.
+
+    Example:
+        >>> check_loader([torch.zeros(2, 3, 8, 8)])
+        >>> check_loader(iter([torch.zeros(2, 3, 8, 8)]), again=False)
+    """
+    if isinstance(loader, (Tensor, nn.Module)) or not hasattr(loader, "__iter__"):
+        raise InputTypeError(
+            f"{what}: expected a DataLoader or any other iterable of batches of images, got {type(loader).__name__}; put a single batch into a list"
+        )
+    if again and isinstance(loader, Iterator):
+        raise InputTypeError(
+            f"{what}: expected a DataLoader or a list of batches, which can be read more than once; got an iterator ({type(loader).__name__})"
+        )
 
 
 def inputs_of(batch: Any) -> Tensor:

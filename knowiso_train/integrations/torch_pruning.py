@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError
-from knowiso_train.features import bare
+from knowiso_train.features import bare, check_loader
 from knowiso_train.pruning import BackwardElimination, Consumer, removal_costs
 from knowiso_train.pruning.channel_group import unit_columns
 from knowiso_train.pruning.collect import ROWS, LayerInput, input_moments
@@ -72,8 +72,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(loader, Tensor) or not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
-            raise InputTypeError(f"expected a DataLoader or a list of batches, which is read at every step; got {type(loader).__name__}")
+        check_loader(loader)
         if not ridge >= 0 or max_images < 1 or rows < 1:
             raise OptionError(f"expected ridge >= 0, max_images >= 1 and rows >= 1, got {ridge!r}, {max_images!r} and {rows!r}")
         if per not in ("macs", "channel"):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from torch.utils.data.distributed import DistributedSampler
 
 from knowiso_train.errors import DataError, InputTypeError, OptionError
-from knowiso_train.features import batch_size, inputs_of
+from knowiso_train.features import batch_size, check_loader, inputs_of
 from knowiso_train.statistics import Group, hash_unit
 
 ROLES = ("fit", "select", "report")
@@ -64,10 +64,7 @@ class ImageStream:
             raise OptionError(f"split must be three fractions (fit, select, report) that sum to 1, with fit and report above 0; got {tuple(split)}")
         if max_images is not None and max_images < 1:
             raise OptionError(f"max_images must be positive or None, got {max_images}")
-        if not hasattr(loader, "__iter__"):
-            raise InputTypeError(f"loader must be a DataLoader or an iterable of batches, got {type(loader).__name__}")
-        if isinstance(loader, Iterator):
-            raise InputTypeError(f"loader is an iterator ({type(loader).__name__}) and can be read only once; pass a DataLoader or a list of batches")
+        check_loader(loader)
         self.loader, self.split, self.seed, self.max_images = loader, tuple(split), seed, max_images
         self.group = group or Group()
         self._seen: dict[int, bytes] = {}

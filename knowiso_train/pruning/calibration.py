@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import DataError, InputTypeError, OptionError, ShapeError
-from knowiso_train.features import batch_size, inputs_of, select, to_device
+from knowiso_train.errors import DataError, OptionError, ShapeError
+from knowiso_train.features import batch_size, check_loader, inputs_of, select, to_device
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -37,8 +37,7 @@ class Calibration:
     def __init__(self, loader: Iterable[Any], max_images: int = 1024, device: Any = None, forward: Forward | None = None) -> None:
         if max_images < 1:
             raise OptionError(f"max_images must be 1 or more, got {max_images!r}")
-        if isinstance(loader, (Tensor, nn.Module)) or not hasattr(loader, "__iter__"):
-            raise InputTypeError(f"expected a loader, any iterable of batches of images, got {type(loader).__name__}; put a single batch into a list")
+        check_loader(loader, again=False)
         self.forward = forward
         self.batches: list[Any] = []
         self.count = 0

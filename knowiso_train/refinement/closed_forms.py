@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.errors import OptionError
+from knowiso_train.features import check_loader
 from knowiso_train.refinement.board import Images
 from knowiso_train.refinement.candidates import Candidate, better_of, by_consensus, folded, labels_only, original
 from knowiso_train.refinement.head import HeadRecipe
@@ -89,8 +90,8 @@ def check_needs(method: str, own: Network, layer: str | None, **given: Any) -> N
     if method in ("head", "paper") and labelled is None:
         raise OptionError(f"method={method!r} needs a few labelled images: pass labelled=")
     for name, images in given.items():
-        if hasattr(images, "__next__"):
-            raise InputTypeError(f"{name}: expected a DataLoader or a list of batches, which can be read more than once; got {type(images).__name__}")
+        if images is not None:
+            check_loader(images, name)
     bias: nn.Parameter | None = own.classifier.bias
     if bias is None and (method in ("head", "fold") or (method == "consensus" and labelled is not None)):
         raise OptionError(f"the classifier {own.head!r} of {own.name} has no bias, but its refinement needs one; give the network one with a bias")

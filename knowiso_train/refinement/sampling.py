@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
-from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.errors import OptionError
+from knowiso_train.features import check_loader
 
 
 def sampled(loader: Iterable[Any], max_images: int | None, seed: int = 0) -> Iterable[Any]:
@@ -32,8 +33,7 @@ def sampled(loader: Iterable[Any], max_images: int | None, seed: int = 0) -> Ite
     """
     if max_images is not None and max_images < 1:
         raise OptionError(f"max_images must be positive or None, got {max_images}")
-    if not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
-        raise InputTypeError(f"expected a DataLoader or a list of batches, which can be read more than once; got {type(loader).__name__}")
+    check_loader(loader)
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
     if max_images is None or not plain or not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
         return loader
