@@ -156,7 +156,7 @@ def by_isomorphism(
             target = originals(model, modules, tails, images, rows, seed, progress, also=gathered)
         inputs = gathered.moments()
     found = {group.name: eliminate(model, group, inputs, tails, RIDGE) for group in groups}
-    factors = sensitivities(model, groups, found, others, progress)
+    factors = sensitivities(model, groups, found, others, progress, list(tails))
     orders, harms = {name: entry.order for name, entry in found.items()}, {name: entry.harms for name, entry in found.items()}
     return Choice(orders, harms, factors, {group.name: group.kind for group in groups}), target
 

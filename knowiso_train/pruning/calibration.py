@@ -86,6 +86,16 @@ class Calibration:
             seen += size
         return Calibration(batches, stop - start, None, self.forward)
 
+    def pieces(self, size: int) -> Iterator[Any]:
+        """Every image, in batches of at most this size.
+
+        Example:
+            >>> [len(batch) for batch in Calibration([torch.zeros(3, 1), torch.zeros(4, 1)]).pieces(5)]
+            [5, 2]
+        """
+        for start in range(0, self.count, size):
+            yield _joined(self._between(start, min(start + size, self.count)).batches)
+
     def all(self) -> Any:
         """Every image, as one batch."""
         return _joined(self.batches)

@@ -21,12 +21,14 @@ from knowiso_train.pruning.consumer import Consumer, regression_weight
 from knowiso_train.pruning.cost import affordable
 from knowiso_train.pruning.elimination import BackwardElimination
 from knowiso_train.pruning.positions import ungrouped_weight
+from knowiso_train.pruning.replay import Replay
 from knowiso_train.pruning.trace import Tail
 
 PROBED = 0.25  # share of a group's units that is left when the network's output is looked at
 FEW = 0.05  # regressors per row, from which on what channels have in common is trusted less
 IMAGES = 16, 256  # at least and at most
 WORK = 2e12  # multiply-adds that all groups together may take, within these
+AT_ONCE = 32  # images, whose features at every layer are held
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,12 @@ def probed(model: nn.Module, groups: Sequence[ChannelGroup], images: Calibration
 
 
 def sensitivities(
-    model: nn.Module, groups: Sequence[ChannelGroup], found: Mapping[str, Elimination], images: Calibration, progress: bool = True
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    found: Mapping[str, Elimination],
+    images: Calibration,
+    progress: bool = True,
+    order: Sequence[str] = (),
 ) -> dict[str, float]:
     """How much the network's output minds what the readers of each group lose.
 
@@ -122,6 +129,7 @@ def sensitivities(
         found: their eliminations.
         images: all of them are used, see `probed`.
         progress: whether to show a bar.
+        order: layers that run once, in the order in which they run: those ahead of what is narrowed are computed once for all groups.
 
     Returns:
         One number for each group.
@@ -129,17 +137,25 @@ def sensitivities(
     Raises:
         InputTypeError: a network whose output is no tensor.
     """
-    with torch.no_grad():
-        some = images.all()
-        plain = output_of(images.run(model, some))
-        spread = float((plain - plain.mean(0)).square().sum().clamp_min(1e-30))
-        factors = {}
-        for group in tqdm(groups, desc="sensitivity", unit="group", disable=not progress):
-            elimination = found[group.name]
-            with _replaced(model, elimination.weights):
-                change = float((output_of(images.run(model, some)) - plain).square().sum()) / spread
-            lost = float(elimination.harms[elimination.probed])
-            factors[group.name] = max(change / lost, 1e-24) if lost > 0 else 1.0
+    replay, changes = Replay({name: model.get_submodule(name) for name in order}), dict.fromkeys(found, 0.0)
+    plain: list[Tensor] = []
+    parts = list(images.pieces(AT_ONCE))
+    with torch.no_grad(), tqdm(total=len(parts) * len(groups), desc="sensitivity", unit="pass", disable=not progress) as bar:
+        for part in parts:
+            with replay.recording():
+                plain.append(output_of(images.run(model, part)))
+            for group in groups:
+                weights = found[group.name].weights
+                with _replaced(model, weights), replay.ahead_of(list(weights)):
+                    changes[group.name] += float((output_of(images.run(model, part)) - plain[-1]).square().sum())
+                bar.update()
+        outputs = torch.cat(plain)
+        spread = float((outputs - outputs.mean(0)).square().sum().clamp_min(1e-30))
+    factors = {}
+    for group in groups:
+        elimination = found[group.name]
+        lost = float(elimination.harms[elimination.probed])
+        factors[group.name] = max(changes[group.name] / spread / lost, 1e-24) if lost > 0 else 1.0
     return factors
 
 
