@@ -169,3 +169,18 @@ class TestImportance:
     def test_needs_images_that_can_be_read_again(self, loader: Any) -> None:
         with pytest.raises(InputTypeError, match=r"more than once|single batch into a list"):
             ki.IsomorphismImportance(chain(), loader)
+
+
+class Named(Base):
+    """Calls its layers by keyword."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.d(input=torch.relu(self.c(input=self.first(self.stem(input=x)))))
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    model, plain = Named().eval(), Base().eval()
+    plain.load_state_dict(model.state_dict())
+    found, wanted = little(model, macs=0.6), little(plain, macs=0.6)
+    assert [width.after for width in found.report.widths] == [width.after for width in wanted.report.widths]
+    torch.testing.assert_close(found.model(IMAGES), wanted.model(IMAGES))

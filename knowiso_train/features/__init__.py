@@ -2,6 +2,7 @@
 
 from knowiso_train.features.alignment import align
 from knowiso_train.features.batches import batch_size, check_loader, inputs_of, select, to_device, with_inputs
+from knowiso_train.features.called import called_on
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.layout import FeatureSpec, Layout, describe, infer_layout, to_nchw
 from knowiso_train.features.names import bare, named_layers, resolve
@@ -20,6 +21,7 @@ __all__ = [
     "align",
     "bare",
     "batch_size",
+    "called_on",
     "check_loader",
     "describe",
     "device_of",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from knowiso_train.errors import DataError, NonFiniteError
-from knowiso_train.features import device_of, inputs_of, select, to_device, undisturbed
+from knowiso_train.features import called_on, device_of, inputs_of, select, to_device, undisturbed
 from knowiso_train.pruning.products import RowSums
 from knowiso_train.pruning.rows import columns_of, input_rows
 from knowiso_train.statistics import Moments
@@ -121,7 +121,7 @@ class InputMoments:
         self._quietly: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __enter__(self) -> InputMoments:
-        self._handles = [layer.register_forward_hook(partial(self._reading, name)) for name, layer in self.layers.items()]
+        self._handles = [layer.register_forward_hook(partial(self._reading, name), with_kwargs=True) for name, layer in self.layers.items()]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -148,12 +148,12 @@ class InputMoments:
             )
         return {name: LayerInput(found.moments(), self._positions[name]) for name, found in self._sums.items()}
 
-    def _reading(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _reading(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         left = min(self._size, self.images - self.seen)
         if left > 0:
             with self._quietly():
                 self._positions[name] = output.numel() / (self._size * len(layer.weight))  # type: ignore[arg-type]
-                x: Tensor = inputs[0].detach()
+                x = called_on(args, kwargs).detach()
                 self._gather(name, layer, x[: len(x) * left // self._size], left)
 
     def _gather(self, name: str, layer: nn.Module, x: Tensor, left: int) -> None:

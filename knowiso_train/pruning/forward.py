@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from knowiso_train.errors import KnowisoWarning, NonFiniteError
+from knowiso_train.features import called_on
 from knowiso_train.pruning.absorb import absorb, affine_of
 from knowiso_train.pruning.blocks import Blocks
 from knowiso_train.pruning.calibration import Calibration
@@ -145,11 +146,11 @@ def refit_forward(
         fits.append(LayerFit(name, inputs, len(rows), shares[0], shares[-1]))
 
     def reached(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in solved:  # else its block is being tuned
                 solved.add(name)
                 with mode.silent():
-                    solve(name, layer, inputs[0])
+                    solve(name, layer, called_on(args, kwargs))
                 bar.update()
 
         return hook
@@ -166,7 +167,7 @@ def refit_forward(
         return hook
 
     every = images.all()
-    handles = [layers[name].register_forward_pre_hook(reached(name)) for name in tails]
+    handles = [layers[name].register_forward_pre_hook(reached(name), with_kwargs=True) for name in tails]
     handles += [modules[name].register_forward_hook(finished(name), with_kwargs=True) for name in (blocks.targets if blocks is not None else ())]
     try:
         with tqdm(total=len(tails), desc="refit", unit="layer", disable=not progress) as bar, mode:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.features import bare, device_of, inputs_of, named_layers
+from knowiso_train.features import bare, called_on, device_of, inputs_of, named_layers
 from knowiso_train.refinement.networks import Network
 
 USUAL = "global_pool"  # in most of timm's networks
@@ -45,12 +45,12 @@ def pooled_layer(net: Network, batch: Any) -> str:
 
         return hook
 
-    def read(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0]
+    def read(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = called_on(args, kwargs)
         found.extend(name for name, output in emitted if output.shape == x.shape and output.data_ptr() == x.data_ptr())
 
     handles = [layer.register_forward_hook(finished(name)) for name, layer in layers.items()]
-    handles.append(net.classifier.register_forward_pre_hook(read))
+    handles.append(net.classifier.register_forward_pre_hook(read, with_kwargs=True))
     images = inputs_of(batch)[:PROBED].to(device_of(net.model) or "cpu")
     try:
         net.model(images if net.transform is None else net.transform(images))

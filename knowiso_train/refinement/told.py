@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from knowiso_train.features import called_on
 from knowiso_train.refinement.networks import Network
 
 Logits = Callable[[Tensor], Tensor]
@@ -34,7 +36,7 @@ class Told:
 
     def __enter__(self) -> Told:
         for i in self.heads:
-            self._handles.append(self._peers[i].classifier.register_forward_pre_hook(partial(self._keep, i)))
+            self._handles.append(self._peers[i].classifier.register_forward_pre_hook(partial(self._keep, i), with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -51,8 +53,8 @@ class Told:
         mean = torch.stack([(logits / temperature).softmax(1) for logits in every]).mean(0)
         return temperature * mean.clamp_min(1e-12).log()
 
-    def _keep(self, i: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._inputs[i] = inputs[0].detach()
+    def _keep(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inputs[i] = called_on(args, kwargs).detach()
 
 
 def _linear(layer: nn.Linear, features: Tensor) -> Tensor:
