@@ -9,7 +9,7 @@ head:  `clothing10`, 3 to 50 labels per class and all of them, lite0 with ImageN
        from more settings than ours; "as shipped" tunes nothing, but takes the classes' proportions from there, as `refine` does. Its defaults were
        found on 800 of the training images, before a test image was looked at; the sharpness later, on the validation images.
 harm:  useless peers through `refine` itself, alone and beside a good one: they must be noticed and cost nothing.
-cifar: fine-tuning of a small network on few labelled CIFAR-10 images, without augmentation and with, see refine_cifar.py.
+cifar, cifar-100: fine-tuning of a small network on few labelled images, without augmentation and with, see refine_cifar.py.
 full:  fine-tuning of all of lite0 on few labels of `clothing10`, from classifiers in closed form, see refine_full.py.
 transfer: the same of a ResNet-20 that was trained on CIFAR-100, on few labels of CIFAR-10, with crops and flips or as it is; and the other way round.
 paper: the published composite, two networks at inference, in its own regime: few images, no augmentation.
@@ -29,7 +29,7 @@ import torch
 from judging import over_images, packed, spread, unpacked
 from record import RESULTS, record, table
 from refine_checks import harm, harm_table, paper, paper_table
-from refine_cifar import cifar, cifar_table
+from refine_cifar import FEW, cifar, cifar_table
 from refine_data import CLASSES, EVERY, draw, features
 from refine_full import full, full_table, in_proportion, with_shares
 from refine_tasks import CIFAR10, CIFAR10_AS_IT_IS, CIFAR100, CLOTHES
@@ -53,7 +53,7 @@ RECIPES = [
 USELESS = ("untrained lite1", "untrained lite1, its statistics set", "ResNet-20 of CIFAR-10", "ResNet-10 of digits", "noise")
 TEST_IMAGES = 372
 TASKS = {"full": CLOTHES, "transfer": CIFAR10, "transfer, as it is": CIFAR10_AS_IT_IS, "transfer to CIFAR-100": CIFAR100}
-SECTIONS = ["peers", "head", "harm", "cifar", *TASKS, "paper"]
+SECTIONS = ["peers", "head", "harm", *FEW, *TASKS, "paper"]
 
 
 def peers() -> list[dict[str, Any]]:
@@ -222,10 +222,10 @@ def main() -> None:
         figures["harm"] = harm(args.seeds_trained, USELESS, figures.setdefault("harm", []), save)
         figures["harm table"] = harm_table(figures["harm"])
         print(table(figures["harm table"]))
-    if "cifar" in args.sections:
-        figures["cifar"] = cifar(args.seeds_trained, figures.setdefault("cifar", []), save)
-        figures["cifar table"] = cifar_table(figures["cifar"])
-        print(table(figures["cifar table"]))
+    for name in (section for section in FEW if section in args.sections):
+        figures[name] = cifar(FEW[name], args.seeds_trained, figures.setdefault(name, []), save)
+        figures[f"{name} table"] = cifar_table(FEW[name], figures[name])
+        print(table(figures[f"{name} table"]))
     for name in (section for section in TASKS if section in args.sections):
         figures[name] = full(TASKS[name], args.seeds_trained, RECIPES, figures.setdefault(name, []), save)
         figures[f"{name} table"] = full_table(TASKS[name], figures[name])

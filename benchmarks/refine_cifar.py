@@ -1,8 +1,8 @@
-"""Section `cifar` of bench_refine.py: a small network on few labelled images, refined by two that differ only in their seed.
+"""Sections `cifar` and `cifar-100` of bench_refine.py: a small network on few labelled images, refined by two that differ only in their seed.
 
-ResNet-8, 2,000 labelled CIFAR-10 images with crops and flips or without, 8,000 unlabelled ones, or instead of these the labelled ones again; all
-three networks are trained alike for STEPS steps. Then one of them is trained for MORE steps in each of these ways, from the same start and with the
-same batches (50 labelled, 50 unlabelled images):
+ResNet-8, 2,000 labelled CIFAR-10 images (5,000 of CIFAR-100) with crops and flips or without, the rest of 10,000 unlabelled, or instead of these the
+labelled ones again (CIFAR-10 alone); all three networks are trained alike for STEPS steps. Then one of them is trained for MORE steps in each of these
+ways, from the same start and with the same batches (50 labelled, 50 unlabelled images):
 
 cross-entropy       the labels alone, once more
 self-distillation   and its own frozen logits on all images
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,41 +25,56 @@ import torch.nn.functional as F
 from crops import crops_and_flips
 from judging import spread
 from torch import Tensor, nn
-from zoo import CifarResNet, cifar10
+from zoo import CifarResNet, cifar_images
 
 from knowiso_train.refinement.finetune import FineTuning, fine_tune
 from knowiso_train.refinement.head import consensus_head
 from knowiso_train.refinement.networks import network
 
 LABELLED, STEPS, MORE, BATCH, LR = 2000, 250, 60, 50, 0.1
-TUNING, TUNING_SEED, VALIDATION, TEST = slice(13000, 15000), 1000, slice(10000, 12000), 5000
+TRAIN, TUNING, TUNING_SEED, VALIDATION, TEST = 10_000, 13_000, 1000, slice(10_000, 12_000), 5000
 LRS, WEIGHTS = (0.01, 0.03), (1.0, 3.0)
 WAYS = ("cross-entropy", "self-distillation", "ensemble", "ours")
 KINDS = ((False, True), (True, True), (False, False), (True, False))  # augmented, unlabelled images
 
 
-def cifar(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Few:
+    """Images with few labels: `labelled` of the first TRAIN, those behind TUNING to tune on."""
+
+    name: str
+    classes: int
+    labelled: int
+    kinds: tuple[tuple[bool, bool], ...]
+
+
+FEW = {"cifar": Few("cifar10", 10, LABELLED, KINDS), "cifar-100": Few("cifar100", 100, 5000, KINDS[1::-1])}
+
+
+def cifar(task: Few, seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """One row for each seed and kind of images, with the accuracy of everything."""
-    images, labels = cifar10("train")
-    test = cifar10("test", TEST)
-    for augment, unlabelled in KINDS:
+    count, classes = task.labelled, task.classes
+    images, labels = cifar_images(task.name, "train", TUNING + count)
+    test = cifar_images(task.name, "test", TEST)
+    for augment, unlabelled in task.kinds:
         kind = {"augment": augment, "unlabelled": unlabelled}
         found = [row for row in kept if is_of(row, kind)]
         chosen = next((row["chosen"] for row in found if "chosen" in row), None)
         if chosen is None:
-            known = images[TUNING], labels[TUNING]
-            chosen = tuned(known, images[2000:10000] if unlabelled else known[0], (images[VALIDATION], labels[VALIDATION]), augment)
+            known = images[TUNING:], labels[TUNING:]
+            others = images[count:TRAIN] if unlabelled else known[0]
+            chosen = tuned(known, others, (images[VALIDATION], labels[VALIDATION]), augment, classes)
             kept.append({**kind, "seed": TUNING_SEED, **chosen})
             chosen = chosen["chosen"]
             save()
         for seed in range(seeds):
             if any(row["seed"] == seed for row in found):
                 continue
-            order = torch.randperm(10000, generator=torch.Generator().manual_seed(seed))
-            few = order[:LABELLED]
-            rest = order[LABELLED:] if unlabelled else few
+            order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(seed))
+            few = order[:count]
+            rest = order[count:] if unlabelled else few
             began = time.perf_counter()
-            nets = [trained((images[few], labels[few]), 10 * seed + i, augment) for i in range(3)]
+            nets = [trained((images[few], labels[few]), 10 * seed + i, augment, classes) for i in range(3)]
             row: dict[str, Any] = {**kind, "seed": seed} | without_training(nets, (images[few], labels[few]), images[rest], test)
             for way in WAYS:
                 done = more(way, nets, (images[few], labels[few]), images[rest], seed, augment, **chosen[way])
@@ -75,9 +91,9 @@ def is_of(row: dict[str, Any], kind: dict[str, bool]) -> bool:
     return row["augment"] == kind["augment"] and row.get("unlabelled", True) == kind["unlabelled"]
 
 
-def tuned(known: tuple[Tensor, Tensor], others: Tensor, validation: tuple[Tensor, Tensor], augment: bool) -> dict[str, Any]:
+def tuned(known: tuple[Tensor, Tensor], others: Tensor, validation: tuple[Tensor, Tensor], augment: bool, classes: int) -> dict[str, Any]:
     """Learning rate and weight of each way, on images of their own."""
-    nets = [trained(known, 10 * TUNING_SEED + i, augment) for i in range(3)]
+    nets = [trained(known, 10 * TUNING_SEED + i, augment, classes) for i in range(3)]
     tried: dict[str, Any] = {}
     rates: tuple[float, ...] = LRS
     for way in WAYS:
@@ -94,14 +110,14 @@ def without_training(nets: list[nn.Module], known: tuple[Tensor, Tensor], others
     together = torch.stack([net.linear(x).softmax(1) for net, x in zip(nets, judged, strict=True)]).mean(0)
     found = {"start": accuracy(nets[0], *test), "three networks": 100 * float((together.argmax(1) == test[1]).float().mean())}
     for name, n in (("self-training head", 1), ("consensus head", 3)):
-        head = consensus_head(few[:n], known[1], many[:n], 10)
+        head = consensus_head(few[:n], known[1], many[:n], nets[0].linear.out_features)
         found[name] = 100 * float((head(judged[0]).argmax(1) == test[1]).float().mean())
     return found
 
 
-def trained(known: tuple[Tensor, Tensor], seed: int, augment: bool) -> nn.Module:
+def trained(known: tuple[Tensor, Tensor], seed: int, augment: bool, classes: int = 10) -> nn.Module:
     torch.manual_seed(seed)
-    model, generator = CifarResNet(8), torch.Generator().manual_seed(seed)
+    model, generator = CifarResNet(8, classes), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     model.train()
     for step in range(STEPS):
@@ -167,15 +183,18 @@ def pooled(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(kept)
 
 
-def cifar_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def cifar_table(task: Few, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and paired differences to plain fine-tuning and to the ensemble's distillation."""
     found = []
-    for augment, unlabelled in KINDS:
+    for augment, unlabelled in task.kinds:
         kind = {"augment": augment, "unlabelled": unlabelled}
         judged = [row for row in rows if is_of(row, kind) and row["seed"] != TUNING_SEED]
         for name in ("start", "three networks", "self-training head", "consensus head", *WAYS) if len(judged) > 1 else ():
             own = torch.tensor([row[name] for row in judged], dtype=torch.float64)
-            line: dict[str, Any] = {"images": "augmented" if augment else "plain", "unlabelled": "8,000" if unlabelled else "none"}
+            line: dict[str, Any] = {
+                "images": "augmented" if augment else "plain",
+                "unlabelled": f"{TRAIN - task.labelled:,}" if unlabelled else "none",
+            }
             line |= {"method": name, "top-1 %": round(float(own.mean()), 2)}
             for other in ("start", "cross-entropy", "ensemble"):
                 line[f"over {other}"] = spread([row[name] - row[other] for row in judged], signed=True)

@@ -47,12 +47,12 @@ def add_stages(model: nn.Module, block: type[BasicBlock], depth: int, width_in: 
 class CifarResNet(nn.Module):
     """The CIFAR-10 ResNet of He et al. (2016): three stages of `depth` blocks, widths 16 / 32 / 64."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         add_stages(self, BasicBlock, depth, 16)
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -70,8 +70,14 @@ def cifar_resnet(depth: int) -> CifarResNet:
 
 def cifar10(split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:
     """Normalised CIFAR-10 images (n, 3, 32, 32) and labels (n,), in the file's order."""
-    pixels, labels = cifar_bytes("cifar10", split, n)
-    mean, std = torch.tensor(CIFAR10_MEAN).view(3, 1, 1), torch.tensor(CIFAR10_STD).view(3, 1, 1)
+    return cifar_images("cifar10", split, n)
+
+
+def cifar_images(name: str, split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:
+    """The same of "cifar10" or "cifar100"."""
+    pixels, labels = cifar_bytes(name, split, n)
+    of = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else (CIFAR100_MEAN, CIFAR100_STD)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in of)
     return (pixels.float() / 255 - mean) / std, labels
 
 
