@@ -1,8 +1,8 @@
 """Sections `cifar` and `cifar-100` of bench_refine.py: a small network on few labelled images, refined by two that differ only in their seed.
 
 ResNet-8, 2,000 labelled CIFAR-10 images (5,000 of CIFAR-100) with crops and flips or without, the rest of 10,000 unlabelled, or instead of these the
-labelled ones again (CIFAR-10 alone); all three networks are trained alike for STEPS steps. Then one of them is trained for MORE steps in each of these
-ways, from the same start and with the same batches (50 labelled, 50 unlabelled images):
+labelled ones again (CIFAR-10 alone); all three networks are trained alike for STEPS steps. Then one of them is trained for MORE steps in each of
+these ways, from the same start and with the same batches (50 labelled, 50 unlabelled images):
 
 cross-entropy       the labels alone, once more
 self-distillation   and its own frozen logits on all images
