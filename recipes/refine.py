@@ -6,9 +6,10 @@
         --model resnet18 --peers resnet34 resnet50 --steps 1000 --output output/clothes
 
 First in closed form: what every peer knows of the network, and the classifier that all of them agree on (`knowiso_train.refinement.refine`, "auto").
-With --steps, then a fine-tuning of the whole network towards that agreement: the part of its features that the peers reproduce, and the mean of what
-they all say, by classifiers that the labels and the consensus gave them. What is better on the validation images is kept, the original included;
-the test images choose nothing. A run that was killed goes on where it was when the same line is launched again.
+With --steps, then two fine-tunings of the whole network: towards that agreement (the part of its features that the peers reproduce, and the mean of
+what they all say, by classifiers that the labels and the consensus gave them), and on as many images with labels alone, which is better where guesses
+mislead. What is best on the validation images is kept, the original included; the test images choose nothing.
+A run that was killed goes on where it was when the same line is launched again.
 Writes report.json, summary.json, log.jsonl, and refined.safetensors: plain timm weights, with a card that says how to load them, without the peers.
 """
 
@@ -18,6 +19,7 @@ import argparse
 import math
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -73,14 +75,15 @@ def main(words: list[str] | None = None) -> int:
     closed = closed_form(model, peers, few, data, args, output, accelerator)
     load_checkpoint(model, args.output / "closed.safetensors")
     results = {"closed form": closed}
-    if args.steps and not closed["useful"]:
-        accelerator.print("no peer knows the network well enough to train towards it: the closed form is what there is. Other --peers may do")
-    elif args.steps:
-        results["fine-tuned"] = fine_tuned(model, peers, few, data, args, accelerator)
+    for way in args.towards if args.steps else ():
+        if way == "consensus" and not closed["useful"]:
+            accelerator.print("no peer knows the network well enough to train towards it. Other --peers may do")
+            continue
+        results[way] = fine_tuned(way, model, peers, few, data, args)
 
-    best = max(results, key=lambda name: results[name]["validation"])  # of equal ones the closed form
-    if best == "fine-tuned":
-        load_checkpoint(model, args.output / "tuned.safetensors")
+    best = max(results, key=lambda name: results[name]["validation"])  # of equal ones the first
+    if best != "closed form":
+        load_checkpoint(model, args.output / best / "tuned.safetensors")
     card = network_card(model, architecture(args.model), {"num_classes": data.classes}, (3, args.image_size, args.image_size))
     output.write_network("refined", model, {**card, **results[best], "method": best})
     output.write_json("summary.json", {"settings": vars(args), "versions": versions(), "chosen": best, "results": results})
@@ -121,60 +124,54 @@ def closed_form(model: nn.Module, peers: list[nn.Module], few: Subset[Any], data
     return output.read_json("closed.json")
 
 
-def fine_tuned(start: nn.Module, peers: list[nn.Module], few: Subset[Any], data: Any, args: Any, accelerator: Any) -> dict[str, Any]:
-    """Train towards the consensus from the closed form on; a killed run goes on at its newest state, a finished one gives its card."""
-    output = RunFolder(args.output, writes=accelerator.is_main_process)
-    if (finished := output.read_json("tuned.json")) is not None:
+def fine_tuned(way: str, start: nn.Module, peers: list[nn.Module], few: Subset[Any], data: Any, args: Any) -> dict[str, Any]:
+    """Train from the closed form on, to the consensus or to the labels; a killed run goes on at its newest state, a finished one gives its card."""
+    accelerator = launched(args)  # each training saves and loads its own
+    output, run = (RunFolder(path, writes=accelerator.is_main_process) for path in (args.output, args.output / way))
+    if (finished := run.read_json("tuned.json")) is not None:
         return finished
     device = accelerator.device
-    useful = [peers[i].to(device) for i in (output.read_json("closed.json") or {})["useful"]]
-    bare, teacher = network(args.model, args, data.classes), start.to(device).eval().requires_grad_(False)
+    bare = network(args.model, args, data.classes)
     load_checkpoint(bare, args.output / "closed.safetensors")
     bare.to(device)
     to_input = input_transform(bare, size=args.image_size).to(device)
-    bridges = [InputBridge(to_input, input_transform(peer, size=args.image_size)).to(device) for peer in useful]
-    named = [known_network(peer, f"peer {i}", transform=bridge) for i, (peer, bridge) in enumerate(zip(useful, bridges, strict=True))]
-    weights = load_file(args.output / "teachers.safetensors")
-    teachers = {i: partial(F.linear, weight=weights[f"{i}.weight"].to(device), bias=weights[f"{i}.bias"].to(device)) for i in range(len(useful))}
+    iso, asked = None, None
+    if way == "consensus":
+        useful = [peers[i].to(device) for i in (output.read_json("closed.json") or {})["useful"]]
+        example = to_input(torch.stack([few[i][0] for i in range(2)]).to(device))
+        iso, asked = agreement(bare, start.to(device).eval().requires_grad_(False), useful, to_input, example, data.classes, args)
     changing = {name: getattr(args, name) for name in ("seed", "padding", "flip")}
     loader = training_loader(data.train, **changing, batch_size=args.batch_size, workers=args.workers, pin_memory=device.type == "cuda")
     known, each = TrainingImages(few, **changing), max(1, args.batch_size // 2 // accelerator.num_processes)
     order: Any = loader.sampler
-    example = to_input(torch.stack([few[i][0] for i in range(2)]).to(device))
-    where = placed(FineTuning(layers=args.layers or None, peer_layers=peer_layers(args)), known_network(teacher, "network"), named, example)
-    iso = IsomorphismLoss(
-        bare,
-        teacher,
-        list(where.layers or ()),
-        form="consensus",
-        peers=useful,
-        peer_transforms=bridges,
-        peer_layers=where.peer_layers,
-        example=example,
-    ).to(device)
     optimizer: Any = torch.optim.SGD(bare.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
     schedule = WeightSchedule(warmup=max(1, args.steps // 20), total=args.steps + 1)
     scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     model, optimizer, loader, scheduler = accelerator.prepare(bare, optimizer, loader, scheduler)
-    accelerator.register_for_checkpointing(iso)
-    at = SimpleNamespace(**{"step": 0, "seconds": 0.0, **output.load_state(accelerator)})
-    output.keep_log(lambda entry: entry["step"] <= at.step)
+    if iso:
+        accelerator.register_for_checkpointing(iso)
+    at = SimpleNamespace(**{"step": 0, "seconds": 0.0, **run.load_state(accelerator)})
+    output.keep_log(lambda entry: entry["towards"] != way or entry["step"] <= at.step)
     began, saved = time.monotonic() - at.seconds, at.step
     training_mode(bare)
 
-    bar = tqdm(total=args.steps, initial=at.step, desc="consensus", unit="step", disable=not accelerator.is_main_process)
-    with bar, iso, Told(named, teachers, data.classes) as told:
+    bar = tqdm(total=args.steps, initial=at.step, desc=way, unit="step", disable=not accelerator.is_main_process)
+    with bar, iso or nullcontext(), asked or nullcontext() as told:
         while at.step < args.steps:
             order.epoch, skipped = divmod(at.step, len(loader))
             for batch, _ in skip_first_batches(loader, skipped) if skipped else loader:
                 if at.step == args.steps:
                     break
                 torch.manual_seed(args.seed * 10**9 + at.step * 10**3 + accelerator.process_index)  # as if never interrupted
-                shown = [known[len(few) * at.step + i] for i in torch.randperm(len(few))[:each].tolist()]
+                count = each if iso else each + len(batch)  # as many images either way
+                shown = [known[len(few) * at.step + i] for i in torch.randperm(len(few))[:count].tolist()]
                 labels = torch.tensor([label for _, label in shown]).to(device)
-                logits: Tensor = model(to_input.applied(torch.cat([torch.stack([image for image, _ in shown]).to(device), batch])))
-                losses = {"cross_entropy": F.cross_entropy(logits[: len(shown)], labels), "consensus": args.weight * iso()}
-                losses["ensemble"] = args.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, args.temperature), args.temperature)
+                images = torch.stack([image for image, _ in shown]).to(device)
+                logits: Tensor = model(to_input.applied(torch.cat([images, batch]) if iso else images))
+                losses = {"cross_entropy": F.cross_entropy(logits[: len(shown)], labels)}
+                if iso:
+                    losses["consensus"] = args.weight * iso()  # runs the closed form's network and the peers
+                    losses["ensemble"] = args.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, args.temperature), args.temperature)
                 accelerator.backward(sum(losses.values()))
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)  # a classifier in closed form can have large weights
                 optimizer.step()
@@ -187,18 +184,39 @@ def fine_tuned(start: nn.Module, peers: list[nn.Module], few: Subset[Any], data:
                     values = {name: float(loss.detach()) for name, loss in losses.items()}
                     if not math.isfinite(sum(values.values())):
                         raise NonFiniteError(f"the losses are {values} at step {at.step}; try a lower --lr")
-                    output.log({"step": at.step, "seconds": at.seconds, **values, **iso.log()})
+                    output.log({"towards": way, "step": at.step, "seconds": at.seconds, **values, **(iso.log() if iso else {})})
                     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
                 if at.step - saved >= args.save_every and at.step < args.steps:
-                    output.save_state(accelerator, vars(at))
+                    run.save_state(accelerator, vars(at))
                     saved = at.step
 
     testing: dict[str, Any] = {"to_input": to_input.applied, "batch_size": args.batch_size, "workers": args.workers}
     card = {name: top1_accuracy(bare, getattr(data, name), accelerator, **testing) for name in ("validation", "test")}
-    output.write_network("tuned", bare, card | {"seconds": at.seconds})
+    run.write_network("tuned", bare, card | {"seconds": at.seconds})
     accelerator.wait_for_everyone()
-    output.remove_states()
+    run.remove_states()
     return card
+
+
+def agreement(student: nn.Module, teacher: nn.Module, peers: list[nn.Module], to_input: Any, example: Tensor, classes: int, args: Any) -> Any:
+    """The loss towards what the peers reproduce of the closed form's features, and what gives the mean of all that they say."""
+    device = example.device
+    bridges = [InputBridge(to_input, input_transform(peer, size=args.image_size)).to(device) for peer in peers]
+    named = [known_network(peer, f"peer {i}", transform=bridge) for i, (peer, bridge) in enumerate(zip(peers, bridges, strict=True))]
+    weights = load_file(args.output / "teachers.safetensors")
+    teachers = {i: partial(F.linear, weight=weights[f"{i}.weight"].to(device), bias=weights[f"{i}.bias"].to(device)) for i in range(len(peers))}
+    where = placed(FineTuning(layers=args.layers or None, peer_layers=peer_layers(args)), known_network(teacher, "network"), named, example)
+    iso = IsomorphismLoss(
+        student,
+        teacher,
+        list(where.layers or ()),
+        form="consensus",
+        peers=peers,
+        peer_transforms=bridges,
+        peer_layers=where.peer_layers,
+        example=example,
+    ).to(device)
+    return iso, Told(named, teachers, classes)
 
 
 def training_mode(model: nn.Module) -> None:
@@ -297,6 +315,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("--max-images", 20_000, at_least(1), "most unlabelled images for the closed form")
     add("--workers", 0, at_least(0), "processes that read images; 0 where they lie in memory")
     add("--steps", 0, at_least(0), "of fine-tuning after the closed form; 0 for none")
+    add("--towards", ["consensus", "labels"], str, "what to fine-tune to, each by itself", nargs="+", choices=("consensus", "labels"))
     add("--layers", [], str, "where the network is to agree with its peers while it is fine-tuned; none: at what the classifiers read", nargs="*")
     add("--peer-layers", [], str, "the peers' layers for these, where they have other names", nargs="*")
     add("--weight", 1.0, at_least(0, float), "of the consensus")

@@ -35,7 +35,7 @@ from knowiso_train.integrations import RunFolder
 write = RunFolder.log
 def log(self, entry):
     write(self, entry)
-    if entry["step"] == {KILLED_AT}:
+    if entry["towards"] == "WAY" and entry["step"] == {KILLED_AT}:
         os.kill(os.getpid(), signal.SIGKILL)
 RunFolder.log = log
 refine.main(sys.argv[1:])
@@ -75,29 +75,36 @@ def whole(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFact
 
 def test_results(whole: Path) -> None:
     summary = json.loads((whole / "summary.json").read_text())
-    assert set(summary["results"]) == {"closed form", "fine-tuned"}
+    assert list(summary["results"]) == ["closed form", "consensus", "labels"]
+    assert summary["results"][summary["chosen"]]["validation"] == max(found["validation"] for found in summary["results"].values())
     report = json.loads((whole / "report.json").read_text())
     assert report["images"] == {"unlabelled": 210, "labelled": 12, "validation": 33, "test": 33}
     entries = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
-    assert not list(whole.glob("state-*"))
+    for way, terms in (("consensus", {"cross_entropy", "consensus", "ensemble"}), ("labels", {"cross_entropy"})):
+        of_way = [entry for entry in entries if entry["towards"] == way]
+        assert [entry["step"] for entry in of_way] == list(range(1, STEPS + 1))
+        assert all(terms == {"cross_entropy", "consensus", "ensemble"} & set(entry) for entry in of_way)
+    assert not list(whole.rglob("state-*"))
 
 
 def test_what_is_saved_is_a_plain_timm_network(whole: Path) -> None:
     card = json.loads((whole / "refined.json").read_text())
     model = timm.create_model(card["architecture"], checkpoint_path=whole / "refined.safetensors", **card["options"])
     assert model.num_classes == 3
-    kept = "tuned" if card["method"] == "fine-tuned" else "closed"
+    kept = "closed" if card["method"] == "closed form" else f"{card['method']}/tuned"
     assert all(torch.equal(value, load_file(whole / f"{kept}.safetensors")[name]) for name, value in model.state_dict().items())
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(whole: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, *words(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+@pytest.mark.parametrize("way", ["consensus", "labels"])
+def test_a_killed_run_goes_on_to_the_same_bits(way: str, whole: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
+    program = [sys.executable, "-c", KILLED.replace("WAY", way), *words(tmp_path)]
+    killed = subprocess.run(program, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     assert killed.returncode == -9, killed.stderr
-    assert [path.name for path in tmp_path.glob("state-*")] == ["state-0000000004"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("state-*")] == [f"{way}/state-0000000004"]
     assert refine.main(words(tmp_path)) == 0
-    wanted, got = (load_file(folder / "tuned.safetensors") for folder in (whole, tmp_path))
-    assert all(torch.equal(value, got[name]) for name, value in wanted.items())
+    for trained in ("consensus", "labels"):
+        wanted, got = (load_file(folder / trained / "tuned.safetensors") for folder in (whole, tmp_path))
+        assert all(torch.equal(value, got[name]) for name, value in wanted.items())
     assert refine.main(words(tmp_path)) == 0  # a finished run shows its table
 
 
@@ -128,5 +135,6 @@ def test_two_processes_refine_as_one_and_a_peer_may_be_of_another_family(words: 
         one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("one", "two"))
         assert all(torch.equal(value, two[key]) for key, value in one.items())
     logs = [[json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()] for folder in ("one", "two")]
-    assert [entry["step"] for entry in logs[1]] == [1, 2]
-    assert all(entry["ensemble"] >= 0 and entry["cross_entropy"] > 0 for entry in logs[1])
+    assert [(entry["towards"], entry["step"]) for entry in logs[1]] == [("consensus", 1), ("consensus", 2), ("labels", 1), ("labels", 2)]
+    assert all(entry["ensemble"] >= 0 for entry in logs[1][:2])
+    assert all(entry["cross_entropy"] > 0 for entry in logs[1])
