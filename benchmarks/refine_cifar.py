@@ -1,7 +1,7 @@
 """Sections `cifar` and `cifar-100` of bench_refine.py: a small network on few labelled images, refined by two that differ only in their seed.
 
 ResNet-8, 2,000 labelled CIFAR-10 images (5,000 of CIFAR-100) with crops and flips or without, the rest of 10,000 unlabelled, or instead of these the
-labelled ones again (CIFAR-10 alone); all three networks are trained alike for STEPS steps. Then one of them is trained for MORE steps in each of
+labelled ones again (CIFAR-10 alone); all three networks are trained alike. Then one of them is trained for MORE steps in each of
 these ways, from the same start and with the same batches (50 labelled, 50 unlabelled images):
 
 cross-entropy       the labels alone, once more
@@ -40,15 +40,16 @@ KINDS = ((False, True), (True, True), (False, False), (True, False))  # augmente
 
 @dataclass(frozen=True)
 class Few:
-    """Images with few labels: `labelled` of the first TRAIN, those behind TUNING to tune on."""
+    """Images with few labels: `labelled` of the first TRAIN, those behind TUNING to tune on; and steps that train the networks."""
 
     name: str
     classes: int
     labelled: int
     kinds: tuple[tuple[bool, bool], ...]
+    steps: int = STEPS
 
 
-FEW = {"cifar": Few("cifar10", 10, LABELLED, KINDS), "cifar-100": Few("cifar100", 100, 5000, KINDS[1::-1])}
+FEW = {"cifar": Few("cifar10", 10, LABELLED, KINDS), "cifar-100": Few("cifar100", 100, 5000, KINDS[1::-1], 1000)}
 
 
 def cifar(task: Few, seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ def cifar(task: Few, seeds: int, kept: list[dict[str, Any]], save: Any) -> list[
         if chosen is None:
             known = images[TUNING:], labels[TUNING:]
             others = images[count:TRAIN] if unlabelled else known[0]
-            chosen = tuned(known, others, (images[VALIDATION], labels[VALIDATION]), augment, classes)
+            chosen = tuned(task, known, others, (images[VALIDATION], labels[VALIDATION]), augment)
             kept.append({**kind, "seed": TUNING_SEED, **chosen})
             chosen = chosen["chosen"]
             save()
@@ -74,7 +75,7 @@ def cifar(task: Few, seeds: int, kept: list[dict[str, Any]], save: Any) -> list[
             few = order[:count]
             rest = order[count:] if unlabelled else few
             began = time.perf_counter()
-            nets = [trained((images[few], labels[few]), 10 * seed + i, augment, classes) for i in range(3)]
+            nets = [trained((images[few], labels[few]), 10 * seed + i, augment, classes, task.steps) for i in range(3)]
             row: dict[str, Any] = {**kind, "seed": seed} | without_training(nets, (images[few], labels[few]), images[rest], test)
             for way in WAYS:
                 done = more(way, nets, (images[few], labels[few]), images[rest], seed, augment, **chosen[way])
@@ -91,9 +92,9 @@ def is_of(row: dict[str, Any], kind: dict[str, bool]) -> bool:
     return row["augment"] == kind["augment"] and row.get("unlabelled", True) == kind["unlabelled"]
 
 
-def tuned(known: tuple[Tensor, Tensor], others: Tensor, validation: tuple[Tensor, Tensor], augment: bool, classes: int) -> dict[str, Any]:
+def tuned(task: Few, known: tuple[Tensor, Tensor], others: Tensor, validation: tuple[Tensor, Tensor], augment: bool) -> dict[str, Any]:
     """Learning rate and weight of each way, on images of their own."""
-    nets = [trained(known, 10 * TUNING_SEED + i, augment, classes) for i in range(3)]
+    nets = [trained(known, 10 * TUNING_SEED + i, augment, task.classes, task.steps) for i in range(3)]
     tried: dict[str, Any] = {}
     rates: tuple[float, ...] = LRS
     for way in WAYS:
@@ -115,13 +116,13 @@ def without_training(nets: list[nn.Module], known: tuple[Tensor, Tensor], others
     return found
 
 
-def trained(known: tuple[Tensor, Tensor], seed: int, augment: bool, classes: int = 10) -> nn.Module:
+def trained(known: tuple[Tensor, Tensor], seed: int, augment: bool, classes: int = 10, steps: int = STEPS) -> nn.Module:
     torch.manual_seed(seed)
     model, generator = CifarResNet(8, classes), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     model.train()
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / STEPS)) / 2
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
         which = torch.randint(len(known[0]), (BATCH,), generator=generator)
         loss = F.cross_entropy(model(changed(known[0][which], generator, augment)), known[1][which])
         optimizer.zero_grad()
