@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from judging import over_images, packed, spread, unpacked
 from refine_data import EVERY, SPLITS, draw, shuffled
-from refine_tasks import Task
+from refine_tasks import LABELS_ONLY, Task
 from torch import Tensor, nn
 
 from knowiso_train.losses import WeightSchedule
@@ -47,7 +47,6 @@ TUNING_LABELS, TUNING_SEED = 10, 1000  # other numbers of labels per class are t
 HALF, CLIP, DECAY = 16, 1.0, 1e-4
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # as they are and in proportion: as many as there are recipes and ALONE
 ALONE = (0.1, 1.0, 10.0)  # ridges of the labels' own classifiers, where nothing else of these is chosen
-LABELS_ONLY = ("plain", "ours, labels")
 AUTO, CHOSEN = ("ours, labels", "ours, features"), "as auto chooses"
 WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", *AUTO)
 SLOW, SLOW_LABELS = "ours, features", (10, 5)  # three networks run in every step of it

@@ -18,6 +18,8 @@ from refine_small import TEST, small_changed, small_features, small_network, sma
 from torch import Tensor, nn
 from zoo import efficientnet_lite
 
+LABELS_ONLY = ("plain", "ours, labels")  # ways that see no unlabelled image, so that there is nothing to weigh
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,7 +58,7 @@ class Task:
 
     def grid(self, way: str) -> list[dict[str, float]]:
         """Settings that are tried, four for every way."""
-        if way in ("plain", "ours, labels"):
+        if way in LABELS_ONLY:
             return [{"lr": lr, "weight": 0.0} for lr in self.rates]
         return [{"lr": lr, "weight": weight} for lr in self.rates[1:3] for weight in (1.0, 3.0)]
 

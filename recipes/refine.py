@@ -163,11 +163,11 @@ def fine_tuned(way: str, start: nn.Module, peers: list[nn.Module], few: Subset[A
                 if at.step == args.steps:
                     break
                 torch.manual_seed(args.seed * 10**9 + at.step * 10**3 + accelerator.process_index)  # as if never interrupted
-                count = each if iso else each + len(batch)  # as many images either way
+                count = each if iso else each + len(batch)  # as many images either way, where there are as many
                 shown = [known[len(few) * at.step + i] for i in torch.randperm(len(few))[:count].tolist()]
                 labels = torch.tensor([label for _, label in shown]).to(device)
-                images = torch.stack([image for image, _ in shown]).to(device)
-                logits: Tensor = model(to_input.applied(torch.cat([images, batch]) if iso else images))
+                seen = torch.stack([image for image, _ in shown]).to(device)
+                logits: Tensor = model(to_input.applied(torch.cat([seen, batch]) if iso else seen))
                 losses = {"cross_entropy": F.cross_entropy(logits[: len(shown)], labels)}
                 if iso:
                     losses["consensus"] = args.weight * iso()  # runs the closed form's network and the peers

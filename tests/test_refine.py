@@ -264,3 +264,6 @@ def test_auto_trains_on_the_labels_alone_too() -> None:
     assert [row.name.split(", ", 1)[0] for row in trained] == ["labels only"] * 2
     assert [row.name.rsplit(" to ", 1)[1] for row in trained] == ["the consensus", "the labels"]
     assert report.row("after").validation.accuracy == max(row.validation.accuracy for row in report.rows if row.role in ("before", "candidate"))
+    good = refine(nets[0], nets[1], batches(x[240:2500]), recipe=HeadRecipe(shares="even"), training=training, progress=False, **sets).report
+    assert [row.name.rsplit(" to ", 1)[1] for row in good.rows if "fine-tuned" in row.name] == ["the consensus", "the labels"]
+    assert all(row.name.startswith("consensus head") for row in good.rows if "fine-tuned" in row.name)
