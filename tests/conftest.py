@@ -29,6 +29,7 @@ def _no_accelerator_left() -> Iterator[None]:
     yield
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
