@@ -19,6 +19,8 @@ from knowiso_train.pruning.blocks import Blocks
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.originals import Originals, aimed_at_sum
 from knowiso_train.pruning.positions import Positions, grouped_weight, groups_of, ungrouped_weight
+from knowiso_train.pruning.rectified import Limits, Rectified
+from knowiso_train.pruning.refit import RowMoments
 from knowiso_train.pruning.regression import AnyMoments, Regression
 from knowiso_train.pruning.trace import Operations, Tail
 
@@ -109,7 +111,7 @@ def refit_forward(
         tail, at, groups = tails[name], target.positions[name], groups_of(layer)
         whole = original = grouped_weight(layer).detach().double()
         bias = torch.zeros_like(original[:, 0]) if layer.bias is None else layer.bias.detach().double().view(groups, -1)  # type: ignore[operator]
-        y, scale = _aims(name, layer, tail, target, at, streams, outputs.get(name), modules, parameters)
+        y, scale, limits = _aims(name, layer, tail, target, at, streams, outputs.get(name), modules, parameters)
         y = y.view(len(y), groups, -1)
         known = None if name in choose else masks.get(name)
         rows = at.inputs(layer, x if known is None or groups > 1 else _channels(layer, x, known))
@@ -126,12 +128,18 @@ def refit_forward(
             regression = regression if known is not None else regression.restricted(columns)
         before = original if keep is None else original * keep.to(original)[..., None]
         read = original.shape[1] if keep is None else int(keep.sum(1).max())
-        shares, new = [regression.unexplained(before)], before
-        changed = shares[0] > SAME or bool((regression.fitted.bias(before) - bias).square().sum() > SAME * y.var(0, correction=0).sum())
+        shares, new, now = [regression.unexplained(before)], before, regression.fitted.bias(before)
+        changed = shares[0] > SAME or bool((now - bias).square().sum() > SAME * y.var(0, correction=0).sum())
         if changed:
             if regression.count < read:
                 short.append(f"{name!r} ({regression.count} rows for {read} regressors)")
-            share, last, new = regression.best(original, keep, ridge, last)
+            if limits is None or not isinstance(regression.fitted, RowMoments):
+                share, last, new = regression.best(original, keep, ridge, last)
+                bias = regression.fitted.bias(new)
+            else:
+                rectified = Rectified(regression, rows, y, limits.grouped(groups), columns if known is None else None)
+                shares = [rectified.unexplained(before, now)]
+                share, last, new, bias = rectified.best(original, keep, ridge, last)
             shares.append(share)
         with torch.no_grad():
             if columns is not None:
@@ -140,7 +148,7 @@ def refit_forward(
                 layer.weight.copy_(ungrouped_weight(layer, new))  # type: ignore[operator]
         if changed:
             norm = modules[tail.norm] if tail.norm is not None else None
-            absorb(layer, norm, regression.fitted.bias(new).flatten(), regression.fitted, new)
+            absorb(layer, norm, bias.flatten(), regression.fitted, new)
         inputs = x.shape[1] if isinstance(layer, nn.Conv2d) else x.shape[-1]
         inputs = inputs if name not in masks else int(masks[name].sum())
         fits.append(LayerFit(name, inputs, len(rows), shares[0], shares[-1]))
@@ -194,22 +202,24 @@ def _aims(
     outputs: Tensor | None,
     modules: Mapping[str, nn.Module],
     parameters: Mapping[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """(R, c): what the layer itself should give; and (c,): what its output is multiplied by until it is added or read."""
+) -> tuple[Tensor, Tensor, Limits | None]:
+    """(R, c): what the layer itself should give; (c,): what its output is multiplied by until it is added or read; and between what limits."""
     y = target.outputs[name].double()
     y = y if outputs is None else y[:, outputs.to(y.device)]
     scale, shift = affine_of(modules[tail.norm] if tail.norm is not None else None, y.shape[1], y.device)
     if tail.scale is not None:
         factor = parameters[tail.scale].detach().double()
         scale, shift = scale * factor, shift * factor
+    offset, heard = shift[None], scale
     if aimed_at_sum(tail):
         stream = streams[tail.other]  # type: ignore[index]
         for step in tail.steps:
             stream = step(stream)
-        y = y - at.outputs(stream, conv=isinstance(layer, nn.Conv2d)).double()
+        offset = shift + at.outputs(stream, conv=isinstance(layer, nn.Conv2d)).double()
         silent = scale.abs() < 1e-6 * scale.abs().max().clamp_min(1e-30)  # nothing of such a channel arrives
-        y = torch.where(silent, y.new_zeros(()), (y - shift) / torch.where(silent, torch.ones_like(scale), scale))
-    return y, scale
+        y = torch.where(silent, y.new_zeros(()), (y - offset) / torch.where(silent, torch.ones_like(scale), scale))
+        heard = torch.where(silent, scale.new_zeros(()), scale)
+    return y, scale, None if tail.limits is None else Limits.of(tail.limits, heard, offset)
 
 
 def _channels(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:

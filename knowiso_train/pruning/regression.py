@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ FEWEST = 16  # rows held out, below which every row is both fitted and reported 
 
 AnyMoments = RowMoments | DualMoments
 Rows = tuple[Tensor, Tensor]  # (R, G, d) and (R, G, o)
+Solved = TypeVar("Solved", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -96,29 +98,45 @@ class Regression:
             >>> [found.best(0 * a, None, (1e-6, 1e-3, 1.0, 10.0), start)[1] for start in (None, 10.0, 1e-6)]
             [1e-06, 1e-06, 1e-06]
         """
-        least = math.inf, math.inf, original
 
-        def left(ridge: float) -> float:
-            nonlocal least
+        def solved(ridge: float) -> tuple[float, float, Tensor]:
             weight = self.fitted.weight(original, keep, ridge)
-            share = self.unexplained(weight) if self.of_held is None else self.of_held.left(weight, self.total)
-            if (share, ridge) < least[:2]:
-                least = share, ridge, weight
-            return share
+            return self.unexplained(weight) if self.of_held is None else self.of_held.left(weight, self.total), ridge, weight
 
-        tried = sorted(set(ridges))
-        if math.inf in tried:  # costs nothing, and is no neighbour of the others
-            left(tried.pop())
-        if tried:
-            middle = tried.index(start) if start in tried else len(tried) // 2
-            first = left(tried[middle])
-            for step in (-1, 1):
-                at, last = middle, first
-                while 0 <= at + step < len(tried):
-                    share = left(tried[at + step])
-                    if share > last or (share == last and step > 0):
-                        break
-                    at, last = at + step, share
-                if at != middle:  # it was downhill: not to the other side
+        return downhill(solved, ridges, start)
+
+
+def downhill(solved: Callable[[float], Solved], ridges: Sequence[float], start: float | None = None) -> Solved:
+    """The best of what `solved(ridge)` gives, its share first and its ridge second: from one ridge on, as long as the next one is better.
+
+    Args:
+        solved: of one ridge.
+        ridges: to choose from.
+        start: where to begin; in the middle if it is not among them.
+
+    Example:
+        >>> downhill(lambda ridge: ((ridge - 2) ** 2, ridge), (0.0, 1.0, 2.0, 3.0), 0.0)
+        (0.0, 2.0)
+    """
+    found: list[Solved] = []
+
+    def share(ridge: float) -> float:
+        found.append(solved(ridge))
+        return float(found[-1][0])
+
+    tried = sorted(set(ridges))
+    if math.inf in tried:  # costs nothing, and is no neighbour of the others
+        share(tried.pop())
+    if tried:
+        middle = tried.index(start) if start in tried else len(tried) // 2
+        first = share(tried[middle])
+        for step in (-1, 1):
+            at, last = middle, first
+            while 0 <= at + step < len(tried):
+                here = share(tried[at + step])
+                if here > last or (here == last and step > 0):
                     break
-        return least
+                at, last = at + step, here
+            if at != middle:  # it was downhill: not to the other side
+                break
+    return min(found, key=lambda one: one[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 SUMS = {"add", "__add__", "__iadd__", "add_", "__radd__"}
 PRODUCTS = {"mul", "__mul__", "__imul__", "mul_", "__rmul__"}
 PLAIN = {"pad", "__getitem__", "avg_pool2d", "max_pool2d"}  # steps of a shortcut that need no weights, and can be taken ahead of time
 SAME = {"dropout", "dropout2d", "contiguous"}  # in eval mode
+RETURNED = "return"  # what a network gives is read by whoever called it
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Tail:
         total: number of the operation that adds the output to a residual stream, or None.
         other: number of the operation that made the other term, or what leads to it by `steps`; None where it is not there when the layer runs.
         steps: of the shortcut from there to the other term.
+        limits: of the rectifier that alone reads what comes of all that; None where there is no such one.
     """
 
     norm: str | None = None
@@ -34,6 +38,7 @@ class Tail:
     total: int | None = None
     other: int | None = None
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    limits: tuple[float, float] | None = None
 
 
 class Operations(TorchFunctionMode):
@@ -80,7 +85,7 @@ def tails(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
         >>> with torch.no_grad():
         ...     tails(model, {"0": model[0]}, lambda: model(torch.zeros(1, 3, 2, 2)))
-        {'0': Tail(norm='1', scale=None, total=None, other=None, steps=())}
+        {'0': Tail(norm='1', scale=None, total=None, other=None, steps=(), limits=(0.0, inf))}
     """
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     owners = {
@@ -126,10 +131,13 @@ def tails(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]
     handles += [layer.register_forward_pre_hook(starts(name)) for name, layer in layers.items()]
     try:
         with mode:
-            run()
+            returned = run()
     finally:
         for handle in handles:
             handle.remove()
+    for value in tree_leaves(returned):
+        if id(value) in made:
+            users.setdefault(made[id(value)], []).append((mode.count, RETURNED, (), [made[id(value)]]))
     found = {}
     for name in sorted(begun, key=lambda name: begun[name]):
         if len(outputs[name]) == 1 and outputs[name][0] >= 0:
@@ -172,13 +180,26 @@ def _follow(at: int, begun: int, users: dict[int, Any], owners: dict[int, str], 
                 plain = False
         elif name in SUMS and len(sources) == 2 and sources[0] != sources[1] and others[0].shape == others[1].shape:
             other = sources[1] if sources[0] == at else sources[0]
-            return Tail(norm, scale, number, *_known(other, begun, steps)) if plain else Tail(total=number)
+            return Tail(norm, scale, number, *_known(other, begun, steps), _limits(users.get(number, []))) if plain else Tail(total=number)
         elif name == "permute":
             plain = False
         elif name not in SAME:
             break
         at = number
-    return Tail(norm, scale) if plain else Tail()
+    return Tail(norm, scale, limits=_limits(users.get(at, []))) if plain else Tail()
+
+
+def _limits(readers: list[tuple[int, str, tuple[Any, ...], list[int]]]) -> tuple[float, float] | None:
+    """Of the rectifier that is the only reader."""
+    if len(readers) != 1:
+        return None
+    _, name, args, _ = readers[0]
+    if name in ("relu", "relu_"):
+        return 0.0, math.inf
+    if name == "relu6":
+        return 0.0, 6.0
+    ends = [float(value) for value in args[1:3] if isinstance(value, (int, float))]
+    return (ends[0], ends[1]) if name in ("hardtanh", "hardtanh_") and len(ends) == 2 and ends[0] < ends[1] else None
 
 
 def _known(number: int, begun: int, steps: Steps) -> tuple[int | None, tuple[Callable[[Tensor], Tensor], ...]]:
