@@ -37,7 +37,8 @@ class LayerFit:
         name: of the layer.
         inputs: channels that it reads.
         rows: of its regression.
-        before: unexplained share of what it should give, with the surviving original weights, on images that were not fitted.
+        before: unexplained share of what it should give, with the surviving original weights, on images that were not fitted; where a rectifier reads
+            it, of what passes that.
         after: the same with refitted ones.
     """
 
@@ -69,7 +70,9 @@ def refit_forward(
     """Solve the layers of a network, in place, in the order in which they run.
 
     A layer's target is what the original gives; where its output is added to a residual stream that is there when it runs, what the stream lacks of
-    the original's sum, so that errors made upstream are mended. All images pass at once: a layer must have seen all before the next one runs.
+    the original's sum, so that errors made upstream are mended. In front of a rectifier only what passes it is aimed at.
+
+    All images pass at once: a layer must have seen all before the next one runs.
 
     Args:
         network: pruned, or of the original's width with `masks`; in eval mode.

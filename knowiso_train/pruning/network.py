@@ -43,6 +43,9 @@ def refit(
 
     Layer after layer in the order in which they run, each one's weight and intercept are solved in closed form from what the layer now reads, errors
     made upstream included, to what the original's layer gives; where its output joins a residual stream, to what the stream lacks of the original's.
+    Where a rectifier (ReLU, ReLU6, Hardtanh) is all that reads the result, what lies beyond its limits may be anything beyond them: targets and
+    weights are found by turns, see `pruning.rectified`.
+
     The ridge pulls towards the surviving original weights. A tenth of the images, the last ones, is never fitted: it chooses each layer's ridge, and
     says what is left unexplained.
 
