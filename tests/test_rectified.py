@@ -166,6 +166,26 @@ def test_the_rectifier_is_found(end: Callable[[Tensor], Any], limits: tuple[floa
     assert (found["conv"].norm, found["conv"].limits) == ("norm", limits)
 
 
+def test_a_rectifier_behind_a_sum_with_what_comes_later_is_left_alone() -> None:
+    """The first branch cannot know what it will be added to, as the last convolution ahead of a downsampling: it aims at its own output."""
+
+    class Later(Ends):
+        def __init__(self) -> None:
+            super().__init__(F.relu)
+            self.shortcut = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.norm(self.conv(x))
+            return self.end(y + self.shortcut(x)).mean((2, 3))
+
+    model = Later().eval()
+    with torch.no_grad():
+        found = tails(model, {"conv": model.conv, "shortcut": model.shortcut}, lambda: model(torch.randn(2, 3, 4, 4)))
+    assert found["conv"].total == found["shortcut"].total
+    assert (found["conv"].other, found["conv"].limits) == (None, None)
+    assert (found["shortcut"].other is not None, found["shortcut"].limits) == (True, RELU)
+
+
 @pytest.mark.parametrize(("end", "limits"), [(F.relu, RELU), (F.softplus, None)])
 def test_the_rectifier_behind_a_residual_sum_is_found(end: Callable[[Tensor], Tensor], limits: tuple[float, float] | None) -> None:
     class Sum(Ends):

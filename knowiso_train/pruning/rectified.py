@@ -25,7 +25,7 @@ class Limits:
     """Of a rectifier, in the unit of what the layer in front of it gives.
 
     Attributes:
-        low: (R, G, o) or (1, G, o); everything below is the same.
+        low: (R, G, o) or (1, G, o) float32; everything below is the same.
         high: the same above.
     """
 
@@ -45,6 +45,7 @@ class Limits:
             >>> Limits.of((0.0, math.inf), torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 1.0]])).low.tolist()
             [[-0.5, -inf]]
         """
+        scale, offset = scale.float(), offset.float()
         ends = [torch.where(scale == 0, sign * math.inf, (end - offset) / scale) for end, sign in zip(limits, (-1, 1), strict=True)]
         return cls(torch.minimum(*ends), torch.maximum(*ends))
 

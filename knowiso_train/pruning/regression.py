@@ -118,11 +118,14 @@ def downhill(solved: Callable[[float], Solved], ridges: Sequence[float], start: 
         >>> downhill(lambda ridge: ((ridge - 2) ** 2, ridge), (0.0, 1.0, 2.0, 3.0), 0.0)
         (0.0, 2.0)
     """
-    found: list[Solved] = []
+    best: Solved | None = None
 
     def share(ridge: float) -> float:
-        found.append(solved(ridge))
-        return float(found[-1][0])
+        nonlocal best
+        found = solved(ridge)
+        if best is None or found[:2] < best[:2]:
+            best = found
+        return float(found[0])
 
     tried = sorted(set(ridges))
     if math.inf in tried:  # costs nothing, and is no neighbour of the others
@@ -139,4 +142,4 @@ def downhill(solved: Callable[[float], Solved], ridges: Sequence[float], start: 
                 at, last = at + step, here
             if at != middle:  # it was downhill: not to the other side
                 break
-    return min(found, key=lambda one: one[:2])
+    return best  # type: ignore[return-value]

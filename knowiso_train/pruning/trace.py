@@ -30,7 +30,7 @@ class Tail:
         total: number of the operation that adds the output to a residual stream, or None.
         other: number of the operation that made the other term, or what leads to it by `steps`; None where it is not there when the layer runs.
         steps: of the shortcut from there to the other term.
-        limits: of the rectifier that alone reads what comes of all that; None where there is no such one.
+        limits: of the rectifier that alone reads what comes of all that; None where there is no such one, or where the other term is not known.
     """
 
     norm: str | None = None
@@ -180,7 +180,10 @@ def _follow(at: int, begun: int, users: dict[int, Any], owners: dict[int, str], 
                 plain = False
         elif name in SUMS and len(sources) == 2 and sources[0] != sources[1] and others[0].shape == others[1].shape:
             other = sources[1] if sources[0] == at else sources[0]
-            return Tail(norm, scale, number, *_known(other, begun, steps), _limits(users.get(number, []))) if plain else Tail(total=number)
+            if not plain:
+                return Tail(total=number)
+            source, taken = _known(other, begun, steps)
+            return Tail(norm, scale, number, source, taken, None if source is None else _limits(users.get(number, [])))
         elif name == "permute":
             plain = False
         elif name not in SAME:
