@@ -100,9 +100,9 @@ class Runner:
         seconds = time.perf_counter() - began
         for finish in missing:
             model, began = copy.deepcopy(pruned.model), time.perf_counter()
-            if finish == "blocks":  # as prune(block_steps=) does
+            if finish.startswith("blocks"):  # as prune(block_steps=) does
                 self._refit(setting, model, pruned.kept, BLOCK_STEPS)
-            elif finish != "refit":
+            if finish in AFTERWARDS:
                 AFTERWARDS[finish](setting, model)
             more = {"widths": {name: model.get_submodule(name).weight.shape[0] for name in self.task.spaces["inner"]}}
             self._add(OURS, finish, ratio, model, seconds + time.perf_counter() - began, **more)

@@ -1,6 +1,7 @@
 """Short trainings that may follow `ki.prune`, without labels and with them; for bench_prune.py, ResNet-56 at the screened ratio.
 
 tuned                    `ki.tune` on the images that pruned, 800 updates of 32, crops with mirrored margins, flips, mixed patches: without labels
+blocks, tuned            the same, from blocks that were tuned as a whole (`block_steps`)
 5 epochs, cross-entropy  the control: SGD on the 15,000 labelled images at hand, crops and flips
 5 epochs, ki.tune        as many passes over these images towards the original's blocks, in updates of 32, augmented as for "tuned": no labels
 
@@ -72,6 +73,7 @@ def changed(images: Tensor, generator: torch.Generator, margin: str = "constant"
 
 AFTERWARDS: dict[str, Callable[[Setting, nn.Module], None]] = {
     "tuned": tuned,
+    "blocks, tuned": tuned,
     "5 epochs, cross-entropy": with_labels,
     "5 epochs, ki.tune": with_original,
 }
