@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -114,11 +115,17 @@ class Rectified:
             >>> problem.unexplained(torch.ones(1, 3, 1).double(), torch.zeros(1, 1).double()) < 1e-9
             True
         """
-        x, y = self.regression.held
-        limits = self.limits.rows(-len(x), None)
+        limits, wanted, total = self._held
+        given = limits.passed(_given(self.regression.held[0], weight, bias))
+        return float((given - wanted).square().mean(0).sum()) / total if total > 0 else 0.0
+
+    @cached_property
+    def _held(self) -> tuple[Limits, Tensor, float]:
+        """Of the held rows, once for all weights: limits, what passes them, and its variance summed over outputs."""
+        _, y = self.regression.held
+        limits = self.limits.rows(-len(y), None)
         wanted = limits.passed(y).double()
-        total = float(wanted.var(0, correction=0).sum())
-        return float((limits.passed(_given(x, weight, bias)) - wanted).square().mean(0).sum()) / total if total > 0 else 0.0
+        return limits, wanted, float(wanted.var(0, correction=0).sum())
 
     def best(self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None) -> Found:
         """The least share behind the rectifier, the ridge that leaves it, its weight and its intercept; arguments are those of `Regression.best`.
@@ -161,7 +168,8 @@ class Rectified:
         """The moments of the fitted rows with targets that the layer's present outputs allow."""
         moments: RowMoments = self.regression.fitted  # type: ignore[assignment]
         moved, with_x = torch.zeros_like(moments.mean_y), torch.zeros_like(moments.xy)
-        for start, stop in _chunks(self.regression.count):
+        for start in range(0, self.regression.count, CHUNK):
+            stop = min(start + CHUNK, self.regression.count)
             x, y = self.x[start:stop].float(), self.y[start:stop].float()
             x = x if self.columns is None else x[:, :, self.columns]
             change = self.limits.rows(start, stop).settled(y, _given(x, weight, bias)) - y
@@ -175,7 +183,3 @@ class Rectified:
 def _given(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(R, G, o) float32."""
     return (x.float().transpose(0, 1) @ weight.float()).transpose(0, 1) + bias.float()
-
-
-def _chunks(rows: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
