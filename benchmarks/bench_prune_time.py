@@ -1,10 +1,11 @@
 """How long it takes to prune a large network without training, and how much memory: half of ResNet-50's multiply-adds, 512 photographs.
 
     python benchmarks/bench_prune_time.py           # writes results/bench_prune_time.json; wants the cores for itself
+    python benchmarks/bench_prune_time.py           # the same command takes a GPU where there is one; writes results/bench_prune_time_gpu.json
     python benchmarks/bench_prune_time.py --quick   # does it run? ResNet-18 on 32 photographs, nothing is written
 
 Beside `ki.prune` (rows=20) what a user would pick instead: torch-pruning's L1, one shot, and batch norms' statistics from the same images of 224 px.
-Each in a process of its own, whose peak memory is told. No weights of ResNet-50 are at hand, so these are random, with live branches (timm's
+Each in a process of its own, whose peak memory is told: the process's, or on a GPU what PyTorch allocated there. No weights of ResNet-50 are at hand, so these are random, with live branches (timm's
 `zero_init_last=False`; zeroed ones would be skipped) and statistics of the photographs. These are in channels_last, in which CPUs convolve faster.
 "unexplained" is the share of its output's variance over other photographs that the pruned network does not give, which for random weights only says
 that something was fitted.
@@ -37,7 +38,7 @@ BATCH, JUDGED, ROWS = 32, 96, 20
 
 def network(name: str, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(name, zero_init_last=False)
+    model: nn.Module = timm.create_model(name, zero_init_last=False).to(images.device)
     with torch.no_grad():
         recompute_statistics(model, images[: 4 * BATCH].split(BATCH))
     return model.eval()
@@ -68,12 +69,19 @@ METHODS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {"ki.prune": ours
 def run(method: str, name: str, count: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     photographs = normalised(TASKS["lite0"](False).photographs[0][: count + JUDGED])
-    images, others = photographs[:count], photographs[count:]
+    gpu = torch.cuda.is_available()
+    images, others = photographs.to("cuda" if gpu else "cpu").split([count, JUDGED])
     model = network(name, images)
-    macs, (wall, cpu) = Macs(model, images[:2]), (time.perf_counter(), time.process_time())
+    macs = Macs(model, images[:2])
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    wall, cpu = time.perf_counter(), time.process_time()
     small = METHODS[method](model, images)
+    if gpu:
+        torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with torch.no_grad():
         wanted, given = model(others), small(others)
     left = float((given - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
@@ -94,7 +102,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     print(table(rows))
     if not args.quick:
-        record("bench_prune_time", rows)
+        record("bench_prune_time_gpu" if torch.cuda.is_available() else "bench_prune_time", rows)
 
 
 if __name__ == "__main__":

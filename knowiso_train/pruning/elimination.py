@@ -64,7 +64,7 @@ class BackwardElimination:
         if not ridge >= 0:
             raise OptionError(f"ridge must be a number >= 0 (relative to the mean variance of what a layer reads), got {ridge!r}")
         self.kept = torch.ones(len(consumers[0].columns), dtype=torch.bool, device=consumers[0].xx.device)
-        self._columns = [consumer.columns for consumer in consumers]
+        self._columns = [consumer.columns.to(consumer.xx.device) for consumer in consumers]
         self._variances = [consumer.variance for consumer in consumers]
         self._inverses = [_inverse(consumer.xx, ridge) for consumer in consumers]
         self._weights = [consumer.weight.clone() for consumer in consumers]

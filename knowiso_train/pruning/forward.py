@@ -112,6 +112,8 @@ def refit_forward(
     def solve(name: str, layer: nn.Module, x: Tensor) -> None:
         nonlocal last
         tail, at, groups = tails[name], target.positions[name], groups_of(layer)
+        if name in masks:
+            masks[name] = masks[name].to(x.device)
         whole = original = grouped_weight(layer).detach().double()
         bias = torch.zeros_like(original[:, 0]) if layer.bias is None else layer.bias.detach().double().view(groups, -1)  # type: ignore[operator]
         y, scale, limits = _aims(name, layer, tail, target, at, streams, outputs.get(name), modules, parameters)
