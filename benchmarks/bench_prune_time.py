@@ -5,8 +5,9 @@
     python benchmarks/bench_prune_time.py --quick   # does it run? ResNet-18 on 32 photographs, nothing is written
 
 Beside `ki.prune` (rows=20) what a user would pick instead: torch-pruning's L1, one shot, and batch norms' statistics from the same images of 224 px.
-Each in a process of its own, whose peak memory is told: the process's, or on a GPU what PyTorch allocated there. No weights of ResNet-50 are at hand, so these are random, with live branches (timm's
-`zero_init_last=False`; zeroed ones would be skipped) and statistics of the photographs. These are in channels_last, in which CPUs convolve faster.
+Each in a process of its own, whose peak memory is told: the process's, or on a GPU what PyTorch allocated there. No weights of ResNet-50 are at hand,
+so these are random, with live branches (timm's `zero_init_last=False`; zeroed ones would be skipped) and statistics of the photographs. These are in
+channels_last, in which CPUs convolve faster.
 "unexplained" is the share of its output's variance over other photographs that the pruned network does not give, which for random weights only says
 that something was fitted.
 """

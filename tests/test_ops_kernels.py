@@ -39,7 +39,8 @@ def test_all_of_it_interpreted() -> None:
 def test_runs_the_kernels() -> None:
     x = normal(2, 3, 2, 2)
     assert kernels.gate_for(x) is not None
-    assert kernels.residual_energy_for(x, x, normal(3, 3, 1, 1)) is not None
+    assert kernels.residual_energy_for(x.bfloat16(), x, normal(3, 3, 1, 1)) is not None
+    assert kernels.residual_energy_for(x, x, normal(3, 3, 1, 1)) is None
     assert kernels.gate_for(x.double()) is None
 
 
@@ -57,20 +58,20 @@ def test_rows_that_cannot_be_held(monkeypatch: pytest.MonkeyPatch, last: bool) -
 @runs_kernels
 @pytest.mark.parametrize(("c", "d"), [(3, 70), (33, 65), (256, 8)])
 def test_blocks_that_do_not_divide(c: int, d: int) -> None:
-    x, y = normal(3, c, 7, 5).requires_grad_(), normal(3, d, 7, 5, seed=1)
+    x, y = normal(3, c, 7, 5, dtype=torch.bfloat16).requires_grad_(), normal(3, d, 7, 5, seed=1, dtype=torch.bfloat16)
     weight, bias, channel = normal(d, c, 1, 1, seed=2) / c**0.5, normal(d, seed=3), normal(d, seed=4).abs()
     energy = residual_energy(x, y, weight, bias, channel)
     energy.mul(1.7).backward()
     exact = x.detach().double().requires_grad_()
     wanted = plain_energy(exact, y.double(), weight.double(), bias.double(), channel.double())
     wanted.mul(1.7).backward()
-    close(energy, wanted, torch.float32)
-    close(x.grad, exact.grad, torch.float32)
+    close(energy, wanted, torch.bfloat16)
+    close(x.grad, exact.grad, torch.bfloat16)
 
 
 @runs_kernels
 def test_falls_back_where_the_kernel_does_not_reach() -> None:
-    wide = normal(1, 257, 2, 2)
+    wide = normal(1, 257, 2, 2, dtype=torch.bfloat16)
     assert kernels.residual_energy_for(wide, wide, normal(257, 257, 1, 1)) is None
     assert kernels.residual_energy_for(wide, wide, normal(257, 257, 3, 3)) is None
 
@@ -78,23 +79,27 @@ def test_falls_back_where_the_kernel_does_not_reach() -> None:
 @pytest.mark.skipif(kernels.interpreted(), reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_kernels_compile_for_a_gpu_that_is_not_here(dtype: str) -> None:
-    """Through Triton's own assembler to the machine code of an H100, and within its shared memory."""
+    """Through Triton's own assembler to the machine code of an H100, and every configuration within its shared memory."""
     pytest.importorskip("triton")
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from knowiso_train.ops.kernels import gate as of_gate
     from knowiso_train.ops.kernels import residual_energy as of_energy
 
+    chip = GPUTarget("cuda", 90, 32)
     halves = {"x_ptr", "h_ptr", "y_ptr", "out_ptr", "up_ptr", "of_x_ptr"}
-    grid = {"BLOCK": 256, "ROWS": 4}
-    tile = {"BLOCK_C": 64, "BLOCK_P": 64, "BLOCK_D": 32, "HAS_BIAS": True, "HAS_CHANNEL": True, "WANTED": True, "PRECISION": "tf32x3"}
+    grid = {"BLOCK": 256, "ROWS": 4, "ALIGNED": 4}
+    tile = {"HAS_BIAS": True, "HAS_CHANNEL": True, "WANTED": True, "FACTOR": tl.bfloat16}
+    widest = [{**tile, "BLOCK_C": kernels.WIDEST, **config} for config in of_energy.CONFIGS]
     for kernel, constants in (
         (of_gate._forward, {"ORDERS": 1, "HAS_X": True, "WHOLE": True, **grid}),
         (of_gate._forward, {"ORDERS": 3, "HAS_X": False, "WHOLE": False, **grid}),
         (of_gate._backward, {"ORDERS": 3, **grid}),
-        (of_energy._kernel, tile),
+        *((of_energy._kernel, constants) for constants in widest if dtype == "bf16"),
     ):
+        launch = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         signature = {
             name: "constexpr"
             if name in constants
@@ -105,7 +110,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(dtype: str) -> None:
             else "i32"
             for name in kernel.fn.arg_names
         }
-        made = compile(ASTSource(fn=kernel.fn, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        made = compile(ASTSource(fn=kernel.fn, signature=signature, constexprs=constants), target=chip, options={"num_warps": 4, **launch})
         assert made.asm["cubin"]
         assert made.metadata.shared < 227 * 1024
 

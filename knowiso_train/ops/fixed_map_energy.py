@@ -14,7 +14,7 @@ from knowiso_train.ops.residual_energy import residual_energy
 from knowiso_train.ops.upstream import kept_dtype, scaled
 
 CHUNK_BYTES = 2**20  # of centred target that is alive at once on a CPU, but four times the map, which is read for each
-PART = 32  # of the batch, at least, on a GPU, so that products stay large
+PART = 16  # of the batch, at least, on a GPU, so that products stay large
 
 
 def fixed_map_energy(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:

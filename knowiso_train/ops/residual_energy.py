@@ -14,7 +14,7 @@ from knowiso_train.ops import kernels
 from knowiso_train.ops.upstream import kept_dtype, scaled
 
 CHUNK_BYTES = 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache, but four times the map, which is read for each;
-PART = 32  # of the batch, at least, on a GPU, so that products stay large
+PART = 16  # of the batch, at least, on a GPU, so that products stay large
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

@@ -37,6 +37,6 @@ def gate_for(h: Tensor) -> ModuleType | None:
 
 
 def residual_energy_for(x: Tensor, y: Tensor, weight: Tensor) -> ModuleType | None:
-    """The kernel of `ops.residual_energy` for 1x1 maps of at most 256 source channels that are not learned, or None."""
-    fits = weight.shape[-1] == 1 and weight.shape[1] <= WIDEST and _usable(x, y, weight)
+    """The kernel of `ops.residual_energy` for bfloat16 sources of at most 256 channels under 1x1 maps that are not learned, or None."""
+    fits = x.dtype == torch.bfloat16 and weight.shape[-1] == 1 and weight.shape[1] <= WIDEST and _usable(x, y, weight)
     return _module("residual_energy") if fits else None

@@ -1,11 +1,14 @@
 """Gate in one read of h and x and one write; backward from h and σ alone.
 
-A program takes ROWS rows (image, channel) of the grid. Rows up to 4,096 positions are held in registers; longer ones are read again from the cache.
+A program takes ROWS rows (image, channel) of the grid. Each begins at a multiple of ALIGNED values, as the host has found, so that a thread may read
+several at once; what says so is divided by it there and multiplied here, since the compiler looks at products. Rows up to 4,096 positions are held
+in registers; longer ones are read again from the cache.
 Strides are those of the tensors, so channels-last needs no copy.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ from knowiso_train.ops.kernels.tuning import tuned
 from knowiso_train.ops.reference.gate import EPS
 
 HELD = 4096
-CONFIGS = [{"ROWS": 4, "num_warps": 4}, {"ROWS": 1, "num_warps": 4}, {"ROWS": 2, "num_warps": 8}, {"ROWS": 16, "num_warps": 8}]
+WIDTH = 8  # values of a load, at most
+CONFIGS = [{"ROWS": r, "num_warps": w} for r, w in ((4, 4), (1, 4), (1, 8), (4, 2), (8, 2), (8, 4))]
 
 
 @triton.jit
@@ -38,17 +42,20 @@ def _write(x_ptr, h_ptr, out_ptr, h, factor, of_x, of_h, of_out, hj, oj, mask, O
         tl.store(out_ptr + j * oj + of_out, out.to(out_ptr.dtype.element_ty), mask)
 
 
-@tuned(CONFIGS, ["rows", "positions"])
+@tuned(CONFIGS, ["rows", "parts", "ALIGNED"])
 @triton.jit
 def _forward(
-    x_ptr, h_ptr, out_ptr, scale_ptr, p_ptr, rows, positions, channels,
+    x_ptr, h_ptr, out_ptr, scale_ptr, p_ptr, rows, parts, channels,
     xn, xc, xp, hn, hc, hp, hj, on, oc, op, oj,
-    eps, ORDERS: tl.constexpr, HAS_X: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+    eps, ORDERS: tl.constexpr, HAS_X: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n, c = (row // channels).to(tl.int64), (row % channels).to(tl.int64)
     here = tl.arange(0, BLOCK)[None, :]
-    of_h, of_x, of_out = (n * hn + c * hc)[:, None] + here * hp, (n * xn + c * xc)[:, None] + here * xp, (n * on + c * oc)[:, None] + here * op
+    positions, hj, oj = parts * ALIGNED, tl.cast(hj, tl.int64) * ALIGNED, tl.cast(oj, tl.int64) * ALIGNED
+    of_h = tl.multiple_of(n * hn + c * hc, ALIGNED)[:, None] + here * hp
+    of_x = tl.multiple_of(n * xn + c * xc, ALIGNED)[:, None] + here * xp
+    of_out = tl.multiple_of(n * on + c * oc, ALIGNED)[:, None] + here * op
     live = (row < rows)[:, None]
     p = tl.load(p_ptr).to(tl.float32)
 
@@ -80,17 +87,20 @@ def _forward(
             _write(x_ptr, h_ptr, out_ptr, h, factor, of_x + start * xp, of_h + start * hp, of_out + start * op, hj, oj, mask, ORDERS, HAS_X)
 
 
-@tuned(CONFIGS, ["rows", "positions"])
+@tuned(CONFIGS, ["rows", "parts", "ALIGNED"])
 @triton.jit
 def _backward(
-    up_ptr, h_ptr, scale_ptr, p_ptr, out_ptr, of_p_ptr, rows, positions, channels,
+    up_ptr, h_ptr, scale_ptr, p_ptr, out_ptr, of_p_ptr, rows, parts, channels,
     un, uc, up, uj, hn, hc, hp, hj, on, oc, op, oj,
-    ORDERS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ORDERS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n, c = (row // channels).to(tl.int64), (row % channels).to(tl.int64)
     here = tl.arange(0, BLOCK)[None, :]
-    of_u, of_h, of_out = (n * un + c * uc)[:, None] + here * up, (n * hn + c * hc)[:, None] + here * hp, (n * on + c * oc)[:, None] + here * op
+    positions, uj, hj, oj = parts * ALIGNED, tl.cast(uj, tl.int64) * ALIGNED, tl.cast(hj, tl.int64) * ALIGNED, tl.cast(oj, tl.int64) * ALIGNED
+    of_u = tl.multiple_of(n * un + c * uc, ALIGNED)[:, None] + here * up
+    of_h = tl.multiple_of(n * hn + c * hc, ALIGNED)[:, None] + here * hp
+    of_out = tl.multiple_of(n * on + c * oc, ALIGNED)[:, None] + here * op
     inverse = 1 / tl.load(scale_ptr + row, row < rows, other=1.0)
     factor = (tl.load(p_ptr).to(tl.float32) * inverse)[:, None]
     pulled = tl.zeros([ROWS], tl.float32)
@@ -111,36 +121,42 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(-2)
 
 
-def _launch(h: Tensor) -> tuple[int, int, dict[str, Any], Any]:
-    channels, positions = h.shape[-3], h.shape[-2] * h.shape[-1]
-    rows = h.shape[-4] * channels
-    block = triton.next_power_of_2(min(positions, HELD))
-    return rows, channels, {"BLOCK": block}, lambda meta: (triton.cdiv(rows, meta["ROWS"]),)
+def _launch(h: Tensor, *others: Tensor) -> tuple[tuple[int, ...], dict[str, Any], Any]:
+    """Sizes, constants and grid. Numbers of positions, and strides of the orders, are in units of ALIGNED, of which all rows begin at a multiple."""
+    *_, images, channels, positions = h.shape
+    starts = [positions, *(number for tensor in (h, *others) for number in (tensor.storage_offset(), *tensor.stride()[:-1]))]
+    constants = {"BLOCK": triton.next_power_of_2(min(positions, HELD)), "ALIGNED": math.gcd(WIDTH, *starts)}
+    rows = images * channels
+    return (rows, positions // constants["ALIGNED"], channels), constants, lambda meta: (triton.cdiv(rows, meta["ROWS"]),)
+
+
+def _strides(tensor: Tensor, aligned: int) -> tuple[int, ...]:
+    """Of images, channels, positions and orders."""
+    orders, *rest = tensor.stride()
+    return *rest, orders // aligned
 
 
 def _run_forward(x: Tensor | None, orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    rows, channels, block, grid = _launch(orders)
     out = torch.empty_like(orders)
     scale = torch.empty(orders.shape[1:3], dtype=torch.float32, device=orders.device)
     h, into = _flat(orders), _flat(out)
     added = h[0] if x is None else _flat(x)
-    whole = h.shape[-1] <= HELD
+    sizes, constants, grid = _launch(h, into, added)
+    strides = *added.stride(), *_strides(h, constants["ALIGNED"]), *_strides(into, constants["ALIGNED"])
+    more = {"ORDERS": len(orders), "HAS_X": x is not None, "WHOLE": h.shape[-1] <= HELD}
     with torch.cuda.device_of(h):  # type: ignore[no-untyped-call]
-        _forward[grid](
-            added, h, into, scale, p, rows, h.shape[-1], channels, *added.stride(), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0),
-            EPS, ORDERS=len(orders), HAS_X=x is not None, WHOLE=whole, **block,
-        )  # fmt: skip
+        _forward[grid](added, h, into, scale, p, *sizes, *strides, EPS, **more, **constants)
     return out, scale
 
 
 def _run_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    rows, channels, block, grid = _launch(orders)
     out = torch.empty_like(orders)
-    of_p = torch.empty(rows, dtype=torch.float32, device=orders.device)
     up, h, into = _flat(upstream), _flat(orders), _flat(out)
-    strides = (*up.stride()[1:], up.stride(0), *h.stride()[1:], h.stride(0), *into.stride()[1:], into.stride(0))
+    sizes, constants, grid = _launch(h, up, into)
+    of_p = torch.empty(sizes[0], dtype=torch.float32, device=orders.device)
+    strides = [stride for tensor in (up, h, into) for stride in _strides(tensor, constants["ALIGNED"])]
     with torch.cuda.device_of(h):  # type: ignore[no-untyped-call]
-        _backward[grid](up, h, scale, p, into, of_p, rows, h.shape[-1], channels, *strides, ORDERS=len(orders), **block)
+        _backward[grid](up, h, scale, p, into, of_p, *sizes, *strides, ORDERS=len(orders), **constants)
     return out, of_p.sum().to(p.dtype)
 
 
