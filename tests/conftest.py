@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also for the processes that tests start
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the same bits on every machine; tests of other devices say so
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # zoo.py: real networks and images, shared with the benchmarks
 
+import pretended  # noqa: E402, F401  # where a device is to be pretended, PyTorch hears of it before anything else
 import zoo  # noqa: E402
 
 

@@ -103,7 +103,7 @@ class InputBridge(nn.Module):
         if given.mean.shape != wanted.mean.shape:
             raise ShapeError(f"one network takes {given.mean.shape[1]} channels, the other {wanted.mean.shape[1]}; a bridge needs equal numbers")
         self.given, self.wanted = given, wanted
-        self.alike = torch.equal(given.mean, wanted.mean) and torch.equal(given.std, wanted.std)
+        self.alike = all(torch.equal(a.cpu(), b.cpu()) for a, b in ((given.mean, wanted.mean), (given.std, wanted.std)))
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) as `given` returned it → as `wanted` returns it; the same tensor where both agree."""
