@@ -86,9 +86,12 @@ def test_the_paper_s_solver_and_its_exact_split(device: str) -> None:
     torch.testing.assert_close(sum(components) + residual, y, rtol=1e-4, atol=1e-4)
 
 
-def trained(device: str, form: str, calls: Callable[[nn.Module], nn.Module] = lambda model: model, autocast: bool = False) -> list[float]:
+def trained(
+    device: str, form: str, calls: Callable[[nn.Module], nn.Module] = lambda model: model, autocast: bool = False, **options: Any
+) -> list[float]:
     student, teacher, peer = (built(seed).to(device) for seed in (1, 2, 3))
-    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, form=form, **({"peers": [peer]} if form == "consensus" else {})).to(device)
+    options |= {"peers": [peer]} if form == "consensus" else {}
+    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, form=form, **options).to(device)
     optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.01)
     generator, losses = torch.Generator().manual_seed(0), []
     with iso:
@@ -104,9 +107,19 @@ def trained(device: str, form: str, calls: Callable[[nn.Module], nn.Module] = la
     return losses
 
 
-@pytest.mark.parametrize("form", ["moment", "learned", "consensus"])
-def test_a_training_with_the_loss_is_the_same_on_both(device: str, form: str) -> None:
-    assert trained(device, form) == pytest.approx(trained("cpu", form), rel=2e-3)
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("moment", {}),
+    ("moment", {"kernel_size": 3}),
+    ("moment", {"weight": "balanced"}),
+    ("learned", {}),
+    ("learned", {"order": 1}),
+    ("consensus", {}),
+]
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS, ids=str)
+def test_a_training_with_the_loss_is_the_same_on_both(device: str, form: str, options: dict[str, Any]) -> None:
+    assert trained(device, form, **options) == pytest.approx(trained("cpu", form, **options), rel=2e-3)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "densenet121", "convnext_atto", "vit_tiny_patch16_224"])
@@ -140,6 +153,12 @@ def test_refit_after_torch_pruning_and_blocks_and_tune(device: str) -> None:
     assert report.after.objective <= report.before.objective
 
 
+def test_other_budgets_and_importances(device: str) -> None:
+    model, images = chain()
+    pruned = little(copied(model, device), images.to(device), macs=None, params=0.7, importance=tp.importance.MagnitudeImportance(p=1))
+    assert pruned.report.parameters[1] <= 0.7 * pruned.report.parameters[0]
+
+
 def test_blocks_are_tuned_there_too(device: str) -> None:
     model, images = family("test_resnet")
     small = little(copied(model, device), images.to(device), block_steps=5)
@@ -161,7 +180,16 @@ def test_optimisers_are_carried(device: str) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{"method": "head"}, {"method": "consensus", "training": FineTuning(steps=20)}], ids=["head", "consensus"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "auto", "training": FineTuning(steps=5)},
+        {"method": "head"},
+        {"method": "consensus", "training": FineTuning(steps=20)},
+        {"method": "paper", "layer": "global_pool", "training": FineTuning(steps=20)},
+    ],
+    ids=lambda options: options["method"],
+)
 def test_refine_gives_the_same_accuracy(device: str, options: dict[str, Any]) -> None:
     x, y = labelled_images(600)
     few = torch.cat([torch.nonzero(c == y)[:6, 0] for c in range(3)])
