@@ -19,10 +19,12 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,14 +143,15 @@ def fine_tuned(way: str, start: nn.Module, peers: list[nn.Module], few: Subset[A
         example = to_input(torch.stack([few[i][0] for i in range(2)]).to(device))
         iso, asked = agreement(bare, start.to(device).eval().requires_grad_(False), useful, to_input, example, data.classes, args)
     changing = {name: getattr(args, name) for name in ("seed", "padding", "flip")}
-    loader = training_loader(data.train, **changing, batch_size=args.batch_size, workers=args.workers, pin_memory=device.type == "cuda")
     known, each = TrainingImages(few, **changing), max(1, args.batch_size // 2 // accelerator.num_processes)
-    order: Any = loader.sampler
     optimizer: Any = torch.optim.SGD(bare.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
     schedule = WeightSchedule(warmup=max(1, args.steps // 20), total=args.steps + 1)
     scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    model, optimizer, loader, scheduler = accelerator.prepare(bare, optimizer, loader, scheduler)
+    model, optimizer, scheduler = accelerator.prepare(bare, optimizer, scheduler)
+    loader, order = None, None
     if iso:
+        loader = training_loader(data.train, **changing, batch_size=args.batch_size, workers=args.workers, pin_memory=device.type == "cuda")
+        order, loader = loader.sampler, accelerator.prepare(loader)
         accelerator.register_for_checkpointing(iso)
     at = SimpleNamespace(**{"step": 0, "seconds": 0.0, **run.load_state(accelerator)})
     output.keep_log(lambda entry: entry["towards"] != way or entry["step"] <= at.step)
@@ -157,38 +160,35 @@ def fine_tuned(way: str, start: nn.Module, peers: list[nn.Module], few: Subset[A
 
     bar = tqdm(total=args.steps, initial=at.step, desc=way, unit="step", disable=not accelerator.is_main_process)
     with bar, iso or nullcontext(), asked or nullcontext() as told:
-        while at.step < args.steps:
-            order.epoch, skipped = divmod(at.step, len(loader))
-            for batch, _ in skip_first_batches(loader, skipped) if skipped else loader:
-                if at.step == args.steps:
-                    break
-                torch.manual_seed(args.seed * 10**9 + at.step * 10**3 + accelerator.process_index)  # as if never interrupted
-                count = each if iso else each + len(batch)  # as many images either way, where there are as many
-                shown = [known[len(few) * at.step + i] for i in torch.randperm(len(few))[:count].tolist()]
-                labels = torch.tensor([label for _, label in shown]).to(device)
-                seen = torch.stack([image for image, _ in shown]).to(device)
-                logits: Tensor = model(to_input.applied(torch.cat([seen, batch]) if iso else seen))
-                losses = {"cross_entropy": F.cross_entropy(logits[: len(shown)], labels)}
-                if iso:
-                    losses["consensus"] = args.weight * iso()  # runs the closed form's network and the peers
-                    losses["ensemble"] = args.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, args.temperature), args.temperature)
-                accelerator.backward(sum(losses.values()))
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)  # a classifier in closed form can have large weights
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                at.step += 1
-                at.seconds = round(time.monotonic() - began, 2)
-                bar.update()
-                if at.step % args.log_every == 0:
-                    values = {name: float(loss.detach()) for name, loss in losses.items()}
-                    if not math.isfinite(sum(values.values())):
-                        raise NonFiniteError(f"the losses are {values} at step {at.step}; try a lower --lr")
-                    output.log({"towards": way, "step": at.step, "seconds": at.seconds, **values, **(iso.log() if iso else {})})
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-                if at.step - saved >= args.save_every and at.step < args.steps:
-                    run.save_state(accelerator, vars(at))
-                    saved = at.step
+        batches = unlabelled(loader, order, at.step) if iso else repeat(None)
+        for batch in islice(batches, args.steps - at.step):
+            torch.manual_seed(args.seed * 10**9 + at.step * 10**3 + accelerator.process_index)  # as if never interrupted
+            count = each if iso else each + args.batch_size // accelerator.num_processes  # as many images either way, where there are as many
+            shown = [known[len(few) * at.step + i] for i in torch.randperm(len(few))[:count].tolist()]
+            labels = torch.tensor([label for _, label in shown]).to(device)
+            seen = torch.stack([image for image, _ in shown]).to(device)
+            logits: Tensor = model(to_input.applied(torch.cat([seen, batch]) if iso else seen))
+            losses = {"cross_entropy": F.cross_entropy(logits[: len(shown)], labels)}
+            if iso:
+                losses["consensus"] = args.weight * iso()  # runs the closed form's network and the peers
+                losses["ensemble"] = args.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, args.temperature), args.temperature)
+            accelerator.backward(sum(losses.values()))
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # a classifier in closed form can have large weights
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            at.step += 1
+            at.seconds = round(time.monotonic() - began, 2)
+            bar.update()
+            if at.step % args.log_every == 0:
+                values = {name: float(loss.detach()) for name, loss in losses.items()}
+                if not math.isfinite(sum(values.values())):
+                    raise NonFiniteError(f"the losses are {values} at step {at.step}; try a lower --lr")
+                output.log({"towards": way, "step": at.step, "seconds": at.seconds, **values, **(iso.log() if iso else {})})
+                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+            if at.step - saved >= args.save_every and at.step < args.steps:
+                run.save_state(accelerator, vars(at))
+                saved = at.step
 
     testing: dict[str, Any] = {"to_input": to_input.applied, "batch_size": args.batch_size, "workers": args.workers}
     card = {name: top1_accuracy(bare, getattr(data, name), accelerator, **testing) for name in ("validation", "test")}
@@ -196,6 +196,15 @@ def fine_tuned(way: str, start: nn.Module, peers: list[nn.Module], few: Subset[A
     accelerator.wait_for_everyone()
     run.remove_states()
     return card
+
+
+def unlabelled(loader: Any, order: Any, step: int) -> Iterator[Tensor]:
+    """Batches from this step on, without an end; every epoch in an order of its own."""
+    while True:
+        order.epoch, skipped = divmod(step, len(loader))
+        for batch, _ in skip_first_batches(loader, skipped) if skipped else loader:
+            yield batch
+            step += 1
 
 
 def agreement(student: nn.Module, teacher: nn.Module, peers: list[nn.Module], to_input: Any, example: Tensor, classes: int, args: Any) -> Any:
