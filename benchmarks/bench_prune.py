@@ -167,7 +167,7 @@ def full(
 ) -> list[str]:
     """Ours and the best rivals at every ratio."""
     runner, pairs = Runner(task, seed, book, False, finishes, afterwards), chosen(task, book)
-    if not pairs:
+    if not pairs and any(map(wanted, rivals(task))):
         raise SystemExit(f"nothing of {task.name} is screened yet: run with --screen first")
     for ratio in ratios:
         methods = [method for method in rivals(task) if wanted(method) and any(method.name == name for name, _ in pairs)]

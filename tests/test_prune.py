@@ -223,6 +223,22 @@ def test_latency_goes_on_until_it_is_reached(monkeypatch: pytest.MonkeyPatch) ->
         clock.reach_latency(make, original, images, 0.2)
 
 
+@pytest.mark.parametrize("time_of", [lambda share: share**2, lambda share: 0.2 if share < 0.6 else share], ids=["square", "step"])
+def test_latency_comes_back_where_more_went_than_had_to(monkeypatch: pytest.MonkeyPatch, time_of: Any) -> None:
+    monkeypatch.setattr(clock, "latency_of", lambda model, images: float(model.weight))
+    tried: dict[float, float] = {}
+
+    def make(target: float) -> tuple[Any, ...]:
+        tried[target] = time_of(target)
+        return (type("Net", (), {"weight": tried[target]})(), target)
+
+    original: Any = type("Net", (), {"weight": 1.0})()
+    chosen = clock.reach_latency(make, original, Calibration([torch.zeros(1, 1)]), 0.5)
+    assert chosen[1] == max(target for target, taken in tried.items() if taken <= 0.5)
+    assert chosen[1] > 0.5  # where it began
+    assert len(tried) <= clock.TRIES
+
+
 def test_a_wrapped_network_gives_a_bare_one() -> None:
     model, images = chain()
     pruned = ki.prune(nn.DataParallel(model), [images], progress=False)
