@@ -55,10 +55,10 @@ from knowiso_train.integrations import (
 )
 from knowiso_train.integrations.checkpoints import read_weights
 from knowiso_train.integrations.training import TrainingImages
-from knowiso_train.losses import IsomorphismLoss, WeightSchedule, kd_loss
+from knowiso_train.losses import WeightSchedule, kd_loss
 from knowiso_train.measurement.versions import versions
 from knowiso_train.refinement import FineTuning, refine
-from knowiso_train.refinement.finetune import placed
+from knowiso_train.refinement.finetune import consensus_loss
 from knowiso_train.refinement.networks import network as known_network
 from knowiso_train.refinement.told import Told
 
@@ -214,17 +214,8 @@ def agreement(student: nn.Module, teacher: nn.Module, peers: list[nn.Module], to
     named = [known_network(peer, f"peer {i}", transform=bridge) for i, (peer, bridge) in enumerate(zip(peers, bridges, strict=True))]
     weights = load_file(args.output / "teachers.safetensors")
     teachers = {i: partial(F.linear, weight=weights[f"{i}.weight"].to(device), bias=weights[f"{i}.bias"].to(device)) for i in range(len(peers))}
-    where = placed(FineTuning(layers=args.layers or None, peer_layers=peer_layers(args)), known_network(teacher, "network"), named, example)
-    iso = IsomorphismLoss(
-        student,
-        teacher,
-        list(where.layers or ()),
-        form="consensus",
-        peers=peers,
-        peer_transforms=bridges,
-        peer_layers=where.peer_layers,
-        example=example,
-    ).to(device)
+    settings = FineTuning(layers=args.layers or None, peer_layers=peer_layers(args))
+    iso = consensus_loss(student, teacher, known_network(teacher, "network"), named, example, settings)
     return iso, Told(named, teachers, classes)
 
 

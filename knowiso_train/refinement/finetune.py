@@ -159,7 +159,7 @@ def fine_tune(
         _training_mode(student, settings.frozen_statistics)
         unlabelled = _batches(loader, "unlabelled images") if compares or labelled is None else None
         known = None if labelled is None else _batches(labelled, "labelled images")
-        iso = _loss(student, teacher, own, peers, next(_batches(loader, "unlabelled images")), settings) if compares else None
+        iso = consensus_loss(student, teacher, own, peers, next(_batches(loader, "unlabelled images")), settings) if compares else None
         optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True)
         schedule = WeightSchedule(warmup=max(1, settings.steps // 20), total=max(2, settings.steps))
         asked = Told(peers, heads, own.classes if compares and settings.targets == "ensemble" else 0)
@@ -207,7 +207,22 @@ def _training_mode(model: nn.Module, frozen_statistics: bool) -> None:
                 module.training = False
 
 
-def _loss(student: nn.Module, teacher: nn.Module, own: Network, peers: Sequence[Network], batch: Any, settings: FineTuning) -> IsomorphismLoss:
+def consensus_loss(
+    student: nn.Module, teacher: nn.Module, own: Network, peers: Sequence[Network], batch: Any, settings: FineTuning
+) -> IsomorphismLoss:
+    """The loss towards what the peers reproduce of the teacher's features, at the layers that classifiers read where the settings name none.
+
+    Args:
+        student: to be trained, on its device.
+        teacher: the frozen network that it began as.
+        own: for its transform.
+        peers: useful ones.
+        batch: of images, as the loader gives them.
+        settings: of the training.
+
+    Raises:
+        OptionError: no such layer, or a peer with a transform of its own.
+    """
     settings = placed(settings, replace(own, model=teacher), peers, batch)
     first = _prepared(batch, student, own.transform)
     iso = IsomorphismLoss(
@@ -220,8 +235,7 @@ def _loss(student: nn.Module, teacher: nn.Module, own: Network, peers: Sequence[
         peer_transforms=[_bridge(peer, own) for peer in peers],
         example=first[:2],
     )
-    iso.to(first.device)
-    return iso
+    return iso.to(first.device)
 
 
 def _bridge(peer: Network, own: Network) -> Callable[[Any], Any] | None:
