@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coloured_pictures
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,16 +47,7 @@ distill.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, told apart by a colour under noise."""
-    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split, count in (("train", 16 * BATCHES + 3), ("validation", 33)):
-        for i in range(count):
-            pixels = noise.integers(0, 160, (SIDE, SIDE, 3))
-            pixels[..., i % 3] += 60
-            target = folder / split / f"class{i % 3}" / f"{i:03d}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).save(target)
-    return folder
+    return coloured_pictures.write(tmp_path_factory.mktemp("pictures"), {"train": 16 * BATCHES + 3, "validation": 33}, SIDE)
 
 
 @pytest.fixture(scope="module")

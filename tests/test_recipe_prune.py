@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import coloured_pictures
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,15 +53,7 @@ STAGES = ["original", "1-pruned", "1-tuned", "1-trained", "2-pruned", "2-tuned",
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """Three classes, told apart by a colour under noise."""
-    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split, count in (("train", 16 * BATCHES + 3), ("validation", 33)):
-        for i in range(count):
-            pixels = noise.integers(0, 160, (SIDE, SIDE, 3))
-            pixels[..., i % 3] += 60
-            target = folder / split / f"class{i % 3}" / f"{i:03d}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).save(target)
+    folder = coloured_pictures.write(tmp_path_factory.mktemp("pictures"), {"train": 16 * BATCHES + 3, "validation": 33}, SIDE)
 
     def made(output: Path, *more: str) -> list[str]:
         data = f"--output {output} --dataset {folder} --image-size {SIDE} --batch-size 16 --log-every 1 --save-every 2"

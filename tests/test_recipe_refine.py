@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import coloured_pictures
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from knowiso_train.errors import OptionError
@@ -44,15 +43,8 @@ refine.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """Three classes, told apart by a colour under noise; two networks of one architecture that know colours."""
-    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split, count in (("train", 210), ("validation", 33), ("test", 33)):
-        for i in range(count):
-            pixels = noise.integers(0, 160, (SIDE, SIDE, 3))
-            pixels[..., i % 3] += noise.integers(0, 90)
-            target = folder / split / f"class{i % 3}" / f"{i:03d}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).save(target)
+    """Faint colours; two networks of one architecture that know colours."""
+    folder = coloured_pictures.write(tmp_path_factory.mktemp("pictures"), {"train": 210, "validation": 33, "test": 33}, SIDE, faint=True)
     torch.manual_seed(0)
     for name in ("own", "peer"):
         torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), folder / f"{name}.pth")

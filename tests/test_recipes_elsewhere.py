@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import coloured_pictures
 import numpy as np
 import pretended
 import pytest
 import timm
 import torch
 from accelerate.state import PartialState
-from PIL import Image
 from test_other_device import device  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -34,15 +34,8 @@ def test_all_of_it() -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, told apart by a colour under noise; weights of two networks."""
-    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split, count in (("train", 120), ("validation", 33), ("test", 33)):
-        for i in range(count):
-            pixels = noise.integers(0, 160, (SIDE, SIDE, 3))
-            pixels[..., i % 3] += 60
-            target = folder / split / f"class{i % 3}" / f"{i:03d}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).save(target)
+    """And weights of two networks."""
+    folder = coloured_pictures.write(tmp_path_factory.mktemp("pictures"), {"train": 120, "validation": 33, "test": 33}, SIDE)
     torch.manual_seed(0)
     for name in ("own", "peer"):
         torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), folder / f"{name}.pth")
