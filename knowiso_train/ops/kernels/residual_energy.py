@@ -1,8 +1,8 @@
 """Residual energy of a 1x1 map with the gradient of the source, in one walk over the target's channels.
 
 A program holds BLOCK_P positions of the source. For BLOCK_D target channels at a time it makes their residual, adds its square, multiplies it back
-with the same block of the map, and forgets it. For bfloat16 alone: what is multiplied is of that type, sums are float32. In float32 it multiplied at 15 to
-37 TFLOP/s on an H200 (71 with TF32), where the library's products have 51 (371): those go by chunks.
+with the same block of the map, and forgets it. For bfloat16 alone: what is multiplied is of that type, sums are float32. In float32 it
+multiplied at 15 to 37 TFLOP/s on an H200 (71 with TF32), where the library's products have 51 (371): those go by chunks.
 """
 
 from __future__ import annotations
