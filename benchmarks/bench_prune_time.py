@@ -1,7 +1,6 @@
 """How long it takes to prune a large network without training, and how much memory: half of ResNet-50's multiply-adds, 512 photographs.
 
-    python benchmarks/bench_prune_time.py           # writes results/bench_prune_time.json; wants the cores for itself
-    python benchmarks/bench_prune_time.py           # the same command takes a GPU where there is one; writes results/bench_prune_time_gpu.json
+    python benchmarks/bench_prune_time.py           # writes results/bench_prune_time.json, or …_gpu.json where there is a GPU; wants the cores alone
     python benchmarks/bench_prune_time.py --quick   # does it run? ResNet-18 on 32 photographs, nothing is written
 
 Beside `ki.prune` (rows=20) what a user would pick instead: torch-pruning's L1, one shot, and batch norms' statistics from the same images of 224 px.

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knowiso_train.errors import ShapeError
+from knowiso_train.ops.chunks import chunks
 from knowiso_train.ops.residual_energy import residual_energy
 from knowiso_train.ops.upstream import kept_dtype, scaled
 
 CHUNK_BYTES = 2**20  # of centred target that is alive at once on a CPU, but four times the map, which is read for each
-PART = 16  # of the batch, at least, on a GPU, so that products stay large
 
 
 def fixed_map_energy(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
@@ -72,8 +72,7 @@ def _parts(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, m
         middle_x, middle_y = (mean.to(dtype).view(-1, 1, 1) for mean in (mean_x, mean_y))
         total = torch.zeros((), dtype=dtype, device=x.device)
         of_x = torch.empty_like(x, dtype=kept_dtype(x.dtype))
-        step = max(1, max(CHUNK_BYTES, 4 * map_.nbytes) // (y[0].numel() * dtype.itemsize), 0 if x.device.type == "cpu" else len(x) // PART)
-        for part in (slice(start, start + step) for start in range(0, len(x), step)):
+        for part in chunks(x, y[0].numel() * dtype.itemsize, max(CHUNK_BYTES, 4 * map_.nbytes)):
             source, target = x[part].to(dtype) - middle_x, y[part].to(dtype) - middle_y
             pulled, known = F.conv_transpose2d(target, map_), F.conv2d(source, square)
             total += target.square_().sum() + (source * (known - 2 * pulled)).sum()

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knowiso_train.errors import ShapeError
+from knowiso_train.ops.chunks import chunks
 from knowiso_train.ops.reference.patches import patch_rows
 
 CHUNK_BYTES = 2**20  # of rows that are alive at once on a CPU, about what a core's cache holds, but as much as the sums that they are added to
-PART = 16  # of the batch, at least, on a GPU
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -56,9 +56,7 @@ def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
 
 def _parts(x: Tensor, rows: int, sums: int = 0) -> list[slice]:
     """Slices of images whose `rows`-wide rows fit a chunk; `sums` is what is added to, in bytes."""
-    step = max(1, max(CHUNK_BYTES, sums) // (x.shape[2] * x.shape[3] * rows * 4))
-    step = step if x.device.type == "cpu" else max(step, -(-len(x) // PART))
-    return [slice(start, start + step) for start in range(0, len(x), step)]
+    return chunks(x, x.shape[2] * x.shape[3] * rows * 4, max(CHUNK_BYTES, sums))
 
 
 @torch.library.custom_op("knowiso::moments", mutates_args=())

@@ -11,10 +11,10 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops import kernels
+from knowiso_train.ops.chunks import chunks
 from knowiso_train.ops.upstream import kept_dtype, scaled
 
-CHUNK_BYTES = 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache, but four times the map, which is read for each;
-PART = 16  # of the batch, at least, on a GPU, so that products stay large
+CHUNK_BYTES = 2**20  # of residual that is alive at once on a CPU, so that it stays in the cache, but four times the map, which is read for each
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -84,9 +84,7 @@ def _chunked(
     by_weight = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if of_weight else kernel.new_empty(0)
     by_bias = torch.zeros(len(kernel) if of_bias else 0, dtype=dtype, device=x.device)
     pad = weight.shape[-1] // 2
-    size = y[0].numel() * dtype.itemsize
-    step = max(1, max(CHUNK_BYTES, 4 * kernel.nbytes) // size, 0 if x.device.type == "cpu" else len(x) // PART)
-    for part in (slice(start, start + step) for start in range(0, len(x), step)):
+    for part in chunks(x, y[0].numel() * dtype.itemsize, max(CHUNK_BYTES, 4 * kernel.nbytes)):
         source = x[part].to(dtype)
         residual = F.conv2d(source, kernel, shift, padding=pad).sub_(y[part])
         pulled = residual if channel_weight is None else residual * channel_weight.to(dtype).view(-1, 1, 1)
