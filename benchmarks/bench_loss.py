@@ -30,6 +30,7 @@ from record import record, table
 from rivals import AttentionTransfer, FitNet, ReviewKD
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
 from zoo import CifarResNet
 
 from knowiso_train import IsomorphismLoss
@@ -254,11 +255,11 @@ def main() -> None:
             continue
         case = Case(case.name, case.networks, case.layers, args.batch or case.batch, args.side or case.side)
         contenders = [Contender(kind, case, device, args.autocast) for kind in args.only or CONTENDERS]
-        for contender in contenders:
+        for contender in tqdm(contenders, f"{case.name}, warm up"):
             contender.warm_up()
         times: dict[str, list[float]] = {contender.kind: [] for contender in contenders}
         order = random.Random(0)
-        for _ in range(rounds):
+        for _ in tqdm(range(rounds), case.name):
             for contender in order.sample(contenders, len(contenders)):
                 times[contender.kind].append(seconds(contender, CLOCKS[args.clock]))
         rows = list(rows_of(times, {contender.kind: peak(contender) for contender in contenders}))

@@ -11,6 +11,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ ON = os.environ.get(VARIABLE) == "1"
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # private to PyTorch, and newer than 2.8
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
+WAITS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}  # the host reads what is there
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}  # by indices of either device
 
 
@@ -92,12 +94,39 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         got = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {got}")
     wanted = kwargs.get("device")
+    _watch(func, args, kwargs, bool(there))
     goes = here(wanted) if wanted is not None else isinstance(args[0], Pretended) if func is aten.copy_.default else bool(there)
     kwargs = {**kwargs, "device": torch.device("cpu")} if here(wanted) else kwargs
     inner_args, inner_kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, Pretended) else leaf, (args, kwargs))
     out = func(*inner_args, **inner_kwargs)
     given = {id(tensor.inner): tensor for tensor in there}  # what is changed in place comes back as itself
     return tree_map(lambda leaf: given[id(leaf)] if id(leaf) in given else Pretended(leaf) if isinstance(leaf, Tensor) and goes else leaf, out)
+
+
+_stops: list[str] = []
+
+
+def _watch(func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> None:
+    """Note what makes the host wait for the device, as a GPU would: values that are read, and copies to or from it that may not be left to it."""
+    if func is aten._to_copy.default:
+        crosses = kwargs.get("device") is not None and here(kwargs["device"]) != there
+    elif func is aten.copy_.default:
+        crosses = isinstance(args[0], Pretended) != isinstance(args[1], Pretended)
+    elif func in INDEXED:
+        crosses = there and any(isinstance(at, Tensor) and (at.dtype == torch.bool or not isinstance(at, Pretended)) for at in args[1])
+    else:
+        crosses = there and func in WAITS
+    waits_not = kwargs.get("non_blocking", False) or (func is aten.copy_.default and args[2:3] == (True,))
+    if crosses and not waits_not:
+        ours = [line for line in traceback.format_stack() if "knowiso_train/" in line]
+        _stops.append(f"{func}\n{''.join(ours)}")
+
+
+@contextlib.contextmanager
+def stops() -> Iterator[list[str]]:
+    """What made the host wait for the device within it, with where."""
+    _stops.clear()
+    yield _stops
 
 
 class _Dispatching(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -120,6 +121,35 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("form", "options"), FORMS, ids=str)
 def test_a_training_with_the_loss_is_the_same_on_both(device: str, form: str, options: dict[str, Any]) -> None:
     assert trained(device, form, **options) == pytest.approx(trained("cpu", form, **options), rel=2e-3)
+
+
+@contextlib.contextmanager
+def nothing_waits(device: str) -> Iterator[None]:
+    """Within it the host never waits for the device."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    else:
+        with pretended.stops() as stops:
+            yield
+        assert not stops, "\n".join(stops)
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS, ids=str)
+def test_between_refreshes_no_step_waits_for_the_device(device: str, form: str, options: dict[str, Any]) -> None:
+    student, teacher, peer = (built(seed).to(device) for seed in (1, 2, 3))
+    options |= {"peers": [peer]} if form == "consensus" else {}
+    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, form=form, **options).to(device)
+    images = torch.randn(32, 3, 8, 8, device=device)
+    with iso:
+        for step in range(50):
+            with nothing_waits(device) if step > 40 else nullcontext():
+                loss = student(images).square().mean() + iso()
+                loss.backward()
+    assert all(map_.ready for map_ in iso.maps.values())
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "densenet121", "convnext_atto", "vit_tiny_patch16_224"])

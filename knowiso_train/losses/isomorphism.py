@@ -125,7 +125,7 @@ class IsomorphismLoss(nn.Module):
         closed: dict[str, Any] = {"ridge": ridge, "refresh": refresh, "window": window}
         self.maps = nn.ModuleDict({pair_key(pair): self._map(pair, closed, penalty) for pair in self.pairs})
         self.balance = GradientBalance(len(self.pairs), ratio) if weight == "balanced" else None
-        self._weights = None if self.balance is not None else fixed_weights(weight, self.pairs)
+        self._fixed = [] if self.balance is not None else fixed_weights(weight, self.pairs)
         self._handles: list[RemovableHandle] = []
         self._calls, self._calls_on = 0, 0
         self._last: dict[LayerPair, dict[str, Tensor]] = {}
@@ -318,8 +318,9 @@ class IsomorphismLoss(nn.Module):
             map_.training = training
 
     def _weight(self, index: int, like: Tensor) -> Tensor:
-        weights = self._weights if self.balance is None else self.balance.weights
-        return weights[index].to(like.device, like.dtype)  # type: ignore[index]
+        if self.balance is None:
+            return like.new_full((), self._fixed[index])
+        return self.balance.weights[index].to(like.device, like.dtype)
 
     def _note(self, index: int, pair: LayerPair, loss: Tensor, weight: Tensor, branch: Tensor, learning: bool) -> None:
         map_ = self._map_of(pair)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
 from knowiso_train.features import LayerPair, bare
@@ -24,7 +23,7 @@ def pair_label(pair: LayerPair, pairs: Sequence[LayerPair]) -> str:
     return pair.source if sum(other.source == pair.source for other in pairs) == 1 else f"{pair.source}→{pair.target}"
 
 
-def fixed_weights(weight: float | Mapping[str, float] | str, pairs: Sequence[LayerPair]) -> Tensor:
+def fixed_weights(weight: float | Mapping[str, float] | str, pairs: Sequence[LayerPair]) -> list[float]:
     if isinstance(weight, Mapping):
         names = {pair.source for pair in pairs}
         if set(weight) != names:
@@ -36,7 +35,7 @@ def fixed_weights(weight: float | Mapping[str, float] | str, pairs: Sequence[Lay
         values = [float(weight)] * len(pairs)
     if not all(value >= 0 for value in values):
         raise OptionError(f"weights must be >= 0, got {values}")
-    return torch.tensor(values)
+    return values
 
 
 def frozen_peers(

@@ -112,7 +112,7 @@ def batch_moments(x: Tensor, y: Tensor, kernel_size: int = 1, positions: Tensor 
     with full_precision(x.device):
         if positions is not None:
             x, y, kernel_size = (*(_as_images(patch_rows(f, k, positions)) for f, k in ((x, kernel_size), (y, 1))), 1)
-        count = torch.tensor(float(y[:, 0].numel()), dtype=torch.float64, device=x.device)
+        count = torch.full((), float(y[:, 0].numel()), dtype=torch.float64, device=x.device)  # filled there: a copy would wait
         return Moments(count, *moments(x, y, kernel_size))
 
 

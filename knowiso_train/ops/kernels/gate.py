@@ -42,7 +42,7 @@ def _write(x_ptr, h_ptr, out_ptr, h, factor, of_x, of_h, of_out, hj, oj, mask, O
         tl.store(out_ptr + j * oj + of_out, out.to(out_ptr.dtype.element_ty), mask)
 
 
-@tuned(CONFIGS, ["rows", "parts", "ALIGNED"])
+@tuned(CONFIGS, ["parts", "ALIGNED"])
 @triton.jit
 def _forward(
     x_ptr, h_ptr, out_ptr, scale_ptr, p_ptr, rows, parts, channels,
@@ -87,7 +87,7 @@ def _forward(
             _write(x_ptr, h_ptr, out_ptr, h, factor, of_x + start * xp, of_h + start * hp, of_out + start * op, hj, oj, mask, ORDERS, HAS_X)
 
 
-@tuned(CONFIGS, ["rows", "parts", "ALIGNED"])
+@tuned(CONFIGS, ["parts", "ALIGNED"])
 @triton.jit
 def _backward(
     up_ptr, h_ptr, scale_ptr, p_ptr, out_ptr, of_p_ptr, rows, parts, channels,

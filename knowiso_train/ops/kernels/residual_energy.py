@@ -24,7 +24,7 @@ CONFIGS = [
 ]
 
 
-@tuned(CONFIGS, ["total", "C", "D", "WANTED"])
+@tuned(CONFIGS, ["C", "D", "WANTED"])
 @triton.jit
 def _kernel(
     x_ptr, y_ptr, w_ptr, bias_ptr, channel_ptr, of_x_ptr, energy_ptr, total, positions, C, D,
