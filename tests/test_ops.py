@@ -112,6 +112,24 @@ def test_implicit_patches_equal_the_written_ones_to_rounding(grid: tuple[int, in
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_written_patches_in_bands_equal_the_implicit_ones(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """What GPUs do."""
+    module = sys.modules["knowiso_train.ops.moments"]
+    x, y = normal(4, 3, 5, 6, dtype=torch.float64, offset=2), normal(4, 7, 5, 6, dtype=torch.float64, seed=1, offset=-1)
+    monkeypatch.setattr(module, "_bands", lambda columns, _: [slice(0, 2), slice(2, columns - 1), slice(columns - 1, columns)])
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    for found, wanted in zip(module._written(x, y, k), plain_moments(x, y, k), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 512, 513, 2304, 4609])
+def test_bands_are_all_of_the_columns_once(columns: int) -> None:
+    bands = sys.modules["knowiso_train.ops.moments"]._bands(columns, torch.device("cuda"))
+    assert [at for band in bands for at in range(band.start, band.stop)] == list(range(columns))
+    assert len(bands) <= 4
+
+
 def test_many_chunks_are_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, weight = normal(9, 4, 5, 6, offset=1), normal(9, 7, 5, 6, seed=1), normal(7, 4, 1, 1, seed=2)
     whole = [*moments(x, y, 3), *moments(x, y, 1), residual_energy(x, y, weight), fixed_map_energy(x, y, *of_map(weight))]

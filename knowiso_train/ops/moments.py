@@ -1,4 +1,4 @@
-"""First and centred second moments of two features. k×k patches stay implicit: neighbouring offsets share their sums.
+"""First and centred second moments of two features. On a CPU k×k patches stay implicit: neighbouring offsets share their sums.
 
 The product of the offsets a and b, `Σ_p x[p + a] x[p + b]ᵀ`, depends on b - a alone, but for the positions p that put p + a outside the grid's own
 window. So one product over a padded copy serves all pairs with the same difference (13 for 3×3, where the patches have 45 pairs), and what differs
@@ -18,6 +18,7 @@ from knowiso_train.ops.chunks import chunks
 from knowiso_train.ops.reference.patches import patch_rows
 
 CHUNK_BYTES = 2**20  # of rows that are alive at once on a CPU, about what a core's cache holds, but as much as the sums that they are added to
+BAND = 512  # columns, at least, of a product that takes half of a symmetric one
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -62,7 +63,9 @@ def _parts(x: Tensor, rows: int, sums: int = 0) -> list[slice]:
 @torch.library.custom_op("knowiso::moments", mutates_args=())
 def _moments(x: Tensor, y: Tensor, kernel_size: int) -> Five:
     with torch.autocast(x.device.type, enabled=False):
-        return _plain(x, y) if kernel_size == 1 else _Patches(x, y, kernel_size).summed()
+        if kernel_size == 1 or x.device.type != "cpu":  # a GPU takes more time to launch what saves products than it has to multiply
+            return _written(x, y, kernel_size)
+        return _Patches(x, y, kernel_size).summed()
 
 
 def _middle(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,18 +73,30 @@ def _middle(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mean((0, 2, 3), dtype=dtype)
 
 
-def _plain(x: Tensor, y: Tensor) -> Five:
+def _written(x: Tensor, y: Tensor, kernel_size: int) -> Five:
+    """From rows that are written out, a chunk of images at a time."""
     dtype = _dtype(x, y)
-    mean_x, mean_y = _middle(x, dtype), _middle(y, dtype)
-    xx, xy = (torch.zeros(x.shape[1], width, dtype=dtype, device=x.device) for width in (x.shape[1], y.shape[1]))
+    mean_x = _middle(x, dtype) if kernel_size == 1 else patch_rows(x.mean(0, keepdim=True, dtype=dtype), kernel_size).mean(0)
+    mean_y = _middle(y, dtype)
+    xx, xy = (torch.zeros(len(mean_x), width, dtype=dtype, device=x.device) for width in (len(mean_x), y.shape[1]))
     yy = torch.zeros(y.shape[1], dtype=dtype, device=x.device)
-    for part in _parts(x, x.shape[1] + y.shape[1], xx.nbytes + xy.nbytes):
-        rows_x = patch_rows(x[part].to(dtype), 1) - mean_x
+    bands = _bands(len(mean_x), x.device)
+    for part in _parts(x, len(mean_x) + y.shape[1], xx.nbytes + xy.nbytes):
+        rows_x = patch_rows(x[part].to(dtype), kernel_size) - mean_x
         rows_y = patch_rows(y[part].to(dtype), 1) - mean_y
-        xx.addmm_(rows_x.T, rows_x)
+        for band in bands:
+            xx[band, band.start :].addmm_(rows_x[:, band].T, rows_x[:, band.start :])
         xy.addmm_(rows_x.T, rows_y)
         yy += torch.linalg.vecdot(rows_y, rows_y, dim=0)
+    for band in bands[:-1]:
+        xx[band.stop :, band] = xx[band, band.stop :].T
     return mean_x, mean_y, xx, xy, yy
+
+
+def _bands(columns: int, device: torch.device) -> list[slice]:
+    """Of a symmetric product's rows, of which each leaves out what the ones above it have: on a GPU, where they are wide enough to keep it busy."""
+    wide = columns if device.type == "cpu" else max(BAND, -(-columns // 4))
+    return [slice(start, min(start + wide, columns)) for start in range(0, columns, wide)]
 
 
 class _Patches:
