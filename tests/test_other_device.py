@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -150,6 +151,35 @@ def test_between_refreshes_no_step_waits_for_the_device(device: str, form: str, 
                 loss = student(images).square().mean() + iso()
                 loss.backward()
     assert all(map_.ready for map_ in iso.maps.values())
+
+
+def waits(device: str, work: Callable[[], Any]) -> int:
+    """How often the host waited for the device."""
+    if device != "cuda":
+        with pretended.stops() as stops:
+            work()
+        return len(stops)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            work()
+        return sum("synchroniz" in str(warning.message) for warning in seen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("transform", "labels"), [(None, 0.0), (lambda images: images.flip(3), 0.1)], ids=["cached", "transformed, labels"])
+def test_a_longer_tuning_waits_no_more_often_for_the_device(device: str, transform: Any, labels: float) -> None:
+    original, pruned = (built(seed).to(device).eval() for seed in (1, 2))
+    images, truth = torch.randn(64, 3, 8, 8, device=device), torch.arange(64, device=device) % 5
+
+    def work(steps: int) -> Callable[[], Any]:
+        options: dict[str, Any] = {"batch_size": 16, "lr": 1e-3, "transform": transform, "label_weight": labels, "progress": False}
+        return lambda: ki.tune(pruned, original, [(images, truth)], steps=steps, **options)
+
+    work(8)()
+    assert waits(device, work(16)) == waits(device, work(8))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "densenet121", "convnext_atto", "vit_tiny_patch16_224"])

@@ -10,27 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+from knowiso_train.ops.orthogonal import orthogonalised
+
 MOMENTUM, ADAM, BIAS_STEP = 0.9, (0.9, 0.99), 0.2
-
-
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps.
-
-    Example:
-        >>> values = torch.linalg.svdvals(orthogonalised(torch.randn(8, 20)))
-        >>> bool((values > 0.5).all() and (values < 1.5).all())
-        True
-    """
-    a, b, c = NEWTON_SCHULZ
-    x = matrix / (matrix.norm() + 1e-12)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    result: Tensor = x.T if tall else x
-    return result
 
 
 class Muon(torch.optim.Optimizer):

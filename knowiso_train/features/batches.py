@@ -130,7 +130,8 @@ def select(batch: Any, index: Tensor) -> Any:
 
 def _selected(batch: Any, index: Tensor, size: int, *, top: bool = False) -> Any:
     if isinstance(batch, Tensor):
-        return batch[index.to(batch.device)] if batch.ndim and len(batch) == size else batch
+        waits = batch.device.type == "cpu"  # what comes to the CPU is read at once; what goes to a GPU it finds in its queue
+        return batch[index.to(batch.device, non_blocking=not waits)] if batch.ndim and len(batch) == size else batch
     if isinstance(batch, Mapping):
         return _rebuilt_mapping(batch, {key: _selected(value, index, size) for key, value in batch.items()})
     if not isinstance(batch, (tuple, list)):

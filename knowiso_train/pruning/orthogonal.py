@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, tuned by its authors for few rounds
-ROUNDS = 5
-SMALLEST = 1e-12
+from knowiso_train.ops.orthogonal import SMALLEST, all_orthogonalised
 
 
 class OrthogonalMomentum(Optimizer):
@@ -45,37 +43,19 @@ class OrthogonalMomentum(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov's
-                direction = orthogonalised(ahead.flatten(1)).view_as(parameter)
-                length = parameter.norm() / direction.norm().clamp_min(SMALLEST)
-                parameter.sub_(direction * (group["lr"] * length))
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not moved:
+                continue
+            gradients = [parameter.grad for parameter in moved]
+            momenta = [self.state[parameter].setdefault("momentum", torch.zeros_like(parameter)) for parameter in moved]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            directions = all_orthogonalised([gradient.flatten(1) for gradient in ahead])
+            steps = [direction.reshape(parameter.shape) for direction, parameter in zip(directions, moved, strict=True)]
+            lengths, own = (torch.stack(torch._foreach_norm(tensors)) for tensors in (moved, steps))
+            torch._foreach_mul_(steps, list((lengths / own.clamp_min(SMALLEST)).unbind()))
+            torch._foreach_sub_(moved, steps, alpha=group["lr"])
         return loss
-
-
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Nearly the nearest matrix whose singular values are one: between 0.7 and 1.2, which serves as well and takes products only.
-
-    Args:
-        matrix: (m, n).
-
-    Example:
-        >>> values = torch.linalg.svdvals(orthogonalised(torch.randn(8, 20)))
-        >>> 0.5 < values.min().item() <= values.max().item() < 1.3
-        True
-    """
-    a, b, c = COEFFICIENTS
-    x: Tensor = matrix / matrix.norm().clamp_min(SMALLEST)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    for _ in range(ROUNDS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

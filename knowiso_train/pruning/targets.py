@@ -63,7 +63,8 @@ class Targets:
     def of(self, index: Tensor, seen: Any = None) -> Given:
         """For the images with these indices, or for `seen`, what became of them by augmentation."""
         if seen is None and self._store is not None:
-            return Given({name: value[index.to(value.device)] for name, value in self._store.features.items()}, self._store.output[index])
+            store, at = self._store, index.to(self._store.output.device, non_blocking=True)
+            return Given({name: value[at.to(value.device)] for name, value in store.features.items()}, store.output[at])
         return self._run(index, seen)
 
     @torch.no_grad()

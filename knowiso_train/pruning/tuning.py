@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -138,6 +139,7 @@ def tune(
         history = [chooser.check(0)]
         best = start
         losses: list[float] = []
+        unread: list[Tensor] = []  # losses: reading one makes the host wait for a GPU
         waiting = mixed[away:][:0]
         for parameter in trained:
             parameter.grad = None
@@ -152,18 +154,24 @@ def tune(
                 given = targets.of(index, None if transform is None else seen)
                 _mode(small, not frozen_statistics)
                 made = tapped(images, small, names, seen)
-                known = None if truth is None else truth[index.to(truth.device)]
+                known = None if truth is None else truth[index.to(truth.device, non_blocking=True)]
                 loss = objective(distance(made, given, targets), made.output, given.output, targets.output_scale, known)
                 if not loss.requires_grad:
                     raise OptionError("what is trained has no part in what is compared; set logit_weight, or choose other layers")
-                if not bool(loss.detach().isfinite()):
-                    raise NonFiniteError(f"NaN or Inf in the loss at step {step + 1} of {total}, with lr={lr}; the weights are as they were")
                 loss.backward()  # type: ignore[no-untyped-call]
                 for optimizer, highest in optimizers:
                     optimizer.param_groups[0]["lr"] = highest * schedule(step + 1)
                     optimizer.step()
                     optimizer.zero_grad()
-                losses.append(float(loss.detach()))
+                unread.append(loss.detach())
+                if step + 1 in checked or loss.device.type == "cpu":
+                    for value in torch.stack(unread).tolist():
+                        losses.append(value)
+                        if not math.isfinite(value):
+                            raise NonFiniteError(
+                                f"NaN or Inf in the loss at step {len(losses)} of {total}, with lr={lr}; the weights are as they were"
+                            )
+                    unread.clear()
                 if step + 1 in checked:
                     _mode(small, False)
                     history.append(chooser.check(step + 1))
