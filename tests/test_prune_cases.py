@@ -102,10 +102,37 @@ def test_hooks_that_are_open_are_no_part_of_the_network() -> None:
     model = chain()
     small = little(model, macs=0.7).model
     before = copy.deepcopy(small.state_dict())
-    with FeatureTaps(small, ["0"]), pytest.raises(ShapeError, match="Close FeatureTaps"):
+    with FeatureTaps(small, ["0"]), pytest.raises(OptionError, match="FeatureTaps or a loss watches"):
         ki.refit(small, model, [IMAGES], progress=False)
+    student = copy.deepcopy(model)
+    with ki.IsomorphismLoss(student, model, ["2"], example=IMAGES[:4]), pytest.raises(OptionError, match="watches"):
+        little(student, macs=0.7)
+    handle = small.register_forward_hook(lambda *_: None)  # somebody else's
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
     ki.refit(small, model, [IMAGES], progress=False)
+    handle.remove()
+
+
+def test_inference_mode_is_told_by_its_name() -> None:
+    with torch.inference_mode(), pytest.raises(OptionError, match="inference_mode"):
+        little(chain())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"floor": "a"}, "floor is the least share"),
+        ({"round_to": "8"}, "round_to must be an integer >= 1, got '8'"),
+        ({"max_images": 1.5}, "max_images must be an integer"),
+        ({"block_steps": 2.5}, "block_steps must be an integer >= 0"),
+        ({"seed": None}, "seed must be an integer >= 0, got None"),
+        ({"rows": True}, "rows must be an integer"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        ki.prune(chain(), [IMAGES], **{"macs": 0.7, "progress": False, **wrong})
 
 
 def test_images_of_two_sizes() -> None:

@@ -81,7 +81,7 @@ class Choice:
                 widths[name] = next((width for width in allowed if width <= size * percent / 1000), allowed[-1])
             if total_cost(costs, {name: size - widths[name] for name, size in sizes.items()}) <= target:
                 return widths
-        raise OptionError(f"cannot reach a share of {share} of the cost with a floor of {floor}; ask for less, or lower the floor")
+        raise OptionError(f"cannot reach a share of {share} of the cost with a floor of {floor}; let a larger share stay, or lower the floor")
 
     def again(self, layers: Mapping[str, nn.Module], groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> dict[str, SequentialChoice]:
         """Groups whose channels are chosen again when the refit reaches their only reader."""

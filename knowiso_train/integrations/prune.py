@@ -20,10 +20,10 @@ from knowiso_train.integrations.choice import by_isomorphism, by_scores
 from knowiso_train.integrations.latency import latency_of, reach_latency
 from knowiso_train.integrations.pruned_storage import save_pruned
 from knowiso_train.pruning.blocks import BlockFit, tunable_blocks
-from knowiso_train.pruning.calibration import Calibration, Forward
+from knowiso_train.pruning.calibration import Calibration, Forward, check_counts
 from knowiso_train.pruning.cost import count_macs, layer_costs, layer_places
 from knowiso_train.pruning.forward import RIDGES, LayerFit
-from knowiso_train.pruning.network import REFIT_ROWS, checked_ridges, traced
+from knowiso_train.pruning.network import REFIT_ROWS, check_untapped, checked_ridges, traced
 from knowiso_train.pruning.report import GroupWidth, PruneReport
 from knowiso_train.pruning.twin import Kept
 
@@ -118,7 +118,8 @@ def prune(
     """
     began = time.monotonic()
     kind, share = _budget(macs, params, latency)
-    _check(model, floor, round_to, rows)
+    _check(model, floor, round_to=round_to, rows=rows, max_images=max_images)
+    check_counts(0, block_steps=block_steps, seed=seed)
     if block_steps and not refit:
         raise OptionError("block_steps needs the refit: pass refit=True, or block_steps=0")
     ridges, original = checked_ridges(ridge), bare(model)
@@ -202,11 +203,13 @@ def _budget(macs: float | None, params: float | None, latency: float | None) -> 
     return name, float(share)
 
 
-def _check(model: Any, floor: float, round_to: int, rows: int) -> None:
+def _check(model: Any, floor: float, **counts: int) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if not 0 < floor <= 1 or round_to < 1 or rows < 1:
-        raise OptionError(f"expected 0 < floor <= 1, round_to >= 1 and rows >= 1, got {floor!r}, {round_to!r} and {rows!r}")
+    if not isinstance(floor, (int, float)) or not 0 < floor <= 1:
+        raise OptionError(f"floor is the least share of a width that stays: expected 0 < floor <= 1, got {floor!r}")
+    check_counts(**counts)
+    check_untapped(bare(model))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -72,7 +72,8 @@ def save_pruned(
         words = "".join(f", {name}={value!r}" for name, value in made[1].items())
         raise OptionError(
             f"timm.create_model({made[0]!r}{words}) does not make the original: {difference}. Pass factory=(name, arguments) with all arguments that "
-            'made it, or factory="external" and give load_pruned a fresh network'
+            'made it, or factory="external" and give load_pruned a fresh network. What was pruned twice is saved by save_pruned, with the network '
+            "before both as the original"
         )
     before = state_shapes(skeleton)
     changes = attribute_changes(skeleton, pruned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -73,8 +74,8 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
         check_loader(loader)
-        if not ridge >= 0 or max_images < 1 or rows < 1:
-            raise OptionError(f"expected ridge >= 0, max_images >= 1 and rows >= 1, got {ridge!r}, {max_images!r} and {rows!r}")
+        if not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf or max_images < 1 or rows < 1:
+            raise OptionError(f"expected ridge, one finite number >= 0, max_images >= 1 and rows >= 1, got {ridge!r}, {max_images!r} and {rows!r}")
         if per not in ("macs", "channel"):
             raise OptionError(f'per must be "macs" or "channel", got {per!r}')
         self.model, self.loader, self.cumulative, self.per, self.ridge = bare(model), loader, cumulative, per, ridge

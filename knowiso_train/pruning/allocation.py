@@ -66,8 +66,8 @@ def allocate(
     if least > target:
         everything = total_cost(costs, {})
         raise OptionError(
-            f"cannot reach {target / everything:.3f} of the cost: with every group at its floor {least / everything:.3f} is left. "
-            "Ask for less, lower the floor or round_to, or ignore fewer layers"
+            f"cannot reach a share of {target / everything:.3f} of the cost: with every group at its floor {least / everything:.3f} is left. "
+            "Let a larger share stay, lower the floor or round_to, or ignore fewer layers"
         )
     touching = {name: [c for c in costs.values() if name in c.reads or name in c.writes] for name in widths}
     together = {name: {other for other in widths for c in touching[name] if other in c.reads or other in c.writes} for name in widths}

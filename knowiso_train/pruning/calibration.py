@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from knowiso_train.errors import DataError, OptionError, ShapeError
 from knowiso_train.features import batch_size, check_loader, inputs_of, select, to_device
 
 Forward = Callable[[nn.Module, Any], Any]
+
+
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """Raises:
+    OptionError: something that is no integer of at least that much.
+
+    Example:
+        >>> check_counts(rows=20, max_images=64)
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise OptionError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 class Calibration:
@@ -35,8 +48,9 @@ class Calibration:
     """
 
     def __init__(self, loader: Iterable[Any], max_images: int = 1024, device: Any = None, forward: Forward | None = None) -> None:
-        if max_images < 1:
-            raise OptionError(f"max_images must be 1 or more, got {max_images!r}")
+        check_counts(max_images=max_images)
+        if torch.is_inference_mode_enabled():
+            raise OptionError("torch.inference_mode() is on, and what is made in it can be neither traced nor trained; call this outside of it")
         check_loader(loader, again=False)
         self.forward = forward
         self.batches: list[Any] = []

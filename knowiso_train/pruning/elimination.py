@@ -10,6 +10,7 @@ from torch import Tensor
 
 from knowiso_train.errors import OptionError, ShapeError
 from knowiso_train.pruning.consumer import Consumer
+from knowiso_train.pruning.factor import lower_factor
 
 TINY = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
 SHRUNK = 0.75  # of the channels left: the rest goes on in smaller matrices
@@ -61,8 +62,8 @@ class BackwardElimination:
     def __init__(self, consumers: Sequence[Consumer], ridge: float = 1e-4) -> None:
         if not consumers or len({len(consumer.columns) for consumer in consumers}) != 1:
             raise ShapeError(f"expected consumers of the same channels, got {[(c.name, len(c.columns)) for c in consumers]}")
-        if not ridge >= 0:
-            raise OptionError(f"ridge must be a number >= 0 (relative to the mean variance of what a layer reads), got {ridge!r}")
+        if not 0 <= ridge < math.inf:
+            raise OptionError(f"ridge must be a finite number >= 0 (relative to the mean variance of what a layer reads), got {ridge!r}")
         self.kept = torch.ones(len(consumers[0].columns), dtype=torch.bool, device=consumers[0].xx.device)
         self._columns = [consumer.columns.to(consumer.xx.device) for consumer in consumers]
         self._variances = [consumer.variance for consumer in consumers]
@@ -177,5 +178,4 @@ class BackwardElimination:
 def _inverse(xx: Tensor, ridge: float) -> Tensor:
     scale = xx.diagonal().mean()
     added = (ridge + TINY) * scale if scale > 0 else torch.ones_like(scale)
-    eye = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(xx + added * eye))
+    return torch.cholesky_inverse(lower_factor(xx, added.expand(len(xx))))

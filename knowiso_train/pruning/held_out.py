@@ -16,6 +16,7 @@ from knowiso_train.pruning.targets import PER_PASS, Targets, distance, tapped
 from knowiso_train.pruning.tune_report import Check
 
 DIGITS = 6
+WHERE = ("Look at the network and the images", "Try a smaller lr")
 LABEL_KEYS = ("label", "labels", "target", "targets")
 
 
@@ -65,7 +66,7 @@ class HeldOut:
         if made.shape != self.wanted.shape:
             raise ShapeError(f"the pruned network gives {tuple(made.shape)}, the original {tuple(self.wanted.shape)} for the same images")
         if not bool(made.isfinite().all()):
-            raise NonFiniteError(f"NaN or Inf in the pruned network's output after {step} steps")
+            raise NonFiniteError(f"NaN or Inf in the pruned network's output after {step} steps; the weights are as they were. " + WHERE[step > 0])
         logits, scale = are_logits(made), self.targets.output_scale
         return Check(
             step,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 from knowiso_train.features import bare, device_of, undisturbed
 from knowiso_train.pruning.blocks import Blocks
-from knowiso_train.pruning.calibration import Calibration, Forward
+from knowiso_train.pruning.calibration import Calibration, Forward, check_counts
 from knowiso_train.pruning.forward import RIDGES, refit_forward
 from knowiso_train.pruning.kept import kept_outputs
 from knowiso_train.pruning.originals import originals
@@ -95,8 +95,8 @@ def refit(
     if small is whole:
         raise OptionError("pruned and original are the same network; keep a copy.deepcopy of it before pruning")
     ridges = checked_ridges(ridge)
-    if rows < 1:
-        raise OptionError(f"rows must be 1 or more, got {rows!r}")
+    check_untapped(small, whole)
+    check_counts(rows=rows, max_images=max_images)
     images = Calibration(loader, max_images, device_of(whole), forward)
     with undisturbed(small, whole), torch.no_grad():
         found = traced(whole, images)
@@ -140,6 +140,20 @@ def traced(model: nn.Module, images: Calibration) -> dict[str, Tail]:
         for handle in handles:
             handle.remove()
     return {name: tail for name, tail in found.items() if name not in apart}
+
+
+def check_untapped(*networks: nn.Module) -> None:
+    """Raises:
+    OptionError: a network that this library's hooks watch: what they hold would change with its widths, and copies would carry them.
+    """
+    for network in networks:
+        for name, module in network.named_modules():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if type(hook).__module__.startswith("knowiso_train."):
+                    raise OptionError(
+                        f"FeatureTaps or a loss watches {name or 'the network'!r}: leave its `with` block, or call its detach(), before you prune "
+                        "or refit, and make a new one for the new widths"
+                    )
 
 
 def checked_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from knowiso_train.disentangle.ridge import LinearMap
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
+from knowiso_train.pruning.factor import lower_factor
 from knowiso_train.pruning.products import gram
 from knowiso_train.statistics import Moments
 
@@ -132,7 +133,7 @@ class RowMoments:
         scale = (self.xx.diagonal(dim1=1, dim2=2) * left).sum(1) / left.sum(1).clamp_min(1)  # (G,)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         diagonal = torch.where(left > 0, (ridge + TINY) * scale[:, None], scale[:, None])  # what is gone stands apart, with nothing to explain
-        factor = torch.linalg.cholesky(self.xx * left[:, :, None] * left[:, None] + torch.diag_embed(diagonal))
+        factor = lower_factor(self.xx * left[:, :, None] * left[:, None], diagonal)
         return start + torch.cholesky_solve(missing, factor)
 
     def bias(self, weight: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ class DualMoments:
         products = x @ x.mT
         trace = products.diagonal(dim1=1, dim2=2).sum(1) / left.sum(1).clamp_min(1)  # rows times the mean variance
         diagonal = ((ridge + TINY) * torch.where(trace > 0, trace, torch.ones_like(trace)))[:, None].expand(-1, x.shape[1])
-        factor = torch.linalg.cholesky(products + torch.diag_embed(diagonal))
+        factor = lower_factor(products, diagonal)
         return start + x.mT @ torch.cholesky_solve(self.y - x @ start, factor)
 
     def bias(self, weight: Tensor) -> Tensor:

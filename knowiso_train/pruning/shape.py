@@ -59,7 +59,8 @@ def attribute_changes(original: nn.Module, pruned: nn.Module) -> Changes:
         if found[0] != found[1]:
             raise ShapeError(
                 f"module {name!r} is {found[0]} in the original and {found[1]} in the pruned network; expected networks that differ in widths only. "
-                "Give the network that was pruned as the original"
+                "Give the network that was pruned as the original; where that is what timm built anew, pass factory=(name, arguments) with all "
+                "arguments that made it"
             )
     attributes = {name: changed for name in before if (changed := _changed(before[name], after[name]))}
     old, new = _parameters(original), _parameters(pruned)

@@ -11,7 +11,7 @@ from torch import nn
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 from knowiso_train.features import bare, resolve
-from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.calibration import Calibration, check_counts
 from knowiso_train.pruning.streams import shared_layers
 from knowiso_train.pruning.targets import tapped
 
@@ -38,10 +38,13 @@ def check_numbers(lr: float, batch_size: int, temperature: float, held_out: floa
     """Raises:
     OptionError: a number without meaning; the others are the weights of the loss and the memory.
     """
-    if not 0 < lr < math.inf or not 0 < temperature < math.inf or not 0 < held_out < 1 or batch_size < 1:
+    check_counts(batch_size=batch_size)
+    if not all(isinstance(value, (int, float)) for value in (lr, temperature, held_out, *others)):
         raise OptionError(
-            f"expected lr > 0, temperature > 0, 0 < held_out < 1 and batch_size >= 1, got {lr!r}, {temperature!r}, {held_out!r} and {batch_size!r}"
+            f"lr, temperature, held_out, the weights and memory must be numbers, got {', '.join(map(repr, (lr, temperature, held_out, *others)))}"
         )
+    if not 0 < lr < math.inf or not 0 < temperature < math.inf or not 0 < held_out < 1:
+        raise OptionError(f"expected lr > 0, temperature > 0 and 0 < held_out < 1, got {lr!r}, {temperature!r} and {held_out!r}")
     if not all(0 <= value < math.inf for value in others):
         raise OptionError(f"feature_weight, logit_weight, label_weight and memory must be numbers >= 0, got {', '.join(map(repr, others))}")
 

@@ -108,7 +108,9 @@ def tune(
     check_numbers(lr, batch_size, temperature, held_out, (feature_weight, logit_weight or 0.0, label_weight, memory))
     trained = [parameter for parameter in small.parameters() if parameter.requires_grad]
     if not trained:
-        raise OptionError("every parameter of the pruned network is frozen: nothing to tune")
+        raise OptionError("every parameter of the pruned network is frozen, as the original's are: call requires_grad_() on what is to be tuned")
+    if any(parameter.dtype == torch.float16 for parameter in trained):
+        raise OptionError("weights in float16 lose what small steps change: call float() on both networks, tune, and half() afterwards")
     images = Calibration(
         loader, max_images, device_of(whole), forward or (_called if label_weight else None)
     )  # without one it keeps the inputs alone
