@@ -48,6 +48,7 @@ from knowiso_train.integrations import (
     saved_kept,
     training_loader,
 )
+from knowiso_train.integrations.channel_groups import ignored_layers
 from knowiso_train.integrations.comparison import compare_networks, comparison_table
 from knowiso_train.losses import IsomorphismLoss, WeightSchedule, kd_loss
 from knowiso_train.measurement.versions import versions
@@ -63,9 +64,10 @@ def main(words: list[str] | None = None) -> int:
     args = arguments(words)
     accelerator = launched(args)
     output = RunFolder(args.output, writes=accelerator.is_main_process)
-    output.claim({name: value for name, value in vars(args).items() if name not in FREE})
     data = images(args)
-    original = trained_original(data, args, accelerator)
+    original = network(data, args)
+    output.claim({name: value for name, value in vars(args).items() if name not in FREE})
+    train_original(original, data, args, accelerator)
 
     stages = ["original"]
     for step in range(1, args.steps + 1):
@@ -130,8 +132,8 @@ def pruned_step(step: int, before: str, original: nn.Module, data: Data, args: a
     return names
 
 
-def trained_original(data: Data, args: argparse.Namespace, accelerator: Any) -> nn.Module:
-    """What is pruned: a checkpoint, or trained here."""
+def network(data: Data, args: argparse.Namespace) -> nn.Module:
+    """What is pruned, with its weights where they are given; and whether what was asked for can be done with it, before it takes hours."""
     torch.manual_seed(args.seed)
     name, *options = args.model
     try:
@@ -140,13 +142,24 @@ def trained_original(data: Data, args: argparse.Namespace, accelerator: Any) -> 
         )
     except (TypeError, argparse.ArgumentTypeError) as error:
         raise OptionError(f"timm cannot make --model {' '.join(args.model)}: {error}") from error
+    ignored_layers(original, args.ignored)
+    count = min(args.images, len(data[0]))
+    if args.tune_steps and count - round(count / 8) < args.batch_size:
+        raise OptionError(
+            f"{count} images, an eighth of them held out, make no batch of {args.batch_size} to tune with: more --images, or less --batch-size"
+        )
+    return original
+
+
+def train_original(original: nn.Module, data: Data, args: argparse.Namespace, accelerator: Any) -> None:
+    """Train it where it has no weights yet."""
     if not (args.model_checkpoint or args.model_pretrained):
         run = RunFolder(args.output / "original", writes=accelerator.is_main_process)
         if train("original", original, None, args.model_epochs, args.model_lr, data, args):
-            run.write_network("original", original, network_card(original, name, saving(data, args)["factory"][1], data[0][0][0].shape))
+            run.write_network("original", original, network_card(original, args.model[0], saving(data, args)["factory"][1], data[0][0][0].shape))
         done("original", args, accelerator)
         load_checkpoint(original, run.path / "original.safetensors")
-    return original.eval().requires_grad_(True).to(accelerator.device)
+    original.eval().requires_grad_(True).to(accelerator.device)
 
 
 def staged(stage: str, original: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -289,6 +302,10 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("--log-every", 10, at_least(1), "batches")
     add("--save-every", 200, at_least(1), "batches; what a kill can cost")
     args = options.parse_args(words)
+    budgets = {kind: share for kind in ("macs", "params", "latency") if (share := getattr(args, kind)) is not None}
+    if len(budgets) > 1 or not all(share < 1 for share in budgets.values()) or 0 in budgets.values():
+        given = ", ".join(f"--{kind} {share:g}" for kind, share in budgets.items())
+        options.error(f"one budget, a share between 0 and 1 that may stay: got {given}")
     if not (args.model_checkpoint or args.model_pretrained or args.model_epochs):
         options.error("a network has to know something before it is pruned: --model-checkpoint, --model-pretrained or --model-epochs")
     return args

@@ -48,7 +48,7 @@ def channel_groups(
         [('0', 8, ['2'])]
     """
     names = {module: name for name, module in model.named_modules()}
-    ignored = _named(model, ignored)
+    ignored = ignored_layers(model, ignored)
     unsteady = {name for name, layer in model.named_modules() if tails and readable(layer) and name not in tails}
     heads = head_groups(model)
     graph = dependency_graph(model, example, forward)
@@ -171,7 +171,16 @@ def _units(pairs: Sequence[tuple[int, int]], size: int) -> Tensor:
     return torch.tensor([of_unit[unit] for unit in range(size)])
 
 
-def _named(model: nn.Module, patterns: str | Collection[str]) -> list[str]:
+def ignored_layers(model: nn.Module, patterns: str | Collection[str]) -> list[str]:
+    """Names of the modules that these names or globs mean.
+
+    Raises:
+        OptionError: one that means none.
+
+    Example:
+        >>> ignored_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["?"])
+        ['0', '1']
+    """
     try:
         found = [[pattern] if pattern == "" else resolve(model, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
     except LayerNameError as error:
