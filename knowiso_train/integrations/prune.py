@@ -82,7 +82,7 @@ def prune(
 
     Args:
         model: the network; it is left as it is.
-        loader: batches of images; labels are never read.
+        loader: batches of images, shuffled, as the first ones are taken; labels are never read.
         macs: share of the multiply-adds of convolutions and linear layers that may stay; 0.5 where neither this nor another budget is given.
         params: the same of the parameters of these layers.
         latency: the same of the time that a batch takes here; found by measuring, so it is only as exact as the clock. Odd widths can be slower than

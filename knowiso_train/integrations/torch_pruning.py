@@ -31,7 +31,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
 
     Args:
         model: the network that is pruned.
-        loader: batches of images; labels are never read.
+        loader: batches of images, shuffled, as the first ones are taken; labels are never read.
         cumulative: scores of a backward elimination, in which each channel's cost counts what is gone already; False scores each alone, under which
             both of two equal channels look free.
         per: "macs", what is lost for a million multiply-adds that go with the channel; or "channel".

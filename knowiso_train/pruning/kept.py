@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.pruning.trace import Tail
-from knowiso_train.pruning.twin import Kept
+from knowiso_train.pruning.twin import Kept, tensor_shapes
 
 SAMPLED = 8  # rows or columns that have to agree; more only cost time
 
@@ -34,6 +34,9 @@ def kept_outputs(original: nn.Module, pruned: nn.Module, tails: Mapping[str, Tai
         >>> kept_outputs(nn.ModuleDict({"a": original}), nn.ModuleDict({"a": pruned}), {"a": Tail()})
         {'a': tensor([1, 3])}
     """
+    strange = sorted(set(kept or ()) - set(tensor_shapes(original)))
+    if strange:
+        raise ShapeError(f"kept names what the original has not: {', '.join(strange[:3])}; it is of another network")
     found = {}
     before, after = dict(original.named_modules()), dict(pruned.named_modules())
     for name, tail in tails.items():

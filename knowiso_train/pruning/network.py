@@ -56,7 +56,7 @@ def refit(
     Args:
         pruned: pruned from `original` by any library, with the same layer names. Wrapped or not.
         original: the network before pruning.
-        loader: batches of images, see `knowiso_train.features.inputs_of`; labels are never read.
+        loader: batches of images, see `knowiso_train.features.inputs_of`; shuffled, as the first ones are taken; labels are never read.
         kept: what pruning kept, from `recording`; None reads it off the weights, which works until the pruned network is trained.
         max_images: to look at. All of them pass through the pruned network at once, so memory grows with them.
         rows: of each regression, per regressor, at most all positions of all images.

@@ -63,7 +63,7 @@ def tune(
     Args:
         pruned: pruned from `original`, with the same layer names; parameters that are frozen stay as they are. Wrapped or not.
         original: the network before pruning, on the same device.
-        loader: batches of images, see `knowiso_train.features.inputs_of`. They are held in memory.
+        loader: batches of images, see `knowiso_train.features.inputs_of`; shuffled, as the first ones are taken. They are held in memory.
         steps: updates; 200 where neither this nor `epochs` is given.
         epochs: passes over the images that are not held out.
         lr: longest step, relative to the norm of a weight; it rises over a twentieth of the steps and falls as a cosine.
