@@ -84,7 +84,7 @@ class Runner:
         """ki.prune, and what follows it."""
         finishes = (
             *(finish for finish in SOLVED if finish in self.finishes),
-            *(self.afterwards if self.task.name == "resnet56" and ratio == self.task.screened else ()),
+            *(name for name in self.afterwards if ratio == self.task.screened and not self.screen and name in self.task.afterwards),
         )
         missing = [name for name in finishes if self.book.find(**self.key(OURS, name, ratio)) is None]
         if missing:
@@ -184,7 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", help="those whose name contains one of these; `--methods` alone runs ki.prune alone")
     parser.add_argument("--finishes", nargs="+", choices=FINISHES, help="all but blocks in the screening, all those of the best after it")
     parser.add_argument(
-        "--afterwards", nargs="*", choices=AFTERWARDS, default=["tuned"], help="trainings after ki.prune, ResNet-56 at 2x; all: half an hour a seed"
+        "--afterwards", nargs="*", choices=AFTERWARDS, default=["tuned"], help="trainings after ki.prune; all, for ResNet-56: half an hour a seed"
     )
     parser.add_argument("--quick", action="store_true", help="few images, one ratio, one seed; rows of its own, no results file")
     parser.add_argument("--tables", action="store_true", help="run nothing, print what is there and write the results file")

@@ -1,11 +1,11 @@
-"""Short trainings that may follow `ki.prune`, without labels and with them; for bench_prune.py, ResNet-56 at the screened ratio.
+"""Short trainings that may follow `ki.prune`, without labels and with them; for bench_prune.py at the screened ratio, all but one for ResNet-56.
 
-tuned                    `ki.tune` on the images that pruned, 800 updates of 32, crops with mirrored margins, flips, mixed patches: without labels
+tuned                    `ki.tune` on the images that pruned, crops with mirrored margins, flips, mixed patches: without labels
 blocks, tuned            the same, from blocks that were tuned as a whole (`block_steps`)
 5 epochs, cross-entropy  the control: SGD on the 15,000 labelled images at hand, crops and flips
 5 epochs, ki.tune        as many passes over these images towards the original's blocks, in updates of 64, augmented as for "tuned": no labels
 
-The original was trained on these images and knows them by heart. Rates were chosen on the select images of seed 0: `ki.tune`'s from 0.005, 0.009 and
+ResNet-56 was trained on these images and knows them by heart. Rates were chosen on the select images of seed 0: `ki.tune`'s from 0.005, 0.009 and
 0.018 in short runs, the control's from 0.003 and 0.01 in full, and from 0.03 too in one epoch. Labels and logits in `ki.tune` made it worse there.
 Updates of 32 images at 0.0065 were better there than half as many of 64 at 0.009; in five epochs 64 at 0.018 (32 at 0.0065 and 64 at 0.009 were tried
 too) had no more right on the select images than the first of these, but agreed more often with the original.
@@ -14,6 +14,7 @@ too) had no more right on the select images than the first of these, but agreed 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +27,44 @@ import knowiso_train as ki
 from knowiso_train.losses import WeightSchedule
 from knowiso_train.pruning import mix_patches
 
-EPOCHS, BATCH, PADDING = 5, 64, 4
-STEPS, LR, SMALL, HELD_OUT = 800, 6.5e-3, 32, 0.0625
+EPOCHS, BATCH, PADDING, HELD_OUT = 5, 64, 4, 0.0625
 LONG_LR = 0.018
 CONTROL_LR, CONTROL_DECAY = 0.003, 5e-4
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """Updates, images of each, their length, and pixels by which crops move."""
+
+    steps: int
+    batch: int
+    lr: float
+    padding: int
+
+
+TUNINGS = {"resnet56": Tuning(800, 32, 6.5e-3, PADDING), "lite0": Tuning(200, 16, 6.5e-3, 24)}
+
+
 def tuned(setting: Setting, model: nn.Module) -> None:
-    _towards_original(setting, model, setting.data.images, STEPS, SMALL, LR)
+    _towards_original(setting, model, setting.data.images, TUNINGS[setting.task.name])
 
 
 def with_original(setting: Setting, model: nn.Module) -> None:
     images, _ = setting.task.labelled
-    _towards_original(setting, model, images, EPOCHS * len(images) // BATCH, BATCH, LONG_LR)
+    _towards_original(setting, model, images, Tuning(EPOCHS * len(images) // BATCH, BATCH, LONG_LR, PADDING))
 
 
-def _towards_original(setting: Setting, model: nn.Module, images: Tensor, steps: int, batch_size: int, lr: float) -> None:
+def _towards_original(setting: Setting, model: nn.Module, images: Tensor, how: Tuning) -> None:
     generator = torch.Generator().manual_seed(setting.seed)
+
+    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+    def transform(batch: Tensor) -> Tensor:
+        return mix_patches(changed(batch, generator, "reflect", how.padding).contiguous(memory_format=layout))
+
     ki.tune(
-        model, setting.task.original, [images], steps=steps, lr=lr, batch_size=batch_size, max_images=len(images), held_out=HELD_OUT,
-        transform=lambda x: mix_patches(changed(x, generator, "reflect")), seed=setting.seed, progress=False,
+        model, setting.task.original, [images], steps=how.steps, lr=how.lr, batch_size=how.batch, max_images=len(images), held_out=HELD_OUT,
+        transform=transform, seed=setting.seed, progress=False,
     )  # fmt: skip
 
 
@@ -67,9 +86,9 @@ def with_labels(setting: Setting, model: nn.Module, lr: float = CONTROL_LR) -> N
     model.eval()
 
 
-def changed(images: Tensor, generator: torch.Generator, margin: str = "constant") -> Tensor:
+def changed(images: Tensor, generator: torch.Generator, margin: str = "constant", padding: int = PADDING) -> Tensor:
     """Random crops of the images with a margin of the mean colour, or as they are mirrored there; half of them flipped."""
-    return crops_and_flips(F.pad(images, (PADDING,) * 4, mode=margin), images.shape[-1], generator)
+    return crops_and_flips(F.pad(images, (padding,) * 4, mode=margin), images.shape[-1], generator)
 
 
 AFTERWARDS: dict[str, Callable[[Setting, nn.Module], None]] = {

@@ -25,12 +25,14 @@ class Task:
         screened: the ratio of the screening.
         parts: of the judging images.
         claimed: the part that is claimed on; `chosen`: the part that choices are made on.
+        afterwards: what of prune_afterwards.py makes sense.
     """
 
     name: str
     ratios: tuple[float, ...]
     screened: float
     claimed, chosen = "judged", "judged"
+    afterwards: tuple[str, ...] = ("tuned",)
     batch = 100
 
     def __init__(self, quick: bool) -> None:
@@ -76,6 +78,7 @@ class Cifar(Task):
     """ResNet-56 on CIFAR-10."""
 
     name, ratios, screened, chosen = "resnet56", (1.5, 2.0, 2.5, 3.0), 2.0, "select"
+    afterwards = ("tuned", "blocks, tuned", "5 epochs, cross-entropy", "5 epochs, ki.tune")
 
     def build(self) -> nn.Module:
         return cifar_resnet(56)
