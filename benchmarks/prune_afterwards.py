@@ -55,15 +55,14 @@ def with_original(setting: Setting, model: nn.Module) -> None:
 
 
 def _towards_original(setting: Setting, model: nn.Module, images: Tensor, how: Tuning) -> None:
-    generator = torch.Generator().manual_seed(setting.seed)
-
+    generator, steps = torch.Generator().manual_seed(setting.seed), 8 if setting.task.quick else how.steps
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
     def transform(batch: Tensor) -> Tensor:
         return mix_patches(changed(batch, generator, "reflect", how.padding).contiguous(memory_format=layout))
 
     ki.tune(
-        model, setting.task.original, [images], steps=8 if setting.task.quick else how.steps, lr=how.lr, batch_size=how.batch, max_images=len(images), held_out=HELD_OUT,
+        model, setting.task.original, [images], steps=steps, lr=how.lr, batch_size=how.batch, max_images=len(images), held_out=HELD_OUT,
         transform=transform, seed=setting.seed, progress=False,
     )  # fmt: skip
 
