@@ -123,6 +123,10 @@ def test_a_record_of_another_network_is_refused() -> None:
 def test_inference_mode_is_told_by_its_name() -> None:
     with torch.inference_mode(), pytest.raises(OptionError, match="inference_mode"):
         little(chain())
+    with torch.inference_mode():
+        model = chain()
+    with pytest.raises(OptionError, match="were made under"):
+        little(model)
 
 
 @pytest.mark.parametrize(

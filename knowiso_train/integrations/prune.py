@@ -23,7 +23,7 @@ from knowiso_train.pruning.blocks import BlockFit, tunable_blocks
 from knowiso_train.pruning.calibration import Calibration, Forward, check_counts
 from knowiso_train.pruning.cost import count_macs, layer_costs, layer_places
 from knowiso_train.pruning.forward import RIDGES, LayerFit
-from knowiso_train.pruning.network import REFIT_ROWS, check_untapped, checked_ridges, traced
+from knowiso_train.pruning.network import REFIT_ROWS, check_network, checked_ridges, traced
 from knowiso_train.pruning.report import GroupWidth, PruneReport
 from knowiso_train.pruning.twin import Kept
 
@@ -209,7 +209,7 @@ def _check(model: Any, floor: float, **counts: int) -> None:
     if not isinstance(floor, (int, float)) or not 0 < floor <= 1:
         raise OptionError(f"floor is the least share of a width that stays: expected 0 < floor <= 1, got {floor!r}")
     check_counts(**counts)
-    check_untapped(bare(model))
+    check_network(bare(model))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -95,7 +95,7 @@ def refit(
     if small is whole:
         raise OptionError("pruned and original are the same network; keep a copy.deepcopy of it before pruning")
     ridges = checked_ridges(ridge)
-    check_untapped(small, whole)
+    check_network(small, whole)
     check_counts(rows=rows, max_images=max_images)
     images = Calibration(loader, max_images, device_of(whole), forward)
     with undisturbed(small, whole), torch.no_grad():
@@ -142,11 +142,17 @@ def traced(model: nn.Module, images: Calibration) -> dict[str, Tail]:
     return {name: tail for name, tail in found.items() if name not in apart}
 
 
-def check_untapped(*networks: nn.Module) -> None:
+def check_network(*networks: nn.Module) -> None:
     """Raises:
-    OptionError: a network that this library's hooks watch: what they hold would change with its widths, and copies would carry them.
+    OptionError: weights that inference mode made; or a network that this library's hooks watch: what they hold would change with its widths, and
+        copies would carry them.
     """
     for network in networks:
+        if any(parameter.is_inference() for parameter in network.parameters()):
+            raise OptionError(
+                f"the weights of this {type(network).__name__} were made under torch.inference_mode(), which makes them unfit for pruning; make or "
+                "load the network outside of it"
+            )
         for name, module in network.named_modules():
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 if type(hook).__module__.startswith("knowiso_train."):
