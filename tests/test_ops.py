@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops import fixed_map_energy, gate, gate_orders, moments, residual_energy
@@ -198,7 +198,7 @@ def test_opcheck(name: str) -> None:
     inputs = tuple(
         value.clone().requires_grad_() if isinstance(value, Tensor) and wanted.get(at, False) else value for at, value in enumerate(inputs)
     )
-    torch.library.opcheck(getattr(torch.ops.knowiso, op).default, inputs)
+    library.opcheck(getattr(torch.ops.knowiso, op).default, inputs)
 
 
 def test_one_graph_when_compiled() -> None:

@@ -118,7 +118,7 @@ def prune(
     """
     began = time.monotonic()
     kind, share = _budget(macs, params, latency)
-    _check(model, floor, round_to=round_to, rows=rows, max_images=max_images)
+    _check(model, floor, round_to=round_to, rows=rows)
     check_counts(0, block_steps=block_steps, seed=seed)
     if block_steps and not refit:
         raise OptionError("block_steps needs the refit: pass refit=True, or block_steps=0")

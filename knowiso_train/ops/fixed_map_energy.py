@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops.chunks import chunks
@@ -62,7 +62,7 @@ def fixed_map_energy(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x:
     return total
 
 
-@torch.library.custom_op("knowiso::fixed_map_energy", mutates_args=())
+@library.custom_op("knowiso::fixed_map_energy", mutates_args=())
 def _parts(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> tuple[Tensor, Tensor]:
     """The energy, and the gradient of x."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops import kernels
@@ -83,7 +83,7 @@ def _scale(h: Tensor) -> Tensor:
     return scale[:, :, None, None]
 
 
-@torch.library.custom_op("knowiso::gate", mutates_args=())
+@library.custom_op("knowiso::gate", mutates_args=())
 def _gate(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     if (found := kernels.gate_for(h)) is not None:
         result: tuple[Tensor, Tensor] = found.forward(x, h, p)
@@ -102,7 +102,7 @@ def _(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), h.new_empty(h.shape[:2], dtype=torch.promote_types(h.dtype, torch.float32))
 
 
-@torch.library.custom_op("knowiso::gate_backward", mutates_args=())
+@library.custom_op("knowiso::gate_backward", mutates_args=())
 def _gate_backward(upstream: Tensor, h: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     if (found := kernels.gate_for(h)) is not None:
         result: tuple[Tensor, Tensor] = found.backward(upstream, h, scale, p)
@@ -131,7 +131,7 @@ def _gate_pull(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | N
 _gate.register_autograd(_gate_pull, setup_context=_keep)
 
 
-@torch.library.custom_op("knowiso::gate_orders", mutates_args=())
+@library.custom_op("knowiso::gate_orders", mutates_args=())
 def _gate_orders(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     if (found := kernels.gate_for(orders)) is not None:
         result: tuple[Tensor, Tensor] = found.orders_forward(orders, p)
@@ -151,7 +151,7 @@ def _(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(orders), orders.new_empty(orders.shape[1:3], dtype=torch.promote_types(orders.dtype, torch.float32))
 
 
-@torch.library.custom_op("knowiso::gate_orders_backward", mutates_args=())
+@library.custom_op("knowiso::gate_orders_backward", mutates_args=())
 def _gate_orders_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     if (found := kernels.gate_for(orders)) is not None:
         result: tuple[Tensor, Tensor] = found.orders_backward(upstream, orders, scale, p)

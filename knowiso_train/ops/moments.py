@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops.chunks import chunks
 from knowiso_train.ops.reference.patches import patch_rows
+from knowiso_train.ops.triangle import bands, mirror
 
 CHUNK_BYTES = 2**20  # of rows that are alive at once on a CPU, about what a core's cache holds, but as much as the sums that they are added to
 BAND = 512  # columns, at least, of a product that takes half of a symmetric one
@@ -60,7 +61,7 @@ def _parts(x: Tensor, rows: int, sums: int = 0) -> list[slice]:
     return chunks(x, x.shape[2] * x.shape[3] * rows * 4, max(CHUNK_BYTES, sums))
 
 
-@torch.library.custom_op("knowiso::moments", mutates_args=())
+@library.custom_op("knowiso::moments", mutates_args=())
 def _moments(x: Tensor, y: Tensor, kernel_size: int) -> Five:
     with torch.autocast(x.device.type, enabled=False):
         if kernel_size == 1 or x.device.type != "cpu":  # a GPU takes more time to launch what saves products than it has to multiply
@@ -80,23 +81,22 @@ def _written(x: Tensor, y: Tensor, kernel_size: int) -> Five:
     mean_y = _middle(y, dtype)
     xx, xy = (torch.zeros(len(mean_x), width, dtype=dtype, device=x.device) for width in (len(mean_x), y.shape[1]))
     yy = torch.zeros(y.shape[1], dtype=dtype, device=x.device)
-    bands = _bands(len(mean_x), x.device)
+    parts = _bands(len(mean_x), x.device)
     for part in _parts(x, len(mean_x) + y.shape[1], xx.nbytes + xy.nbytes):
         rows_x = patch_rows(x[part].to(dtype), kernel_size) - mean_x
         rows_y = patch_rows(y[part].to(dtype), 1) - mean_y
-        for band in bands:
+        for band in parts:
             xx[band, band.start :].addmm_(rows_x[:, band].T, rows_x[:, band.start :])
         xy.addmm_(rows_x.T, rows_y)
         yy += torch.linalg.vecdot(rows_y, rows_y, dim=0)
-    for band in bands[:-1]:
-        xx[band.stop :, band] = xx[band, band.stop :].T
+    mirror(xx, parts)
     return mean_x, mean_y, xx, xy, yy
 
 
 def _bands(columns: int, device: torch.device) -> list[slice]:
-    """Of a symmetric product's rows, of which each leaves out what the ones above it have: on a GPU, where they are wide enough to keep it busy."""
+    """Several on a GPU, where they are wide enough to keep it busy."""
     wide = columns if device.type == "cpu" else max(BAND, -(-columns // 4))
-    return [slice(start, min(start + wide, columns)) for start in range(0, columns, wide)]
+    return bands(columns, wide)
 
 
 class _Patches:
@@ -239,7 +239,7 @@ def _(x: Tensor, y: Tensor, kernel_size: int) -> Five:
     return tuple(x.new_empty(shape, dtype=dtype) for shape in ((d,), (c,), (d, d), (d, c), (c,)))  # type: ignore[return-value]
 
 
-@torch.library.custom_op("knowiso::moments_backward", mutates_args=())
+@library.custom_op("knowiso::moments_backward", mutates_args=())
 def _moments_backward(
     x: Tensor,
     y: Tensor,

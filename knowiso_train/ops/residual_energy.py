@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from knowiso_train.errors import ShapeError
@@ -61,7 +61,7 @@ def residual_energy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = 
     return total
 
 
-@torch.library.custom_op("knowiso::residual_energy", mutates_args=())
+@library.custom_op("knowiso::residual_energy", mutates_args=())
 def _parts(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None, of_x: bool, of_weight: bool, of_bias: bool
 ) -> Parts:

@@ -96,7 +96,7 @@ def refit(
         raise OptionError("pruned and original are the same network; keep a copy.deepcopy of it before pruning")
     ridges = checked_ridges(ridge)
     check_network(small, whole)
-    check_counts(rows=rows, max_images=max_images)
+    check_counts(rows=rows)
     images = Calibration(loader, max_images, device_of(whole), forward)
     with undisturbed(small, whole), torch.no_grad():
         found = traced(whole, images)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError
+from knowiso_train.ops.triangle import bands, mirror
 from knowiso_train.statistics import Moments
 from knowiso_train.statistics.moments import full_precision
 
@@ -24,13 +25,11 @@ def gram(parts: Iterable[Tensor], total: Tensor) -> Tensor:
         True
     """
     d = total.shape[-1]
-    step = d if d < SPLIT else -(-d // BLOCKS)
+    rows = bands(d, d if d < SPLIT else -(-d // BLOCKS))
     for x in parts:
-        for start in range(0, d, step):
-            at = slice(start, start + step)
-            total[..., at, start:] += x[..., at, :] @ x[..., start:, :].mT
-    for start in range(step, d, step):
-        total[..., start : start + step, :start] = total[..., :start, start : start + step].mT
+        for band in rows:
+            total[..., band, band.start :] += x[..., band, :] @ x[..., band.start :, :].mT
+    mirror(total, rows)
     return total
 
 
