@@ -1,6 +1,7 @@
 """Short trainings that may follow `ki.prune`, without labels and with them; for bench_prune.py at the screened ratio, all but one for ResNet-56.
 
 tuned                    `ki.tune` on the images that pruned, crops with mirrored margins, flips, mixed patches: without labels
+tuned, four times        the same with four times as many updates
 blocks, tuned            the same, from blocks that were tuned as a whole (`block_steps`)
 5 epochs, cross-entropy  the control: SGD on the 15,000 labelled images at hand, crops and flips
 5 epochs, ki.tune        as many passes over these images towards the original's blocks, in updates of 64, augmented as for "tuned": no labels
@@ -14,7 +15,7 @@ too) had no more right on the select images than the first of these, but agreed 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,11 @@ TUNINGS = {"resnet56": Tuning(800, 32, 6.5e-3, PADDING), "lite0": Tuning(200, 16
 
 def tuned(setting: Setting, model: nn.Module) -> None:
     _towards_original(setting, model, setting.data.images, TUNINGS[setting.task.name])
+
+
+def tuned_longer(setting: Setting, model: nn.Module) -> None:
+    how = TUNINGS[setting.task.name]
+    _towards_original(setting, model, setting.data.images, replace(how, steps=4 * how.steps))
 
 
 def with_original(setting: Setting, model: nn.Module) -> None:
@@ -92,6 +98,7 @@ def changed(images: Tensor, generator: torch.Generator, margin: str = "constant"
 
 AFTERWARDS: dict[str, Callable[[Setting, nn.Module], None]] = {
     "tuned": tuned,
+    "tuned, four times": tuned_longer,
     "blocks, tuned": tuned,
     "5 epochs, cross-entropy": with_labels,
     "5 epochs, ki.tune": with_original,

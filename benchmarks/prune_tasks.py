@@ -78,7 +78,7 @@ class Cifar(Task):
     """ResNet-56 on CIFAR-10."""
 
     name, ratios, screened, chosen = "resnet56", (1.5, 2.0, 2.5, 3.0), 2.0, "select"
-    afterwards = ("tuned", "blocks, tuned", "5 epochs, cross-entropy", "5 epochs, ki.tune")
+    afterwards = ("tuned", "tuned, four times", "blocks, tuned", "5 epochs, cross-entropy", "5 epochs, ki.tune")
 
     def build(self) -> nn.Module:
         return cifar_resnet(56)

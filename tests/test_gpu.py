@@ -39,6 +39,22 @@ def test_energies_of_every_width_have_a_way_that_fits_the_chip(channels: int, dt
         close(fixed_map_energy(x, y, map_, map_.T @ map_, zero[:channels], zero), wanted, dtype)
 
 
+def test_the_energy_of_a_fixed_map_uses_no_tf32_where_it_is_allowed() -> None:
+    x, weight = normal(9, 41, 13, 7, offset=3.0), normal(97, 41, seed=2) / 41**0.5
+    y = torch.einsum("dc,nchw->ndhw", weight, x) + 0.03 * normal(9, 97, 13, 7, seed=3)
+    rest = (weight, weight.T @ weight, x.mean((0, 2, 3)), y.mean((0, 2, 3)))
+    wanted = fixed_map_energy(x.double(), y.double(), *(tensor.double() for tensor in rest))
+    allowed = torch.backends.cudnn.flags(enabled=True, allow_tf32=True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with allowed:
+            found = fixed_map_energy(x.requires_grad_(), y, *rest)
+            assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("form", ["moment", "learned", "consensus"])
 def test_half_of_the_digits_train_as_well(form: str) -> None:
     assert trained("cuda", form, autocast=True) == pytest.approx(trained("cuda", form), rel=0.05)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_ops import both, close, normal
 
-from knowiso_train.ops import gate, gate_orders, kernels, residual_energy
+from knowiso_train.ops import fixed_map_energy, gate, gate_orders, kernels, residual_energy
 from knowiso_train.ops.reference import gate as plain_gate
 from knowiso_train.ops.reference.residual_energy import residual_energy as plain_energy
 
@@ -42,6 +42,24 @@ def test_runs_the_kernels() -> None:
     assert kernels.residual_energy_for(x.bfloat16(), x, normal(3, 3, 1, 1)) is not None
     assert kernels.residual_energy_for(x, x, normal(3, 3, 1, 1)) is None
     assert kernels.gate_for(x.double()) is None
+
+
+@runs_kernels
+@pytest.mark.parametrize(("last", "by_gram"), [(False, True), (True, True), (False, False)])
+def test_what_runs_the_fixed_map_rounds_it_and_leaves_no_mean_over(last: bool, by_gram: bool) -> None:
+    """Thirty standard deviations of offset: without a bias that fits the rounded map a third of the energy would be its mistake."""
+    x, weight = normal(6, 5, 4, 3, dtype=torch.bfloat16, offset=30.0, last=last), normal(12, 5, seed=2) / 5**0.5
+    mean_x = x.double().mean((0, 2, 3))
+    y = torch.einsum("dc,nchw->ndhw", weight.double(), x.double() - mean_x.view(-1, 1, 1)) + 0.2 * normal(6, 12, 4, 3, dtype=torch.float64, seed=3)
+    y = y.bfloat16()
+    of_mean = y.double().mean((0, 2, 3))
+    exact = x.double().requires_grad_()
+    residual = y.double() - of_mean.view(-1, 1, 1) - torch.einsum("dc,nchw->ndhw", weight.double(), exact - mean_x.view(-1, 1, 1))
+    residual.square().sum().backward()
+    found = fixed_map_energy(x.requires_grad_(), y, weight, weight.T @ weight if by_gram else None, mean_x.float(), of_mean.float())
+    found.backward()
+    torch.testing.assert_close(found.double(), residual.square().sum(), rtol=2e-3, atol=0)
+    close(x.grad, exact.grad, torch.bfloat16)
 
 
 @runs_kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -14,9 +15,8 @@ from knowiso_train.features.names import bare
 
 def device_of(model: nn.Module) -> torch.device | None:
     """Device of the first parameter or buffer; None for a network without either."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return None
+    first = next(chain(model.parameters(), model.buffers()), None)  # lazily: this is asked in every step
+    return None if first is None else first.device
 
 
 @contextmanager

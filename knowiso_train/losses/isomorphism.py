@@ -295,9 +295,9 @@ class IsomorphismLoss(nn.Module):
                 pair, source, target, [align(peer[pair.target].to(source.device), (target.shape[2], target.shape[3])) for peer in of_peers]
             )
             self._check_finite(pair, loss, feature, target)
-            weight = self._weight(index, loss)
-            terms.append(weight * factor * loss)
-            self._note(index, pair, loss, weight * factor, branches[index], learning)
+            weight = self._weight(index, loss, factor)
+            terms.append(weight * loss)
+            self._note(index, pair, loss, weight, branches[index], learning)
         if learning:
             self._calls += 1
             self._calls_on += int(any(self._map_of(pair).ready for pair in self.pairs))
@@ -317,17 +317,15 @@ class IsomorphismLoss(nn.Module):
         finally:
             map_.training = training
 
-    def _weight(self, index: int, like: Tensor) -> Tensor:
+    def _weight(self, index: int, like: Tensor, factor: float) -> Tensor:
         if self.balance is None:
-            return like.new_full((), self._fixed[index])
-        return self.balance.weights[index].to(like.device, like.dtype)
+            return like.new_full((), self._fixed[index] * factor)
+        return self.balance.weights[index].to(like.device, like.dtype) * factor
 
     def _note(self, index: int, pair: LayerPair, loss: Tensor, weight: Tensor, branch: Tensor, learning: bool) -> None:
-        map_ = self._map_of(pair)
-        extra = map_.penalised().to(loss) if isinstance(map_, LearnedMap) else 0.0
-        kept = {"loss": loss.detach(), "share": 1 - (loss.detach() - extra), "weight": weight.detach()}
-        if not map_.ready:
-            kept["share"] = torch.zeros_like(kept["loss"])
+        map_, value = self._map_of(pair), loss.detach()
+        share = value - map_.penalised().to(loss) if isinstance(map_, LearnedMap) else value
+        kept = {"loss": value, "share": 1 - share if map_.ready else torch.zeros_like(value), "weight": weight.detach()}
         self._last[pair] = kept
         if branch.requires_grad and learning:
             branch.register_hook(  # type: ignore[no-untyped-call]

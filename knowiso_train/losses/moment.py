@@ -68,7 +68,7 @@ class MomentMap(nn.Module):
         self.register_buffer("bias", torch.zeros(target_channels))
         self.register_buffer("variance", torch.zeros(()))  # Σ_c Var(y_c); 0 until the map stands
         self.by_gram = kernel_size == 1 and target_channels >= 2 * source_channels
-        self.register_buffer("centre", torch.zeros(source_channels if self.by_gram else 0))  # mean of the source where the map was solved
+        self.register_buffer("centre", torch.zeros(source_channels if kernel_size == 1 else 0))  # mean of the source where the map was solved
         self.register_buffer("gram", torch.zeros([source_channels if self.by_gram else 0] * 2), persistent=False)
         self.ready = False
 
@@ -91,9 +91,9 @@ class MomentMap(nn.Module):
 
     def unexplained(self, x: Tensor, y: Tensor) -> Tensor:
         """`Σ_c mean (y_c - g_c(x))² / Σ_c Var(y_c)`."""
-        if self.by_gram:
-            map_ = self.weight[:, :, 0, 0]
-            energy = fixed_map_energy(x, y, map_, self.gram, self.centre, torch.addmv(self.bias, map_, self.centre))
+        if self.kernel_size == 1:
+            map_, gram = self.weight[:, :, 0, 0], self.gram if self.by_gram else None
+            energy = fixed_map_energy(x, y, map_, gram, self.centre, torch.addmv(self.bias, map_, self.centre))
         else:
             energy = residual_energy(x, y, self.weight, self.bias)
         return energy / (len(y) * y.shape[2] * y.shape[3]) / self.variance
@@ -130,7 +130,7 @@ class MomentMap(nn.Module):
         map_ = self._solve(m, RESOLUTION**2 * middle * float(m.count))
         self.weight.copy_(conv_weight(map_[0], self.kernel_size))
         self.bias.copy_(map_[1])
-        if self.by_gram:
+        if self.kernel_size == 1:
             self.centre.copy_(m.mean_x)
         self._square()
         self.variance.fill_(math.inf if flat_target else variance)  # a share of nothing is 0

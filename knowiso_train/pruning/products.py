@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError
+from knowiso_train.ops import full_precision
 from knowiso_train.ops.triangle import bands, mirror
 from knowiso_train.statistics import Moments
-from knowiso_train.statistics.moments import full_precision
 
 SPLIT, BLOCKS = 512, 8  # columns from which on one triangle is computed, in so many blocks
 ROWS = 4096  # that wait until their product is added

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError, ShapeError
-from knowiso_train.ops import moments, patch_rows
+from knowiso_train.ops import full_precision, moments, patch_rows
 from knowiso_train.statistics.distributed import Group
 
 CHUNK_BYTES = 8 * 2**20  # of patch rows that are alive at once
@@ -192,15 +190,3 @@ class StreamingMoments:
                 got = tuple(state[name].shape) if name in state else "nothing"
                 raise ShapeError(f"saved moments do not fit: expected {name} of shape {tuple(tensor.shape)}, got {got}")
         self.value = Moments(**{field.name: state[field.name] for field in fields(Moments)}).to(self.value.count.device)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: second moments of nearly dependent channels lose their small eigenvalues otherwise."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -41,7 +41,7 @@ def _kernel(
     of_x = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        w = tl.load(w_ptr + (d * C)[:, None] + c[None, :], (d < D)[:, None] & (c < C)[None, :], other=0.0).to(FACTOR)
+        w = tl.load(w_ptr + (d * C)[:, None] + c[None, :], (d < D)[:, None] & (c < C)[None, :], other=0.0).to(tl.bfloat16).to(FACTOR)
         mask = (at < total)[:, None] & (d < D)[None, :]
         residual = tl.dot(x, tl.trans(w))
         if HAS_BIAS:
@@ -53,7 +53,7 @@ def _kernel(
             pulled = residual * tl.load(channel_ptr + d, d < D, other=0.0).to(tl.float32)[None, :]
         energy += tl.sum(residual * pulled, 1)
         if WANTED:
-            of_x += tl.dot(pulled.to(FACTOR), w)
+            of_x += tl.dot(pulled.to(tl.bfloat16).to(FACTOR), w)
     tl.store(energy_ptr + at, energy, at < total)
     if WANTED:
         tl.store(of_x_ptr + (n * gn + cell * gp)[:, None] + (c * gc)[None, :], (2 * of_x).to(of_x_ptr.dtype.element_ty), inside)
