@@ -196,6 +196,17 @@ class TestWhatStays:
         assert optimizer.state[model.b.weight]["exp_avg"].shape == (4, 2, 3, 3)
         assert len(optimizer.state) == len(list(model.parameters()))
 
+    def test_a_context_in_which_nothing_is_pruned_says_so(self) -> None:
+        model = Net()
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        step(model, optimizer, 0)
+        momenta = [value["momentum_buffer"].clone() for value in optimizer.state.values()]
+        with pytest.warns(KnowisoWarning, match="carry_optimizer") as caught, carrying(model, optimizer):
+            cut(copy.deepcopy(model))
+        assert caught[0].filename == __file__
+        assert all(torch.equal(optimizer.state[key]["momentum_buffer"], was) for key, was in zip(model.parameters(), momenta, strict=True))
+        assert all(mine is theirs for mine, theirs in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))
+
     def test_a_loss_keeps_its_own_parameters_and_their_state(self) -> None:
         model, own = Net(), nn.Parameter(torch.ones(3))
         optimizer = Adam([{"params": model.parameters()}, {"params": [own], "lr": 0.5}], lr=0.1)

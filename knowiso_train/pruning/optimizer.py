@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from knowiso_train.errors import InputTypeError
+from knowiso_train.errors import InputTypeError, KnowisoWarning
 from knowiso_train.features import bare
 from knowiso_train.pruning.optimizer_state import Heirs
 from knowiso_train.pruning.record import recording
@@ -43,6 +44,9 @@ def carrying(model: nn.Module, *optimizers: Optimizer) -> Iterator[dict[str, Kep
         ShapeError: a state that has no value for each entry (Adafactor), so that it cannot be cut.
         CaptureError: weights cut in a way that cannot be followed.
 
+    Warns:
+        KnowisoWarning: nothing was pruned; `prune` gives a copy, for which there is `carry_optimizer`.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -63,6 +67,13 @@ def carrying(model: nn.Module, *optimizers: Optimizer) -> Iterator[dict[str, Kep
     modes = [(module, module.training) for module in bare(model).modules()]
     with recording(model) as kept:
         yield kept
+    if not kept:
+        warnings.warn(
+            "nothing was pruned within carrying(): no weight of the network has another shape. What prunes a copy, such as prune(), leaves the "
+            "network as it is: there take carry_optimizer(optimizer, model, pruned.model, pruned.kept)",
+            KnowisoWarning,
+            stacklevel=3,
+        )
     heirs = Heirs(before, bare(model), kept, shapes, trainable)
     made = [(optimizer, *heirs.inherit(optimizer)) for optimizer in inner]  # all before any is changed
     heirs.freeze()
