@@ -10,7 +10,7 @@ rounds, and "with refresh" weighs them as often as they come; "10 % .. 90 %" is 
 teacher + KD, so all are held against that.
 
 A timed step begins when the device is idle and ends when it is idle again, so what the host takes to launch it counts. On a GPU a training loop runs
-ahead of it: "in a row" is of twenty steps one after the other, without waiting in between, the median of five such runs of each, interleaved.
+ahead of it: "in a row" is of twenty steps one after the other, without waiting in between, the median of three such runs of each, interleaved.
 
 Peak memory is what tensors took at most during a refreshing step and a plain one, with weights, optimizer and own state: on a GPU from PyTorch's
 allocator; on the CPU from the profiler's record of every allocation, which leaves out the scratch memory inside oneDNN's kernels.
@@ -40,7 +40,7 @@ from knowiso_train import IsomorphismLoss
 from knowiso_train.losses import kd_loss
 
 REFRESH = 10  # the library's default
-IN_A_ROW, RUNS = 2 * REFRESH, 5
+IN_A_ROW, RUNS = 2 * REFRESH, 3
 BASE, HINTS, OURS = "teacher + KD", "+ FitNet", "+ ours, moment"
 RIVALS: dict[str, Callable[[list[int], list[int]], nn.Module]] = {
     HINTS: FitNet,
