@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from test_ops import both, close, normal
+from torch import Tensor
 
 from knowiso_train.ops import fixed_map_energy, gate, gate_orders, kernels, residual_energy
 from knowiso_train.ops.reference import gate as plain_gate
@@ -60,6 +62,19 @@ def test_what_runs_the_fixed_map_rounds_it_and_leaves_no_mean_over(last: bool, b
     found.backward()
     torch.testing.assert_close(found.double(), residual.square().sum(), rtol=2e-3, atol=0)
     close(x.grad, exact.grad, torch.bfloat16)
+
+
+@runs_kernels
+def test_runs_the_fixed_map_in_one_graph_when_compiled() -> None:
+    """The kernel is chosen within what is traced."""
+    x, y, weight = normal(2, 3, 4, 5, dtype=torch.bfloat16), normal(2, 8, 4, 5, dtype=torch.bfloat16), normal(8, 3)
+    rest = (weight, weight.T @ weight, weight[0], weight[:, 0])
+
+    def gradient(of: Callable[..., Tensor]) -> Tensor:
+        source = x.clone().requires_grad_()
+        return torch.autograd.grad(of(source, y, *rest), source)[0]
+
+    assert torch.equal(gradient(torch.compile(fixed_map_energy, fullgraph=True, backend="aot_eager")), gradient(fixed_map_energy))
 
 
 @runs_kernels

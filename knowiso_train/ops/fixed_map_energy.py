@@ -58,7 +58,7 @@ def fixed_map_energy(x: Tensor, y: Tensor, weight: Tensor, gram: Tensor | None, 
     ):
         shapes = ", ".join("None" if tensor is None else str(tuple(tensor.shape)) for tensor in (x, y, weight, gram, mean_x, mean_y))
         raise ShapeError(f"expected x (N, C, H, W), y (N, D, H, W), weight (D, C), gram (C, C), means (C,) and (D,) with N, H, W > 0; got {shapes}")
-    narrow = kernels.residual_energy_for(x, y, weight[:, :, None, None]) is not None
+    narrow = kernels.fits_residual_energy(x, y, weight[:, :, None, None])
     if narrow or gram is None or not (x.requires_grad and torch.is_grad_enabled()):
         map_ = weight.to(x.dtype).to(weight.dtype) if narrow else weight  # what the kernel multiplies by, so that it leaves no mean over
         return residual_energy(x, y, map_[:, :, None, None], torch.addmv(mean_y, map_, mean_x, alpha=-1))

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+TRITON = find_spec("triton") is not None
 HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # source channels whose gradient stays in registers while the kernel walks over the target's
 
@@ -22,7 +23,7 @@ def interpreted() -> bool:
 
 @cache
 def _module(name: str) -> ModuleType | None:
-    return import_module(f"{__name__}.{name}") if find_spec("triton") is not None else None
+    return import_module(f"{__name__}.{name}") if TRITON else None
 
 
 def _usable(*tensors: Tensor) -> bool:
@@ -36,7 +37,11 @@ def gate_for(h: Tensor) -> ModuleType | None:
     return _module("gate") if _usable(h) else None
 
 
+def fits_residual_energy(x: Tensor, y: Tensor, weight: Tensor) -> bool:
+    """Whether there is a kernel of `ops.residual_energy`: for bfloat16 sources of at most 256 channels under 1x1 maps that are not learned."""
+    return TRITON and x.dtype == torch.bfloat16 and weight.shape[-1] == 1 and weight.shape[1] <= WIDEST and _usable(x, y, weight)
+
+
 def residual_energy_for(x: Tensor, y: Tensor, weight: Tensor) -> ModuleType | None:
-    """The kernel of `ops.residual_energy` for bfloat16 sources of at most 256 channels under 1x1 maps that are not learned, or None."""
-    fits = x.dtype == torch.bfloat16 and weight.shape[-1] == 1 and weight.shape[1] <= WIDEST and _usable(x, y, weight)
-    return _module("residual_energy") if fits else None
+    """That kernel, or None."""
+    return _module("residual_energy") if fits_residual_energy(x, y, weight) else None
