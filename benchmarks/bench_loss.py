@@ -5,9 +5,9 @@
     python benchmarks/bench_loss.py --autocast                      # bfloat16, on a GPU
 
 Every contender has networks of its own and stays in memory; in each round each takes one whole step (forward, backward, optimizer), in an order drawn
-anew. A closed form takes in every second batch and is solved at every 10th step: ratios are of medians over the odd, the even and the refreshing
-rounds, and "with refresh" weighs them as often as they come; "10 % .. 90 %" is of ratios within a round. Every feature loss stands beside
-teacher + KD, so all are held against that.
+anew. A closed form takes in one batch of two and is solved at every 10th step: ratios are of medians over the steps that take one in, those that do
+not and those that refresh, and "with refresh" weighs them as often as they come; "10 % .. 90 %" is of ratios within a round. Every feature loss
+stands beside teacher + KD, so all are held against that.
 
 A timed step begins when the device is idle and ends when it is idle again, so what the host takes to launch it counts. On a GPU a training loop runs
 ahead of it: "in a row" is of twenty steps one after the other, without waiting in between, the median of three such runs of each, interleaved.
@@ -38,6 +38,7 @@ from zoo import CifarResNet
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.losses import kd_loss
+from knowiso_train.losses.moment import joins
 
 REFRESH = 10  # the library's default
 IN_A_ROW, RUNS = 2 * REFRESH, 3
@@ -193,14 +194,10 @@ def peak(contender: Contender) -> int:
     return contender.held() + highest(watched)
 
 
-def rows_of(times: dict[str, list[float]], peaks: dict[str, int]) -> Iterator[dict[str, Any]]:
+def rows_of(times: dict[str, list[float]], first: dict[str, int], peaks: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """`first` is the number of each contender's first timed step, a multiple of `REFRESH`."""
     rounds = range(len(times[BASE]))
-    refreshed, odd, even = (
-        [i for i in rounds if i % REFRESH == 0],
-        [i for i in rounds if i % 2],
-        [i for i in rounds if i % REFRESH and i % 2 == 0],
-    )
-    plain = odd + even
+    refreshed, plain = [i for i in rounds if i % REFRESH == 0], [i for i in rounds if i % REFRESH]
 
     def ratios(kind: str, rounds: list[int]) -> list[float]:
         return [times[kind][i] / times[BASE][i] for i in rounds]
@@ -209,8 +206,9 @@ def rows_of(times: dict[str, list[float]], peaks: dict[str, int]) -> Iterator[di
         return quantile([times[kind][i] for i in rounds], 0.5)
 
     for kind in times:
-        seldom, of_odd, of_even = (middle(kind, chosen) / middle(BASE, chosen) for chosen in (refreshed, odd, even))
-        often = (len(odd) * of_odd + len(even) * of_even) / len(plain)
+        seldom = middle(kind, refreshed) / middle(BASE, refreshed)
+        parts = [[i for i in plain if joins(first[kind] + i) == joined] for joined in (False, True)]
+        often = sum(len(part) * middle(kind, part) / middle(BASE, part) for part in parts if part) / len(plain)
         yield {
             "contender": kind,
             "ms": 1000 * middle(kind, plain),
@@ -264,11 +262,12 @@ def main() -> None:
         for contender in tqdm(contenders, f"{case.name}, warm up"):
             contender.warm_up()
         times: dict[str, list[float]] = {contender.kind: [] for contender in contenders}
+        first = {contender.kind: contender.steps for contender in contenders}
         order = random.Random(0)
         for _ in tqdm(range(rounds), case.name):
             for contender in order.sample(contenders, len(contenders)):
                 times[contender.kind].append(seconds(contender, CLOCKS[args.clock]))
-        rows = list(rows_of(times, {contender.kind: peak(contender) for contender in contenders}))
+        rows = list(rows_of(times, first, {contender.kind: peak(contender) for contender in contenders}))
         if gpu:
             runs: dict[str, list[float]] = {contender.kind: [] for contender in contenders}
             for _ in range(RUNS):

@@ -18,7 +18,7 @@ from knowiso_train.callbacks.curves import plot_curves
 from knowiso_train.callbacks.history import Measured, from_plain, to_plain, to_rows, without_maps
 from knowiso_train.disentangle import Settings
 from knowiso_train.errors import FormatError, KnowisoWarning, MissingDependencyError, OptionError
-from knowiso_train.features import bare, inputs_of, pair_layers, undisturbed
+from knowiso_train.features import bare, for_one, pair_layers, undisturbed
 from knowiso_train.losses import IsomorphismLoss
 from knowiso_train.measurement import Report, measure
 from knowiso_train.measurement.images import ImageStream
@@ -98,7 +98,7 @@ class IsomorphismCallback:
         if teacher_forward is not None:
             if options.get("forward") is not None:
                 raise OptionError("pass teacher_forward=, for the teacher alone, or forward=, for both networks, not both")
-            options = options | {"forward": _by_network(bare(teacher), teacher_forward)}
+            options = options | {"forward": for_one(teacher, teacher_forward)}
         _check_options(loader, order, options)
         self.student, self.teacher, self.loader = student, teacher, loader
         self.pairs = tuple(pair_layers(student, teacher, layers))
@@ -109,7 +109,7 @@ class IsomorphismCallback:
 
     @classmethod
     def of(cls, iso: IsomorphismLoss, loader: Iterable[Any], **options: Any) -> Self:
-        """The callback that watches what a loss teaches: its networks, pairs, kernel size, transform, teacher's forward and layout.
+        """The callback that watches what a loss teaches: its networks, pairs, kernel size, transform, teacher's forward, layout and `repeated`.
 
         Args:
             iso: the loss.
@@ -122,7 +122,9 @@ class IsomorphismCallback:
             >>> 0 < callback.measure()["1"].explained < 1
             True
         """
-        given: dict[str, Any] = {"kernel_size": iso.kernel_size, "teacher_transform": iso.teacher_transform, "layout": iso.layout}
+        given: dict[str, Any] = {
+            "kernel_size": iso.kernel_size, "teacher_transform": iso.teacher_transform, "layout": iso.layout, "repeated": iso.repeated,
+        }  # fmt: skip
         if options.get("forward") is None:
             given["teacher_forward"] = iso.teacher_forward
         return cls(iso.student, iso.teacher, loader, [(pair.source, pair.target) for pair in iso.pairs], **given | options)
@@ -194,12 +196,3 @@ def _check_options(loader: Iterable[Any], order: int, options: Mapping[str, Any]
     Settings(order=order, **{field.name: options[field.name] for field in fields(Settings) if field.name in options})
     with undisturbed():  # a sampler may draw
         ImageStream(loader, **{name: options[name] for name in ("split", "seed", "max_images") if name in options})
-
-
-def _by_network(teacher: nn.Module, forward: Callable[[nn.Module, Tensor], Any]) -> Callable[[nn.Module, Any], Any]:
-    """`measure`'s one forward for both networks, out of one for the teacher alone."""
-
-    def run(model: nn.Module, batch: Any) -> Any:
-        return forward(model, inputs_of(batch)) if model is teacher else model(inputs_of(batch))
-
-    return run

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, ShapeError
+from knowiso_train.features.names import bare
 
 INPUT_KEYS = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
 
@@ -191,3 +192,21 @@ def _rebuilt_mapping(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
 def _rebuilt_sequence(batch: Sequence[Any], values: list[Any]) -> Any:
     kind = type(batch)
     return kind(*values) if hasattr(batch, "_fields") else kind(values)  # type: ignore[call-arg]  # namedtuples take their fields one by one
+
+
+def for_one(network: nn.Module, forward: Callable[[nn.Module, Tensor], Any]) -> Callable[[nn.Module, Any], Any]:
+    """One forward for two networks, as `measure` takes it, out of one that is meant for this network alone.
+
+    Example:
+        >>> teacher, student = nn.Linear(2, 3), nn.Linear(2, 3)
+        >>> run = for_one(teacher, lambda model, images: 2 * model(images))
+        >>> batch = torch.ones(1, 2)
+        >>> torch.equal(run(teacher, batch), 2 * teacher(batch)), torch.equal(run(student, batch), student(batch))
+        (True, True)
+    """
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        images = inputs_of(batch)
+        return forward(model, images) if bare(model) is bare(network) else model(images)
+
+    return run

@@ -45,6 +45,7 @@ class Slot:
         self.repeated = repeated
         self.clone = clone
         self.captures: list[Capture] = []
+        self.more = 0  # firings that were not kept, where a second one is an error already
         self.problem: str | None = None
         self.checkpointed = False
         self.learned: dict[bool, bool] = {}  # layer in training mode? → overwritten later in the same forward?
@@ -52,6 +53,7 @@ class Slot:
     def clear(self) -> None:
         """Forget what was captured; what was learned about overwriting stays."""
         self.captures = []
+        self.more = 0
         self.problem = None
         self.checkpointed = False
 
@@ -64,6 +66,9 @@ class Slot:
     def keep(self, tensor: Tensor, training: bool) -> None:
         """Add one firing."""
         if self.repeated == "first" and self.captures:
+            return
+        if self.repeated == "error" and not torch.compiler.is_compiling() and len(self.captures) > 1:
+            self.more += 1
             return
         if torch.compiler.is_compiling() or tensor.is_inference():  # no version counter to watch
             capture = Capture(tensor.clone(), None, 0, training, True)

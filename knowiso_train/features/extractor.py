@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Extractor:
         layout: str | Mapping[str, str] | None = None,
         transform: Callable[[Any], Any] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
-        repeated: Literal["error", "first", "last"] = "error",
+        repeated: str = "error",
         autocast: torch.dtype | None = None,
     ) -> None:
         if repeated not in ("error", "first", "last"):
@@ -65,7 +65,7 @@ class Extractor:
         self.name = name
         self.specs: dict[str, FeatureSpec] = {}
         self.steps = 0
-        self._taps = FeatureTaps(model, layers, at=at, repeated=repeated)
+        self._taps: FeatureTaps[Tensor] = FeatureTaps(model, layers, at=at, repeated=cast(Literal["error"], repeated))
         self._layout = layout
         self._transform = transform
         self._forward = forward

@@ -105,6 +105,11 @@ class FeatureTaps(Generic[Captured]):
         """What `collect()` would return now, without forgetting it; raises as `collect()` does."""
         return {name: self._read(name) for name in self.names}
 
+    @property
+    def repeated(self) -> str:
+        """What was asked for layers that fire more than once."""
+        return self._repeated
+
     def side(self, name: str) -> Side:
         """Whether this layer's input or output is tapped."""
         return self._sides[name]
@@ -158,6 +163,11 @@ class FeatureTaps(Generic[Captured]):
                 slot.learn()
             self.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is detached and holds no captures, as the copied network holds no hooks."""
+        fresh = {name: Slot(slot.repeated, slot.clone) for name, slot in self._slots.items()}
+        return vars(self) | {"_handles": [], "_step": Step(self._step.root), "_slots": fresh}
+
     def __enter__(self) -> FeatureTaps[Captured]:
         return self.attach()
 
@@ -172,8 +182,9 @@ class FeatureTaps(Generic[Captured]):
         if not slot.captures:
             raise CaptureError(self._never_fired(name))
         if self._repeated == "error" and len(slot.captures) > 1:
+            times = len(slot.captures) + slot.more
             raise CaptureError(
-                f"layer {name!r} fired {len(slot.captures)} times before collect(), expected once. It is called repeatedly in one forward, or only a "
+                f"layer {name!r} fired {times} times before collect(), expected once. It is called repeatedly in one forward, or only a "
                 "part of the network was called several times. Choose with repeated='first', 'last' or 'all', or collect() after each call."
             )
         if slot.checkpointed and (self._step.grad or torch.is_grad_enabled()):

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowiso_train.errors import OptionError
+from knowiso_train.losses.flat import warn_once
+from knowiso_train.losses.full import FullBuffers
 from knowiso_train.statistics import Group
 
 KEEP = 0.9  # of the running mean squares, per backward
 LARGEST = 1e4
+WATCHED = "knowiso balance"
+Watched = tuple[int, list[Tensor], Callable[[Tensor, Tensor], None]]  # output of the node, gradients of a branch, and what takes rest and own
 TAPS = ("CloneBackward0", "ViewBackward0", "AliasBackward0")  # the graph node of a capture
 
 
-class GradientBalance(nn.Module):
+class GradientBalance(FullBuffers):
     """One weight per layer pair: `ratio · ‖∂ rest / ∂ x‖ / ‖∂ own / ∂ x‖` at the student's tapped feature x.
 
-    "Rest" is everything else that the total loss asks of that feature: the task, logit distillation, pairs further up. A loss scale (GradScaler)
-    cancels. Norms are running means of squares over backwards and processes; weights change at refreshes only and are 1 until there is a measurement.
+    "Rest" is everything else that the total loss asks of that feature: the task, logit distillation, pairs further up; not other balanced pairs of
+    the same feature, of this loss or another, which would drive each other up. A loss scale (GradScaler) cancels. Norms are running means of squares
+    over backwards and processes; weights change at refreshes only and are 1 until there is a measurement.
 
     Args:
         pairs: number of layer pairs.
@@ -61,15 +66,14 @@ class GradientBalance(nn.Module):
         through: list[Tensor] = []
         branch.register_hook(lambda gradient: through.append(gradient.detach()))  # type: ignore[no-untyped-call]
 
-        def measure(gradients: Sequence[Tensor | None]) -> None:
-            total = gradients[index]
-            if total is None or not through:
-                return
-            own = through.pop()
+        def take(rest: Tensor, own: Tensor) -> None:
             scale = factor if isinstance(factor, Tensor) else torch.tensor(factor, device=own.device)
-            self._record(pair, (total - own).float().square().sum(), own.float().square().sum() / scale.to(own.device).square())
+            self._record(pair, rest.float().square().sum(), own.float().square().sum() / scale.to(own.device).square())
 
-        node.register_prehook(measure)
+        watched: list[Watched] = node.metadata.setdefault(WATCHED, [])  # type: ignore[union-attr]  # of all losses, since they share the layer's node
+        watched.append((index, through, take))
+        if len(watched) == 1:
+            node.register_prehook(lambda gradients: _measure(gradients, watched))
 
     def _record(self, pair: int, rest: Tensor, own: Tensor) -> None:
         for kept, new in ((self.rest, rest), (self.own, own)):
@@ -84,6 +88,23 @@ class GradientBalance(nn.Module):
         rest, own = sums.to(self.weights.device)
         self.rest.copy_(rest / group.size)  # equal parts, so that one process's state serves all
         self.own.copy_(own / group.size)
+        if bool(((own > 0) & (rest == 0)).any()):
+            warn_once(
+                self,
+                'weight="balanced" has nothing to balance against: only this loss reaches some of the paired layers in its backward pass, so their '
+                "weights stay as they are. Call backward() once, on the sum of all losses, or give a fixed weight",
+            )
         known = (own > 0) & (rest > 0)
         ratio = self.ratio * (rest / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
         self.weights.copy_(torch.where(known, ratio.clamp(max=LARGEST), self.weights))
+
+
+def _measure(gradients: Sequence[Tensor | None], watched: list[Watched]) -> None:
+    """What arrives at a layer's outputs, less what all watched branches brought."""
+    found = [(index, through.pop(), take) for index, through, take in watched if through]
+    for index, own, take in found:
+        total = gradients[index]
+        if total is not None:
+            for other, branch, _ in found:
+                total = total - branch if other == index else total
+            take(total, own)

@@ -50,9 +50,14 @@ class FrozenNetwork:
         """Features (N, C, H, W) by layer name, and the network's output.
 
         Raises:
-            CaptureError: a layer that did not fire once.
+            CaptureError: a layer that did not fire once; images that are not what the student was given.
             ShapeError: as `FeatureReader.read`.
         """
+        if given.changed:
+            raise CaptureError(
+                f"the student's images were written to since it was given them, so the {self.role} would see others: by the student's own forward "
+                "(an in-place normalisation or activation), or between student(x) and iso(). Call student(x.clone())"
+            )
         images, output = self.called(given, autocast)
         return self.collected(images), output
 
@@ -92,7 +97,10 @@ class FrozenNetwork:
                 raise InputTypeError(f"{self.role}: the feature of layer {name!r} must be a tensor, got {type(features[name]).__name__}")
             if not features[name].ndim or len(features[name]) != len(images):
                 raise ShapeError(f"{self.role}: {len(images)} images in the student's batch, shape {tuple(features[name].shape)} given for {name!r}")
-        return self.reader.read({name: features[name].detach().to(device) for name in self.reader.names})
+        tokens = any(features[name].ndim == 3 for name in self.reader.names)  # whose grid the size of the images settles
+        size = self.prepared(images).shape[2:] if tokens and images.ndim == 4 else None
+        found = {name: features[name].detach().to(device) for name in self.reader.names}
+        return self.reader.read(found, size=None if size is None else (size[0], size[1]))
 
     def _called(self, images: Tensor, keyword: str | None) -> Any:
         if self.forward is not None:

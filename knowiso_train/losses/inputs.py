@@ -16,31 +16,40 @@ from knowiso_train.features.capture import Hook, recomputing
 
 @dataclass(frozen=True)
 class StudentInput:
-    """The images of one forward, and the keyword under which they were passed, if any."""
+    """The images of one forward, the keyword under which they were passed, if any, and whether they were written to since."""
 
     images: Tensor
     keyword: str | None
+    changed: bool = False
 
 
-class InputTap(Hook):
-    """Forward pre-hook of the student: remembers the input of its last forward until it is taken."""
+class InputTap:
+    """The input of the student's last forward, remembered until it is taken."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: dict[int, int]
 
     def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.fired = False
+        self.clear()
 
     def attach(self, student: nn.Module) -> RemovableHandle:
         """Put the hook on the bare network."""
-        return student.register_forward_pre_hook(self, with_kwargs=True)
+        return student.register_forward_pre_hook(_InputHook(self), with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not recomputing():
-            self.args, self.kwargs, self.fired = args, kwargs, True
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember what a forward was given."""
+        self.args, self.kwargs, self.fired = args, kwargs, True
+        if not torch.compiler.is_compiling():
+            self.versions = {id(value): version for value in (*args, *kwargs.values()) if (version := _version(value)) is not None}
 
     def clear(self) -> None:
         """Forget it."""
-        self.args, self.kwargs, self.fired = (), {}, False
+        self.args, self.kwargs, self.versions, self.fired = (), {}, {}, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has seen nothing."""
+        return vars(InputTap())
 
     def take(self) -> StudentInput:
         """The images: the first positional argument, or the keyword that holds them.
@@ -56,11 +65,11 @@ class InputTap(Hook):
                 )
             if self.args:
                 if isinstance(self.args[0], Tensor):
-                    return StudentInput(self.args[0], None)
+                    return self._seen(self.args[0], None)
             else:
                 keyword = next((key for key in INPUT_KEYS if isinstance(self.kwargs.get(key), Tensor)), None)
                 if keyword is not None:
-                    return StudentInput(self.kwargs[keyword], keyword)
+                    return self._seen(self.kwargs[keyword], keyword)
             kinds = [type(value).__name__ for value in self.args] + [f"{key}={type(value).__name__}" for key, value in self.kwargs.items()]
             raise CaptureError(
                 f"expected the student to be called with a tensor of images as its first argument, or under one of {INPUT_KEYS}; "
@@ -68,6 +77,26 @@ class InputTap(Hook):
             )
         finally:
             self.clear()
+
+    def _seen(self, images: Tensor, keyword: str | None) -> StudentInput:
+        before = self.versions.get(id(images))
+        return StudentInput(images, keyword, before is not None and _version(images) != before)
+
+
+class _InputHook(Hook):
+    """Forward pre-hook of the student."""
+
+    def __init__(self, tap: InputTap) -> None:
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not recomputing():
+            self.tap.see(args, kwargs)
+
+
+def _version(value: Any) -> int | None:
+    """What every write to a tensor counts up; None where nothing counts."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def autocast_dtype(features: list[Tensor]) -> torch.dtype | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from knowiso_train.errors import CaptureError, NonFiniteError, OptionError
+from knowiso_train.errors import CaptureError, LayoutError, NonFiniteError, OptionError
 from knowiso_train.features import FeatureTaps, LayerPair, align, bare, pair_layers
 from knowiso_train.losses.balance import GradientBalance
 from knowiso_train.losses.consensus import ConsensusMap
@@ -104,11 +104,13 @@ class IsomorphismLoss(nn.Module):
         loader: Iterable[Any] | None = None,
     ) -> None:
         super().__init__()
-        check_options(student, teacher, form, order, kernel_size, refresh, ridge, window, ratio, peers, repeated)
+        check_options(student, teacher, form, order, kernel_size, refresh, ridge, window, ratio, peers, repeated, schedule)
         if layers == "auto":
             if loader is None:
                 raise OptionError('layers="auto" measures what the student explains already: pass loader=, images as the student takes them')
-            layers = suggest_layers(student, teacher, loader, teacher_transform=teacher_transform).layers
+            layers = suggest_layers(
+                student, teacher, loader, teacher_transform=teacher_transform, teacher_forward=teacher_forward, layout=layout, repeated=repeated
+            ).layers
         self.pairs: tuple[LayerPair, ...] = tuple(pair_layers(student, teacher, layers))
         self.form, self.order, self.kernel_size, self.refresh_every = form, order, kernel_size, refresh
         self.schedule = schedule
@@ -156,6 +158,11 @@ class IsomorphismLoss(nn.Module):
         return self._reader.layout
 
     @property
+    def repeated(self) -> str:
+        """What was asked for layers that fire more than once."""
+        return self._taps.repeated
+
+    @property
     def attached(self) -> bool:
         """Whether the hooks are on."""
         return self._taps.attached
@@ -179,13 +186,17 @@ class IsomorphismLoss(nn.Module):
         return self
 
     def detach(self) -> None:
-        """Take every hook off and forget every capture. Safe to call twice."""
+        """Take every hook off and forget every capture, not what the teacher said last. Safe to call twice."""
         for taps in (self._taps, self._teacher.taps, *(network.taps for network, _ in self._peers)):
             taps.detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is detached, as the copied networks hold no hooks, and goes on with the moments and the calls counted so far."""
+        return vars(self) | {"_handles": [], "_last": {}, "teacher_output": None}
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -213,6 +224,7 @@ class IsomorphismLoss(nn.Module):
         """
         if not self.attached:
             raise CaptureError("the hooks are off: use `with iso:` around the loop (or iso.attach()), and call student(x) and iso() inside")
+        self.teacher_output = None
         try:
             seen = self._input.take()
             branches, of_student = self._of_student(seen.images)
@@ -256,8 +268,9 @@ class IsomorphismLoss(nn.Module):
         taught = any(branch.requires_grad for branch in branches)
         if torch.is_grad_enabled() and not taught and any(parameter.requires_grad for parameter in self.student.parameters()):
             raise CaptureError(
-                "the student's last forward ran without gradient (an evaluation in between?), so its features cannot be taught. "
-                "Call iso() right after the training forward student(x); to evaluate the loss itself, call it under torch.no_grad() too."
+                f"the features of {', '.join(repr(pair.source) for pair in self.pairs)} carry no gradient and cannot be taught: the student's last "
+                "forward ran without gradient (an evaluation in between?), or all that lies below these layers is frozen. Call iso() right after the "
+                "training forward student(x), or pair a layer that is trained; to evaluate the loss itself, call it under torch.no_grad() too."
             )
         return branches, features
 
@@ -289,6 +302,7 @@ class IsomorphismLoss(nn.Module):
         self._last = {}
         for index, pair in enumerate(self.pairs):
             feature, target = of_student[index], of_teacher[pair.target]
+            self._check_grids(pair, feature, target)
             source = align(feature, (target.shape[2], target.shape[3]))
             target = target.to(source.device)
             loss = self._loss(
@@ -329,7 +343,9 @@ class IsomorphismLoss(nn.Module):
         self._last[pair] = kept
         if branch.requires_grad and learning:
             branch.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: kept.update(grad_norm=torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
+                lambda gradient: kept.update(
+                    grad_norm=torch.linalg.vector_norm(gradient.detach(), dtype=torch.promote_types(gradient.dtype, torch.float32))
+                )
             )
             if self.balance is not None and map_.ready:
                 if self.balance.weights.device != branch.device:
@@ -348,6 +364,16 @@ class IsomorphismLoss(nn.Module):
                 f"NaN or Inf in the isomorphism loss at step {self._calls} (counted from 0): {'; '.join(counts)} are not finite. "
                 "Nothing was accumulated from that batch. Check learning rate, images and the autocast dtype."
             )
+
+    def _check_grids(self, pair: LayerPair, feature: Tensor, target: Tensor) -> None:
+        sides = (("student", self._reader, pair.source, feature, target), ("teacher", self._teacher.reader, pair.target, target, feature))
+        for role, reader, name, own, other in sides:
+            if name in reader.without_grid and min(other.shape[2:]) > 1:
+                raise LayoutError(
+                    f"{role}: the {own.shape[2]} tokens of layer {name!r} form no grid that is known, so they have no place on the other "
+                    f"network's of {other.shape[2]} × {other.shape[3]}: tokens that are dropped or merged (patch_drop_rate), or images of a size "
+                    "that the network does not name. Train without dropping, or pair a pooled layer."
+                )
 
     def _map(self, pair: LayerPair, closed: dict[str, Any], penalty: float) -> nn.Module:
         source, target = self._reader.channels[pair.source], self._teacher.reader.channels[pair.target]

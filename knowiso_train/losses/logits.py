@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knowiso_train.errors import OptionError, ShapeError
+from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -75,6 +75,12 @@ def dkd_loss(
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    for whose, logits in (("student", student_logits), ("teacher", teacher_logits)):
+        if not isinstance(logits, Tensor):
+            raise InputTypeError(
+                f"{whose}_logits must be a tensor (N, classes), got {type(logits).__name__}. What an IsomorphismLoss keeps as teacher_output is of "
+                "its last call, and None where that was given features"
+            )
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ShapeError(
             f"expected student and teacher logits of one shape (N, classes), got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"

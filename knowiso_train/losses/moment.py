@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowiso_train.disentangle.ridge import solve_factored, solve_ridge
 from knowiso_train.losses.flat import RESOLUTION, warn_once
+from knowiso_train.losses.full import FullBuffers
 from knowiso_train.ops import conv_weight, fixed_map_energy, residual_energy
 from knowiso_train.statistics import Group, Moments, RunningMoments
 
 ON = 10  # effective rows per regressor before the map is used (DESIGN §1.4)
 ROWS = 4  # rows per regressor that one batch contributes where it has as many: more would cost time and change nothing
-EVERY = 2  # calls from batch to batch that joins the moments once the map stands: neighbouring steps say the same
+EVERY = 2  # of so many calls in a row one, drawn at random, joins the moments once the map stands: neighbouring steps say the same
 REMEMBERED = 40  # effective rows per regressor that the forgetting leaves
 SHORTEST = 20  # steps that the moments remember at least
 
 
-class MomentMap(nn.Module):
+def joins(call: int) -> bool:
+    """Whether the batch of this call joins the moments: at random, since calls may come in turns (two views, two loaders); in all processes alike.
+
+    Example:
+        >>> [call for call in range(12) if joins(call)]
+        [1, 2, 4, 6, 8, 11]
+    """
+    return random.Random(call // EVERY).randrange(EVERY) == call % EVERY
+
+
+class MomentMap(FullBuffers):
     """`‖y - g(x)‖² / Var(y)`, g solved from moments of earlier batches and constant between refreshes.
 
     The current batch never enters the map that judges it, so independent noise does not look explained. The ridge is relative to the source's own
@@ -73,8 +85,8 @@ class MomentMap(nn.Module):
         self.ready = False
 
     def forward(self, x: Tensor, y: Tensor, call: int, group: Group) -> Tensor:
-        """Loss of this batch under the map of earlier ones; 0 until that stands. In training mode the batch then joins the moments, and every
-        second one once the map stands.
+        """Loss of this batch under the map of earlier ones; 0 until that stands. In training mode the batch then joins the moments, and one of
+        two once the map stands.
 
         Args:
             x: student feature, with gradient.
@@ -85,7 +97,7 @@ class MomentMap(nn.Module):
         if self.training and (call % self.refresh_every == 0 or not self.ready):
             self.refresh(group)
         loss = self.unexplained(x, y) if self.ready else 0 * x.float().sum()
-        if self.training and (call % EVERY == 0 or not self.ready):
+        if self.training and (not self.ready or joins(call)):
             self.observe(x, y, call, group)
         return loss
 
@@ -105,8 +117,17 @@ class MomentMap(nn.Module):
     def observe(self, x: Tensor, y: Tensor, call: int, group: Group) -> None:
         """Let the moments forget a little and take this batch in, at positions that are drawn anew each call and are the same for all its images."""
         cells, images = y.shape[2] * y.shape[3], len(y) * group.size
+        if not y.numel():
+            return
         apart = EVERY if self.ready else 1  # until the map stands every batch counts, and twice the rows
         taken = min(cells, math.ceil(ROWS * EVERY / apart * self.columns / images))
+        least = math.ceil(ON * self.columns / (images * taken)) + 1
+        if self.window is not None and self.window < least and not self.ready:
+            warn_once(
+                self,
+                f"{self.name}: a window of {self.window:g} calls holds no {ON} rows for each of {self.columns} regressors, so this pair's loss "
+                f"stays 0; with {len(y)} images a call it takes window={least} or more",
+            )
         window = self.window or max(SHORTEST, math.ceil(REMEMBERED * self.columns * apart / (images * taken)))
         positions = None
         if taken < cells:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -32,9 +33,11 @@ def fixed_weights(weight: float | Mapping[str, float] | str, pairs: Sequence[Lay
     elif isinstance(weight, str):
         raise OptionError(f'weight must be a number, a dict by student layer, or "balanced"; got {weight!r}')
     else:
+        if not isinstance(weight, (int, float)):
+            raise OptionError(f'weight must be a number, a dict by student layer, or "balanced"; got {weight!r}')
         values = [float(weight)] * len(pairs)
-    if not all(value >= 0 for value in values):
-        raise OptionError(f"weights must be >= 0, got {values}")
+    if not all(0 <= value < math.inf for value in values):
+        raise OptionError(f"weights must be finite and >= 0, got {values}")
     return values
 
 
@@ -73,6 +76,7 @@ def check_options(
     ratio: float,
     peers: Sequence[nn.Module],
     repeated: str,
+    schedule: object,
 ) -> None:
     for role, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
@@ -85,6 +89,14 @@ def check_options(
         raise OptionError(f"order must be an integer K >= 0 (the number of non-linear steps), got {order!r}")
     if order and form != "learned":
         raise OptionError(f'form={form!r} is the closed form of order 0; order={order} needs form="learned"')
+    for name, count in (("kernel_size", kernel_size), ("refresh", refresh)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise OptionError(f"{name} must be an integer, got {count!r}")
+    for name, number in (("ridge", ridge), ("window", 1 if window is None else window), ("ratio", ratio)):
+        if not isinstance(number, (int, float)):
+            raise OptionError(f"{name} must be a number, got {number!r}")
+    if schedule is not None and not callable(schedule):
+        raise OptionError(f"schedule must be a function of the number of calls, such as WeightSchedule(warmup=500), got {schedule!r}")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise OptionError(f"kernel_size must be odd and positive (1, 3, ...), got {kernel_size}")
     if refresh < 1:

@@ -24,6 +24,7 @@ class FeatureReader:
     def __init__(self, model: nn.Module, names: Sequence[str], role: str, layout: str | Mapping[str, str] | None = None) -> None:
         self.names, self.role = tuple(names), role
         self.channels: dict[str, int] = {}
+        self.without_grid: set[str] = set()  # layers whose tokens, when last read, had no known grid
         self._model, self.layout = model, layout
         self._layouts: dict[tuple[str, int], str] = {}
         self._specs: dict[tuple[str, torch.Size, tuple[int, int] | None], FeatureSpec] = {}
@@ -63,4 +64,6 @@ class FeatureReader:
                     "Make a new IsomorphismLoss after the network's layers have changed."
                 )
             self._specs[key], self._layouts[name, tensor.ndim] = spec, spec.layout
-        return self._specs[key].to_nchw(tensor)
+        spec = self._specs[key]
+        (self.without_grid.add if spec.layout in ("nlc", "ncl") and spec.grid is None else self.without_grid.discard)(name)
+        return spec.to_nchw(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from knowiso_train.errors import LayerNameError
-from knowiso_train.features import bare, device_of, inputs_of, stage_grids, to_device
+from knowiso_train.features import bare, device_of, for_one, inputs_of, stage_grids, to_device
 from knowiso_train.measurement import Report, measure
 from knowiso_train.statistics import Group
 
@@ -41,6 +41,9 @@ def suggest_layers(
     most: int = 3,
     max_images: int = 512,
     teacher_transform: Callable[[Tensor], Tensor] | None = None,
+    teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
+    layout: str | Mapping[str, str] | None = None,
+    repeated: str = "error",
     verbose: bool = True,
 ) -> Suggestion:
     """Pairs of stages for `IsomorphismLoss`, by what the student does not explain of the teacher yet.
@@ -56,6 +59,9 @@ def suggest_layers(
         most: pairs to take.
         max_images: to measure on.
         teacher_transform: applied to the images before the teacher.
+        teacher_forward: `teacher_forward(teacher, images)` in place of `teacher(images)`.
+        layout: of layers whose layout cannot be inferred, as for `measure`.
+        repeated: "error", "first" or "last", for layers that fire more than once.
         verbose: print the shares, on the main process.
 
     Raises:
@@ -71,10 +77,14 @@ def suggest_layers(
     if images is None:
         raise LayerNameError("layers='auto' needs images to measure on, and the loader gives none")
     few = images[:2]
-    pairs = _nearest(_stages(student, few, None), _stages(teacher, few, teacher_transform))
+    run = teacher_forward or _plainly
+    pairs = _nearest(_stages(student, few, None, _plainly), _stages(teacher, few, teacher_transform, run))
     if not pairs:
         raise LayerNameError("no stages with maps or tokens were found in both networks; name the layers: layers={student layer: teacher layer}")
-    report = measure(student, teacher, loader, pairs, order=0, max_images=max_images, bootstrap=0, target_transform=teacher_transform, progress=False)
+    report = measure(
+        student, teacher, loader, pairs, order=0, max_images=max_images, bootstrap=0, target_transform=teacher_transform, layout=layout,
+        repeated=repeated, forward=None if teacher_forward is None else for_one(teacher, teacher_forward), progress=False,
+    )  # fmt: skip
     open_ = [pair for pair in report if pair.unexplained > LEARNED and sum(pair.shares) > (pair.noise_floor or 0.0)]
     taken = sorted(open_, key=lambda pair: -pair.unexplained)[:most]
     suggestion = Suggestion(tuple((pair.source, pair.target) for pair in report if pair in taken), report)
@@ -85,11 +95,17 @@ def suggest_layers(
     return suggestion
 
 
-def _stages(model: nn.Module, images: Tensor, transform: Callable[[Tensor], Tensor] | None) -> dict[str, tuple[int, int]]:
+def _plainly(model: nn.Module, images: Tensor) -> Any:
+    return model(images)
+
+
+def _stages(
+    model: nn.Module, images: Tensor, transform: Callable[[Tensor], Tensor] | None, run: Callable[[nn.Module, Tensor], Any]
+) -> dict[str, tuple[int, int]]:
     device = device_of(model)
     images = images if device is None else to_device(images, device)
     given = images if transform is None else transform(images)
-    return stage_grids(model, lambda: bare(model)(given))
+    return stage_grids(model, lambda: run(bare(model), given))
 
 
 def _nearest(student: dict[str, tuple[int, int]], teacher: dict[str, tuple[int, int]]) -> list[tuple[str, str]]:

@@ -49,6 +49,7 @@ def measure(
     target_transform: Callable[[Any], Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     layout: str | Mapping[str, str] | None = None,
+    repeated: str = "error",
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     names: tuple[str, str] | None = None,
@@ -84,6 +85,7 @@ def measure(
         target_transform: the same before the target network.
         forward: `forward(model, batch)` where a network needs more than the images.
         layout: "nchw", "nhwc", "nlc", "ncl" or "nc" for all layers, or by layer name, where it cannot be inferred.
+        repeated: "error", "first" or "last", for layers that fire more than once in one forward.
         device: run both networks there, and bring them back; None leaves each where it is.
         autocast: dtype for autocast around the networks (statistics stay in float32 and float64).
         names: of source and target in the report.
@@ -125,6 +127,7 @@ def measure(
                     sorted({getattr(p, role) for p in pairs}),
                     name=role,
                     layout=layout,
+                    repeated=repeated,
                     transform=transform,
                     forward=forward,
                     autocast=autocast,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from knowiso_train.errors import OptionError
+
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which a gradient waits for its factor: before the mean is taken, float16 would overflow, and a factor of 1 / n would vanish in it."""
@@ -16,6 +18,11 @@ def scaled(kept: Tensor, upstream: Tensor) -> Tensor:
 
     A copy is as large as the feature, and the only large thing that such a backward would make.
     """
+    if type(kept) is Tensor and torch.is_grad_enabled():
+        raise OptionError(
+            "a gradient of a gradient through this operation is not made: create_graph=True, as gradient penalties and Hessians need it. Leave the "
+            "isomorphism loss out of what is differentiated twice"
+        )
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     factor = upstream.to(kept.dtype)
     if type(kept) is not Tensor or keeps_graph is None or keeps_graph():  # another type: being traced
