@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 NAME = "pretended"
 VARIABLE = "KNOWISO_PRETENDED"
@@ -86,8 +86,18 @@ def here(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
+def mapped(of: Callable[[Any], Any], value: Any) -> Any:
+    """`tree_map` of what operations are called with and return, a third of its time."""
+    if type(value) in (tuple, list):
+        return type(value)(mapped(of, part) for part in value)
+    if type(value) is dict:
+        return {key: mapped(of, part) for key, part in value.items()}
+    return tree_map(of, value) if isinstance(value, (tuple, list, dict)) else of(value)
+
+
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    mapped(lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None, (args, kwargs))
     there = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
     others = [tensor for tensor in tensors if not isinstance(tensor, Pretended) and tensor.ndim]  # a number may come from anywhere
     if there and others and func not in COPIES and not (func in INDEXED and isinstance(args[0], Pretended)):
@@ -97,17 +107,21 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _watch(func, args, kwargs, bool(there))
     goes = here(wanted) if wanted is not None else isinstance(args[0], Pretended) if func is aten.copy_.default else bool(there)
     kwargs = {**kwargs, "device": torch.device("cpu")} if here(wanted) else kwargs
-    inner_args, inner_kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, Pretended) else leaf, (args, kwargs))
+    if not there and not goes:
+        return func(*args, **kwargs)
+    inner_args, inner_kwargs = mapped(lambda leaf: leaf.inner if isinstance(leaf, Pretended) else leaf, (args, kwargs))
     out = func(*inner_args, **inner_kwargs)
     given = {id(tensor.inner): tensor for tensor in there}  # what is changed in place comes back as itself
-    return tree_map(lambda leaf: given[id(leaf)] if id(leaf) in given else Pretended(leaf) if isinstance(leaf, Tensor) and goes else leaf, out)
+    return mapped(lambda leaf: given[id(leaf)] if id(leaf) in given else Pretended(leaf) if isinstance(leaf, Tensor) and goes else leaf, out)
 
 
-_stops: list[str] = []
+_noted: list[list[str]] = []  # by whoever asks now
 
 
 def _watch(func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> None:
     """Note what makes the host wait for the device, as a GPU would: values that are read, and copies to or from it that may not be left to it."""
+    if not _noted:
+        return
     if func is aten._to_copy.default:
         crosses = kwargs.get("device") is not None and here(kwargs["device"]) != there
     elif func is aten.copy_.default:
@@ -119,14 +133,18 @@ def _watch(func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> None:
     waits_not = kwargs.get("non_blocking", False) or (func is aten.copy_.default and args[2:3] == (True,))
     if crosses and not waits_not:
         ours = [line for line in traceback.format_stack() if "knowiso_train/" in line]
-        _stops.append(f"{func}\n{''.join(ours)}")
+        for noted in _noted:
+            noted.append(f"{func}\n{''.join(ours)}")
 
 
 @contextlib.contextmanager
 def stops() -> Iterator[list[str]]:
     """What made the host wait for the device within it, with where."""
-    _stops.clear()
-    yield _stops
+    _noted.append([])
+    try:
+        yield _noted[-1]
+    finally:
+        _noted.pop()
 
 
 class _Dispatching(TorchDispatchMode):
