@@ -157,6 +157,16 @@ def test_between_refreshes_no_step_waits_for_the_device(device: str, form: str, 
     assert all(map_.ready for map_ in iso.maps.values())
 
 
+def test_a_teacher_that_was_left_on_the_cpu_is_named(device: str) -> None:
+    student, teacher = built(1).to(device), built(2)
+    with pytest.warns(KnowisoWarning, match=f"teacher is on the CPU .* are on {device}"):
+        iso = ki.IsomorphismLoss(student, teacher, ["3"])
+    with iso:
+        student(torch.randn(8, 3, 8, 8).to(device))
+        iso()
+    assert iso.teacher_output.device.type == "cpu"
+
+
 @pytest.mark.parametrize(("transform", "labels"), [(None, 0.0), (lambda images: images.flip(3), 0.1)], ids=["cached", "transformed, labels"])
 def test_a_longer_tuning_waits_no_more_often_for_the_device(device: str, transform: Any, labels: float) -> None:
     original, pruned = (built(seed).to(device).eval() for seed in (1, 2))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
 from knowiso_train.features import FeatureTaps, bare, device_of
+from knowiso_train.losses.flat import warn_once
 from knowiso_train.losses.inputs import StudentInput
 from knowiso_train.losses.reader import FeatureReader
 
@@ -73,7 +74,13 @@ class FrozenNetwork:
         """The student's images as this network wants them."""
         images = images.detach()
         device = device_of(self.model)
-        if device is not None:
+        if device is not None and device != images.device:
+            if device.type == "cpu":
+                warn_once(
+                    self,
+                    f"the {self.role} is on the CPU and the student's images are on {images.device}: it runs there in every step. "
+                    f"Move it: {self.role.split()[0]}.to({str(images.device)!r})",
+                )
             images = images.to(device)
         with torch.no_grad():
             images = images if self._transform is None else self._transform(images)
