@@ -9,7 +9,7 @@ from torch import Tensor
 
 from knowiso_train.errors import OptionError
 from knowiso_train.losses.flat import warn_once
-from knowiso_train.losses.full import FullBuffers
+from knowiso_train.losses.full_state import FullState
 from knowiso_train.statistics import Group
 
 KEEP = 0.9  # of the running mean squares, per backward
@@ -19,7 +19,7 @@ Watched = tuple[int, list[Tensor], Callable[[Tensor, Tensor], None]]  # output o
 TAPS = ("CloneBackward0", "ViewBackward0", "AliasBackward0")  # the graph node of a capture
 
 
-class GradientBalance(FullBuffers):
+class GradientBalance(FullState):
     """One weight per layer pair: `ratio · ‖∂ rest / ∂ x‖ / ‖∂ own / ∂ x‖` at the student's tapped feature x.
 
     "Rest" is everything else that the total loss asks of that feature: the task, logit distillation, pairs further up; not other balanced pairs of

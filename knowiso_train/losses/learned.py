@@ -11,14 +11,14 @@ from torch import Tensor
 
 from knowiso_train.disentangle.paper import PaperMaps
 from knowiso_train.losses.flat import RESOLUTION, warn_once
-from knowiso_train.losses.full import FullBuffers
+from knowiso_train.losses.full_state import FullState
 from knowiso_train.ops import channel_scale, residual_energy
 from knowiso_train.statistics import Group, RunningMoments
 
 WEAKEST = 0.1  # part of the mean σ; a dead channel divided by its own σ would get an all but infinite gradient
 
 
-class LearnedMap(FullBuffers):
+class LearnedMap(FullState):
     """`‖y - g(x)‖² / Var(y) + λ Σ p_k²` with `g(x) = μ + s · h_K(x)`: h_K is the paper's recursion (arXiv 1908.01581, §3), its maps untied where the
     channels differ; μ and s are the target's channel means and its one overall spread, so that learning rates do not depend on the teacher's scale.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from knowiso_train.disentangle.ridge import solve_factored, solve_ridge
 from knowiso_train.losses.flat import RESOLUTION, warn_once
-from knowiso_train.losses.full import FullBuffers
+from knowiso_train.losses.full_state import FullState
 from knowiso_train.ops import conv_weight, fixed_map_energy, residual_energy
 from knowiso_train.statistics import Group, Moments, RunningMoments
 
@@ -34,7 +34,7 @@ def joins(call: int) -> bool:
     return random.Random(call // EVERY).randrange(EVERY) == call % EVERY
 
 
-class MomentMap(FullBuffers):
+class MomentMap(FullState):
     """`‖y - g(x)‖² / Var(y)`, g solved from moments of earlier batches and constant between refreshes.
 
     The current batch never enters the map that judges it, so independent noise does not look explained. The ridge is relative to the source's own
