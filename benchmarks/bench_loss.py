@@ -273,9 +273,10 @@ def main() -> None:
             for _ in range(RUNS):
                 for contender in order.sample(contenders, len(contenders)):
                     runs[contender.kind].append(seconds(contender, CLOCKS[args.clock], IN_A_ROW))
+            medians = {kind: quantile(own, 0.5) for kind, own in runs.items()}
             for row in rows:
-                row["in a row, ms"] = round(1000 * quantile(runs[row["contender"]], 0.5), 2)
-                row["in a row"] = round(quantile(runs[row["contender"]], 0.5) / quantile(runs[BASE], 0.5), 3)
+                row["in a row, ms"] = round(1000 * medians[row["contender"]], 2)
+                row["in a row"] = round(medians[row["contender"]] / medians[BASE], 3)
         print(f"{case.name}, {case.batch} images of {case.side} pixels, {rounds} rounds\n{table(rows)}", flush=True)
         figures[case.name] = {
             "batch": case.batch,

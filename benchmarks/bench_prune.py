@@ -35,7 +35,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from prune_afterwards import AFTERWARDS
-from prune_book import LIBRARY, NAME, Book, chosen, fingerprint, report
+from prune_book import LIBRARY, NAME, SEEDS, Book, chosen, fingerprint, report
 from prune_closed import recompute_statistics
 from prune_importances import Calibration
 from prune_methods import BLOCK_STEPS, FINISHES, OURS, SOLVED, Method, Setting, rivals
@@ -179,7 +179,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--screen", action="store_true", help="all rivals at one ratio and the first seed")
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--ratios", nargs="+", type=float, help="times fewer multiply-adds")
     parser.add_argument("--methods", nargs="*", help="those whose name contains one of these; `--methods` alone runs ki.prune alone")
     parser.add_argument("--finishes", nargs="+", choices=FINISHES, help="all but blocks in the screening, all those of the best after it")

@@ -22,7 +22,7 @@ FORMS: list[dict[str, Any]] = [{}, {"kernel_size": 3}, {"form": "learned", "orde
 
 
 def loss_of(student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> IsomorphismLoss:
-    peers = [built(3)] if options.get("form") == "consensus" else []
+    peers = [built(3).to(student[0].weight.dtype)] if options.get("form") == "consensus" else []
     return IsomorphismLoss(student, teacher, ["3"], peers=peers, **options)
 
 
@@ -43,8 +43,7 @@ def test_float64_networks_train_as_float32_ones(options: dict[str, Any]) -> None
     torch.manual_seed(0)
     single = trained(loss_of(built(1), built(2), options), 12)
     torch.manual_seed(0)
-    student, teacher = built(1).double(), built(2).double()
-    iso = IsomorphismLoss(student, teacher, ["3"], peers=[built(3).double()] if "consensus" in options.values() else [], **options)
+    iso = loss_of(built(1).double(), built(2).double(), options)
     double = trained(iso, 12, torch.float64)
     assert double == pytest.approx(single, rel=1e-4)
     assert iso.log()["iso/3/grad_norm"] > 0

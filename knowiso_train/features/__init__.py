@@ -1,7 +1,7 @@
 """Features of inner layers: named, paired, tapped, brought to one layout and one grid."""
 
 from knowiso_train.features.alignment import align
-from knowiso_train.features.batches import batch_size, check_loader, for_one, inputs_of, select, to_device, with_inputs
+from knowiso_train.features.batches import batch_size, check_loader, for_one, image_size, inputs_of, select, to_device, with_inputs
 from knowiso_train.features.called import called_on
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.layout import FeatureSpec, Layout, describe, infer_layout, to_nchw
@@ -26,6 +26,7 @@ __all__ = [
     "describe",
     "device_of",
     "for_one",
+    "image_size",
     "infer_layout",
     "inputs_of",
     "named_layers",

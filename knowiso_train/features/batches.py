@@ -194,6 +194,16 @@ def _rebuilt_sequence(batch: Sequence[Any], values: list[Any]) -> Any:
     return kind(*values) if hasattr(batch, "_fields") else kind(values)  # type: ignore[call-arg]  # namedtuples take their fields one by one
 
 
+def image_size(images: Tensor) -> tuple[int, int] | None:
+    """(height, width) of images (N, C, H, W); None for other inputs.
+
+    Example:
+        >>> image_size(torch.zeros(2, 3, 8, 6)), image_size(torch.zeros(2, 20))
+        ((8, 6), None)
+    """
+    return (images.shape[2], images.shape[3]) if images.ndim == 4 else None
+
+
 def for_one(network: nn.Module, forward: Callable[[nn.Module, Tensor], Any]) -> Callable[[nn.Module, Any], Any]:
     """One forward for two networks, as `measure` takes it, out of one that is meant for this network alone.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import CaptureError, NonFiniteError, OptionError, ShapeError
-from knowiso_train.features.batches import inputs_of, to_device, with_inputs
+from knowiso_train.features.batches import image_size, inputs_of, to_device, with_inputs
 from knowiso_train.features.layout import FeatureSpec, describe
 from knowiso_train.features.placement import device_of
 from knowiso_train.features.taps import FeatureTaps, Side
@@ -123,7 +123,7 @@ class Extractor:
                 return None, None
             inputs = inputs_of(batch)
             self.model(inputs)
-        return len(inputs), (inputs.shape[2], inputs.shape[3]) if inputs.ndim == 4 else None
+        return len(inputs), image_size(inputs)
 
     def _autocasting(self, device: torch.device | None, batch: Any) -> AbstractContextManager[Any]:
         if self._autocast is None:

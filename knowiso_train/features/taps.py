@@ -90,7 +90,7 @@ class FeatureTaps(Generic[Captured]):
         self.names: tuple[str, ...] = tuple(resolve(model, layers))
         self._sides = _sides(model, self.names, at)
         self._model = model
-        self._repeated = repeated
+        self.repeated = repeated
         self._step = Step(bare(model))
         self._slots = {name: Slot(repeated, clone) for name in self.names}
         self._handles: list[RemovableHandle] = []
@@ -104,11 +104,6 @@ class FeatureTaps(Generic[Captured]):
     def features(self) -> dict[str, Captured]:
         """What `collect()` would return now, without forgetting it; raises as `collect()` does."""
         return {name: self._read(name) for name in self.names}
-
-    @property
-    def repeated(self) -> str:
-        """What was asked for layers that fire more than once."""
-        return self._repeated
 
     def side(self, name: str) -> Side:
         """Whether this layer's input or output is tapped."""
@@ -181,7 +176,7 @@ class FeatureTaps(Generic[Captured]):
             raise CaptureError(f"the {side} of layer {name!r} must hold exactly one tensor, got {slot.problem}; tap a layer inside or around it")
         if not slot.captures:
             raise CaptureError(self._never_fired(name))
-        if self._repeated == "error" and len(slot.captures) > 1:
+        if self.repeated == "error" and len(slot.captures) > 1:
             times = len(slot.captures) + slot.more
             raise CaptureError(
                 f"layer {name!r} fired {times} times before collect(), expected once. It is called repeatedly in one forward, or only a "
@@ -198,7 +193,7 @@ class FeatureTaps(Generic[Captured]):
                 f"{' because no forward before this one overwrote it' if slot.clone == 'auto' else ''}. Use clone=True."
             )
         tensors = [capture.tensor for capture in slot.captures]
-        return cast(Captured, tensors if self._repeated == "all" else tensors[0])
+        return cast(Captured, tensors if self.repeated == "all" else tensors[0])
 
     def _never_fired(self, name: str) -> str:
         if not self.attached:

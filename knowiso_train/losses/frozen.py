@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
-from knowiso_train.features import FeatureTaps, bare, device_of
+from knowiso_train.features import FeatureTaps, bare, device_of, image_size
 from knowiso_train.losses.flat import warn_once
 from knowiso_train.losses.inputs import StudentInput
 from knowiso_train.losses.reader import FeatureReader
@@ -90,8 +90,7 @@ class FrozenNetwork:
 
     def collected(self, images: Tensor) -> dict[str, Tensor]:
         """Features of a forward that has just run."""
-        size = (images.shape[2], images.shape[3]) if images.ndim == 4 else None
-        return {name: feature.detach() for name, feature in self.reader.read(self.taps.collect(), len(images), size).items()}
+        return {name: feature.detach() for name, feature in self.reader.read(self.taps.collect(), len(images), image_size(images)).items()}
 
     def given(self, features: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         """Features that the caller has, checked."""
@@ -105,9 +104,8 @@ class FrozenNetwork:
             if not features[name].ndim or len(features[name]) != len(images):
                 raise ShapeError(f"{self.role}: {len(images)} images in the student's batch, shape {tuple(features[name].shape)} given for {name!r}")
         tokens = any(features[name].ndim == 3 for name in self.reader.names)  # whose grid the size of the images settles
-        size = self.prepared(images).shape[2:] if tokens and images.ndim == 4 else None
         found = {name: features[name].detach().to(device) for name in self.reader.names}
-        return self.reader.read(found, size=None if size is None else (size[0], size[1]))
+        return self.reader.read(found, size=image_size(self.prepared(images)) if tokens else None)
 
     def _called(self, images: Tensor, keyword: str | None) -> Any:
         if self.forward is not None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from knowiso_train.errors import CaptureError, LayoutError, NonFiniteError, OptionError
-from knowiso_train.features import FeatureTaps, LayerPair, align, bare, pair_layers
+from knowiso_train.errors import CaptureError, OptionError
+from knowiso_train.features import FeatureTaps, LayerPair, align, bare, image_size, pair_layers
 from knowiso_train.losses.balance import GradientBalance
+from knowiso_train.losses.checks import check_finite, check_grids
 from knowiso_train.losses.consensus import ConsensusMap
 from knowiso_train.losses.frozen import FrozenNetwork, Transform
 from knowiso_train.losses.inputs import InputTap, StudentInput, autocast_dtype
@@ -21,6 +22,7 @@ from knowiso_train.losses.moment import MomentMap
 from knowiso_train.losses.options import check_options, fixed_weights, frozen_peers, pair_key, pair_label
 from knowiso_train.losses.probe import probe
 from knowiso_train.losses.reader import FeatureReader
+from knowiso_train.losses.sharing import share_gradients
 from knowiso_train.losses.suggest import suggest_layers
 from knowiso_train.statistics import Group
 
@@ -179,7 +181,7 @@ class IsomorphismLoss(nn.Module):
             for taps in (self._taps, self._teacher.taps, *(network.taps for network, _ in self._peers)):
                 taps.attach()
             self._handles.append(self._input.attach(bare(self.student)))
-            self._share_gradients()
+            self._handles += share_gradients(list(self.parameters()), Group())
         except BaseException:
             self.detach()
             raise
@@ -261,8 +263,7 @@ class IsomorphismLoss(nn.Module):
 
     def _of_student(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """For each pair a view of what its layer emitted, which the pair's loss alone reads, and that as a feature."""
-        size = (images.shape[2], images.shape[3]) if images.ndim == 4 else None
-        captured = self._taps.collect()
+        size, captured = image_size(images), self._taps.collect()
         branches = [captured[pair.source].view_as(captured[pair.source]) for pair in self.pairs]
         features = [self._reader.read_layer(pair.source, branch, len(images), size) for pair, branch in zip(self.pairs, branches, strict=True)]
         taught = any(branch.requires_grad for branch in branches)
@@ -302,13 +303,14 @@ class IsomorphismLoss(nn.Module):
         self._last = {}
         for index, pair in enumerate(self.pairs):
             feature, target = of_student[index], of_teacher[pair.target]
-            self._check_grids(pair, feature, target)
+            check_grids(pair, feature, target, self._reader, self._teacher.reader)
             source = align(feature, (target.shape[2], target.shape[3]))
             target = target.to(source.device)
             loss = self._loss(
                 pair, source, target, [align(peer[pair.target].to(source.device), (target.shape[2], target.shape[3])) for peer in of_peers]
             )
-            self._check_finite(pair, loss, feature, target)
+            if refreshing or loss.device.type == "cpu":  # reading it in every step would stall a GPU; the moments leave such a batch out anyway
+                check_finite(pair, loss, feature, target, self._calls)
             weight = self._weight(index, loss, factor)
             terms.append(weight * loss)
             self._note(index, pair, loss, weight, branches[index], learning)
@@ -352,29 +354,6 @@ class IsomorphismLoss(nn.Module):
                     self.balance.to(branch.device)
                 self.balance.watch(index, branch, weight.detach(), pair.source)
 
-    def _check_finite(self, pair: LayerPair, loss: Tensor, source: Tensor, target: Tensor) -> None:
-        if loss.device.type != "cpu" and self._calls % self.refresh_every:
-            return  # reading the value would stall the GPU at every step; the moments leave such a batch out by themselves
-        if not bool(loss.detach().isfinite()):
-            counts = [
-                f"{role} {name!r}: {int((~x.isfinite()).sum())} of {x.numel()} values"
-                for role, name, x in (("student's", pair.source, source.detach()), ("teacher's", pair.target, target))
-            ]
-            raise NonFiniteError(
-                f"NaN or Inf in the isomorphism loss at step {self._calls} (counted from 0): {'; '.join(counts)} are not finite. "
-                "Nothing was accumulated from that batch. Check learning rate, images and the autocast dtype."
-            )
-
-    def _check_grids(self, pair: LayerPair, feature: Tensor, target: Tensor) -> None:
-        sides = (("student", self._reader, pair.source, feature, target), ("teacher", self._teacher.reader, pair.target, target, feature))
-        for role, reader, name, own, other in sides:
-            if name in reader.without_grid and min(other.shape[2:]) > 1:
-                raise LayoutError(
-                    f"{role}: the {own.shape[2]} tokens of layer {name!r} form no grid that is known, so they have no place on the other "
-                    f"network's of {other.shape[2]} × {other.shape[3]}: tokens that are dropped or merged (patch_drop_rate), or images of a size "
-                    "that the network does not name. Train without dropping, or pair a pooled layer."
-                )
-
     def _map(self, pair: LayerPair, closed: dict[str, Any], penalty: float) -> nn.Module:
         source, target = self._reader.channels[pair.source], self._teacher.reader.channels[pair.target]
         name = f"{pair.source} → {pair.target}"
@@ -387,22 +366,6 @@ class IsomorphismLoss(nn.Module):
 
     def _map_of(self, pair: LayerPair) -> Any:
         return self.maps[pair_key(pair)]
-
-    def _share_gradients(self) -> None:
-        """Own parameters start equal in all processes and get the mean of their gradients, whether or not this module went through DDP."""
-        group = Group()
-        parameters = list(self.parameters())
-        if group.size == 1 or not parameters:
-            return
-        with torch.no_grad():
-            group.broadcast_([parameter.data for parameter in parameters])
-
-        def mean(gradient: Tensor) -> Tensor:
-            total = gradient.to(group.device, copy=True)
-            group.sum_(total)
-            return (total / group.size).to(gradient.device)
-
-        self._handles += [parameter.register_hook(mean) for parameter in parameters if parameter.requires_grad]  # type: ignore[no-untyped-call]
 
     def _forget(self) -> None:
         self._input.clear()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import CaptureError, KnowisoError, OptionError
-from knowiso_train.features import FeatureTaps, bare, device_of, undisturbed
+from knowiso_train.features import FeatureTaps, bare, device_of, image_size, undisturbed
 from knowiso_train.losses.frozen import FrozenNetwork
 from knowiso_train.losses.inputs import StudentInput
 from knowiso_train.losses.reader import FeatureReader
@@ -60,7 +60,7 @@ def _run(student: nn.Module, taps: FeatureTaps[Tensor], reader: FeatureReader, f
         stack.enter_context(taps)
         with _unless_captured(taps):
             bare(student)(images)
-        reader.read(taps.collect(), len(images), _size(images))
+        reader.read(taps.collect(), len(images), image_size(images))
         for network in frozen:
             stack.enter_context(network.taps)
             with _unless_captured(network.taps):
@@ -78,10 +78,6 @@ def _unless_captured(taps: FeatureTaps[Tensor]) -> Iterator[None]:
             _ = taps.features
         except CaptureError:
             raise failure from None
-
-
-def _size(images: Tensor) -> tuple[int, int] | None:
-    return (images.shape[2], images.shape[3]) if images.ndim == 4 else None
 
 
 def _guesses(models: Sequence[nn.Module]) -> Iterator[Tensor]:

@@ -77,13 +77,13 @@ def suggest_layers(
     if images is None:
         raise LayerNameError("layers='auto' needs images to measure on, and the loader gives none")
     few = images[:2]
-    run = teacher_forward or _plainly
-    pairs = _nearest(_stages(student, few, None, _plainly), _stages(teacher, few, teacher_transform, run))
+    forward = for_one(teacher, teacher_forward or _plainly)
+    pairs = _nearest(_stages(student, few, None, forward), _stages(teacher, few, teacher_transform, forward))
     if not pairs:
         raise LayerNameError("no stages with maps or tokens were found in both networks; name the layers: layers={student layer: teacher layer}")
     report = measure(
         student, teacher, loader, pairs, order=0, max_images=max_images, bootstrap=0, target_transform=teacher_transform, layout=layout,
-        repeated=repeated, forward=None if teacher_forward is None else for_one(teacher, teacher_forward), progress=False,
+        repeated=repeated, forward=forward, progress=False,
     )  # fmt: skip
     open_ = [pair for pair in report if pair.unexplained > LEARNED and sum(pair.shares) > (pair.noise_floor or 0.0)]
     taken = sorted(open_, key=lambda pair: -pair.unexplained)[:most]
@@ -100,12 +100,12 @@ def _plainly(model: nn.Module, images: Tensor) -> Any:
 
 
 def _stages(
-    model: nn.Module, images: Tensor, transform: Callable[[Tensor], Tensor] | None, run: Callable[[nn.Module, Tensor], Any]
+    model: nn.Module, images: Tensor, transform: Callable[[Tensor], Tensor] | None, forward: Callable[[nn.Module, Any], Any]
 ) -> dict[str, tuple[int, int]]:
     device = device_of(model)
     images = images if device is None else to_device(images, device)
     given = images if transform is None else transform(images)
-    return stage_grids(model, lambda: run(bare(model), given))
+    return stage_grids(model, lambda: forward(bare(model), given))
 
 
 def _nearest(student: dict[str, tuple[int, int]], teacher: dict[str, tuple[int, int]]) -> list[tuple[str, str]]:
