@@ -35,7 +35,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from prune_afterwards import AFTERWARDS
-from prune_book import LIBRARY, NAME, SEEDS, Book, chosen, fingerprint, report
+from prune_book import ALGORITHM_VERSION, NAME, SEEDS, Book, chosen, fingerprint, report
 from prune_closed import recompute_statistics
 from prune_importances import Calibration
 from prune_methods import BLOCK_STEPS, FINISHES, OURS, SOLVED, Method, Setting, rivals
@@ -145,7 +145,7 @@ class Runner:
         macs = self.task.macs
         share = macs(model) / macs(self.task.original)
         row = {**self.key(method, finish, ratio), "macs": round(share, 5), "seconds": round(seconds, 1), "accuracy": accuracy, "agreement": agreement}
-        self.book.add({**row, **more, "library": LIBRARY})
+        self.book.add({**row, **more, "algorithm_version": ALGORITHM_VERSION})
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         """A method that fails leaves no row, and the others go on; the run ends with an error that names it."""
