@@ -1,12 +1,12 @@
 """Record the numbers of a fixed set of public calls, and check later that they are still the same.
 
-    python benchmarks/regression_guard.py record benchmarks/results/regression_guard.json
-    python benchmarks/regression_guard.py check benchmarks/results/regression_guard.json  # equal to the bit
-    python benchmarks/regression_guard.py check FILE --rtol 1e-5          # on another machine
-    python benchmarks/regression_guard.py check FILE --only loss prune    # some sections
+    python -m benchmarks.regression_guard record benchmarks/results/regression_guard.json
+    python -m benchmarks.regression_guard check benchmarks/results/regression_guard.json  # equal to the bit
+    python -m benchmarks.regression_guard check FILE --rtol 1e-5          # on another machine
+    python -m benchmarks.regression_guard check FILE --only loss prune    # some sections
 
 Run `check` before and after a change that must not change any number. Everything runs on one CPU thread with fixed
-seeds, on the real networks and images of zoo.py, and takes two to three minutes. Floats are stored with all their
+seeds, on the real networks and images of benchmarks/common/models.py, and takes two to three minutes. Floats are stored with all their
 digits, tensors as statistics and a SHA-256 of their bytes. Hashes are compared only when --rtol is 0.
 
 A section also saves and loads what it computed, and fails if the loaded numbers differ from the saved ones.
@@ -46,13 +46,13 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
-from zoo import CifarResNet, cifar10, cifar100_resnet, cifar_features, cifar_resnet
 
 # Every import, option and report field of the library is in the part that ends with "End of the library's names".
 # Follow renames there. The keys of the recorded file are this file's own and stay.
 import knowiso_train as ki
-from knowiso_train.pruning import mix_patches
-from knowiso_train.refinement import FineTuning
+from benchmarks.common.models import CifarResNet, cifar10, cifar100_resnet, cifar_features, cifar_resnet
+from knowiso_train.pruning import cutmix
+from knowiso_train.refinement import FinetuneConfig
 
 Numbers = dict[str, Any]
 QUIET: dict[str, Any] = {"progress": False}
@@ -85,7 +85,7 @@ IMPORTANCE_CALLS: Calls = {"plain": {}, "alone": {"cumulative": False, "per": "c
 TUNE_CALLS: Calls = {
     "features": {},
     "patches and logits": {
-        "transform": partial(mix_patches, flip=True),
+        "transform": partial(cutmix, flip=True),
         "logit_weight": 0.5,
         "frozen_statistics": False,
     },
@@ -195,7 +195,7 @@ def pruned_reloaded(pruned: Any, fresh: nn.Module, folder: Path) -> nn.Module:
 
 def call_tune(pruned: nn.Module, original: nn.Module, batches: Any, **options: Any) -> Any:
     """Tune a pruned network in place for twenty steps."""
-    return ki.tune(pruned, original, batches, steps=20, batch_size=32, **QUIET, **options)
+    return ki.finetune(pruned, original, batches, steps=20, batch_size=32, **QUIET, **options)
 
 
 def tune_numbers(report: Any) -> Numbers:
@@ -216,7 +216,9 @@ def tune_numbers(report: Any) -> Numbers:
 
 def call_refine(model: nn.Module, peers: Sequence[nn.Module], pool: Any, **options: Any) -> Any:
     """Refine a network."""
-    return ki.refine(model, peers, pool, training=FineTuning(steps=4, layers=["layer3"]), max_images=400, **QUIET, **options)
+    return ki.refine(
+        model, peers, pool, training=FinetuneConfig(steps=4, layers=["layer3"]), max_images=400, **QUIET, **options
+    )
 
 
 def refine_numbers(report: Any) -> Numbers:
@@ -230,12 +232,12 @@ def refine_numbers(report: Any) -> Numbers:
         shares = (peer.explains, peer.explained, peer.noise_floor)
         found |= keyed(f"peer {i}", shares=shares, useful=int(peer.useful))
     found |= keyed("shares", before_after=list(report.shares.values()))
-    return found | keyed("images", counts=[report.images[k] for k in ("unlabelled", "labelled", "validation", "test")])
+    return found | keyed("images", counts=[report.images[k] for k in ("unlabeled", "labeled", "validation", "test")])
 
 
 def refine_sets(labeled: Any, validation: Any, test: Any) -> dict[str, Any]:
     """Return the images with labels, by the names that refine gives them."""
-    return {"labelled": labeled, "validation": validation, "test": test}
+    return {"labeled": labeled, "validation": validation, "test": test}
 
 
 def refine_json_numbers(text: str) -> list[float]:

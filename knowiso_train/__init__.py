@@ -7,20 +7,21 @@ print(report)
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from knowiso_train.utils.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from knowiso_train.callbacks import IsomorphismCallback
     from knowiso_train.disentangle import Disentangler
+    from knowiso_train.distillation import IsomorphismLoss
     from knowiso_train.errors import KnowisoError, KnowisoWarning
     from knowiso_train.features import FeatureTaps
-    from knowiso_train.integrations.prune import prune
-    from knowiso_train.integrations.pruned_storage import load_pruned, save_pruned
-    from knowiso_train.integrations.torch_pruning import IsomorphismImportance
-    from knowiso_train.losses import IsomorphismLoss
     from knowiso_train.measurement import Report, measure
-    from knowiso_train.pruning import carrying, refit, tune
+    from knowiso_train.pruning import finetune, preserve_optimizer_state, refit
+    from knowiso_train.pruning.api import prune
+    from knowiso_train.pruning.importance import IsomorphismImportance
+    from knowiso_train.pruning.serialization import load_pruned, save_pruned
     from knowiso_train.refinement import refine
 
 __version__ = "0.1.0"
@@ -33,43 +34,36 @@ __all__ = [
     "KnowisoError",
     "KnowisoWarning",
     "Report",
-    "carrying",
+    "finetune",
     "load_pruned",
     "measure",
+    "preserve_optimizer_state",
     "prune",
     "refine",
     "refit",
     "save_pruned",
-    "tune",
 ]
 
-_HOMES = {  # resolved at first use, so that `knowiso --help` does not wait for torch
-    "Disentangler": "disentangle",
-    "FeatureTaps": "features",
-    "IsomorphismCallback": "callbacks",
-    "IsomorphismImportance": "integrations.torch_pruning",
-    "IsomorphismLoss": "losses",
-    "KnowisoError": "errors",
-    "KnowisoWarning": "errors",
-    "Report": "measurement",
-    "carrying": "pruning",
-    "load_pruned": "integrations.pruned_storage",
-    "measure": "measurement",
-    "prune": "integrations.prune",
-    "refine": "refinement",
-    "refit": "pruning",
-    "save_pruned": "integrations.pruned_storage",
-    "tune": "pruning",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'knowiso_train' has no attribute {name!r}")
-    value = getattr(import_module(f"knowiso_train.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# Imported at first use, so that `knowiso --help` does not wait for torch.
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    globals(),
+    {
+        "Disentangler": "disentangle",
+        "FeatureTaps": "features",
+        "IsomorphismCallback": "callbacks",
+        "IsomorphismImportance": "pruning.importance",
+        "IsomorphismLoss": "distillation",
+        "KnowisoError": "errors",
+        "KnowisoWarning": "errors",
+        "Report": "measurement",
+        "finetune": "pruning",
+        "load_pruned": "pruning.serialization",
+        "measure": "measurement",
+        "preserve_optimizer_state": "pruning",
+        "prune": "pruning.api",
+        "refine": "refinement",
+        "refit": "pruning",
+        "save_pruned": "pruning.serialization",
+    },
+)

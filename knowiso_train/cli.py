@@ -1,7 +1,8 @@
 """`knowiso`: measure two networks, list what can be tapped in one, show a saved report.
 
 knowiso layers resnet18
-knowiso measure --source resnet18 --target resnet50 --layers layer3 layer4 --dataset hfds/cifar100 --directions both --plot report.png
+knowiso measure --source resnet18 --target resnet50 --layers layer3 layer4 --dataset hfds/cifar100 --directions both
+--plot report.png
 accelerate launch -m knowiso_train.cli measure ...
 knowiso report report.json --plot report.png
 """
@@ -20,8 +21,8 @@ from knowiso_train import __version__
 from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError, OptionError
 
 if TYPE_CHECKING:
-    from knowiso_train.integrations import Processes
-    from knowiso_train.integrations.outline import LayerLine
+    from knowiso_train.experiment.processes import Processes
+    from knowiso_train.features.summary import LayerSummary
     from knowiso_train.measurement import Report
 
 FAILED = 2  # what argparse exits with, too
@@ -49,11 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every command and option."""
-    whole = argparse.ArgumentParser(prog="knowiso", description="Which knowledge do two vision networks share, layer by layer?")
+    whole = argparse.ArgumentParser(
+        prog="knowiso", description="Which knowledge do two vision networks share, layer by layer?"
+    )
     whole.add_argument("--version", action="version", version=f"knowiso_train {__version__}")
     commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _measure_options(commands.add_parser("measure", help="measure two timm networks on any images that timm reads", description=measure.__doc__))
-    _layers_options(commands.add_parser("layers", help="list the layers of a network, with the shapes they emit", description=layers.__doc__))
+    _measure_options(
+        commands.add_parser(
+            "measure", help="measure two timm networks on any images that timm reads", description=measure.__doc__
+        )
+    )
+    _layers_options(
+        commands.add_parser(
+            "layers", help="list the layers of a network, with the shapes they emit", description=layers.__doc__
+        )
+    )
     _report_options(commands.add_parser("report", help="show a saved report again", description=show.__doc__))
     return whole
 
@@ -64,15 +75,22 @@ def measure(args: argparse.Namespace) -> None:
     import torch
 
     import knowiso_train as ki
-    from knowiso_train.integrations import Processes, image_loader, input_transform, load_model
+    from knowiso_train.experiment.processes import Processes
+    from knowiso_train.loading.datasets import image_loader
+    from knowiso_train.loading.timm import input_transform, load_model
 
     processes = Processes(args.device)
     try:
-        torch.manual_seed(args.seed)  # random weights (--no-pretrained) are the same in every process and every run
+        # Random weights (--no-pretrained) are the same in every process and every run
+        torch.manual_seed(args.seed)
         source, target = (
-            load_model(spec, checkpoint=file, pretrained=args.pretrained, num_classes=classes, in_order=args.checkpoints_in_order).to(
-                processes.device
-            )
+            load_model(
+                spec,
+                checkpoint=file,
+                pretrained=args.pretrained,
+                num_classes=classes,
+                in_order=args.checkpoints_in_order,
+            ).to(processes.device)
             for spec, file, classes in (
                 (args.source, args.source_checkpoint, args.source_classes),
                 (args.target, args.target_checkpoint, args.target_classes),
@@ -118,16 +136,16 @@ def layers(args: argparse.Namespace) -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from knowiso_train.features import named_stages, resolve
-    from knowiso_train.integrations import load_model
-    from knowiso_train.integrations.outline import outline
+    from knowiso_train.features import named_stages, resolve_layers
+    from knowiso_train.features.summary import layer_summary
+    from knowiso_train.loading.timm import load_model
 
     model = load_model(args.model, pretrained=False)
     channels, height, width = resolve_model_data_config(model)["input_size"]
     size = (height, width) if args.image_size is None else (args.image_size, args.image_size)
-    wanted = set(resolve(model, args.match)) if args.match else None
+    wanted = set(resolve_layers(model, args.match)) if args.match else None
     try:
-        lines = outline(model, torch.zeros(2, channels, *size))
+        lines = layer_summary(model, torch.zeros(2, channels, *size))
     except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts its input size
         raise OptionError(f"{args.model} cannot run on images of {size[0]} × {size[1]}: {error}") from error
     shown = [line for line in lines if (line.name in wanted if wanted is not None else line.depth <= args.depth)]
@@ -135,7 +153,11 @@ def layers(args: argparse.Namespace) -> None:
     print(_layer_table(shown, ends := named_stages(model)))
     notes = ["★ end of a stage"] if any(line.name in ends for line in shown) else []
     if hidden := len(lines) - len(shown):
-        notes.append(f"{hidden} more: --depth {args.depth + 1}, or --match '**.conv1'" if wanted is None else f"{hidden} others do not match")
+        notes.append(
+            f"{hidden} more: --depth {args.depth + 1}, or --match '**.conv1'"
+            if wanted is None
+            else f"{hidden} others do not match"
+        )
     print("\n" + " · ".join([*notes, "names and globs go to `knowiso measure --layers`"]))
 
 
@@ -186,7 +208,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
         from importlib.util import find_spec
 
         if find_spec("matplotlib") is None:
-            raise MissingDependencyError('--plot needs matplotlib, which is not installed; pip install "knowiso_train[plots]"')
+            raise MissingDependencyError(
+                '--plot needs matplotlib, which is not installed; pip install "knowiso_train[plots]"'
+            )
         if args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise OptionError(f"--plot writes .png, .pdf or .svg, got {args.plot.name!r}")
     for path in (args.plot, getattr(args, "json", None)):
@@ -210,14 +234,19 @@ def _hand_over(report: Report, args: argparse.Namespace, processes: Processes) -
         report.plot(args.plot)
 
 
-def _layer_table(lines: Sequence[LayerLine], ends: set[str]) -> str:
+def _layer_table(lines: Sequence[LayerSummary], ends: set[str]) -> str:
     rows = [("layer", "type", "channels", "grid", "")]
     for line in lines:
         grid = "–" if line.grid is None else f"{line.grid[0]} × {line.grid[1]}"
         mark = " ★" if line.name in ends else ""
-        rows.append((f"{line.name}{mark}", line.kind, "–" if line.channels is None else str(line.channels), grid, line.note))
+        rows.append(
+            (f"{line.name}{mark}", line.kind, "–" if line.channels is None else str(line.channels), grid, line.note)
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    out = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in rows]
+    out = [
+        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
+        for a, b, c, d, e in rows
+    ]
     return "\n".join([out[0], "─" * (sum(widths[:4]) + 8), *out[1:]])
 
 
@@ -234,59 +263,140 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
     networks.add_argument("--source", required=True, metavar="MODEL", help="timm network that explains")
     networks.add_argument("--target", required=True, metavar="MODEL", help="timm network that is explained")
     networks.add_argument(
-        "--layers", required=True, nargs="+", metavar="LAYER", help="names or globs, or source=target pairs; `knowiso layers MODEL` lists them"
+        "--layers",
+        required=True,
+        nargs="+",
+        metavar="LAYER",
+        help="names or globs, or source=target pairs; `knowiso layers MODEL` lists them",
     )
     for role in ("source", "target"):
-        networks.add_argument(f"--{role}-checkpoint", metavar="FILE", help=f"weights of the {role}: .safetensors, .pth, .pt, .th (default: timm's)")
-        networks.add_argument(f"--{role}-classes", type=int, metavar="N", help=f"width of the {role}'s classifier (default: the network's own)")
-    networks.add_argument("--checkpoints-in-order", action="store_true", help="map tensors in order where only the names differ (default: off)")
-    networks.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights (default: timm's published weights)")
+        networks.add_argument(
+            f"--{role}-checkpoint",
+            metavar="FILE",
+            help=f"weights of the {role}: .safetensors, .pth, .pt, .th (default: timm's)",
+        )
+        networks.add_argument(
+            f"--{role}-classes",
+            type=int,
+            metavar="N",
+            help=f"width of the {role}'s classifier (default: the network's own)",
+        )
+    networks.add_argument(
+        "--checkpoints-in-order",
+        action="store_true",
+        help="map tensors in order where only the names differ (default: off)",
+    )
+    networks.add_argument(
+        "--no-pretrained",
+        dest="pretrained",
+        action="store_false",
+        help="random weights (default: timm's published weights)",
+    )
 
     images = options.add_argument_group("images")
     images.add_argument(
-        "--dataset", required=True, metavar="SPEC", help="a folder of images, hfds/NAME, hfds/FOLDER or torch/NAME, as timm reads them"
+        "--dataset",
+        required=True,
+        metavar="SPEC",
+        help="a folder of images, hfds/NAME, hfds/FOLDER or torch/NAME, as timm reads them",
     )
-    images.add_argument("--split", help="split (default: a folder whole; else the first of validation, val, valid, test, train)")
-    images.add_argument("--data-dir", metavar="DIR", help="where torch/ datasets are kept, cache of hfds/ (default: the hub's own)")
-    images.add_argument("--download", action="store_true", help="download torch/ datasets that are missing (default: off)")
-    images.add_argument("--image-size", type=int, default=224, metavar="PX", help="short side is resized, centre cropped (default: %(default)s)")
     images.add_argument(
-        "--input-size", default="model", choices=("model", "image"), help="what networks see: their own size, or --image-size (default: %(default)s)"
+        "--split", help="split (default: a folder whole; else the first of validation, val, valid, test, train)"
     )
-    images.add_argument("--max-images", type=int, metavar="N", help="read no more than this many, over all processes (default: all)")
+    images.add_argument(
+        "--data-dir", metavar="DIR", help="where torch/ datasets are kept, cache of hfds/ (default: the hub's own)"
+    )
+    images.add_argument(
+        "--download", action="store_true", help="download torch/ datasets that are missing (default: off)"
+    )
+    images.add_argument(
+        "--image-size",
+        type=int,
+        default=224,
+        metavar="PX",
+        help="short side is resized, center cropped (default: %(default)s)",
+    )
+    images.add_argument(
+        "--input-size",
+        default="model",
+        choices=("model", "image"),
+        help="what networks see: their own size, or --image-size (default: %(default)s)",
+    )
+    images.add_argument(
+        "--max-images", type=int, metavar="N", help="read no more than this many, over all processes (default: all)"
+    )
     images.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a batch (default: %(default)s)")
-    images.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode images (default: %(default)s)")
+    images.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that decode images (default: %(default)s)"
+    )
 
     method = options.add_argument_group("method")
-    method.add_argument("--order", type=int, default=2, metavar="K", help="highest number of non-linear steps (default: %(default)s)")
-    method.add_argument("--kernel-size", type=int, metavar="N", help="neighbourhood of the maps, 1 or 3 (default: 1; 3 for the paper's solver)")
-    method.add_argument("--solver", default="closed_form", choices=("closed_form", "paper"), help="how maps are fitted (default: %(default)s)")
     method.add_argument(
-        "--directions", default="forward", choices=("forward", "backward", "both"), help="forward explains the target (default: %(default)s)"
+        "--order", type=int, default=2, metavar="K", help="highest number of non-linear steps (default: %(default)s)"
     )
-    method.add_argument("--no-noise-floor", dest="noise_floor", action="store_false", help="skip the fit to shuffled targets (default: it is done)")
-    method.add_argument("--seed", type=int, default=0, help="of split, samples, bootstrap and random weights (default: %(default)s)")
+    method.add_argument(
+        "--kernel-size",
+        type=int,
+        metavar="N",
+        help="neighborhood of the maps, 1 or 3 (default: 1; 3 for the paper's solver)",
+    )
+    method.add_argument(
+        "--solver",
+        default="closed_form",
+        choices=("closed_form", "paper"),
+        help="how maps are fitted (default: %(default)s)",
+    )
+    method.add_argument(
+        "--directions",
+        default="forward",
+        choices=("forward", "backward", "both"),
+        help="forward explains the target (default: %(default)s)",
+    )
+    method.add_argument(
+        "--no-noise-floor",
+        dest="noise_floor",
+        action="store_false",
+        help="skip the fit to shuffled targets (default: it is done)",
+    )
+    method.add_argument(
+        "--seed", type=int, default=0, help="of split, samples, bootstrap and random weights (default: %(default)s)"
+    )
 
     running = options.add_argument_group("running")
     running.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: what accelerate picks)")
-    running.add_argument("--autocast", choices=("bf16", "fp16"), help="of the networks; statistics stay in full precision (default: off)")
+    running.add_argument(
+        "--autocast", choices=("bf16", "fp16"), help="of the networks; statistics stay in full precision (default: off)"
+    )
     running.add_argument("--json", type=Path, metavar="FILE", help="write the report (default: not written)")
-    running.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)")
-    running.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars (default: shown)")
+    running.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)"
+    )
+    running.add_argument(
+        "--no-progress", dest="progress", action="store_false", help="no progress bars (default: shown)"
+    )
     options.set_defaults(run=measure)
 
 
 def _layers_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("model", metavar="MODEL", help="timm network")
-    options.add_argument("--depth", type=int, default=2, metavar="N", help="dotted segments to show (default: %(default)s)")
-    options.add_argument("--match", nargs="+", metavar="GLOB", help="show these instead, at any depth: * within a segment, ** across (default: all)")
+    options.add_argument(
+        "--depth", type=int, default=2, metavar="N", help="dotted segments to show (default: %(default)s)"
+    )
+    options.add_argument(
+        "--match",
+        nargs="+",
+        metavar="GLOB",
+        help="show these instead, at any depth: * within a segment, ** across (default: all)",
+    )
     options.add_argument("--image-size", type=int, metavar="PX", help="side of the input (default: the network's own)")
     options.set_defaults(run=layers)
 
 
 def _report_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("report", metavar="FILE", help="JSON of a report")
-    options.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)")
+    options.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)"
+    )
     options.set_defaults(run=show)
 
 

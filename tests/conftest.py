@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also for the processes that tests start
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the same bits on every machine; tests of other devices say so
+# The same bits on every machine; tests of other devices say so
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # zoo.py: real networks and images, shared with the benchmarks
-
-import pretended  # noqa: E402, F401  # where a device is to be pretended, PyTorch hears of it before anything else
-import zoo  # noqa: E402
+from benchmarks.common import models
+from tests.helpers import fake_device  # noqa: F401  # registers the fake device before anything else uses torch
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +33,7 @@ def _no_accelerator_left() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("data") and not (zoo.DATA / "README.md").exists():
-            item.add_marker(pytest.mark.skip(reason=f"real data not found at {zoo.DATA}; set KNOWISO_DATA"))
+        if item.get_closest_marker("data") and not (models.DATA / "README.md").exists():
+            item.add_marker(pytest.mark.skip(reason=f"real data not found at {models.DATA}; set KNOWISO_DATA"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))

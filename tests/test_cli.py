@@ -47,7 +47,12 @@ def options(pictures: Path, **changes: str) -> list[str]:
         "workers": "0",
         "device": "cpu",
     } | {name.replace("_", "-"): value for name, value in changes.items()}
-    return ["measure", "--no-pretrained", "--no-progress", *(word for name, value in values.items() for word in (f"--{name}", *value.split()))]
+    return [
+        "measure",
+        "--no-pretrained",
+        "--no-progress",
+        *(word for name, value in values.items() for word in (f"--{name}", *value.split())),
+    ]
 
 
 def test_measure_prints_and_writes(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +93,18 @@ def test_a_network_explains_itself(pictures: Path, tmp_path: Path) -> None:
 
     torch.save({"state_dict": timm.create_model("test_resnet").state_dict()}, tmp_path / "w.pth")
     weights = str(tmp_path / "w.pth")
-    assert main(options(pictures, source_checkpoint=weights, target_checkpoint=weights, json=str(tmp_path / "out.json"), max_images="120")) == 0
+    assert (
+        main(
+            options(
+                pictures,
+                source_checkpoint=weights,
+                target_checkpoint=weights,
+                json=str(tmp_path / "out.json"),
+                max_images="120",
+            )
+        )
+        == 0
+    )
     report = Report.from_json(tmp_path / "out.json")
     assert report.pairs[0].unexplained < 1e-3
     assert (report.source, report.target) == ("test_resnet (w) (source)", "test_resnet (w) (target)")
@@ -117,7 +133,9 @@ def test_report_shows_a_saved_one_again(pictures: Path, tmp_path: Path, capsys: 
         ({"order": "-1"}, "order"),
     ],
 )
-def test_errors_are_one_message(pictures: Path, changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_message(
+    pictures: Path, changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(options(pictures, **changes)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -128,7 +146,8 @@ def test_errors_are_one_message(pictures: Path, changes: dict[str, str], message
 
 @pytest.mark.filterwarnings("default::knowiso_train.errors.KnowisoWarning")
 def test_warnings_are_one_line_each(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(options(pictures, layers="layer4", max_images="40")) == 0  # 96 channels on one position: far too few rows
+    # 96 channels on one position: far too few rows
+    assert main(options(pictures, layers="layer4", max_images="40")) == 0
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert lines
@@ -187,8 +206,18 @@ def test_accelerate_launch_measures_the_same_in_two_processes(pictures: Path, tm
     assert main(arguments) == 0
     arguments[arguments.index(str(tmp_path / "one.json"))] = str(tmp_path / "two.json")
     port = str(29_100 + os.getpid() % 400)
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # with --cpu, accelerate would start one process
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "knowiso_train.cli"]
+    # With --cpu, accelerate would start one process
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        port,
+        "-m",
+        "knowiso_train.cli",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

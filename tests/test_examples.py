@@ -29,7 +29,12 @@ def test_examples_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in knowiso_train.__all__ if inspect.isfunction(getattr(knowiso_train, n)) or inspect.isclass(getattr(knowiso_train, n))]
+    "name",
+    [
+        n
+        for n in knowiso_train.__all__
+        if inspect.isfunction(getattr(knowiso_train, n)) or inspect.isclass(getattr(knowiso_train, n))
+    ],
 )
 def test_public_names_have_an_example(name: str) -> None:
     value = getattr(knowiso_train, name)
@@ -46,6 +51,10 @@ def test_every_error_is_also_a_builtin_one() -> None:
     ]
     assert len(kinds) >= 8
     for kind in kinds:
-        builtin = [base for base in kind.__mro__ if base.__module__ == "builtins" and base not in (Exception, BaseException, object)]
+        builtin = [
+            base
+            for base in kind.__mro__
+            if base.__module__ == "builtins" and base not in (Exception, BaseException, object)
+        ]
         assert builtin, kind
         assert str(kind("what to do")) == "what to do"

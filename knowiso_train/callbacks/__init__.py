@@ -1,6 +1,9 @@
-"""What a training loop holds: a measurement every n steps, its curves and its report."""
+"""Callbacks of training loops."""
 
-from knowiso_train.callbacks.history import Measured
+from knowiso_train.callbacks.history import Measurement
 from knowiso_train.callbacks.isomorphism import IsomorphismCallback
 
-__all__ = ["IsomorphismCallback", "Measured"]
+__all__ = [
+    "IsomorphismCallback",
+    "Measurement",
+]

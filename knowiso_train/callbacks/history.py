@@ -1,4 +1,4 @@
-"""What was measured at which step, as plain values."""
+"""Measurements of one training run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from knowiso_train.errors import FormatError
-from knowiso_train.measurement import PairResult, Report
+from knowiso_train.measurement.report import PairResult, Report
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """One measurement: the number of training steps before it, and its report (without the fitted maps).
 
     Example:
         >>> from knowiso_train.measurement import Report
-        >>> Measured(500, Report("a", "b", (), {}, {}, 0.1, {})).figures
+        >>> Measurement(500, Report("a", "b", (), {}, {}, 0.1, {})).figures
         {}
     """
 
@@ -39,26 +39,34 @@ def without_maps(report: Report) -> Report:
     return replace(report, pairs=tuple(replace(pair, disentangler=None) for pair in report))
 
 
-def to_plain(history: Sequence[Measured]) -> list[dict[str, Any]]:
+def to_plain(history: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Dicts, lists, numbers and text: what `torch.load(weights_only=True)` reads."""
     return [{"step": measured.step, "report": measured.report.to_dict()} for measured in history]
 
 
-def from_plain(values: Any) -> list[Measured]:
+def from_plain(values: Any) -> list[Measurement]:
     """The inverse of `to_plain`.
 
     Raises:
         FormatError: other values.
     """
-    if not isinstance(values, list) or not all(isinstance(entry, Mapping) and set(entry) == {"step", "report"} for entry in values):
-        raise FormatError("expected the history that IsomorphismCallback.state_dict gave, a list of {'step': …, 'report': …}; got something else")
-    return [Measured(int(entry["step"]), Report.from_dict(entry["report"])) for entry in values]
+    if not isinstance(values, list) or not all(
+        isinstance(entry, Mapping) and set(entry) == {"step", "report"} for entry in values
+    ):
+        raise FormatError(
+            "expected the history that IsomorphismCallback.state_dict gave, a list of {'step': …, 'report': …}; got something else"
+        )
+    return [Measurement(int(entry["step"]), Report.from_dict(entry["report"])) for entry in values]
 
 
-def to_rows(history: Sequence[Measured]) -> list[dict[str, float | None]]:
+def to_rows(history: Sequence[Measurement]) -> list[dict[str, float | None]]:
     """One flat row per measurement, for JSON: what is not finite is null there."""
     return [
-        {"step": measured.step, **{name: value if math.isfinite(value) else None for name, value in measured.figures.items()}} for measured in history
+        {
+            "step": measured.step,
+            **{name: value if math.isfinite(value) else None for name, value in measured.figures.items()},
+        }
+        for measured in history
     ]
 
 

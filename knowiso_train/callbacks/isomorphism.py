@@ -1,4 +1,4 @@
-"""Measures while training runs."""
+"""Measurement at intervals during training."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
-from knowiso_train.callbacks.apart import apart
 from knowiso_train.callbacks.curves import plot_curves
-from knowiso_train.callbacks.history import Measured, from_plain, to_plain, to_rows, without_maps
-from knowiso_train.disentangle import Settings
+from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, to_rows, without_maps
+from knowiso_train.disentangle.config import DisentangleConfig
+from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, KnowisoWarning, MissingDependencyError, OptionError
-from knowiso_train.features import bare, for_one, pair_layers, undisturbed
-from knowiso_train.losses import IsomorphismLoss
-from knowiso_train.measurement import Report, measure
-from knowiso_train.measurement.images import ImageStream
-from knowiso_train.statistics import Group
+from knowiso_train.features.modules import forward_override, pair_layers, unwrap_model
+from knowiso_train.features.state import isolated_eval, preserve_state
+from knowiso_train.measurement.data import SplitImageLoader
+from knowiso_train.measurement.measure import measure
+from knowiso_train.measurement.report import Report
+from knowiso_train.utils.distributed import ProcessGroup
 
-_OWN = {"source", "target", "loader", "layers", "order", "target_transform", "device"}  # of measure's parameters, not passed through
+# Of measure's parameters, not passed through
+_OWN = {"source", "target", "loader", "layers", "order", "target_transform", "device"}
 OPTIONS = tuple(name for name in inspect.signature(measure).parameters if name not in _OWN)
 
 
@@ -37,9 +39,12 @@ class Log(Protocol):
 class IsomorphismCallback:
     """Measures every n training steps, on held-out images, how much of the teacher's features the student's explain.
 
-    The training goes on as if nothing had happened: modes, buffers, gradients, random state and what an attached `IsomorphismLoss` has captured are
-    as before. Networks are run bare, uncompiled and outside autocast, so a figure does not depend on where `step()` is called, and equals what
-    `measure` gives (networks that accelerate prepared for mixed precision keep it). In several processes every process calls the same methods
+    The training goes on as if nothing had happened: modes, buffers, gradients, random state and what an attached
+    `IsomorphismLoss` has captured are
+    as before. Networks are run bare, uncompiled and outside autocast, so a figure does not depend on where `step()` is
+    called, and equals what
+    `measure` gives (networks that accelerate prepared for mixed precision keep it). In several processes every process
+    calls the same methods
     equally often; the first one logs and writes.
 
     Args:
@@ -49,12 +54,15 @@ class IsomorphismCallback:
         layers: as for `measure`: {student layer: teacher layer}, names or globs, or tuples.
         every: training steps between measurements.
         order: K, the highest number of non-linear steps; orders above 0 train small maps, which takes longer.
-        log: called with flat figures, `log({"iso/val/<source>→<target>/share": 0.4, …}, step=500)`; `accelerator.log` fits.
-        path: folder for `end()` to write to: `report.json` (the last report), `history.json` (figures of every measurement) and, where matplotlib
+        log: called with flat figures, `log({"iso/val/<source>→<target>/share": 0.4, …}, step=500)`; `accelerator.log`
+            fits.
+        path: folder for `end()` to write to: `report.json` (the last report), `history.json` (figures of every
+            measurement) and, where matplotlib
             is installed, `shares.png` (curves over steps).
-        teacher_transform: applied to the images before the teacher, where resolution or normalisation differ.
+        teacher_transform: applied to the images before the teacher, where resolution or normalization differ.
         teacher_forward: `teacher_forward(teacher, images)` in place of `teacher(images)`.
-        **options: of `measure`: `max_images`, `kernel_size`, `directions`, `noise_floor`, `layout`, … No progress is shown unless `progress=True`.
+        **options: of `measure`: `max_images`, `kernel_size`, `directions`, `noise_floor`, `layout`, … No progress is
+            shown unless `progress=True`.
 
     Raises:
         OptionError: an option without meaning.
@@ -92,19 +100,23 @@ class IsomorphismCallback:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"every must be a positive number of training steps, got {every!r}")
         if log is not None and not callable(log):
-            raise OptionError(f"log must be callable as log(values, step=step), such as accelerator.log; got {type(log).__name__}")
+            raise OptionError(
+                f"log must be callable as log(values, step=step), such as accelerator.log; got {type(log).__name__}"
+            )
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise OptionError(f"path must be a folder for report.json, history.json and shares.png; {path} is a file")
         if teacher_forward is not None:
             if options.get("forward") is not None:
-                raise OptionError("pass teacher_forward=, for the teacher alone, or forward=, for both networks, not both")
-            options = options | {"forward": for_one(teacher, teacher_forward)}
+                raise OptionError(
+                    "pass teacher_forward=, for the teacher alone, or forward=, for both networks, not both"
+                )
+            options = options | {"forward": forward_override(teacher, teacher_forward)}
         _check_options(loader, order, options)
         self.student, self.teacher, self.loader = student, teacher, loader
         self.pairs = tuple(pair_layers(student, teacher, layers))
         self.every, self.order, self.log, self.path = every, order, log, None if path is None else Path(path)
         self.steps = 0
-        self.history: list[Measured] = []
+        self.history: list[Measurement] = []
         self._options: dict[str, Any] = {"progress": False} | options | {"target_transform": teacher_transform}
 
     @classmethod
@@ -127,7 +139,9 @@ class IsomorphismCallback:
         }  # fmt: skip
         if options.get("forward") is None:
             given["teacher_forward"] = iso.teacher_forward
-        return cls(iso.student, iso.teacher, loader, [(pair.source, pair.target) for pair in iso.pairs], **given | options)
+        return cls(
+            iso.student, iso.teacher, loader, [(pair.source, pair.target) for pair in iso.pairs], **given | options
+        )
 
     def step(self) -> Report | None:
         """Count a training step; every n-th one is measured and logged. Call it once per step, after `optimizer.step()`.
@@ -143,12 +157,19 @@ class IsomorphismCallback:
 
     def measure(self) -> Report:
         """Measure now, whatever the step: before the first one, for the curve's beginning. A second measurement of a step replaces the first."""
-        with apart(self.student, self.teacher):
+        with isolated_eval(self.student, self.teacher):
             layers = [(pair.source, pair.target) for pair in self.pairs]
-            report = measure(bare(self.student), bare(self.teacher), self.loader, layers, order=self.order, **self._options)
-        measured = Measured(self.steps, without_maps(report))
+            report = measure(
+                unwrap_model(self.student),
+                unwrap_model(self.teacher),
+                self.loader,
+                layers,
+                order=self.order,
+                **self._options,
+            )
+        measured = Measurement(self.steps, without_maps(report))
         self.history = [earlier for earlier in self.history if earlier.step != self.steps] + [measured]
-        if self.log is not None and Group().rank == 0:
+        if self.log is not None and ProcessGroup().rank == 0:
             self.log(measured.figures, step=self.steps)
         return measured.report
 
@@ -156,7 +177,7 @@ class IsomorphismCallback:
         """The last report; measured now, unless the last step was. Reports and curves are written where there is a `path`."""
         if not self.history or self.history[-1].step != self.steps:
             self.measure()
-        if self.path is not None and Group().rank == 0:
+        if self.path is not None and ProcessGroup().rank == 0:
             self._write(self.path)
         return self.history[-1].report
 
@@ -171,14 +192,22 @@ class IsomorphismCallback:
             FormatError: other values; then nothing has changed.
         """
         if not isinstance(state, Mapping) or set(state) != {"steps", "history"} or not isinstance(state["steps"], int):
-            got = {str(key): type(value).__name__ for key, value in state.items()} if isinstance(state, Mapping) else type(state).__name__
-            raise FormatError(f"expected the state of an IsomorphismCallback, {{'steps': int, 'history': list}}; got {got}")
+            got = (
+                {str(key): type(value).__name__ for key, value in state.items()}
+                if isinstance(state, Mapping)
+                else type(state).__name__
+            )
+            raise FormatError(
+                f"expected the state of an IsomorphismCallback, {{'steps': int, 'history': list}}; got {got}"
+            )
         self.steps, self.history = state["steps"], from_plain(state["history"])
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.history[-1].report.to_json(folder / "report.json")
-        (folder / "history.json").write_text(json.dumps(to_rows(self.history), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "history.json").write_text(
+            json.dumps(to_rows(self.history), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         try:
             plot_curves(self.history, folder / "shares.png")
         except MissingDependencyError as error:
@@ -193,6 +222,8 @@ def _check_options(loader: Iterable[Any], order: int, options: Mapping[str, Any]
             raise OptionError(
                 f"{name!r} is no option of measure that can be passed on; {f'nearest: {near}' if near else f'there are {list(OPTIONS)}'}"
             )
-    Settings(order=order, **{field.name: options[field.name] for field in fields(Settings) if field.name in options})
-    with undisturbed():  # a sampler may draw
-        ImageStream(loader, **{name: options[name] for name in ("split", "seed", "max_images") if name in options})
+    DisentangleConfig(
+        order=order, **{field.name: options[field.name] for field in fields(DisentangleConfig) if field.name in options}
+    )
+    with preserve_state():  # a sampler may draw
+        SplitImageLoader(loader, **{name: options[name] for name in ("split", "seed", "max_images") if name in options})

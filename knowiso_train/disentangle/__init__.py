@@ -1,9 +1,12 @@
-"""From paired features to maps that split one into what the other reproduces, by non-linear order."""
+"""Maps that split a feature by non-linear order."""
 
-from knowiso_train.disentangle.disentangler import Disentangler
-from knowiso_train.disentangle.fitting import make_fitter
-from knowiso_train.disentangle.paper_fit import PaperRecipe
-from knowiso_train.disentangle.settings import Settings
-from knowiso_train.disentangle.stage_fit import StageRecipe
+from knowiso_train.disentangle.config import DisentangleConfig, NonlinearConfig, PaperConfig
+from knowiso_train.disentangle.disentangler import Disentangler, make_fitter
 
-__all__ = ["Disentangler", "PaperRecipe", "Settings", "StageRecipe", "make_fitter"]
+__all__ = [
+    "DisentangleConfig",
+    "Disentangler",
+    "NonlinearConfig",
+    "PaperConfig",
+    "make_fitter",
+]

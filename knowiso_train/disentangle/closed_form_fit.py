@@ -1,4 +1,4 @@
-"""Fitting the closed form from streamed features: memory independent of the number of images."""
+"""Fitting of the closed-form maps."""
 
 from __future__ import annotations
 
@@ -9,32 +9,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from knowiso_train.disentangle.closed_form import ClosedFormMaps
-from knowiso_train.disentangle.fitter import Fitter, Task
-from knowiso_train.disentangle.options import recipe_of
-from knowiso_train.disentangle.readout import predicted, write_conv
-from knowiso_train.disentangle.ridge import FIXED_RIDGE, SEARCH_LIMIT, Spectrum, solve_ridge
-from knowiso_train.disentangle.settings import Settings
-from knowiso_train.disentangle.stage_fit import StageRecipe, fit_order
+from knowiso_train.disentangle.closed_form import ClosedFormMaps, predicted, write_conv
+from knowiso_train.disentangle.config import DisentangleConfig, NonlinearConfig, parse_solver_options
+from knowiso_train.disentangle.fitter import FitSpec, Fitter
+from knowiso_train.disentangle.nonlinear import fit_order
 from knowiso_train.errors import KnowisoWarning
-from knowiso_train.statistics import FeatureSample, Sample, StreamingMoments, sample_positions
+from knowiso_train.regression.moments import StreamingMoments
+from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, Spectrum, solve_ridge
+from knowiso_train.regression.sampling import FeatureSample, Sample, sample_positions
 
 
 class ClosedFormFitter(Fitter):
     """Order 0 from moments of all positions; higher orders from a bounded sample."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: FitSpec) -> None:
         super().__init__(task)
         settings = task.settings
         self.settings, self.kernel_size = settings, settings.kernel_size or 1
-        self.recipe = recipe_of(StageRecipe, settings.solver_options, "closed-form")
+        self.recipe = parse_solver_options(NonlinearConfig, settings.solver_options, "closed-form")
         self.projection = _projection(task.source_channels, settings)
         inner = task.source_channels if self.projection is None else len(self.projection)
-        self.moments = [StreamingMoments(inner, task.targets * task.target_channels, self.kernel_size, task.device) for _ in range(2)]
+        self.moments = [
+            StreamingMoments(inner, task.targets * task.target_channels, self.kernel_size, task.device)
+            for _ in range(2)
+        ]
         halo = (settings.order + 1) * (self.kernel_size // 2)
         self.samples = [
             FeatureSample(rows, images, self.kernel_size, halo, settings.seed)
-            for rows, images in ((settings.max_rows, task.expected), (max(1, settings.max_rows // 4), max(1, task.expected // 4)))
+            for rows, images in (
+                (settings.max_rows, task.expected),
+                (max(1, settings.max_rows // 4), max(1, task.expected // 4)),
+            )
         ]
 
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
@@ -47,7 +52,11 @@ class ClosedFormFitter(Fitter):
             chosen = torch.from_numpy(np.flatnonzero(mask)).to(x.device)
             xs, ys, ids = x[chosen], y[chosen], index[mask]
             few = self.settings.positions is not None and self.settings.positions < cells
-            positions = sample_positions(ids, cells, self.settings.positions or cells, self.settings.seed).to(x.device) if few else None
+            positions = (
+                sample_positions(ids, cells, self.settings.positions or cells, self.settings.seed).to(x.device)
+                if few
+                else None
+            )
             self.moments[role].update(xs, ys, positions)
             if self.settings.order:
                 self.samples[role].add(xs, ys, ids)
@@ -64,11 +73,13 @@ class ClosedFormFitter(Fitter):
         if ridge == "search" and held is None:
             ridge = FIXED_RIDGE
             self.notes.append("no image fell to the selection set: ridge fixed at 1e-4")
-        if ridge == "search" and len(fit.mean_x) > SEARCH_LIMIT:
-            self.notes.append(f"{len(fit.mean_x)} columns: ridge fixed at 1e-4, searched only up to {SEARCH_LIMIT}")
+        if ridge == "search" and len(fit.mean_x) > MAX_SEARCH_FEATURES:
+            self.notes.append(
+                f"{len(fit.mean_x)} columns: ridge fixed at 1e-4, searched only up to {MAX_SEARCH_FEATURES}"
+            )
         self._look_at(label)
         samples = [sample.result(self.task.group) for sample in self.samples] if self.settings.order else [None, None]
-        shared = Spectrum.of(fit, held) if self.task.targets > 1 and len(fit.mean_x) <= SEARCH_LIMIT else None
+        shared = Spectrum.of(fit, held) if self.task.targets > 1 and len(fit.mean_x) <= MAX_SEARCH_FEATURES else None
         results: list[nn.Module] = []
         for target in range(self.task.targets):
             part = self.part(target)
@@ -81,12 +92,19 @@ class ClosedFormFitter(Fitter):
             used = self._orders(maps, own, scale, ridge, progress=progress and target == 0, label=label)
             self.task.group.broadcast_(list(maps.state_dict().values()))
             self.ridges.append((linear.ridge, *self.task.group.gather(used)[0]))
-            self.centres.append(fit.mean_y[part])
+            self.centers.append(fit.mean_y[part])
             results.append(maps.eval())
         return results
 
     def _orders(
-        self, maps: ClosedFormMaps, samples: list[Sample | None], scale: float, ridge: float | str, *, progress: bool, label: str
+        self,
+        maps: ClosedFormMaps,
+        samples: list[Sample | None],
+        scale: float,
+        ridge: float | str,
+        *,
+        progress: bool,
+        label: str,
     ) -> list[float]:
         """Fit orders 1…K one after the other; by rank 0, which broadcasts."""
         used: list[float] = []
@@ -96,7 +114,20 @@ class ClosedFormFitter(Fitter):
             fit, select = left
             if fit is None or self.task.group.rank:
                 return []
-            used.append(fit_order(maps, order, fit, select, scale, ridge, self.recipe, seed=self.settings.seed, progress=progress, label=label))
+            used.append(
+                fit_order(
+                    maps,
+                    order,
+                    fit,
+                    select,
+                    scale,
+                    ridge,
+                    self.recipe,
+                    seed=self.settings.seed,
+                    progress=progress,
+                    label=label,
+                )
+            )
         return used
 
     def _empty(self) -> ClosedFormMaps:
@@ -104,7 +135,14 @@ class ClosedFormFitter(Fitter):
         projection = None if self.projection is None else self.projection.to(self.task.dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            maps = ClosedFormMaps(self.task.source_channels, self.task.target_channels, self.settings.order, self.kernel_size, hidden, projection)
+            maps = ClosedFormMaps(
+                self.task.source_channels,
+                self.task.target_channels,
+                self.settings.order,
+                self.kernel_size,
+                hidden,
+                projection,
+            )
         return maps.to(self.task.device, self.task.dtype)
 
     def _look_at(self, label: str) -> None:
@@ -128,10 +166,12 @@ def default_hidden(target_channels: int) -> int:
     return min(max(4, 2 * target_channels), 512)
 
 
-def _projection(channels: int, settings: Settings) -> Tensor | None:
+def _projection(channels: int, settings: DisentangleConfig) -> Tensor | None:
     """Random orthonormal rows, so that the unexplained share after projection is an upper bound of the one without."""
     if settings.source_channels is None or settings.source_channels >= channels:
         return None
     generator = torch.Generator().manual_seed(settings.seed)
-    basis: Tensor = torch.linalg.qr(torch.randn(channels, settings.source_channels, generator=generator, dtype=torch.float64))[0]
+    basis: Tensor = torch.linalg.qr(
+        torch.randn(channels, settings.source_channels, generator=generator, dtype=torch.float64)
+    )[0]
     return basis.T.contiguous()

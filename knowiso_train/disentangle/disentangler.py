@@ -1,29 +1,36 @@
-"""`Disentangler`: fit, split, save and load, whichever the solver."""
+"""Maps from one feature to another, split by non-linear order."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from knowiso_train.disentangle import storage
 from knowiso_train.disentangle.closed_form import ClosedFormMaps
-from knowiso_train.disentangle.fitting import make_fitter
-from knowiso_train.disentangle.paper import PaperMaps
-from knowiso_train.disentangle.settings import Settings
+from knowiso_train.disentangle.closed_form_fit import ClosedFormFitter
+from knowiso_train.disentangle.config import DisentangleConfig
+from knowiso_train.disentangle.fitter import FitSpec, Fitter
+from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
 from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError
-from knowiso_train.features.alignment import align
-from knowiso_train.statistics import hash_unit
+from knowiso_train.features.extractor import align
+from knowiso_train.utils.distributed import ProcessGroup
+from knowiso_train.utils.hashing import hash_unit
+
+DISENTANGLER_FORMAT_VERSION = 1
+CONFIG_FILE, TENSORS_FILE = "disentangler.json", "disentangler.safetensors"
 
 
 class Disentangler(nn.Module):
     """Splits a target feature exactly: `x_B = x^(0) + … + x^(K) + residual`, where x^(k) is reproduced from the source with k non-linear steps.
 
-    Source: arXiv 1908.01581. The default solver is closed-form (order 0 by ridge regression, higher orders by stages fitted to what is left);
+    Source: arXiv 1908.01581. The default solver is closed-form (order 0 by ridge regression, higher orders by stages
+        fitted to what is left);
     `solver="paper"` is the published network and recipe.
 
     Args:
@@ -65,24 +72,29 @@ class Disentangler(nn.Module):
         solver_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.settings = Settings(order, kernel_size, solver, hidden, ridge, max_rows, None, source_channels, seed, solver_options)
+        self.settings = DisentangleConfig(
+            order, kernel_size, solver, hidden, ridge, max_rows, None, source_channels, seed, solver_options
+        )
         self.maps = None
 
     @classmethod
-    def of(cls, maps: nn.Module, settings: Settings) -> Disentangler:
+    def of(cls, maps: nn.Module, settings: DisentangleConfig) -> Disentangler:
         """Wrap maps that are already fitted."""
         result = cls()
         result.settings = settings
         result.maps = maps  # type: ignore[assignment]
         return result
 
-    def fit(self, x_source: Tensor, x_target: Tensor, *, select: float | tuple[Tensor, Tensor] = 0.2, progress: bool = False) -> Disentangler:
+    def fit(
+        self, x_source: Tensor, x_target: Tensor, *, select: float | tuple[Tensor, Tensor] = 0.2, progress: bool = False
+    ) -> Disentangler:
         """Fit the maps to paired features.
 
         Args:
             x_source: (N, C_A, H, W) or (N, C_A).
             x_target: (N, C_B, H', W') or (N, C_B), of the same N images; the source is resampled to its grid.
-            select: fraction of the images held out to choose ridge and stopping on, or a (source, target) pair of other images;
+            select: fraction of the images held out to choose ridge and stopping on, or a (source, target) pair of other
+                images;
                 0 selects on none and needs a fixed `ridge`.
             progress: show a progress bar.
 
@@ -102,14 +114,18 @@ class Disentangler(nn.Module):
             parts = [(x, y, index, False), (*others, np.arange(len(x), len(x) + len(others[0]), dtype=np.int64), True)]
         else:
             if not 0 <= select < 1:
-                raise OptionError(f"select must be a fraction in [0, 1) or a (source, target) pair of features, got {select}")
+                raise OptionError(
+                    f"select must be a fraction in [0, 1) or a (source, target) pair of features, got {select}"
+                )
             held = hash_unit(index, settings.seed) < select
             parts = [
                 (x[torch.from_numpy(m).to(x.device)], y[torch.from_numpy(m).to(y.device)], index[m], flag)
                 for m, flag in ((~held, False), (held, True))
             ]
         if settings.solver == "closed_form" and settings.ridge == "search" and not len(parts[1][0]):
-            raise OptionError('ridge="search" needs selection images: use select=0.2, a (source, target) pair, or a fixed ridge such as ridge=1e-4')
+            raise OptionError(
+                'ridge="search" needs selection images: use select=0.2, a (source, target) pair, or a fixed ridge such as ridge=1e-4'
+            )
         fitter = make_fitter(settings, x, y, len(parts[0][0]))
         for xs, ys, ids, flag in parts:
             for start in range(0, len(ids), 256):
@@ -165,7 +181,7 @@ class Disentangler(nn.Module):
                 "dtype": str(next(maps.parameters()).dtype).removeprefix("torch."),
             },
         }
-        storage.save(folder, config, maps.state_dict())
+        _write_files(folder, config, maps.state_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> Disentangler:
@@ -174,7 +190,7 @@ class Disentangler(nn.Module):
         Raises:
             FormatError: missing files, another format version, or tensors that do not fit.
         """
-        config, tensors = storage.load(folder)
+        config, tensors = _read_files(folder)
         try:
             kind = config["maps"]
             shape = (kind["source_channels"], kind["target_channels"], kind["order"], kind["kernel_size"])
@@ -183,9 +199,11 @@ class Disentangler(nn.Module):
                 maps = PaperMaps(*shape, tied=kind["tied"]).requires_grad_(False)
             else:
                 count = kind["projected_channels"]
-                maps = ClosedFormMaps(*shape, kind["hidden"], None if count is None else torch.zeros(count, kind["source_channels"]))
+                maps = ClosedFormMaps(
+                    *shape, kind["hidden"], None if count is None else torch.zeros(count, kind["source_channels"])
+                )
             maps.to(getattr(torch, kind["dtype"])).load_state_dict(tensors)
-            return cls.of(maps.eval(), Settings(**config["settings"]))
+            return cls.of(maps.eval(), DisentangleConfig(**config["settings"]))
         except KnowisoError:
             raise
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -193,7 +211,9 @@ class Disentangler(nn.Module):
 
     def _maps(self) -> ClosedFormMaps | PaperMaps:
         if self.maps is None:
-            raise OptionError("this disentangler has no maps yet; call fit(x_source, x_target) or Disentangler.load(folder) first")
+            raise OptionError(
+                "this disentangler has no maps yet; call fit(x_source, x_target) or Disentangler.load(folder) first"
+            )
         return self.maps
 
     @staticmethod
@@ -214,3 +234,62 @@ def _pair(x_source: Tensor, x_target: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) != len(y):
         raise ShapeError(f"source and target must come from the same images, got {len(x)} and {len(y)}")
     return align(x, (y.shape[2], y.shape[3])), y
+
+
+def make_fitter(
+    settings: DisentangleConfig,
+    x: Tensor,
+    y: Tensor,
+    expected: int,
+    *,
+    targets: int = 1,
+    group: ProcessGroup | None = None,
+) -> Fitter:
+    """A fitter for features like these.
+
+    Args:
+        settings: kernel decided (`Settings.on_grid`).
+        x: a source feature, (N, C_A, H, W).
+        y: its target, (N, targets · C_B, H, W).
+        expected: images that will come, as far as is known.
+        targets: number of targets stacked along the channels of `y`.
+        group: the processes that share the fit.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    task = FitSpec(
+        settings, x.shape[1], y.shape[1] // targets, targets, expected, dtype, y.device, group or ProcessGroup()
+    )
+    return (PaperFitter if settings.solver == "paper" else ClosedFormFitter)(task)
+
+
+def _write_files(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write `disentangler.json` and `disentangler.safetensors` into a folder, made if it is not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    (folder / CONFIG_FILE).write_text(
+        json.dumps({"format_version": DISENTANGLER_FORMAT_VERSION, **config}, indent=2) + "\n"
+    )
+
+
+def _read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `_write_files` wrote.
+
+    Raises:
+        FormatError: no such files, or a format that this version does not read.
+    """
+    folder = Path(folder)
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / TENSORS_FILE)
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"expected a folder with {CONFIG_FILE} and {TENSORS_FILE}; {error.filename or folder} is not there"
+        ) from error
+    except (json.JSONDecodeError, ValueError) as error:
+        raise FormatError(f"{folder} does not hold a saved disentangler: {error}") from error
+    if config.get("format_version") != DISENTANGLER_FORMAT_VERSION:
+        raise FormatError(
+            f"{folder} has format version {config.get('format_version')!r}; this version of knowiso_train reads {DISENTANGLER_FORMAT_VERSION}"
+        )
+    return config, tensors

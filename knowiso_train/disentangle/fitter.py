@@ -1,4 +1,4 @@
-"""What the fitters of both solvers have in common."""
+"""Interface of the solvers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from knowiso_train.disentangle.settings import Settings
+from knowiso_train.disentangle.config import DisentangleConfig
 from knowiso_train.errors import DataError
-from knowiso_train.statistics import Group
+from knowiso_train.utils.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
-class Task:
+class FitSpec:
     """What is to be fitted.
 
     Attributes:
@@ -30,14 +30,14 @@ class Task:
         group: the processes that share the fit.
     """
 
-    settings: Settings
+    settings: DisentangleConfig
     source_channels: int
     target_channels: int
     targets: int
     expected: int
     dtype: torch.dtype
     device: torch.device
-    group: Group
+    group: ProcessGroup
 
 
 class Fitter(ABC):
@@ -45,15 +45,15 @@ class Fitter(ABC):
 
     Attributes:
         ridges: relative ridge per order, for each target; empty where there is none.
-        centres: mean of each target, (C_B,).
+        centers: mean of each target, (C_B,).
         notes: what deserves a second look.
         rows: positions × images that order 0 (or the network) was fitted on.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: FitSpec) -> None:
         self.task = task
         self.ridges: list[tuple[float, ...]] = []
-        self.centres: list[Tensor] = []
+        self.centers: list[Tensor] = []
         self.notes: list[str] = []
         self.rows = 0
 
@@ -72,4 +72,6 @@ class Fitter(ABC):
     @staticmethod
     def nothing_to_fit(label: str) -> DataError:
         """The error for an empty fitting set."""
-        return DataError(f"{label}: no image fell to the fitting set; give more images or a larger first fraction in split=")
+        return DataError(
+            f"{label}: no image fell to the fitting set; give more images or a larger first fraction in split="
+        )

@@ -1,16 +1,11 @@
-"""Features of inner layers: named, paired, tapped, brought to one layout and one grid."""
+"""Features of inner layers: named, paired, captured and brought to one layout and grid."""
 
-from knowiso_train.features.alignment import align
-from knowiso_train.features.batches import batch_size, check_loader, for_one, image_size, inputs_of, select, to_device, with_inputs
-from knowiso_train.features.called import called_on
-from knowiso_train.features.extractor import Extractor
-from knowiso_train.features.layout import FeatureSpec, Layout, describe, infer_layout, to_nchw
-from knowiso_train.features.names import bare, named_layers, resolve
-from knowiso_train.features.pairing import LayerPair, pair_layers
-from knowiso_train.features.placement import device_of, on_device
-from knowiso_train.features.stages import named_stages, stage_grids
-from knowiso_train.features.state import undisturbed
-from knowiso_train.features.taps import FeatureTaps
+from knowiso_train.features.extractor import Extractor, align
+from knowiso_train.features.hooks import FeatureTaps, call_input
+from knowiso_train.features.layout import FeatureSpec, Layout, describe_feature, infer_layout, to_nchw
+from knowiso_train.features.modules import LayerPair, named_layers, pair_layers, resolve_layers, unwrap_model
+from knowiso_train.features.state import device_of, on_device, preserve_state
+from knowiso_train.features.summary import named_stages, stage_grids
 
 __all__ = [
     "Extractor",
@@ -19,25 +14,17 @@ __all__ = [
     "LayerPair",
     "Layout",
     "align",
-    "bare",
-    "batch_size",
-    "called_on",
-    "check_loader",
-    "describe",
+    "call_input",
+    "describe_feature",
     "device_of",
-    "for_one",
-    "image_size",
     "infer_layout",
-    "inputs_of",
     "named_layers",
     "named_stages",
     "on_device",
     "pair_layers",
-    "resolve",
-    "select",
+    "preserve_state",
+    "resolve_layers",
     "stage_grids",
-    "to_device",
     "to_nchw",
-    "undisturbed",
-    "with_inputs",
+    "unwrap_model",
 ]

@@ -1,21 +1,37 @@
-"""Which axis of a feature is channels and which are positions, and the way to (N, C, H, W)."""
+"""Layouts of features, and their conversion to (N, C, H, W)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from math import ceil, isqrt
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from knowiso_train.errors import LayoutError, ShapeError
-from knowiso_train.features.channel_axis import channel_axis, known_channels, leaves
-from knowiso_train.features.names import bare, named_layers, resolve
-from knowiso_train.features.tokens import token_grid
+from knowiso_train.features.modules import named_layers, resolve_layers, unwrap_model
 
 Layout = Literal["nchw", "nhwc", "nlc", "ncl", "nc"]
 _NDIM: dict[Layout, int] = {"nchw": 4, "nhwc": 4, "nlc": 3, "ncl": 3, "nc": 2}
 _CHANNEL_AXIS: dict[Layout, int] = {"nchw": 1, "nhwc": 3, "nlc": 2, "ncl": 1, "nc": 1}
+
+Axis = Literal[1, -1]
+# NCHW only
+_POOLS = (
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+)
+
+_PREFIX_PARAMETERS = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,8 @@ class FeatureSpec:
         layout: order of the axes.
         channels: size of the channel axis.
         grid: (height, width) of the positions; None for vectors, and for tokens without a known grid.
-        prefix_tokens: class, distillation and register tokens before the patches; they have no position and are left out.
+        prefix_tokens: class, distillation and register tokens before the patches; they have no position and are left
+            out.
     """
 
     layout: Layout
@@ -43,7 +60,9 @@ class FeatureSpec:
         """
         feature = to_nchw(tensor, self.layout, prefix_tokens=self.prefix_tokens, grid=self.grid)
         if feature.shape[1] != self.channels or (self.grid is not None and feature.shape[2:] != self.grid):
-            raise ShapeError(f"expected {self.channels} channels on a grid of {self.grid}, got shape {tuple(tensor.shape)} in layout {self.layout!r}")
+            raise ShapeError(
+                f"expected {self.channels} channels on a grid of {self.grid}, got shape {tuple(tensor.shape)} in layout {self.layout!r}"
+            )
         return feature
 
 
@@ -83,7 +102,7 @@ def to_nchw(tensor: Tensor, layout: Layout, *, prefix_tokens: int = 0, grid: tup
     return rows.reshape(*rows.shape[:2], height, width)
 
 
-def describe(
+def describe_feature(
     name: str,
     model: nn.Module,
     tensor: Tensor,
@@ -107,10 +126,10 @@ def describe(
         LayerNameError: no such layer.
 
     Example:
-        >>> describe("0", nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 8, 6, 6))
+        >>> describe_feature("0", nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 8, 6, 6))
         FeatureSpec(layout='nchw', channels=8, grid=(6, 6), prefix_tokens=0)
     """
-    (name,) = resolve(model, name)
+    (name,) = resolve_layers(model, name)
     if layout is None:
         chosen = infer_layout(name, named_layers(model)[name], tensor, model, at=at, input_size=input_size)
     else:
@@ -137,9 +156,12 @@ def infer_layout(
 ) -> Layout:
     """Layout of a feature from its shape and from the modules that make it.
 
-    Two axes are a vector; three are tokens (N, T, C), unless the modules put channels on axis 1. With four, a convolution or batch norm emits NCHW,
-    so does what pools to one position, and timm's `output_fmt` of the module itself is taken at its word. Otherwise the positions are the two
-    neighbouring axes that are equal or, for an oblong `input_size`, have the input's aspect ratio; and the modules give the axis of the channels
+    Two axes are a vector; three are tokens (N, T, C), unless the modules put channels on axis 1. With four, a
+    convolution or batch norm emits NCHW,
+    so does what pools to one position, and timm's `output_fmt` of the module itself is taken at its word. Otherwise the
+    positions are the two
+    neighboring axes that are equal or, for an oblong `input_size`, have the input's aspect ratio; and the modules give
+    the axis of the channels
     (see `channel_axis`). Either may decide alone. `output_fmt` of a module around it decides where nothing else does.
 
     Raises:
@@ -157,23 +179,29 @@ def infer_layout(
     if len(shape) == 3:
         return _stated(stated, 3) or _sequence(module, shape, at)
     if len(shape) != 4:
-        raise LayoutError(f"layer {name!r} has shape {shape}; expected 2 axes (vectors), 3 (tokens) or 4 (maps). Tap another layer.")
+        raise LayoutError(
+            f"layer {name!r} has shape {shape}; expected 2 axes (vectors), 3 (tokens) or 4 (maps). Tap another layer."
+        )
     if (known := known_channels(module)) is not None and known.axis == 1:
         return "nchw"
     if shape[2] == shape[3] == 1 < shape[1]:  # pooled to one position, often inside a head of linear layers
         return "nchw"
     if (own := _stated(stated, 4)) is not None:
         return own
-    by_shape = _by_shape(shape, input_size)
+    by_shape = _layout_from_shape(shape, input_size)
     parents = _parents(name, model)
     axis = channel_axis(module, shape, given=at == "output", parents=parents)
     by_modules: Layout | None = None if axis is None else ("nchw" if axis == 1 else "nhwc")
     if by_shape and by_modules and by_shape != by_modules:
-        raise LayoutError(f"layer {name!r}: its shape {shape} reads as {by_shape!r}, its modules as {by_modules!r}. Say which with layout=.")
+        raise LayoutError(
+            f"layer {name!r}: its shape {shape} reads as {by_shape!r}, its modules as {by_modules!r}. Say which with layout=."
+        )
     around = next((fmt for parent in parents if (fmt := getattr(parent, "output_fmt", None)) is not None), None)
     found = by_shape or by_modules or _stated(around, 4)
     if found is None:
-        raise LayoutError(f"layer {name!r}: neither its shape {shape} nor its modules tell NCHW from NHWC. Say which with layout='nchw' or 'nhwc'.")
+        raise LayoutError(
+            f"layer {name!r}: neither its shape {shape} nor its modules tell NCHW from NHWC. Say which with layout='nchw' or 'nhwc'."
+        )
     return found
 
 
@@ -185,7 +213,7 @@ def _check(layout: str, tensor: Tensor, what: str) -> None:
         raise LayoutError(f"layout {layout!r} needs {axes} axes, but {what} has shape {tuple(tensor.shape)}")
 
 
-def _by_shape(shape: tuple[int, ...], input_size: tuple[int, int] | None) -> Layout | None:
+def _layout_from_shape(shape: tuple[int, ...], input_size: tuple[int, int] | None) -> Layout | None:
     nchw, nhwc = _positions(shape[2:], input_size), _positions(shape[1:3], input_size)
     if nchw == nhwc:
         return None
@@ -198,13 +226,14 @@ def _positions(axes: tuple[int, ...], input_size: tuple[int, int] | None) -> boo
     if input_size is None or input_size[0] == input_size[1]:
         return height == width
     of_height, of_width = input_size
-    return abs(height * of_width - width * of_height) < of_height + of_width  # each side is its input divided by the stride, off by less than one
+    # Each side is its input divided by the stride, off by less than one
+    return abs(height * of_width - width * of_height) < of_height + of_width
 
 
 def _sequence(module: nn.Module, shape: Sequence[int], at: str) -> Layout:
     if (known := known_channels(module)) is not None:
         return "ncl" if known.axis == 1 else "nlc"
-    inside = list(leaves(module))
+    inside = list(modules_with_known_channels(module))
     count = (inside[-1].given if at == "output" else inside[0].taken) if inside else None
     return "ncl" if count == shape[1] and count != shape[2] else "nlc"
 
@@ -222,4 +251,174 @@ def _parents(name: str, model: nn.Module) -> tuple[nn.Module, ...]:
     while "." in name:
         name = name.rsplit(".", 1)[0]
         around.append(layers[name])
-    return (*around, bare(model))
+    return (*around, unwrap_model(model))
+
+
+class ModuleChannels(NamedTuple):
+    """Channels that a module takes and gives, and the axis that its type fixes them to."""
+
+    axis: Axis
+    taken: int
+    given: int
+
+
+def known_channels(module: nn.Module) -> ModuleChannels | None:
+    """Channels of a module whose type fixes them; None for activations, containers and the like."""
+    if isinstance(module, _ConvNd):
+        return ModuleChannels(1, module.in_channels, module.out_channels)
+    if isinstance(module, nn.Linear):
+        return ModuleChannels(-1, module.in_features, module.out_features)
+    if isinstance(module, nn.GroupNorm):
+        return ModuleChannels(1, module.num_channels, module.num_channels)
+    kind, shape = type(module).__name__, getattr(module, "normalized_shape", None)
+    # Layer and RMS norms; timm's `...Norm2d` subclass them but normalize axis 1
+    if isinstance(shape, (tuple, list)) and len(shape) == 1:
+        return ModuleChannels(1 if "2d" in kind else -1, shape[0], shape[0])
+    width = getattr(module, "num_features", None)
+    if isinstance(width, int) and (isinstance(module, _NormBase) or ("Norm" in kind and "2d" in kind)):
+        return ModuleChannels(1, width, width)
+    return None
+
+
+def modules_with_known_channels(module: nn.Module) -> Iterator[ModuleChannels]:
+    """Known channels inside a module in the order of registration; a module with known channels is not looked into."""
+    known = known_channels(module)
+    if known is not None:
+        yield known
+    else:
+        for child in module.children():
+            yield from modules_with_known_channels(child)
+
+
+def channel_axis(
+    module: nn.Module, shape: tuple[int, ...], *, given: bool, parents: tuple[nn.Module, ...] = ()
+) -> Axis | None:
+    """The axis of a 4-D feature that the modules speak for, None where they do not decide.
+
+    A container speaks through its last leaf (the first for its input): by the axis that has that leaf's channel count,
+    and where both or neither
+    have it, by the leaves' types if these agree. A module without leaves (an activation) takes the word of the layer
+    right before it in a
+    `Sequential`, else of the nearest parent whose leaves agree, else of the leaves registered right before and right
+    after it, where these
+    agree and the one before gives as many channels as that axis has.
+    """
+    if (known := known_channels(module)) is not None:
+        return known.axis
+    if isinstance(module, _POOLS):
+        return 1
+    inside = list(modules_with_known_channels(module))
+    if not inside:
+        if parents and (before := _before(module, parents[0])) is not None:
+            return before.axis
+        for parent in parents:
+            axes = {leaf.axis for leaf in modules_with_known_channels(parent)}
+            if axes:
+                return axes.pop() if len(axes) == 1 else _between(module, parent, shape)
+        return None
+    count = inside[-1].given if given else inside[0].taken
+    fits: list[Axis] = [axis for axis in (1, -1) if shape[axis] == count]
+    axes = {leaf.axis for leaf in inside}
+    if len(axes) == 1:
+        agreed = axes.pop()
+        # A block that permutes, or one that concatenates: the shape has to tell
+        return agreed if not fits or agreed in fits else None
+    return fits[0] if len(fits) == 1 else None
+
+
+def _before(module: nn.Module, parent: nn.Module) -> ModuleChannels | None:
+    """What is known of the module that comes right before this one, where the order of calls is plain to see."""
+    if type(parent) is not nn.Sequential:
+        return None
+    children = list(parent)
+    index = next((i for i, child in enumerate(children) if child is module), 0)
+    return known_channels(children[index - 1]) if index else None
+
+
+def _between(module: nn.Module, parent: nn.Module, shape: tuple[int, ...]) -> Axis | None:
+    """The axis that the neighbors of a module in the order of registration agree on."""
+    before: list[ModuleChannels] = []
+    after: list[ModuleChannels] = []
+    side = before
+    for inner in parent.modules():
+        if inner is module:
+            side = after
+        elif (known := known_channels(inner)) is not None:
+            side.append(known)
+    if not before or not after or before[-1].axis != after[0].axis or before[-1].given != shape[before[-1].axis]:
+        return None
+    return before[-1].axis
+
+
+class TokenGrid(NamedTuple):
+    """Prefix tokens, and (rows, columns) of the rest; None where the rest has no known grid."""
+
+    prefix: int
+    grid: Grid | None
+
+
+def token_grid(name: str, parents: tuple[nn.Module, ...], tokens: int, input_size: Grid | None = None) -> TokenGrid:
+    """Prefix count and grid of a layer with this many tokens.
+
+    The patch grid is the one for `input_size` if that is known, else `patch_embed.grid_size` of a network with a fixed
+    input size. A count that is
+    the grid plus the network's prefix tokens, or the grid alone, is taken for that; then the same of the grid divided
+    by 2, 3, ... (pooled stages).
+    A network without a known grid is taken to have a square one.
+
+    Args:
+        name: of the layer.
+        parents: modules that contain the layer, nearest first; the nearest with `num_prefix_tokens` (timm) or
+            class-token parameters decides.
+        tokens: T.
+        input_size: (height, width) of the images.
+    """
+    embed = next((embed for parent in parents if (embed := getattr(parent, "patch_embed", None)) is not None), None)
+    grid = _patch_grid(embed, input_size)
+    prefix = 0 if "patch_embed" in name.split(".") else _prefix_tokens(parents)
+    counts = (prefix, 0) if prefix else (0,)
+    if grid is None:
+        # The grid may be oblong, so a square count without prefix would be a guess
+        flexible = getattr(embed, "strict_img_size", True) is False
+        for count in counts[:1] if flexible else counts:
+            if root := _square_root(tokens - count):
+                return TokenGrid(count, (root, root))
+        return TokenGrid(prefix if flexible and tokens > prefix else 0, None)
+    for divisors in (range(1, 2), range(2, max(grid) + 1)):
+        for count in counts:
+            for divisor in divisors:
+                pooled = ceil(grid[0] / divisor), ceil(grid[1] / divisor)
+                if pooled[0] * pooled[1] == tokens - count:
+                    return TokenGrid(count, pooled)
+    return TokenGrid(0, None)
+
+
+def _patch_grid(embed: nn.Module | None, input_size: Grid | None) -> Grid | None:
+    sizes = getattr(embed, "dynamic_feat_size", None)
+    if input_size is not None and callable(sizes):
+        height, width = sizes(input_size)
+        return int(height), int(width)
+    grid = getattr(embed, "grid_size", None)
+    if grid is None or getattr(embed, "strict_img_size", True) is False:
+        return None
+    return int(grid[0]), int(grid[1])
+
+
+def _prefix_tokens(parents: tuple[nn.Module, ...]) -> int:
+    for parent in parents:
+        count = getattr(parent, "num_prefix_tokens", None)
+        if isinstance(count, int):
+            return count
+        special = [
+            p.shape[1]
+            for key, p in parent.named_parameters()
+            if key.rsplit(".", 1)[-1] in _PREFIX_PARAMETERS and p.ndim == 3
+        ]
+        if special:
+            return sum(special)
+    return 0
+
+
+def _square_root(count: int) -> int:
+    root = isqrt(max(count, 0))
+    return root if root * root == count else 0

@@ -6,20 +6,24 @@ from functools import partial
 from typing import Any
 
 from knowiso_train.callbacks import IsomorphismCallback
+from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import FormatError, MissingDependencyError
-from knowiso_train.losses import IsomorphismLoss
 
 try:
     from lightning.pytorch import Callback
 except ImportError as error:
-    raise MissingDependencyError('the Lightning adapter needs lightning, which is not installed; pip install "knowiso_train[lightning]"') from error
+    raise MissingDependencyError(
+        'the Lightning adapter needs lightning, which is not installed; pip install "knowiso_train[lightning]"'
+    ) from error
 
 
 class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed as untyped
     """Attaches an `IsomorphismLoss` while Lightning fits, and drives an `IsomorphismCallback`; both states lie in Lightning's checkpoints.
 
-    The term is added in `training_step`, after the student's forward: `loss = loss + self.iso()`. The loss may be a submodule of the LightningModule;
-    then its parameters are among those that `self.parameters()` gives to the optimizer, and DDP leaves it alone: it reduces by itself.
+    The term is added in `training_step`, after the student's forward: `loss = loss + self.iso()`. The loss may be a
+    submodule of the LightningModule;
+    then its parameters are among those that `self.parameters()` gives to the optimizer, and DDP leaves it alone: it
+    reduces by itself.
 
     Args:
         iso: the loss; its figures go to the loggers every `log_every_n_steps`.
@@ -56,7 +60,10 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         self._registered = bool(places)
         if self.iso is not None and places:
             own = [name for name, _ in (*self.iso.named_parameters(), *self.iso.named_buffers())]
-            ignored = [*getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()), *(f"{place}.{name}" for place in places for name in own)]
+            ignored = [
+                *getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()),
+                *(f"{place}.{name}" for place in places for name in own),
+            ]
             pl_module._ddp_params_and_buffers_to_ignore = list(dict.fromkeys(ignored))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -107,9 +114,15 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         Raises:
             FormatError: the checkpoint lacks what this callback holds.
         """
-        wanted = {name for name, part in (("monitor", self.monitor), ("iso", None if self._registered else self.iso)) if part is not None}
+        wanted = {
+            name
+            for name, part in (("monitor", self.monitor), ("iso", None if self._registered else self.iso))
+            if part is not None
+        }
         if set(state_dict) != wanted:
-            raise FormatError(f"expected a checkpoint with the states of {sorted(wanted)}, got {sorted(state_dict)}; use the same callback as before")
+            raise FormatError(
+                f"expected a checkpoint with the states of {sorted(wanted)}, got {sorted(state_dict)}; use the same callback as before"
+            )
         if self.monitor is not None:
             self.monitor.load_state_dict(state_dict["monitor"])
         if "iso" in wanted and self.iso is not None:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from knowiso_train.callbacks import IsomorphismCallback
+from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import DataError, MissingDependencyError, OptionError
-from knowiso_train.features import bare
-from knowiso_train.losses import IsomorphismLoss
+from knowiso_train.features import unwrap_model
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -22,13 +22,14 @@ except ImportError as error:
         'the Trainer adapter needs transformers, which is not installed; pip install "knowiso_train[transformers]"'
     ) from error
 
-LOSS, MONITOR = "isomorphism.safetensors", "isomorphism.json"  # in the Trainer's checkpoint folder
+LOSS_FILE, MONITOR_FILE = "isomorphism.safetensors", "isomorphism.json"  # in the Trainer's checkpoint folder
 
 
 class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
     """Drives a loss's hooks and an `IsomorphismCallback` from the events of any `Trainer(..., callbacks=[this])`; states lie in its checkpoints.
 
-    The loss term itself is added by `IsomorphismTrainer`, or by a `compute_loss` of your own: `loss + iso()`, where the model is in training mode.
+    The loss term itself is added by `IsomorphismTrainer`, or by a `compute_loss` of your own: `loss + iso()`, where the
+    model is in training mode.
 
     Args:
         iso: the loss, attached while the Trainer trains.
@@ -42,10 +43,18 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         """Take up the states where the training is resumed; hooks on."""
         for watcher in (self.iso, self.monitor):
-            if watcher is not None and model is not None and bare(model) is not bare(watcher.student):
-                raise OptionError(f"the Trainer trains another network than {type(watcher).__name__} watches; build both from one (no model_init=)")
+            if watcher is not None and model is not None and unwrap_model(model) is not unwrap_model(watcher.student):
+                raise OptionError(
+                    f"the Trainer trains another network than {type(watcher).__name__} watches; build both from one (no model_init=)"
+                )
         if state.global_step > 0:
-            self._load(Path(self.folder or args.resume_from_checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+            self._load(
+                Path(
+                    self.folder
+                    or args.resume_from_checkpoint
+                    or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                )
+            )
         if self.iso is not None and not self.iso.attached:
             self.iso.attach()
 
@@ -56,16 +65,22 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """An optimizer step; the last one is always measured."""
-        if self.monitor is not None and self.monitor.step() is None and (state.global_step >= state.max_steps or control.should_training_stop):
+        if (
+            self.monitor is not None
+            and self.monitor.step() is None
+            and (state.global_step >= state.max_steps or control.should_training_stop)
+        ):
             self.monitor.measure()
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """States beside the Trainer's."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and self.iso is not None:
-            save_file({name: value.cpu().contiguous() for name, value in self.iso.state_dict().items()}, folder / LOSS)
+            save_file(
+                {name: value.cpu().contiguous() for name, value in self.iso.state_dict().items()}, folder / LOSS_FILE
+            )
         if args.should_save and self.monitor is not None:
-            (folder / MONITOR).write_text(json.dumps(self.monitor.state_dict()), encoding="utf-8")
+            (folder / MONITOR_FILE).write_text(json.dumps(self.monitor.state_dict()), encoding="utf-8")
 
     def on_train_end(self, *events: Any, **more: Any) -> None:
         """Report written; hooks off."""
@@ -75,18 +90,26 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
             self.iso.detach()
 
     def _load(self, folder: Path) -> None:
-        for name, watcher in ((LOSS, self.iso), (MONITOR, self.monitor)):
+        for name, watcher in ((LOSS_FILE, self.iso), (MONITOR_FILE, self.monitor)):
             if watcher is not None and not (folder / name).is_file():
-                raise DataError(f"{folder} has no {name}: resume what this callback saved, and name its folder in args.resume_from_checkpoint too")
+                raise DataError(
+                    f"{folder} has no {name}: resume what this callback saved, and name its folder in args.resume_from_checkpoint too"
+                )
             if watcher is not None:
-                watcher.load_state_dict(load_file(folder / name) if name == LOSS else json.loads((folder / name).read_text(encoding="utf-8")))
+                watcher.load_state_dict(
+                    load_file(folder / name)
+                    if name == LOSS_FILE
+                    else json.loads((folder / name).read_text(encoding="utf-8"))
+                )
 
 
 class IsomorphismTrainer(Trainer):  # type: ignore[misc]
     """A `Trainer` whose loss has the isomorphism term: `IsomorphismTrainer(model=student, ..., iso=iso, monitor=monitor)`.
 
-    `iso.parameters()` join the optimizer, `iso.log()` the logs. With a Trainer class of your own: `class Mine(IsomorphismTrainer, YourTrainer): ...`.
-    Models are called with keywords: a teacher with others needs `teacher_forward=lambda teacher, images: teacher(images)` in the loss.
+    `iso.parameters()` join the optimizer, `iso.log()` the logs. With a Trainer class of your own: `class
+    Mine(IsomorphismTrainer, YourTrainer): ...`.
+    Models are called with keywords: a teacher with others needs `teacher_forward=lambda teacher, images:
+        teacher(images)` in the loss.
 
     Args:
         *args, **kwargs: of Trainer.
@@ -106,7 +129,9 @@ class IsomorphismTrainer(Trainer):  # type: ignore[misc]
         2
     """
 
-    def __init__(self, *args: Any, iso: IsomorphismLoss, monitor: IsomorphismCallback | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, iso: IsomorphismLoss, monitor: IsomorphismCallback | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.iso, self._isomorphism = iso, IsomorphismTrainerCallback(iso, monitor)
         self.add_callback(self._isomorphism)
@@ -115,20 +140,31 @@ class IsomorphismTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; hooks come off also by an error."""
-        self._isomorphism.folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint or None
+        self._isomorphism.folder = (
+            get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is True
+            else resume_from_checkpoint or None
+        )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.iso.detach()
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
         """The Trainer's loss, and in training the isomorphism's."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
         if model.training and torch.is_grad_enabled():
             scaled = getattr(self, "loss_is_scaled_for_ga", None)
             if scaled is None:
-                scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-            loss = loss + self.iso().to(loss.device) / (self.current_gradient_accumulation_steps if scaled else 1)  # else the Trainer divides
+                scaled = (
+                    self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                ) or self.compute_loss_func is not None
+            # Else the Trainer divides
+            loss = loss + self.iso().to(loss.device) / (self.current_gradient_accumulation_steps if scaled else 1)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,10 @@
-"""The instrument: `measure` and its `Report`."""
+"""Measurement of isomorphic shares and its report."""
 
 from knowiso_train.measurement.measure import measure
 from knowiso_train.measurement.report import PairResult, Report
 
-__all__ = ["PairResult", "Report", "measure"]
+__all__ = [
+    "PairResult",
+    "Report",
+    "measure",
+]

@@ -1,4 +1,4 @@
-"""The gate of the recursion in one pass: `x + p · ReLU(h / σ(h))`, and the variant that carries the orders side by side."""
+"""Gate of the recursion in one pass, and the variant that carries the orders side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, library
 
 from knowiso_train.errors import ShapeError
-from knowiso_train.ops import kernels
-from knowiso_train.ops.reference.gate import EPS, channel_scale
+from knowiso_train.ops.reference import EPS, channel_scale
+from knowiso_train.ops.triton import dispatch as kernels
+
+GATE_CHUNK_BYTES = 2**19  # of signal that is passed over several times while it is in the cache
 
 
 def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
@@ -32,7 +34,9 @@ def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
     """
     if h.ndim != 4 or not h.numel() or (x is not None and x.shape != h.shape) or p.ndim:
         got = None if x is None else tuple(x.shape)
-        raise ShapeError(f"expected x and h (N, C, H, W) of one shape, not empty, and a scalar p; got {got}, {tuple(h.shape)} and {tuple(p.shape)}")
+        raise ShapeError(
+            f"expected x and h (N, C, H, W) of one shape, not empty, and a scalar p; got {got}, {tuple(h.shape)} and {tuple(p.shape)}"
+        )
     if x is not None and x.dtype != h.dtype:
         x = x.to(h.dtype)
     dense = h.is_contiguous() or h.is_contiguous(memory_format=torch.channels_last)
@@ -59,16 +63,15 @@ def gate_orders(orders: Tensor, p: Tensor) -> Tensor:
         [1.5, 0.5]
     """
     if orders.ndim != 5 or not orders.numel() or p.ndim:
-        raise ShapeError(f"expected orders (J, N, C, H, W), not empty, and a scalar p; got {tuple(orders.shape)} and {tuple(p.shape)}")
+        raise ShapeError(
+            f"expected orders (J, N, C, H, W), not empty, and a scalar p; got {tuple(orders.shape)} and {tuple(p.shape)}"
+        )
     out: Tensor = _gate_orders(orders.contiguous(), p)[0]
     return out
 
 
-CHUNK_BYTES = 2**19  # of signal that is passed over several times while it is in the cache
-
-
 def _parts(images: int, size: int) -> list[slice]:
-    step = max(1, CHUNK_BYTES // max(size, 1))
+    step = max(1, GATE_CHUNK_BYTES // max(size, 1))
     return [slice(start, start + step) for start in range(0, images, step)]
 
 
@@ -85,7 +88,7 @@ def _scale(h: Tensor) -> Tensor:
 
 @library.custom_op("knowiso::gate", mutates_args=())
 def _gate(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    if (found := kernels.gate_for(h)) is not None:
+    if (found := kernels.gate_kernels(h)) is not None:
         result: tuple[Tensor, Tensor] = found.forward(x, h, p)
         return result
     out, scales = torch.empty_like(h), []
@@ -104,7 +107,7 @@ def _(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 @library.custom_op("knowiso::gate_backward", mutates_args=())
 def _gate_backward(upstream: Tensor, h: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    if (found := kernels.gate_for(h)) is not None:
+    if (found := kernels.gate_kernels(h)) is not None:
         result: tuple[Tensor, Tensor] = found.backward(upstream, h, scale, p)
         return result
     passed = torch.ops.aten.threshold_backward(upstream, h, 0)
@@ -133,7 +136,7 @@ _gate.register_autograd(_gate_pull, setup_context=_keep)
 
 @library.custom_op("knowiso::gate_orders", mutates_args=())
 def _gate_orders(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    if (found := kernels.gate_for(orders)) is not None:
+    if (found := kernels.gate_kernels(orders)) is not None:
         result: tuple[Tensor, Tensor] = found.orders_forward(orders, p)
         return result
     out, scales = torch.empty_like(orders), []
@@ -148,12 +151,14 @@ def _gate_orders(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 @_gate_orders.register_fake
 def _(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(orders), orders.new_empty(orders.shape[1:3], dtype=torch.promote_types(orders.dtype, torch.float32))
+    return torch.empty_like(orders), orders.new_empty(
+        orders.shape[1:3], dtype=torch.promote_types(orders.dtype, torch.float32)
+    )
 
 
 @library.custom_op("knowiso::gate_orders_backward", mutates_args=())
 def _gate_orders_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    if (found := kernels.gate_for(orders)) is not None:
+    if (found := kernels.gate_kernels(orders)) is not None:
         result: tuple[Tensor, Tensor] = found.orders_backward(upstream, orders, scale, p)
         return result
     of_orders, of_p = torch.empty_like(orders), torch.zeros((), dtype=scale.dtype, device=p.device)

@@ -1,9 +1,4 @@
-"""First and centred second moments of two features. On a CPU k×k patches stay implicit: neighbouring offsets share their sums.
-
-The product of the offsets a and b, `Σ_p x[p + a] x[p + b]ᵀ`, depends on b - a alone, but for the positions p that put p + a outside the grid's own
-window. So one product over a padded copy serves all pairs with the same difference (13 for 3×3, where the patches have 45 pairs), and what differs
-at the borders, one or two lines, is taken out exactly. Sums are of features about their channel means, which is undone in float64 at the end.
-"""
+"""Second moments of patches without writing the patches out."""
 
 from __future__ import annotations
 
@@ -14,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from knowiso_train.errors import ShapeError
-from knowiso_train.ops.chunks import chunks
-from knowiso_train.ops.reference.patches import patch_rows
-from knowiso_train.ops.triangle import bands, mirror
+from knowiso_train.ops.im2col import patch_rows
+from knowiso_train.ops.linalg import chunk_slices, mirror_triangle, triangle_bands
 
-CHUNK_BYTES = 2**20  # of rows that are alive at once on a CPU, about what a core's cache holds, but as much as the sums that they are added to
+# Of rows that are alive at once on a CPU, about what a core's cache holds, but as much as the sums that they are added
+# to
+MOMENTS_CHUNK_BYTES = 2**20
 BAND = 512  # columns, at least, of a product that takes half of a symmetric one
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Window = tuple[slice, slice]
 
 
 def moments(x: Tensor, y: Tensor, kernel_size: int = 1) -> Five:
@@ -43,7 +40,14 @@ def moments(x: Tensor, y: Tensor, kernel_size: int = 1) -> Five:
         >>> [tuple(part.shape) for part in moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4), 3)]
         [(27,), (5,), (27, 27), (27, 5), (5,)]
     """
-    if x.ndim != 4 or y.ndim != 4 or not x.numel() or not y.numel() or (len(y), *y.shape[2:]) != (len(x), *x.shape[2:]) or kernel_size % 2 == 0:
+    if (
+        x.ndim != 4
+        or y.ndim != 4
+        or not x.numel()
+        or not y.numel()
+        or (len(y), *y.shape[2:]) != (len(x), *x.shape[2:])
+        or kernel_size % 2 == 0
+    ):
         raise ShapeError(
             f"expected x (N, C, H, W) and y (N, D, H, W) with N, H, W > 0 and an odd kernel size; "
             f"got {tuple(x.shape)}, {tuple(y.shape)} and {kernel_size}"
@@ -58,13 +62,14 @@ def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
 
 def _parts(x: Tensor, rows: int, sums: int = 0) -> list[slice]:
     """Slices of images whose `rows`-wide rows fit a chunk; `sums` is what is added to, in bytes."""
-    return chunks(x, x.shape[2] * x.shape[3] * rows * 4, max(CHUNK_BYTES, sums))
+    return chunk_slices(x, x.shape[2] * x.shape[3] * rows * 4, max(MOMENTS_CHUNK_BYTES, sums))
 
 
 @library.custom_op("knowiso::moments", mutates_args=())
 def _moments(x: Tensor, y: Tensor, kernel_size: int) -> Five:
     with torch.autocast(x.device.type, enabled=False):
-        if kernel_size == 1 or x.device.type != "cpu":  # a GPU takes more time to launch what saves products than it has to multiply
+        # A GPU takes more time to launch what saves products than it has to multiply
+        if kernel_size == 1 or x.device.type != "cpu":
             return _written(x, y, kernel_size)
         return _Patches(x, y, kernel_size).summed()
 
@@ -77,7 +82,9 @@ def _middle(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _written(x: Tensor, y: Tensor, kernel_size: int) -> Five:
     """From rows that are written out, a chunk of images at a time."""
     dtype = _dtype(x, y)
-    mean_x = _middle(x, dtype) if kernel_size == 1 else patch_rows(x.mean(0, keepdim=True, dtype=dtype), kernel_size).mean(0)
+    mean_x = (
+        _middle(x, dtype) if kernel_size == 1 else patch_rows(x.mean(0, keepdim=True, dtype=dtype), kernel_size).mean(0)
+    )
     mean_y = _middle(y, dtype)
     xx, xy = (torch.zeros(len(mean_x), width, dtype=dtype, device=x.device) for width in (len(mean_x), y.shape[1]))
     yy = torch.zeros(y.shape[1], dtype=dtype, device=x.device)
@@ -89,20 +96,21 @@ def _written(x: Tensor, y: Tensor, kernel_size: int) -> Five:
             xx[band, band.start :].addmm_(rows_x[:, band].T, rows_x[:, band.start :])
         xy.addmm_(rows_x.T, rows_y)
         yy += torch.linalg.vecdot(rows_y, rows_y, dim=0)
-    mirror(xx, parts)
+    mirror_triangle(xx, parts)
     return mean_x, mean_y, xx, xy, yy
 
 
 def _bands(columns: int, device: torch.device) -> list[slice]:
     """Several on a GPU, where they are wide enough to keep it busy."""
     wide = columns if device.type == "cpu" else max(BAND, -(-columns // 4))
-    return bands(columns, wide)
+    return triangle_bands(columns, wide)
 
 
 class _Patches:
     """Moments of k×k patches from products of shifted views of one padded copy.
 
-    Its rows go image by image and line by line, with k - 1 zeros after every line and k - 1 lines of zeros after every image, so that a shift within
+    Its rows go image by image and line by line, with k - 1 zeros after every line and k - 1 lines of zeros after every
+    image, so that a shift within
     the patch is a shift of the flat row number, and what leaves the grid meets zeros.
     """
 
@@ -124,7 +132,9 @@ class _Patches:
         blocks = xx.view(self.k**2, channels, self.k**2, channels)
         cross = torch.zeros(self.k**2, channels, wide, **new)
         yy = torch.zeros(wide, **new)
-        field_x, field_y = (torch.zeros(self.height, self.width, c, dtype=torch.float64, device=self.x.device) for c in (channels, wide))
+        field_x, field_y = (
+            torch.zeros(self.height, self.width, c, dtype=torch.float64, device=self.x.device) for c in (channels, wide)
+        )
 
         def add(part: slice) -> None:
             x, y = self._padded(self.x[part], self.middle_x), self._padded(self.y[part], self.middle_y)
@@ -136,7 +146,9 @@ class _Patches:
                 total.addmm_(flat_x[: len(flat_x) - shift].T, flat_x[shift:])
             for at, (i, j) in enumerate(self.offsets):
                 shift = i * self.line + j
-                source, target = (flat_x[shift:], flat_y[: len(flat_y) - shift]) if shift >= 0 else (flat_x[:shift], flat_y[-shift:])
+                source, target = (
+                    (flat_x[shift:], flat_y[: len(flat_y) - shift]) if shift >= 0 else (flat_x[:shift], flat_y[-shift:])
+                )
                 cross[at].addmm_(source.T, target)
             for a, b in pairs:
                 self._take_out(blocks[a, :, b], x, a, b)
@@ -147,11 +159,13 @@ class _Patches:
         for a, b in pairs:
             (ai, aj), (bi, bj) = self.offsets[a], self.offsets[b]
             blocks[a, :, b] += shared[bi - ai, bj - aj]
-        return self._centred(pairs, xx, cross.flatten(0, 1), yy, field_x, field_y)
+        return self._centered(pairs, xx, cross.flatten(0, 1), yy, field_x, field_y)
 
     def _padded(self, feature: Tensor, middle: Tensor) -> Tensor:
         """(n, H + k - 1, W + k - 1, C), about the mean."""
-        rows = feature.new_zeros((len(feature), self.height + self.k - 1, self.line, feature.shape[1]), dtype=self.dtype)
+        rows = feature.new_zeros(
+            (len(feature), self.height + self.k - 1, self.line, feature.shape[1]), dtype=self.dtype
+        )
         torch.sub(feature.permute(0, 2, 3, 1), middle, out=rows[:, : self.height, : self.width])
         return rows
 
@@ -174,10 +188,13 @@ class _Patches:
                 there = x[:, low + di : high + di, left + dj : right + dj].flatten(0, 2)
                 total.addmm_(here.T, there, alpha=-1)
 
-    def _centred(self, pairs: list[tuple[int, int]], xx: Tensor, xy: Tensor, yy: Tensor, field_x: Tensor, field_y: Tensor) -> Five:
+    def _centered(
+        self, pairs: list[tuple[int, int]], xx: Tensor, xy: Tensor, yy: Tensor, field_x: Tensor, field_y: Tensor
+    ) -> Five:
         """In place, from sums about the channel means to sums about the means of the patches' columns, in which padding counts as zero.
 
-        With x = x' + m inside the grid and 0 outside, all that is needed beside the products are sums of x' over rectangles.
+        With x = x' + m inside the grid and 0 outside, all that is needed beside the products are sums of x' over
+        rectangles.
         """
         images, cells, channels = len(self.x), self.height * self.width, self.channels
         rows = images * cells
@@ -196,7 +213,7 @@ class _Patches:
             blocks[a, :, b] = block
             blocks[b, :, a] = block.T
         for a, (i, j) in enumerate(self.offsets):
-            under = _shifted(inside[a], -i, -j)  # positions whose neighbour at offset a lies in the grid
+            under = _shifted(inside[a], -i, -j)  # positions whose neighbor at offset a lies in the grid
             block = cross[a].double() + torch.outer(m, _sum(field_y, under)) - torch.outer(means[a], drift)
             cross[a] = block
         yy = (yy.double() - drift.square() / rows).to(self.dtype)
@@ -206,9 +223,6 @@ class _Patches:
         """Grid cells that some patch reaches at offset a."""
         (i, j), (h, w) = self.offsets[a], (self.height, self.width)
         return slice(max(i, 0), max(min(h, h + i), max(i, 0))), slice(max(j, 0), max(min(w, w + j), max(j, 0)))
-
-
-Window = tuple[slice, slice]
 
 
 def _size(window: Window) -> int:

@@ -1,45 +1,24 @@
-"""Which channels the rest already knows, and the weights that do without them. Mathematics only: no pruning library is imported here."""
+"""Pruning, refitting and fine-tuning."""
 
-from knowiso_train.pruning.collect import LayerInput, input_moments
-from knowiso_train.pruning.compose import composed
-from knowiso_train.pruning.consumer import Consumer, conv_columns, regression_weight
-from knowiso_train.pruning.elimination import BackwardElimination, removal_costs
-from knowiso_train.pruning.network import refit
-from knowiso_train.pruning.optimizer import carry_optimizer, carrying
-from knowiso_train.pruning.patches import mix_patches
-from knowiso_train.pruning.record import recording
-from knowiso_train.pruning.refit import refit_weights
-from knowiso_train.pruning.rows import columns_of, input_rows
-from knowiso_train.pruning.shape import attribute_changes, reshape
-from knowiso_train.pruning.streams import shared_layers
-from knowiso_train.pruning.tune_report import TuneReport
-from knowiso_train.pruning.tuning import tune
-from knowiso_train.pruning.twin import index_twin, kept_entries, kept_indices, take
+from knowiso_train.pruning.augmentation import cutmix
+from knowiso_train.pruning.calibration import input_moments
+from knowiso_train.pruning.elimination import removal_costs
+from knowiso_train.pruning.finetune import finetune
+from knowiso_train.pruning.index_tracking import track_kept_indices
+from knowiso_train.pruning.kept_indices import compose_kept_indices
+from knowiso_train.pruning.optimizer_state import preserve_optimizer_state, transfer_optimizer_state
+from knowiso_train.pruning.reconstruction import refit
+from knowiso_train.pruning.report import FinetuneReport
 
 __all__ = [
-    "BackwardElimination",
-    "Consumer",
-    "LayerInput",
-    "TuneReport",
-    "attribute_changes",
-    "carry_optimizer",
-    "carrying",
-    "columns_of",
-    "composed",
-    "conv_columns",
-    "index_twin",
+    "FinetuneReport",
+    "compose_kept_indices",
+    "cutmix",
+    "finetune",
     "input_moments",
-    "input_rows",
-    "kept_entries",
-    "kept_indices",
-    "mix_patches",
-    "recording",
+    "preserve_optimizer_state",
     "refit",
-    "refit_weights",
-    "regression_weight",
     "removal_costs",
-    "reshape",
-    "shared_layers",
-    "take",
-    "tune",
+    "track_kept_indices",
+    "transfer_optimizer_state",
 ]

@@ -1,4 +1,4 @@
-"""Blocks as a whole: the layers of one block together, by a short descent on what the block of the original gives."""
+"""Fine-tuning of single blocks."""
 
 from __future__ import annotations
 
@@ -10,37 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import NonFiniteError, OptionError
-from knowiso_train.features import FeatureTaps
+from knowiso_train.features.hooks import FeatureTaps
+from knowiso_train.optim import OrthogonalMomentum, split_parameters
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.orthogonal import OrthogonalMomentum, split_parameters
-from knowiso_train.pruning.streams import shared_layers
-from knowiso_train.pruning.targets import spread
+from knowiso_train.pruning.finetune_targets import feature_variance
+from knowiso_train.pruning.report import BlockResult
+from knowiso_train.pruning.tracing import comparable_blocks
 
-IMAGES, LEAST, PLACES = 128, 16, 2**17  # of an update: images, fewer of large maps, so that positions stay about so many
-LR = 0.01  # longest step, relative to a weight's norm; a block is shallow, and bears more than a network
-REST = 0.05  # of it, for norms, biases and depthwise convolutions: Adam's steps are absolute
-BETAS = (0.9, 0.99)
-WARMUP = 0.05
-HELD = 0.1  # of the images
-
-
-@dataclass(frozen=True)
-class BlockFit:
-    """One block.
-
-    Attributes:
-        name: of the module.
-        before: unexplained share of what the original's block gives, by images that were not fitted, with its layers solved one by one.
-        after: the same once the block was tuned; never more, for then it stays as it was.
-    """
-
-    name: str
-    before: float
-    after: float
+# Of an update: images, fewer of large maps, so that positions stay about so many
+UPDATE_IMAGES, MIN_UPDATE_IMAGES, UPDATE_POSITIONS = 128, 16, 2**17
+BLOCK_LR = 0.01  # longest step, relative to a weight's norm; a block is shallow, and bears more than a network
+BLOCK_BIAS_LR_FACTOR = 0.05  # of it, for norms, biases and depthwise convolutions: Adam's steps are absolute
+BLOCK_ADAM_BETAS = (0.9, 0.99)
+BLOCK_WARMUP_FRACTION = 0.05
+BLOCK_VALIDATION_FRACTION = 0.1  # of the images
 
 
 @dataclass
-class Blocks:
+class BlockFinetuner:
     """What every block of the original gives, and how the pruned network's blocks are brought near it.
 
     Attributes:
@@ -53,10 +40,12 @@ class Blocks:
     targets: Mapping[str, Tensor]
     steps: int
     generator: torch.Generator
-    fits: list[BlockFit] = field(default_factory=list)
+    fits: list[BlockResult] = field(default_factory=list)
 
     @classmethod
-    def of(cls, original: nn.Module, pruned: nn.Module, layers: Sequence[str], images: Calibration, steps: int, seed: int) -> Blocks:
+    def of(
+        cls, original: nn.Module, pruned: nn.Module, layers: Sequence[str], images: Calibration, steps: int, seed: int
+    ) -> BlockFinetuner:
         """One pass of the original.
 
         Args:
@@ -72,11 +61,11 @@ class Blocks:
 
         Example:
             >>> make = lambda width: nn.Sequential(nn.Sequential(), nn.ModuleDict())
-            >>> Blocks.of(make(2), make(4), [], Calibration([torch.randn(2, 3)]), steps=0, seed=0)
+            >>> BlockFinetuner.of(make(2), make(4), [], Calibration([torch.randn(2, 3)]), steps=0, seed=0)
             Traceback (most recent call last):
             knowiso_train.errors.OptionError: block_steps must be 1 or more, got 0
         """
-        names = tunable_blocks(original, pruned, layers, images, steps)
+        names = finetunable_blocks(original, pruned, layers, images, steps)
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for batch in images:
             with FeatureTaps(original, names) as taps:
@@ -84,24 +73,36 @@ class Blocks:
                 for name, feature in taps.collect().items():
                     parts[name].append(feature)
         targets = {name: torch.cat(features) for name, features in parts.items()}
-        return cls({name: target for name, target in targets.items() if len(target) == images.count}, steps, torch.Generator().manual_seed(seed))
+        return cls(
+            {name: target for name, target in targets.items() if len(target) == images.count},
+            steps,
+            torch.Generator().manual_seed(seed),
+        )
 
-    def rebuild(self, name: str, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+    def rebuild(
+        self, name: str, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
         """Tune a block in place on what it reads, and give what it then makes of it.
 
         Raises:
             NonFiniteError: NaN or Inf in the loss.
         """
         target = self.targets[name]
-        count, scale = len(target), spread(name, target)
-        away, each = max(1, round(HELD * count)), _images(target)
+        count, scale = len(target), feature_variance(name, target)
+        away, each = max(1, round(BLOCK_VALIDATION_FRACTION * count)), _images(target)
         train, held = torch.arange(count - away), torch.arange(count - away, count)
 
         def call(index: Tensor) -> Tensor:
             def take(value: Any) -> Any:
-                return value[index.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+                return (
+                    value[index.to(value.device)]
+                    if isinstance(value, Tensor) and value.ndim and len(value) == count
+                    else value
+                )
 
-            made: Tensor = type(block).forward(block, *map(take, args), **{key: take(value) for key, value in kwargs.items()})
+            made: Tensor = type(block).forward(
+                block, *map(take, args), **{key: take(value) for key, value in kwargs.items()}
+            )
             return made
 
         def distance(index: Tensor) -> Tensor:
@@ -120,16 +121,25 @@ class Blocks:
             for parameter, wanted in asked.items():
                 parameter.requires_grad_(wanted)
         after = judged()
-        self.fits.append(BlockFit(name, before, min(before, after)))
+        self.fits.append(BlockResult(name, before, min(before, after)))
         if not after < before:
             block.load_state_dict(start)
             return output
         return torch.cat([call(part) for part in torch.split(torch.arange(count), each)])
 
-    def _descend(self, name: str, block: nn.Module, train: Tensor, each: int, distance: Callable[[Tensor], Tensor]) -> None:
+    def _descend(
+        self, name: str, block: nn.Module, train: Tensor, each: int, distance: Callable[[Tensor], Tensor]
+    ) -> None:
         matrices, rest = split_parameters(block)
-        momentum, adam = OrthogonalMomentum(matrices, LR) if matrices else None, torch.optim.Adam(rest, REST * LR, betas=BETAS) if rest else None
-        optimizers = [(optimizer, rate) for optimizer, rate in ((momentum, LR), (adam, REST * LR)) if optimizer is not None]
+        momentum, adam = (
+            OrthogonalMomentum(matrices, BLOCK_LR) if matrices else None,
+            torch.optim.Adam(rest, BLOCK_BIAS_LR_FACTOR * BLOCK_LR, betas=BLOCK_ADAM_BETAS) if rest else None,
+        )
+        optimizers = [
+            (optimizer, rate)
+            for optimizer, rate in ((momentum, BLOCK_LR), (adam, BLOCK_BIAS_LR_FACTOR * BLOCK_LR))
+            if optimizer is not None
+        ]
         waiting = train[:0]
         for step in range(self.steps):
             if len(waiting) < each:
@@ -139,20 +149,22 @@ class Blocks:
             if not bool(loss.detach().isfinite()):
                 raise NonFiniteError(f"block {name!r}: NaN or Inf in its distance to the original's at step {step + 1}")
             loss.backward()  # type: ignore[no-untyped-call]
-            height = min((step + 1) / max(1.0, WARMUP * self.steps), 1 - step / self.steps)
+            height = min((step + 1) / max(1.0, BLOCK_WARMUP_FRACTION * self.steps), 1 - step / self.steps)
             for optimizer, rate in optimizers:
                 optimizer.param_groups[0]["lr"] = height * rate
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
 
-def tunable_blocks(original: nn.Module, pruned: nn.Module, layers: Sequence[str], images: Calibration, steps: int) -> list[str]:
-    """Names of the blocks that `Blocks` would tune; arguments and errors are those of `Blocks.of`.
+def finetunable_blocks(
+    original: nn.Module, pruned: nn.Module, layers: Sequence[str], images: Calibration, steps: int
+) -> list[str]:
+    """Names of the blocks that `BlockFinetuner` would tune; arguments and errors are those of `Blocks.of`.
 
     Example:
         >>> import timm
         >>> model = timm.create_model("test_resnet", pretrained=False).eval()
-        >>> tunable_blocks(model, model, ["layer1.0.conv1", "layer1.0.conv2"], Calibration([torch.randn(2, 3, 32, 32)]), steps=5)
+        >>> finetunable_blocks(model, model, ["layer1.0.conv1", "layer1.0.conv2"], Calibration([torch.randn(2, 3, 32, 32)]), steps=5)
         ['layer1.0']
     """
     if steps < 1:
@@ -160,7 +172,7 @@ def tunable_blocks(original: nn.Module, pruned: nn.Module, layers: Sequence[str]
     few = images.some(min(2, images.count))
     names = [
         name
-        for name in shared_layers(pruned, original, lambda network: images.run(network, few))
+        for name in comparable_blocks(pruned, original, lambda network: images.run(network, few))
         if len([layer for layer in layers if layer.startswith(f"{name}.")]) > 1
     ]
     if not names:
@@ -174,4 +186,4 @@ def tunable_blocks(original: nn.Module, pruned: nn.Module, layers: Sequence[str]
 def _images(feature: Tensor) -> int:
     """How many images of a (N, C, H, W) map, or of (N, L, C) tokens, make an update."""
     places = feature[0, 0].numel() if feature.ndim == 4 else feature.shape[1]
-    return max(LEAST, min(IMAGES, PLACES // places))
+    return max(MIN_UPDATE_IMAGES, min(UPDATE_IMAGES, UPDATE_POSITIONS // places))

@@ -1,20 +1,91 @@
-"""What it costs to do without channels when their consumers are refitted: one at a time, and one after another."""
+"""Backward elimination of channels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from knowiso_train.errors import OptionError, ShapeError
-from knowiso_train.pruning.consumer import Consumer
-from knowiso_train.pruning.factor import lower_factor
+from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
+from knowiso_train.ops.im2col import regression_weight
+from knowiso_train.ops.linalg import jittered_cholesky
+from knowiso_train.regression.moments import Moments
 
-TINY = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
-SHRUNK = 0.75  # of the channels left: the rest goes on in smaller matrices
-POOL = 64  # candidates of one round where there are many channels; a quarter of them go, the greedy way, before all others are brought up to date
+RELATIVE_JITTER = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
+COMPACTION_RATIO = 0.75  # of the channels left: the rest goes on in smaller matrices
+# Candidates of one round where there are many channels; a quarter of them go, the greedy way, before all others are
+# brought up to date
+CANDIDATE_POOL_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One layer that reads a group of channels.
+
+    Attributes:
+        name: for messages.
+        xx: (d, d), second moments of its input rows about their mean, per row.
+        weight: (d, c), the layer's weights as regression weights.
+        columns: (J, m), the columns of each of the group's J channels: m = k² for a convolution, more where a flatten
+            repeats a channel. Columns of
+            no channel belong to other groups, and stay.
+        variance: of its output, summed over its channels: what the cost of a removal is held against.
+    """
+
+    name: str
+    xx: Tensor
+    weight: Tensor
+    columns: Tensor
+    variance: float
+
+    @classmethod
+    def of(cls, name: str, moments: Moments, weight: Tensor, columns: Tensor) -> Consumer:
+        """From the moments of the layer's input and its weight.
+
+        Args:
+            name: for messages.
+            moments: with the layer's input as the source; the target is not read.
+            weight: (C_out, C, k, k) or (C_out, C).
+            columns: (J, m), see `conv_columns`.
+
+        Raises:
+            ShapeError: a weight for other columns than the moments have, or channels that share columns.
+            NonFiniteError: NaN or Inf in the moments.
+            OptionError: moments of no rows.
+
+        Example:
+            >>> from knowiso_train.regression import batch_moments
+            >>> from knowiso_train.ops.im2col import conv_columns
+            >>> x = torch.randn(64, 4, 5, 5)
+            >>> consumer = Consumer.of("conv", batch_moments(x, x, 3), torch.randn(8, 4, 3, 3), conv_columns(4, 3))
+            >>> consumer.columns.shape
+            torch.Size([4, 9])
+        """
+        matrix, d = regression_weight(weight.detach()).double(), len(moments.mean_x)
+        if len(matrix) != d:
+            raise ShapeError(
+                f"{name}: weight of shape {tuple(weight.shape)} reads {len(matrix)} columns, the moments have {d}"
+            )
+        flat = columns.flatten()
+        if (
+            columns.ndim != 2
+            or flat.numel() == 0
+            or int(flat.min()) < 0
+            or int(flat.max()) >= d
+            or len(set(flat.tolist())) != len(flat)
+        ):
+            raise ShapeError(
+                f"{name}: expected columns (J, m) that differ and lie within {d}, got shape {tuple(columns.shape)}"
+            )
+        if not float(moments.count) > 0:
+            raise OptionError(f"{name}: no rows were seen; give some images")
+        xx = moments.xx.double() / moments.count
+        if not bool(xx.isfinite().all()):
+            raise NonFiniteError(f"{name}: NaN or Inf in what this layer reads")
+        return cls(name, xx, matrix, columns, float((matrix * (xx @ matrix)).sum()))
 
 
 def removal_costs(consumers: Sequence[Consumer], ridge: float = 1e-4) -> Tensor:
@@ -28,7 +99,7 @@ def removal_costs(consumers: Sequence[Consumer], ridge: float = 1e-4) -> Tensor:
         (J,), float64.
 
     Example:
-        >>> from knowiso_train.pruning import conv_columns
+        >>> from knowiso_train.ops.im2col import conv_columns
         >>> independent = Consumer("fc", torch.eye(3, dtype=torch.float64), torch.tensor([[3.0], [0.0], [1.0]]).double(), conv_columns(3), 10.0)
         >>> [round(cost, 3) for cost in removal_costs([independent], ridge=0.0).tolist()]
         [0.9, 0.0, 0.1]
@@ -39,9 +110,12 @@ def removal_costs(consumers: Sequence[Consumer], ridge: float = 1e-4) -> Tensor:
 class BackwardElimination:
     """Channels go one after another, each time the one that costs least given those that are gone; consumers are refitted after each.
 
-    "Reconstructable from the rest" is a property of sets: of two equal channels either costs nothing, both together much. After the channels E are
-    gone, the refitted weights are those that minimise `‖y - Bᵀx‖²/n + ρ·tr(S)/d·‖B - A‖²` with B_E = 0. The ridge is centred on the original weights
-    A, so this is a quadratic form in A - B, and each removal is a block step of Gaussian elimination on S⁻¹ (DESIGN §1.4).
+    "Reconstructable from the rest" is a property of sets: of two equal channels either costs nothing, both together
+    much. After the channels E are
+    gone, the refitted weights are those that minimize `‖y - Bᵀx‖²/n + ρ·tr(S)/d·‖B - A‖²` with B_E = 0. The ridge is
+    centered on the original weights
+    A, so this is a quadratic form in A - B, and each removal is a block step of Gaussian elimination on S⁻¹ (DESIGN
+    §1.4).
 
     Args:
         consumers: of the same J channels; their costs add up.
@@ -52,7 +126,7 @@ class BackwardElimination:
         OptionError: a negative ridge.
 
     Example:
-        >>> from knowiso_train.pruning import conv_columns
+        >>> from knowiso_train.ops.im2col import conv_columns
         >>> twins = torch.ones(2, 2, dtype=torch.float64)
         >>> elimination = BackwardElimination([Consumer("fc", twins, torch.ones(2, 1).double(), conv_columns(2), 4.0)], ridge=1e-6)
         >>> elimination.remove(0) < 1e-5, elimination.costs()[1].item() > 0.9
@@ -61,9 +135,13 @@ class BackwardElimination:
 
     def __init__(self, consumers: Sequence[Consumer], ridge: float = 1e-4) -> None:
         if not consumers or len({len(consumer.columns) for consumer in consumers}) != 1:
-            raise ShapeError(f"expected consumers of the same channels, got {[(c.name, len(c.columns)) for c in consumers]}")
+            raise ShapeError(
+                f"expected consumers of the same channels, got {[(c.name, len(c.columns)) for c in consumers]}"
+            )
         if not 0 <= ridge < math.inf:
-            raise OptionError(f"ridge must be a finite number >= 0 (relative to the mean variance of what a layer reads), got {ridge!r}")
+            raise OptionError(
+                f"ridge must be a finite number >= 0 (relative to the mean variance of what a layer reads), got {ridge!r}"
+            )
         self.kept = torch.ones(len(consumers[0].columns), dtype=torch.bool, device=consumers[0].xx.device)
         self._columns = [consumer.columns.to(consumer.xx.device) for consumer in consumers]
         self._variances = [consumer.variance for consumer in consumers]
@@ -91,7 +169,9 @@ class BackwardElimination:
             OptionError: a channel that is gone already, or does not exist.
         """
         if not 0 <= channel < len(self.kept) or not bool(self.kept[channel]):
-            raise OptionError(f"channel {channel} cannot be removed: {int(self.kept.sum())} of {len(self.kept)} channels are left")
+            raise OptionError(
+                f"channel {channel} cannot be removed: {int(self.kept.sum())} of {len(self.kept)} channels are left"
+            )
         return self._take([channel])
 
     def run(self, keep: int = 1) -> tuple[list[int], list[float]]:
@@ -106,7 +186,9 @@ class BackwardElimination:
             OptionError: `keep` < 1, or more than are left.
         """
         if not 1 <= keep <= int(self.kept.sum()):
-            raise OptionError(f"keep must be between 1 and the {int(self.kept.sum())} channels that are left, got {keep}")
+            raise OptionError(
+                f"keep must be between 1 and the {int(self.kept.sum())} channels that are left, got {keep}"
+            )
         order: list[int] = []
         costs: list[float] = []
         while (left := int(self.kept.sum())) > keep:
@@ -114,16 +196,20 @@ class BackwardElimination:
                 order.append(int(self.costs().argmin()))
                 costs.append(self.remove(order[-1]))
                 continue
-            if left <= SHRUNK * len(self.kept):
+            if left <= COMPACTION_RATIO * len(self.kept):
                 rest = self.kept.nonzero().flatten()
                 part = self._pool(rest)
                 part._candidates = None
                 gone, more = part.run(keep)
                 self._put_back(rest, part)
                 return order + rest[gone].tolist(), costs + more
-            last = left <= 2 * POOL
-            pool = self.kept.nonzero().flatten() if last else self.costs().topk(POOL, largest=False).indices
-            gone, more = self._pool(pool).run(keep if last else POOL - min(POOL // 4, left - keep))
+            last = left <= 2 * CANDIDATE_POOL_SIZE
+            pool = (
+                self.kept.nonzero().flatten() if last else self.costs().topk(CANDIDATE_POOL_SIZE, largest=False).indices
+            )
+            gone, more = self._pool(pool).run(
+                keep if last else CANDIDATE_POOL_SIZE - min(CANDIDATE_POOL_SIZE // 4, left - keep)
+            )
             order += pool[gone].tolist()
             costs += more
             self._take(pool[gone].tolist())
@@ -177,5 +263,5 @@ class BackwardElimination:
 
 def _inverse(xx: Tensor, ridge: float) -> Tensor:
     scale = xx.diagonal().mean()
-    added = (ridge + TINY) * scale if scale > 0 else torch.ones_like(scale)
-    return torch.cholesky_inverse(lower_factor(xx, added.expand(len(xx))))
+    added = (ridge + RELATIVE_JITTER) * scale if scale > 0 else torch.ones_like(scale)
+    return torch.cholesky_inverse(jittered_cholesky(xx, added.expand(len(xx))))

@@ -1,4 +1,4 @@
-"""What becomes of the network's output when one group is narrowed: harms that compare across layers."""
+"""Sensitivity of the output of a network to the removal of channels."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from knowiso_train.errors import InputTypeError
-from knowiso_train.pruning.absorb import affine_of
-from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.channel_group import ChannelGroup, unit_columns
-from knowiso_train.pruning.collect import LayerInput
-from knowiso_train.pruning.consumer import Consumer, regression_weight
-from knowiso_train.pruning.cost import affordable
-from knowiso_train.pruning.elimination import BackwardElimination
-from knowiso_train.pruning.positions import ungrouped_weight
-from knowiso_train.pruning.replay import Replay
-from knowiso_train.pruning.trace import Tail
+from knowiso_train.ops.im2col import regression_weight, ungrouped_weight
+from knowiso_train.pruning.allocation import affordable
+from knowiso_train.pruning.calibration import Calibration, LayerInput
+from knowiso_train.pruning.channel_groups import ChannelGroup, unit_columns
+from knowiso_train.pruning.elimination import BackwardElimination, Consumer
+from knowiso_train.pruning.reconstruction import batch_norm_affine
+from knowiso_train.pruning.tracing import ActivationCache, Epilogue
 
-PROBED = 0.25  # share of a group's units that is left when the network's output is looked at
-FEW = 0.05  # regressors per row, from which on what channels have in common is trusted less
-IMAGES = 16, 256  # at least and at most
-WORK = 2e12  # multiply-adds that all groups together may take, within these
-AT_ONCE = 32  # images, whose features at every layer are held
+PROBE_WIDTH_FRACTION = 0.25  # share of a group's units that is left when the network's output is looked at
+MAX_FEATURES_PER_SAMPLE = 0.05  # regressors per row, from which on what channels have in common is trusted less
+SENSITIVITY_IMAGES = 16, 256  # at least and at most
+MAX_SENSITIVITY_MACS = 2e12  # multiply-adds that all groups together may take, within these
+SENSITIVITY_BATCH_SIZE = 32  # images, whose features at every layer are held
 
 
 @dataclass(frozen=True)
-class Elimination:
+class GroupElimination:
     """One group, eliminated backwards.
 
     Attributes:
@@ -48,7 +45,13 @@ class Elimination:
     weights: dict[str, tuple[Tensor, Tensor]]
 
 
-def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerInput], tails: Mapping[str, Tail], ridge: float = 1e-4) -> Elimination:
+def eliminate_channels(
+    model: nn.Module,
+    group: ChannelGroup,
+    inputs: Mapping[str, LayerInput],
+    tails: Mapping[str, Epilogue],
+    ridge: float = 1e-4,
+) -> GroupElimination:
     """Eliminate a group's units on the original's own inputs; outputs count by what the norm behind them makes of them.
 
     Args:
@@ -65,23 +68,31 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
         if name not in inputs:
             continue
         layer: Any = modules[name]
-        tail, moments = tails.get(name, Tail()), inputs[name].moments
+        tail, moments = tails.get(name, Epilogue()), inputs[name].moments
         weight = regression_weight(layer.weight.detach()).double()
         columns = unit_columns(layer, channels).to(weight.device)
-        scale, _ = affine_of(modules[tail.norm] if tail.norm is not None else None, weight.shape[1], weight.device)
+        scale, _ = batch_norm_affine(
+            modules[tail.norm] if tail.norm is not None else None, weight.shape[1], weight.device
+        )
         scale = scale.abs().clamp_min(1e-6 * float(scale.abs().max().clamp_min(1e-30)))
         if len(moments.mean_x) != len(weight):  # merged: taps count as if they saw different images
             units[name] = columns, scale
-            weight, columns = (weight * scale)[columns].flatten(1), torch.arange(len(columns), device=columns.device)[:, None]
+            weight, columns = (
+                (weight * scale)[columns].flatten(1),
+                torch.arange(len(columns), device=columns.device)[:, None],
+            )
         else:
             units[name] = None, scale
             weight = weight * scale
         xx = moments.xx.double() / moments.count
-        alone = min(1.0, max(0.0, (len(xx) / float(moments.count) - FEW) / (1 - FEW)))  # with few rows everything looks like a mixture of the rest
+        # With few rows everything looks like a mixture of the rest
+        alone = min(
+            1.0, max(0.0, (len(xx) / float(moments.count) - MAX_FEATURES_PER_SAMPLE) / (1 - MAX_FEATURES_PER_SAMPLE))
+        )
         xx = (1 - alone) * xx + alone * xx.diagonal().diag()
         consumers.append(Consumer(name, xx, weight, columns, float((weight * (xx @ weight)).sum())))
     elimination = BackwardElimination(consumers, ridge)
-    probed = max(1, round(PROBED * group.size))
+    probed = max(1, round(PROBE_WIDTH_FRACTION * group.size))
     order, costs = elimination.run(keep=probed)
     weights = {}
     for consumer, refitted in zip(consumers, elimination.weights(), strict=True):
@@ -91,7 +102,10 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
         if spread_over is not None:
             spread = torch.zeros_like(original)
             spread[spread_over] = refitted.view(*spread_over.shape, -1)
-            refitted, mean = spread, torch.zeros_like(original[:, 0]).index_put((spread_over,), mean[:, None].expand(spread_over.shape))
+            refitted, mean = (
+                spread,
+                torch.zeros_like(original[:, 0]).index_put((spread_over,), mean[:, None].expand(spread_over.shape)),
+            )
         refitted = refitted / scale
         weights[consumer.name] = ungrouped_weight(layer, refitted[None]), (original - refitted).T @ mean
     if probed > 1:
@@ -102,34 +116,36 @@ def eliminate(model: nn.Module, group: ChannelGroup, inputs: Mapping[str, LayerI
     if costs:
         harms[1 : group.size] = torch.tensor(costs, dtype=torch.float64).clamp_min(0).cumsum(0).flip(0)
     last = int(elimination.kept.nonzero()[0])
-    return Elimination([*order, last], harms, probed, weights)
+    return GroupElimination([*order, last], harms, probed, weights)
 
 
-def probed(model: nn.Module, groups: Sequence[ChannelGroup], images: Calibration) -> int:
-    """Images that `sensitivities` needs: at most 256, fewer where the network is large."""
-    return affordable(model, images, WORK, IMAGES, len(groups))
+def max_sensitivity_images(model: nn.Module, groups: Sequence[ChannelGroup], images: Calibration) -> int:
+    """Images that `output_sensitivities` needs: at most 256, fewer where the network is large."""
+    return affordable(model, images, MAX_SENSITIVITY_MACS, SENSITIVITY_IMAGES, len(groups))
 
 
-def sensitivities(
+def output_sensitivities(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    found: Mapping[str, Elimination],
+    found: Mapping[str, GroupElimination],
     images: Calibration,
     progress: bool = True,
     order: Sequence[str] = (),
 ) -> dict[str, float]:
     """How much the network's output minds what the readers of each group lose.
 
-    Each group alone is narrowed to a quarter, its readers refitted, and the network's output compared with the original's: the ratio of the change
+    Each group alone is narrowed to a quarter, its readers refitted, and the network's output compared with the
+    original's: the ratio of the change
     to what the readers lost. Multiplied by it, harms of all groups have one currency.
 
     Args:
         model: the original, in eval mode.
         groups: to compare.
         found: their eliminations.
-        images: all of them are used, see `probed`.
+        images: all of them are used, see `max_sensitivity_images`.
         progress: whether to show a bar.
-        order: layers that run once, in the order in which they run: those ahead of what is narrowed are computed once for all groups.
+        order: layers that run once, in the order in which they run: those ahead of what is narrowed are computed once
+            for all groups.
 
     Returns:
         One number for each group.
@@ -137,10 +153,13 @@ def sensitivities(
     Raises:
         InputTypeError: a network whose output is no tensor.
     """
-    replay, changes = Replay({name: model.get_submodule(name) for name in order}), dict.fromkeys(found, 0.0)
+    replay, changes = ActivationCache({name: model.get_submodule(name) for name in order}), dict.fromkeys(found, 0.0)
     plain: list[Tensor] = []
-    parts = list(images.pieces(AT_ONCE))
-    with torch.no_grad(), tqdm(total=len(parts) * len(groups), desc="sensitivity", unit="pass", disable=not progress) as bar:
+    parts = list(images.pieces(SENSITIVITY_BATCH_SIZE))
+    with (
+        torch.no_grad(),
+        tqdm(total=len(parts) * len(groups), desc="sensitivity", unit="pass", disable=not progress) as bar,
+    ):
         for part in parts:
             with replay.recording():
                 plain.append(output_of(images.run(model, part)))
@@ -194,5 +213,7 @@ def output_of(value: Any) -> Tensor:
     if isinstance(value, dict) or hasattr(value, "logits"):
         value = value.get("logits") if isinstance(value, dict) else value.logits
     if not isinstance(value, Tensor):
-        raise InputTypeError(f"expected a network whose output is a tensor (or begins with one, or has .logits), got {type(value).__name__}")
+        raise InputTypeError(
+            f"expected a network whose output is a tensor (or begins with one, or has .logits), got {type(value).__name__}"
+        )
     return value.float()

@@ -1,26 +1,25 @@
-"""Refinement of trained networks by the part of their features that peers know too."""
+"""Refinement of trained networks by features that peers reproduce."""
 
-from knowiso_train.refinement.denoise import Denoiser, denoiser
-from knowiso_train.refinement.finetune import FineTuning
-from knowiso_train.refinement.fold import fold
-from knowiso_train.refinement.head import Consensus, Head, HeadRecipe, consensus_head, ridge_head
-from knowiso_train.refinement.refine import refine
-from knowiso_train.refinement.result import Refined, RefineReport
-from knowiso_train.refinement.worth import Worth, worth
+from knowiso_train.refinement.api import refine
+from knowiso_train.refinement.finetune import FinetuneConfig
+from knowiso_train.refinement.folding import PeerProjection, fit_peer_projection, fold
+from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, consensus_head, ridge_head
+from knowiso_train.refinement.peers import PeerScore, score_peer
+from knowiso_train.refinement.report import RefineReport, RefineResult
 
 __all__ = [
-    "Consensus",
-    "Denoiser",
-    "FineTuning",
+    "ConsensusFeatures",
+    "FinetuneConfig",
     "Head",
-    "HeadRecipe",
+    "HeadConfig",
+    "PeerProjection",
+    "PeerScore",
     "RefineReport",
-    "Refined",
-    "Worth",
+    "RefineResult",
     "consensus_head",
-    "denoiser",
+    "fit_peer_projection",
     "fold",
     "refine",
     "ridge_head",
-    "worth",
+    "score_peer",
 ]

@@ -1,4 +1,4 @@
-"""`method="paper"`: the network's layer rebuilt from a peer's, its isomorphic orders alone handed on; two networks at inference, for study."""
+"""Composite of two networks (arXiv 1908.01581, section 4)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from knowiso_train.disentangle import Disentangler
+from knowiso_train.disentangle.disentangler import Disentangler
 from knowiso_train.errors import DataError, OptionError, ShapeError
-from knowiso_train.features import FeatureTaps, align, bare, device_of, inputs_of, undisturbed
-from knowiso_train.measurement import measure
-from knowiso_train.refinement.networks import Network, labels_of
+from knowiso_train.features.extractor import align
+from knowiso_train.features.hooks import FeatureTaps
+from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.measurement.measure import measure
+from knowiso_train.refinement.models import ClassifierModel, labels_of
+from knowiso_train.utils.batch import get_inputs
 
 
 class Composite(nn.Module):
@@ -43,12 +47,16 @@ class Composite(nn.Module):
         torch.Size([64, 2])
     """
 
-    def __init__(self, model: nn.Module, layer: str, peer: nn.Module, peer_layer: str, maps: Disentangler, orders: int) -> None:
+    def __init__(
+        self, model: nn.Module, layer: str, peer: nn.Module, peer_layer: str, maps: Disentangler, orders: int
+    ) -> None:
         super().__init__()
         if not 0 <= orders <= maps.settings.order:
-            raise OptionError(f"orders must lie in 0 … {maps.settings.order}, what the disentangler was fitted with; got {orders}")
-        self.model, self.maps = copy.deepcopy(bare(model)), maps.requires_grad_(False)
-        self.peer = copy.deepcopy(bare(peer)).eval().requires_grad_(False)
+            raise OptionError(
+                f"orders must lie in 0 … {maps.settings.order}, what the disentangler was fitted with; got {orders}"
+            )
+        self.model, self.maps = copy.deepcopy(unwrap_model(model)), maps.requires_grad_(False)
+        self.peer = copy.deepcopy(unwrap_model(peer)).eval().requires_grad_(False)
         self.layer, self.peer_layer, self.orders = layer, peer_layer, orders
 
     def train(self, mode: bool = True) -> Composite:
@@ -80,10 +88,10 @@ class Composite(nn.Module):
 
 
 def paper_composite(
-    own: Network,
-    peer: Network,
+    own: ClassifierModel,
+    peer: ClassifierModel,
     loader: Iterable[Any],
-    labelled: Iterable[Any],
+    labeled: Iterable[Any],
     layer: str,
     peer_layer: str,
     *,
@@ -96,7 +104,7 @@ def paper_composite(
     solver: str = "closed_form",
     progress: bool = False,
 ) -> Composite:
-    """Fit the maps on unlabelled images, then train the layers after `layer` on labelled ones with a small learning rate.
+    """Fit the maps on unlabeled images, then train the layers after `layer` on labeled ones with a small learning rate.
 
     Raises:
         DataError: a loader without images.
@@ -109,29 +117,38 @@ def paper_composite(
         order=order, solver=solver, seed=seed, max_images=max_images, noise_floor=False, bootstrap=0, progress=progress,
     )  # fmt: skip
     maps = report.pairs[0].disentangler.float()
-    with undisturbed(own.model):
+    with preserve_state(own.model):
         torch.manual_seed(seed)
         composite = Composite(own.model, layer, peer.model, peer_layer, maps, orders).to(device_of(own.model) or "cpu")
-        train_after(composite, composite.model, layer, labelled, steps=steps, lr=lr, progress=progress)
+        train_after(composite, composite.model, layer, labeled, steps=steps, lr=lr, progress=progress)
     return composite.eval()
 
 
-def train_after(whole: nn.Module, model: nn.Module, layer: str, labelled: Iterable[Any], *, steps: int, lr: float, progress: bool = False) -> None:
+def train_after(
+    whole: nn.Module,
+    model: nn.Module,
+    layer: str,
+    labeled: Iterable[Any],
+    *,
+    steps: int,
+    lr: float,
+    progress: bool = False,
+) -> None:
     """Train the layers of `model` that come after `layer`, in place, by the cross-entropy of `whole` (the composite, or the model itself).
 
     Raises:
         DataError: a loader without images.
     """
-    trained = _after(model, layer, next(iter(labelled), None))
+    trained = _after(model, layer, next(iter(labeled), None))
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9)
     whole.train()
     reached = {id(parameter) for parameter in trained}
     for module in model.modules():  # batch norms before the layer stay as they are
         if not any(id(parameter) in reached for parameter in module.parameters(recurse=False)):
             module.training = False
-    for batch in tqdm(islice(_forever(labelled), steps), desc="paper", total=steps, unit="step", disable=not progress):
-        labels = labels_of(batch, "labelled images")
-        images = inputs_of(batch).to(device_of(whole) or "cpu")
+    for batch in tqdm(islice(_forever(labeled), steps), desc="paper", total=steps, unit="step", disable=not progress):
+        labels = labels_of(batch, "labeled images")
+        images = get_inputs(batch).to(device_of(whole) or "cpu")
         loss = F.cross_entropy(whole(images), labels.to(images.device))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -142,12 +159,14 @@ def train_after(whole: nn.Module, model: nn.Module, layer: str, labelled: Iterab
 def _after(model: nn.Module, layer: str, batch: Any) -> Sequence[nn.Parameter]:
     """Parameters that the loss reaches when the layer's output is replaced: those of the layers after it."""
     if batch is None:
-        raise DataError("the loader of labelled images gave no images")
-    images = inputs_of(batch)[:2].to(device_of(model) or "cpu")
+        raise DataError("the loader of labeled images gave no images")
+    images = get_inputs(batch)[:2].to(device_of(model) or "cpu")
     cut: Any = model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: output.detach())
     try:
-        with undisturbed(model), torch.enable_grad():
-            reached = torch.autograd.grad(model(images).sum(), parameters := list(model.parameters()), allow_unused=True)
+        with preserve_state(model), torch.enable_grad():
+            reached = torch.autograd.grad(
+                model(images).sum(), parameters := list(model.parameters()), allow_unused=True
+            )
     finally:
         cut.remove()
     return [parameter for parameter, gradient in zip(parameters, reached, strict=True) if gradient is not None]

@@ -1,4 +1,4 @@
-"""`method="consensus"`: fine-tuning towards the part of a network's features that its peers reproduce."""
+"""Fine-tuning towards the consensus of peers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from knowiso_train.distillation.kd import WeightSchedule, kd_loss
+from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
-from knowiso_train.features import bare, device_of, inputs_of, undisturbed
-from knowiso_train.losses import IsomorphismLoss, WeightSchedule, kd_loss
-from knowiso_train.refinement.networks import Network, labels_of
-from knowiso_train.refinement.pooled import pooled_layer
-from knowiso_train.refinement.told import Logits, Told
+from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.refinement.models import ClassifierModel, labels_of, pooled_layer
+from knowiso_train.refinement.peers import Logits, PeerEnsemble
+from knowiso_train.utils.batch import get_inputs
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FinetuneConfig:
     """Settings of the training.
 
     Attributes:
-        steps: updates; each takes one batch of labelled and one of unlabelled images, where there are such.
-        lr: highest learning rate of SGD with momentum 0.9; it rises over a twentieth of the steps and falls as a cosine.
+        steps: updates; each takes one batch of labeled and one of unlabeled images, where there are such.
+        lr: highest learning rate of SGD with momentum 0.9; it rises over a twentieth of the steps and falls as a
+            cosine.
         weight_decay: of every parameter.
         weight: of the consensus loss.
         kd_weight: of the distance to `targets`.
-        targets: "ensemble", the mean of what the frozen original and the peers say, where the peers tell the same classes apart or labels gave them
+        targets: "ensemble", the mean of what the frozen original and the peers say, where the peers tell the same
+            classes apart or labels gave them
             classifiers; "own", the frozen original alone.
         temperature: of these.
         layers: of the network; None takes what its classifier reads.
-        peer_layers: {own layer: peer layer}, one for all peers or one for each; None takes the same names, or with `layers=None` what their
+        peer_layers: {own layer: peer layer}, one for all peers or one for each; None takes the same names, or with
+            `layers=None` what their
             classifiers read.
         clip: largest norm of the gradient.
         frozen_statistics: batch norms keep their statistics, as small sets of images need.
@@ -76,17 +81,19 @@ class FineTuning:
         return asdict(self)
 
 
-def ways_to_train(method: str, settings: FineTuning, *, labels: bool, peers: bool) -> list[tuple[str, FineTuning]]:
+def finetune_schedules(
+    method: str, settings: FinetuneConfig, *, labels: bool, peers: bool
+) -> list[tuple[str, FinetuneConfig]]:
     """What `refine` trains towards, and how. There may be more in the labels than in any consensus, and only validation images can tell.
 
     Args:
         method: of `refine`.
         settings: as given.
-        labels: whether there are labelled images.
+        labels: whether there are labeled images.
         peers: whether any is useful.
 
     Example:
-        >>> [towards for towards, _ in ways_to_train("auto", FineTuning(), labels=True, peers=True)]
+        >>> [towards for towards, _ in finetune_schedules("auto", FinetuneConfig(), labels=True, peers=True)]
         ['the consensus', 'the labels']
     """
     found = [("the consensus", settings)] if peers else []
@@ -95,7 +102,9 @@ def ways_to_train(method: str, settings: FineTuning, *, labels: bool, peers: boo
     return found
 
 
-def placed(settings: FineTuning, own: Network, peers: Sequence[Network], batch: Any) -> FineTuning:
+def resolve_consensus_layers(
+    settings: FinetuneConfig, own: ClassifierModel, peers: Sequence[ClassifierModel], batch: Any
+) -> FinetuneConfig:
     """The settings with the layers named where they were not: what the classifiers read.
 
     Args:
@@ -112,33 +121,39 @@ def placed(settings: FineTuning, own: Network, peers: Sequence[Network], batch: 
     if settings.layers:
         return settings
     layer = pooled_layer(own, batch)
-    layers = settings.peer_layers if settings.peer_layers is not None else [{layer: pooled_layer(peer, batch)} for peer in peers]
+    layers = (
+        settings.peer_layers
+        if settings.peer_layers is not None
+        else [{layer: pooled_layer(peer, batch)} for peer in peers]
+    )
     return replace(settings, layers=[layer], peer_layers=layers)
 
 
 def fine_tune(
     start: nn.Module,
-    own: Network,
-    peers: Sequence[Network],
+    own: ClassifierModel,
+    peers: Sequence[ClassifierModel],
     loader: Iterable[Any],
-    labelled: Iterable[Any] | None,
-    settings: FineTuning,
+    labeled: Iterable[Any] | None,
+    settings: FinetuneConfig,
     *,
     heads: Mapping[int, Logits] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """A copy of `start`, trained on labels (cross-entropy), towards the consensus of its frozen original with the peers, and towards their logits.
 
-    With both weights 0 this is training on the labels alone, and needs no peers; then unlabelled images are not looked at.
+    With both weights 0 this is training on the labels alone, and needs no peers; then unlabeled images are not looked
+    at.
 
     Args:
         start: the network with the classifier that it starts from; left as it is.
         own: what is refined, for its transform.
         peers: useful ones.
-        loader: unlabelled images; their labels, if any, are not read.
-        labelled: images with labels, or None.
+        loader: unlabeled images; their labels, if any, are not read.
+        labeled: images with labels, or None.
         settings: of the training.
-        heads: by place in `peers`, what gives a peer's logits from its pooled features; None takes their own where they tell as many classes apart.
+        heads: by place in `peers`, what gives a peer's logits from its pooled features; None takes their own where they
+            tell as many classes apart.
         progress: show a progress bar.
 
     Returns:
@@ -152,22 +167,28 @@ def fine_tune(
     compares = bool(settings.weight or settings.kd_weight)
     if compares and not peers:
         raise OptionError("no useful peer is left; there is no consensus to train towards")
-    with undisturbed(start, *(peer.model for peer in peers)):
+    with preserve_state(start, *(peer.model for peer in peers)):
         torch.manual_seed(settings.seed)
-        teacher = copy.deepcopy(bare(start)).eval().requires_grad_(False)
-        student = copy.deepcopy(bare(start)).requires_grad_(True)
+        teacher = copy.deepcopy(unwrap_model(start)).eval().requires_grad_(False)
+        student = copy.deepcopy(unwrap_model(start)).requires_grad_(True)
         _training_mode(student, settings.frozen_statistics)
-        unlabelled = _batches(loader, "unlabelled images") if compares or labelled is None else None
-        known = None if labelled is None else _batches(labelled, "labelled images")
-        iso = consensus_loss(student, teacher, own, peers, next(_batches(loader, "unlabelled images")), settings) if compares else None
-        optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True)
+        unlabeled = _batches(loader, "unlabeled images") if compares or labeled is None else None
+        known = None if labeled is None else _batches(labeled, "labeled images")
+        iso = (
+            consensus_loss(student, teacher, own, peers, next(_batches(loader, "unlabeled images")), settings)
+            if compares
+            else None
+        )
+        optimizer = torch.optim.SGD(
+            student.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True
+        )
         schedule = WeightSchedule(warmup=max(1, settings.steps // 20), total=max(2, settings.steps))
-        asked = Told(peers, heads, own.classes if compares and settings.targets == "ensemble" else 0)
+        asked = PeerEnsemble(peers, heads, own.classes if compares and settings.targets == "ensemble" else 0)
         with iso or nullcontext(), asked as told:
             for step in tqdm(range(settings.steps), desc="consensus", unit="step", disable=not progress):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * schedule(step)
-                batch, few = (None if source is None else next(source) for source in (unlabelled, known))
+                batch, few = (None if source is None else next(source) for source in (unlabeled, known))
                 _step(student, iso, told, optimizer, batch, few, own.transform, settings, step)
     return student.eval()
 
@@ -175,27 +196,32 @@ def fine_tune(
 def _step(
     student: nn.Module,
     iso: IsomorphismLoss | None,
-    told: Told,
+    told: PeerEnsemble,
     optimizer: torch.optim.Optimizer,
     batch: Any,
     known: Any,
     transform: Callable[[Any], Any] | None,
-    settings: FineTuning,
+    settings: FinetuneConfig,
     step: int,
 ) -> None:
-    labels = None if known is None else labels_of(known, "labelled images").to(device_of(student) or "cpu")
-    logits: Tensor = student(torch.cat([_prepared(part, student, transform) for part in (known, batch) if part is not None]))
+    labels = None if known is None else labels_of(known, "labeled images").to(device_of(student) or "cpu")
+    logits: Tensor = student(
+        torch.cat([_prepared(part, student, transform) for part in (known, batch) if part is not None])
+    )
     loss = 0.0 * logits.sum()
     if iso is not None:
         loss = settings.weight * iso()  # runs the frozen original and the peers
-        loss = loss + settings.kd_weight * kd_loss(logits, told.targets(iso.teacher_output, settings.temperature), settings.temperature)
+        loss = loss + settings.kd_weight * kd_loss(
+            logits, told.targets(iso.teacher_output, settings.temperature), settings.temperature
+        )
     if labels is not None:
         loss = loss + F.cross_entropy(logits[: len(labels)], labels)
     if not math.isfinite(float(loss.detach())):
         raise NonFiniteError(f"the loss is {float(loss.detach())} at step {step}; try a lower learning rate")
     optimizer.zero_grad()
     torch.autograd.backward(loss)
-    torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)  # a classifier in closed form can have large weights
+    # A classifier in closed form can have large weights
+    torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
     optimizer.step()
 
 
@@ -208,7 +234,12 @@ def _training_mode(model: nn.Module, frozen_statistics: bool) -> None:
 
 
 def consensus_loss(
-    student: nn.Module, teacher: nn.Module, own: Network, peers: Sequence[Network], batch: Any, settings: FineTuning
+    student: nn.Module,
+    teacher: nn.Module,
+    own: ClassifierModel,
+    peers: Sequence[ClassifierModel],
+    batch: Any,
+    settings: FinetuneConfig,
 ) -> IsomorphismLoss:
     """The loss towards what the peers reproduce of the teacher's features, at the layers that classifiers read where the settings name none.
 
@@ -223,7 +254,7 @@ def consensus_loss(
     Raises:
         OptionError: no such layer, or a peer with a transform of its own.
     """
-    settings = placed(settings, replace(own, model=teacher), peers, batch)
+    settings = resolve_consensus_layers(settings, replace(own, model=teacher), peers, batch)
     first = _prepared(batch, student, own.transform)
     iso = IsomorphismLoss(
         student,
@@ -238,7 +269,7 @@ def consensus_loss(
     return iso.to(first.device)
 
 
-def _bridge(peer: Network, own: Network) -> Callable[[Any], Any] | None:
+def _bridge(peer: ClassifierModel, own: ClassifierModel) -> Callable[[Any], Any] | None:
     """From what the network saw to what the peer is given: the loss hands peers the former, so they need the same transform, or one from there."""
     if own.transform is None:
         return peer.transform
@@ -261,6 +292,6 @@ def _batches(loader: Iterable[Any], what: str) -> Iterator[Any]:
 
 
 def _prepared(batch: Any, model: nn.Module, transform: Callable[[Any], Any] | None) -> Tensor:
-    images = inputs_of(batch).to(device_of(model) or "cpu")
+    images = get_inputs(batch).to(device_of(model) or "cpu")
     found: Tensor = images if transform is None else transform(images)
     return found

@@ -1,0 +1,118 @@
+"""Feature distillation as others published it, as the rivals of `bench_loss.py` and `bench_distill.py`.
+
+Kept apart from the library on purpose: nothing is shared with what is compared. Each takes the lists of student and
+    teacher features, (N, C, H, W),
+shallow to deep, and returns a scalar. Published weights of the terms stand beside them; the caller multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FitNet(nn.Module):
+    """Hints (Romero et al., ICLR 2015, eq. 3): mean square of teacher minus adapted student, summed over the pairs.
+
+    The adapter is that of the common implementations (the published code of Tian et al., *Contrastive Representation
+    Distillation*, ICLR 2020):
+    1x1 convolution, batch norm, ReLU, because the features come after a ReLU. It trains with the student, and in one
+    stage with the other losses,
+    as there. For equal grids. Their weight is 100.
+    """
+
+    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(s, t, 1), nn.BatchNorm2d(t), nn.ReLU(inplace=True))
+            for s, t in zip(student_channels, teacher_channels, strict=True)
+        )
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        losses = [F.mse_loss(adapter(s), t) for adapter, s, t in zip(self.adapters, student, teacher, strict=True)]
+        return torch.stack(losses).sum()
+
+
+class AttentionTransfer(nn.Module):
+    """Zagoruyko & Komodakis, *Paying More Attention to Attention* (ICLR 2017), eq. 2 with p = 2, as in their published code.
+
+    Squares averaged over the channels, divided by their norm over positions, mean square of the difference, summed over
+    the pairs. The finer grid is
+    average-pooled. Their weight is 1,000.
+    """
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        losses = []
+        for s, t in zip(student, teacher, strict=True):
+            grid = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
+            losses.append(F.mse_loss(self.attention(s, grid), self.attention(t, grid)))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def attention(feature: Tensor, grid: tuple[int, int]) -> Tensor:
+        feature = feature if tuple(feature.shape[2:]) == grid else F.adaptive_avg_pool2d(feature, grid)
+        return F.normalize(feature.square().mean(1).flatten(1))
+
+
+class Fusion(nn.Module):
+    """Attention-based fusion (ABF), Chen et al. 2021, §3.3: this stage's feature and what came from the deeper one, weighted by position."""
+
+    def __init__(self, channels: int, middle: int, out: int, deepest: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(channels, middle, 1, bias=False), nn.BatchNorm2d(middle))
+        self.outer = nn.Sequential(nn.Conv2d(middle, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
+        self.gates = None if deepest else nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid())
+        for convolution in (self.inner[0], self.outer[0]):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+
+    def forward(self, feature: Tensor, deeper: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What is compared with the teacher, on its grid, and what goes on to the shallower stage."""
+        fused = self.inner(feature)
+        if self.gates is not None and deeper is not None:
+            deeper = F.interpolate(deeper, fused.shape[2:], mode="nearest")
+            gates = self.gates(torch.cat([fused, deeper], 1))
+            fused = fused * gates[:, :1] + deeper * gates[:, 1:]
+        if tuple(fused.shape[2:]) != grid:
+            fused = F.interpolate(fused, grid, mode="nearest")
+        return self.outer(fused), fused
+
+
+class ReviewKD(nn.Module):
+    """Chen, Liu, Zhao & Jia, *Distilling Knowledge via Knowledge Review* (CVPR 2021): each stage of the teacher teaches the deeper ones too.
+
+    As in their published code, the pooled last stage is the deepest feature, and the middle width is min(512, the
+    student's last). Their weight grows
+    linearly over the first 20 epochs and depends on the pair of networks.
+    """
+
+    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
+        super().__init__()
+        students, teachers = [*student_channels, student_channels[-1]], [*teacher_channels, teacher_channels[-1]]
+        middle, last = min(512, students[-1]), len(students) - 1
+        self.fusions = nn.ModuleList(
+            Fusion(s, middle, t, i == last) for i, (s, t) in enumerate(zip(students, teachers, strict=True))
+        )
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        students, teachers = ([*features, features[-1].mean((2, 3), keepdim=True)] for features in (student, teacher))
+        losses, deeper = [], None
+        for fusion, s, t in zip(list(self.fusions)[::-1], students[::-1], teachers[::-1], strict=True):
+            compared, deeper = fusion(s, deeper, tuple(t.shape[2:]))
+            losses.append(hierarchical_context(compared, t))
+        return torch.stack(losses).sum()
+
+
+def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
+    """HCL of the same paper, §3.4: mean squares at the full grid and at 4x4, 2x2, 1x1 where coarser, each half the weight of the one before."""
+    total, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
+    for side in (4, 2, 1):
+        if side < student.shape[2]:
+            weight /= 2
+            total = total + weight * F.mse_loss(
+                F.adaptive_avg_pool2d(student, side), F.adaptive_avg_pool2d(teacher, side)
+            )
+            weights += weight
+    return total / weights

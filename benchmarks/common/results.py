@@ -1,0 +1,64 @@
+"""One way to keep a result: figures with versions, device, date and commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knowiso_train.utils.environment import library_versions
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def record(name: str, figures: Any, **more: Any) -> Path:
+    """Write `results/<name>.json`."""
+    root = Path(__file__).parents[2]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root, check=False
+    ).stdout.strip()
+    dirty = bool(
+        subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, cwd=root, check=False
+        ).stdout.strip()
+    )
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    content = {
+        "figures": figures,
+        **more,
+        "versions": library_versions(),
+        "device": device_name(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit + ("+" if dirty else ""),
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Aligned columns; the keys of the first row are the header."""
+    header = list(rows[0])
+    cells = [header, *([f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in header] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)

@@ -1,0 +1,51 @@
+"""What `recipes/distill.py` does when it is launched without arguments: how long it takes, and what its students come to know of their teacher.
+
+    python -m benchmarks.distill.bench_recipe     # writes results/recipe_distill.json; two minutes on two cores that have
+    nothing else to do
+
+Teacher and students are trained on real digits, each student with another loss; one seed. "explains" is the share of a
+teacher's layer that the
+student's reproduces, by order-0 maps on held-out digits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.results import record, table
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "distill.py"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, str(RECIPE), "--output", folder], check=True)
+        seconds = round(time.perf_counter() - began, 1)
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    rows: list[dict[str, Any]] = []
+    for card in summary["arms"]:
+        terms = [entry["isomorphism"] for entry in log if entry["arm"] == card["arm"] and "isomorphism" in entry]
+        shares = {f"explains {layer}": round(100 * share, 1) for layer, share in card.get("explained", {}).items()}
+        rows.append(
+            {
+                "arm": card["arm"],
+                "top-1": round(card["top1"], 2),
+                **shares,
+                **({"first": terms[0], "last": terms[-1]} if terms else {}),
+            }
+        )
+    header = dict.fromkeys(key for row in rows for key in row)
+    print(table([{key: row.get(key, "") for key in header} for row in rows]), f"\n{seconds} s")
+    record("recipe_distill", rows, seconds=seconds)
+
+
+if __name__ == "__main__":
+    main()

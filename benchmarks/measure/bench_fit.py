@@ -1,0 +1,141 @@
+"""Fitting a disentangler: the closed form against the paper's network trained by the paper's recipe, on the same real features.
+
+    python -m benchmarks.measure.bench_fit                 # interleaved comparison, a few minutes
+    python -m benchmarks.measure.bench_fit --rival-full    # the rival's whole 1,000 epochs, once, about 20 minutes a stage;
+    writes its curve
+
+CIFAR-10 ResNet-32 → ResNet-44, outputs of stages 2 and 3; 2,400 images to fit (ours holds 300 of them out to select
+on), 600 held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.paper import PublishedDisentangler, held_out_unexplained, train_epochs
+from benchmarks.common.models import cifar10, cifar_features
+from benchmarks.common.results import RESULTS, record, table
+from knowiso_train import Disentangler
+
+FIT, SELECT, HELD_OUT, RIVAL_EPOCHS = 2400, 300, 600, 1000
+
+
+def features(stage: int) -> tuple[Tensor, Tensor]:
+    images, _ = cifar10("train", FIT + HELD_OUT)
+    return cifar_features(32, images, stage), cifar_features(44, images, stage)
+
+
+def ours(order: int, x: Tensor, y: Tensor, seed: int) -> tuple[Disentangler, float]:
+    began = time.perf_counter()
+    inner = FIT - SELECT
+    maps = Disentangler(order=order, kernel_size=3, max_rows=10**6, seed=seed).fit(
+        x[:inner], y[:inner], select=(x[inner:FIT], y[inner:FIT])
+    )
+    return maps, time.perf_counter() - began
+
+
+def rival_epochs(epochs: int, x: Tensor, y: Tensor, seed: int) -> float:
+    torch.manual_seed(seed)
+    net, began = PublishedDisentangler(x.shape[1]), 0.0
+    for epoch in train_epochs(net, x[:FIT], y[:FIT], seed=seed):
+        if epoch == 0:  # the first one warms up
+            began = time.perf_counter()
+        if epoch == epochs:
+            break
+    return (time.perf_counter() - began) / epochs
+
+
+def rival_full(stage: int, x: Tensor, y: Tensor) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net, curve, spent, began = PublishedDisentangler(x.shape[1]), [], 0.0, time.perf_counter()
+    for epoch in train_epochs(net, x[:FIT], y[:FIT], epochs=RIVAL_EPOCHS):
+        spent += time.perf_counter() - began
+        if epoch < 10 or epoch % 10 == 9:
+            curve.append([epoch + 1, held_out_unexplained(net, x[FIT:], y[FIT:]), round(spent, 1)])
+            print(stage, *curve[-1], flush=True)
+        began = time.perf_counter()
+    return {
+        "stage": stage,
+        "curve (epoch, held-out unexplained, seconds)": curve,
+        "best": min(u for _, u, _ in curve),
+        "last": curve[-1][1],
+    }
+
+
+def interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: int) -> list[dict[str, Any]]:
+    kinds: dict[str, Callable[[int], tuple[Disentangler | None, float]]] = {
+        f"closed form, K = {k}": lambda s, k=k: ours(k, x, y, s) for k in (0, 1, 2)
+    }
+    kinds["paper, K = 2, one epoch"] = lambda s: (None, rival_epochs(epochs, x, y, s))
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    left: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for seed in range(repeats):
+        for kind, run in kinds.items():
+            maps, seconds = run(seed)
+            times[kind].append(seconds)
+            if maps is not None:
+                left[kind].append(held_out_unexplained(maps, x[FIT:], y[FIT:]))
+    rival = torch.tensor(times["paper, K = 2, one epoch"]).median().item() * RIVAL_EPOCHS
+    rows = []
+    for kind in list(kinds)[:-1]:
+        seconds = torch.tensor(times[kind]).median().item()
+        u = torch.tensor(left[kind])
+        rows.append(
+            {
+                "stage": stage,
+                "what": kind,
+                "held-out unexplained": float(u.mean()),
+                "over seeds": f"{float(u.min()):.4f}..{float(u.max()):.4f}",
+                "seconds": seconds,
+                "faster than 1,000 epochs": rival / seconds,
+            }
+        )
+    curves = RESULTS / "fit_rival_curve.json"
+    best = (
+        {f["stage"]: f["best"] for f in json.loads(curves.read_text())["figures"]}.get(stage, float("nan"))
+        if curves.exists()
+        else float("nan")
+    )
+    rows.append(
+        {
+            "stage": stage,
+            "what": "paper, K = 2, 1,000 epochs",
+            "held-out unexplained": best,
+            "over seeds": "best epoch",
+            "seconds": rival,
+            "faster than 1,000 epochs": 1.0,
+        }
+    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rival-full", action="store_true", help="train the rival's 1,000 epochs and write its curve")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions, each with its own seed")
+    parser.add_argument("--epochs", type=int, default=5, help="rival epochs timed in each repetition")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for stage in (2, 3):
+        x, y = features(stage)
+        if args.rival_full:
+            rows.append(rival_full(stage, x, y))
+        else:
+            rows += interleaved(stage, x, y, args.repeats, args.epochs)
+            print(table([row for row in rows if row["stage"] == stage]), flush=True)
+    record(
+        "fit_rival_curve" if args.rival_full else "fit",
+        rows,
+        task="CIFAR-10 ResNet-32 → ResNet-44, 3×3, 2,400 images fit, 600 held out",
+    )
+
+
+if __name__ == "__main__":
+    main()

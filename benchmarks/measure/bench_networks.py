@@ -1,0 +1,130 @@
+"""Real pretrained networks, measured: CIFAR-10 ResNets pair by pair, and two EfficientNet-Lite with their ImageNet weights.
+
+    python -m benchmarks.measure.bench_networks            # everything; writes results/networks.json and the README's picture
+
+Beside the shares: linear CKA (Kornblith et al. 2019), the number that a user would otherwise look at, on the same
+    report images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from benchmarks.common.models import DATA, cifar10, cifar_resnet, efficientnet_lite
+from benchmarks.common.results import RESULTS, record, table
+from knowiso_train import Report, measure
+from knowiso_train.features import Extractor, align
+from knowiso_train.regression import batch_moments
+
+STAGES = ["layer1", "layer2", "layer3"]
+LITE_BLOCKS = [f"blocks.{i}" for i in (1, 2, 4, 6)]
+
+
+def linear_cka(a: torch.nn.Module, b: torch.nn.Module, images: Tensor, layers: list[str]) -> list[float]:
+    """Linear CKA over images and positions, target's grid."""
+    with Extractor(a, layers) as left, Extractor(b, layers) as right, torch.no_grad():
+        x, y = left.run(images), right.run(images)
+    values = []
+    for layer in layers:
+        xs, ys = align(x[layer], (y[layer].shape[2], y[layer].shape[3])), y[layer]
+        cross, own, other = batch_moments(xs, ys).xy, batch_moments(xs, xs).xx, batch_moments(ys, ys).xx
+        values.append(float(cross.square().sum() / (own.norm() * other.norm())))
+    return values
+
+
+class Photographs(Dataset[Tensor]):
+    """`imagenet1k_sample`, short side 224, center crop, normalized to [-1, 1]."""
+
+    def __init__(self) -> None:
+        self.files = sorted((DATA / "imagenet1k_sample").glob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Tensor:
+        from PIL import Image
+        from torchvision.transforms import functional as T
+
+        image = T.center_crop(T.resize(Image.open(self.files[i]).convert("RGB"), 224), [224, 224])
+        return (T.to_tensor(image) - 0.5) / 0.5
+
+
+def rows_of(report: Report, cka: list[float] | None = None) -> list[dict[str, Any]]:
+    rows = []
+    for i, pair in enumerate(report.pairs):
+        low, high = pair.interval
+        rows.append(
+            {
+                "explained from": report.source if pair.direction == "forward" else report.target,
+                "explained": report.target if pair.direction == "forward" else report.source,
+                "layer": pair.target,
+                **{f"order {k}": share for k, share in enumerate(pair.shares)},
+                "unexplained": pair.unexplained,
+                "95 %": f"{low:.3f}..{high:.3f}",
+                "noise floor": pair.noise_floor,
+                **({} if cka is None else {"linear CKA": cka[i % len(cka)]}),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000, help="CIFAR-10 images")
+    parser.add_argument("--order", type=int, default=1, help="highest order")
+    parser.add_argument(
+        "--max-rows",
+        type=int,
+        default=32_768,
+        help="positions that orders >= 1 are trained on; more costs time and finds a little more",
+    )
+    parser.add_argument(
+        "--picture", type=Path, default=RESULTS / "networks.png", help="picture of ResNet-20 against ResNet-56"
+    )
+    args = parser.parse_args()
+    images, _ = cifar10("train", args.images)
+    loader = DataLoader(TensorDataset(images), batch_size=200)
+    rows: list[dict[str, Any]] = []
+    depths = (20, 32, 44, 56)
+    for i, a in enumerate(depths):
+        for b in depths[i + 1 :]:
+            nets = cifar_resnet(a), cifar_resnet(b)
+            report = measure(
+                *nets,
+                loader,
+                STAGES,
+                order=args.order,
+                kernel_size=3,
+                max_rows=args.max_rows,
+                directions="both",
+                names=(f"ResNet-{a}", f"ResNet-{b}"),
+            )
+            print(report, flush=True)
+            rows += rows_of(report, linear_cka(*nets, images[:600], STAGES))
+            if (a, b) == (20, 56):
+                report.plot(args.picture, title="CIFAR-10: what ResNet-20 and ResNet-56 know of each other")
+    lite = efficientnet_lite(0), efficientnet_lite(1)
+    photographs = DataLoader(Photographs(), batch_size=50, num_workers=1)
+    report = measure(
+        *lite,
+        photographs,
+        LITE_BLOCKS,
+        order=args.order,
+        max_rows=args.max_rows,
+        directions="both",
+        names=("lite0", "lite1"),
+    )
+    print(report, flush=True)
+    rows_lite = rows_of(report)
+    print(table(rows))
+    record("networks", {"cifar10": rows, "imagenet1k_sample": rows_lite}, settings=report.settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The networks of bench_prune.py, the images that calibrate them and the images that judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines.tp_importances import IMPORTANCES
+from benchmarks.baselines.tp_pruner import Macs, inner_roots
+from benchmarks.common.models import DATA, cifar10, cifar_resnet, efficientnet_lite
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "bench_prune"
+
+
+class Task:
+    """A network, what calibrates it and what judges it.
+
+    Attributes:
+        name: of the network.
+        ratios: how many times fewer multiply-adds.
+        screened: the ratio of the screening.
+        parts: of the judging images.
+        claimed: the part that is claimed on; `chosen`: the part that choices are made on.
+        afterwards: what of prune_afterwards.py makes sense.
+    """
+
+    name: str
+    ratios: tuple[float, ...]
+    screened: float
+    claimed, chosen = "judged", "judged"
+    afterwards: tuple[str, ...] = ("tuned",)
+    batch = 100
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+
+    @cached_property
+    def original(self) -> nn.Module:
+        return self.build().requires_grad_(True)
+
+    @cached_property
+    def macs(self) -> Macs:
+        return Macs(self.original, self.example)
+
+    @cached_property
+    def spaces(self) -> dict[str, list[str]]:
+        """Names of the layers whose output channels may go."""
+        raise NotImplementedError
+
+    @property
+    def example(self) -> Tensor:
+        raise NotImplementedError
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+    @cached_property
+    def labeled(self) -> tuple[Tensor, Tensor]:
+        """Images and labels to train with after pruning."""
+        raise NotImplementedError
+
+    def calibration(self, seed: int) -> Tensor:
+        raise NotImplementedError
+
+    def judges(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
+        """Batches, labels, the original's logits, and the parts."""
+        raise NotImplementedError
+
+    def importances(self) -> list[str]:
+        return list(IMPORTANCES)
+
+
+class Cifar(Task):
+    """ResNet-56 on CIFAR-10."""
+
+    name, ratios, screened, chosen = "resnet56", (1.5, 2.0, 2.5, 3.0), 2.0, "select"
+    afterwards = ("tuned", "tuned, four times", "blocks, tuned", "5 epochs, cross-entropy", "5 epochs, ki.finetune")
+
+    def build(self) -> nn.Module:
+        return cifar_resnet(56)
+
+    @property
+    def example(self) -> Tensor:
+        return torch.zeros(1, 3, 32, 32)
+
+    @cached_property
+    def spaces(self) -> dict[str, list[str]]:
+        return {
+            "inner": [
+                name
+                for name, module in self.original.named_modules()
+                if isinstance(module, nn.Conv2d) and name.endswith(".conv1")
+            ]
+        }
+
+    @cached_property
+    def labeled(self) -> tuple[Tensor, Tensor]:
+        images, labels = kept_on_disk("cifar10_train", lambda: cifar10("train"))
+        return (images[:128], labels[:128]) if self.quick else (images, labels)
+
+    @cached_property
+    def train(self) -> Tensor:
+        return kept_on_disk("cifar10_train", lambda: cifar10("train"))[0]
+
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        return kept_on_disk("cifar10_test", lambda: cifar10("test"))
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return kept_on_disk("resnet56_logits", lambda: (predict(self.original, self.test[0].split(self.batch)),))[0]
+
+    def calibration(self, seed: int) -> Tensor:
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return self.train[order[: 256 if self.quick else 1024]]
+
+    def judges(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
+        n = 600 if self.quick else 2000 if screen else 10_000
+        images, labels = self.test
+        select = n // 2 if self.quick else 2000
+        parts = {"select": slice(0, select), "judged": slice(select, n), "all": slice(0, n)}
+        if select == n:
+            parts = {"select": parts["select"]}
+        return list(images[:n].split(self.batch)), labels[:n], self.logits[:n], parts
+
+
+class Lite(Task):
+    """EfficientNet-Lite0 on ImageNet photographs."""
+
+    name, ratios, screened = "lite0", (1.3, 1.5, 2.0), 1.5
+    batch = 25
+
+    def build(self) -> nn.Module:
+        return efficientnet_lite(0)
+
+    @property
+    def example(self) -> Tensor:
+        return torch.zeros(1, 3, 224, 224)
+
+    @cached_property
+    def spaces(self) -> dict[str, list[str]]:
+        classifier = next(name for name, module in self.original.named_modules() if isinstance(module, nn.Linear))
+        inner = inner_roots(self.original, self.example, [classifier])
+        layers = {
+            name: module
+            for name, module in self.original.named_modules()
+            if isinstance(module, nn.Conv2d) and module.groups == 1
+        }
+        return {"inner": inner, "all": list(layers)}
+
+    @cached_property
+    def photographs(self) -> tuple[Tensor, Tensor]:
+        """As bytes, and class numbers."""
+        return kept_on_disk("photographs", photographs)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return kept_on_disk(
+            "lite0_logits",
+            lambda: (predict(self.original, list(map(normalized, self.photographs[0].split(self.batch)))),),
+        )[0]
+
+    def halves(self, seed: int) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(self.photographs[0]), generator=torch.Generator().manual_seed(seed))
+        half = 50 if self.quick else len(order) // 2
+        return order[:half], order[half : 2 * half]
+
+    def calibration(self, seed: int) -> Tensor:
+        return normalized(self.photographs[0][self.halves(seed)[0]])
+
+    def judges(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
+        at = self.halves(seed)[1]
+        images, labels = self.photographs
+        return (
+            list(map(normalized, images[at].split(self.batch))),
+            labels[at],
+            self.logits[at],
+            {"judged": slice(0, len(at))},
+        )
+
+    def importances(self) -> list[str]:
+        return [name for name in IMPORTANCES if name != "OBD-C"]  # knows no depthwise layers
+
+
+TASKS = {task.name: task for task in (Cifar, Lite)}
+
+
+def photographs() -> tuple[Tensor, Tensor]:
+    """`imagenet1k_sample`, short side 256, center crop 224."""
+    import csv
+
+    from PIL import Image
+    from torchvision.transforms import functional as T
+
+    folder = DATA / "imagenet1k_sample"
+    with (folder / "labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    images = [
+        T.pil_to_tensor(T.center_crop(T.resize(Image.open(folder / row["file"]).convert("RGB"), 256), [224, 224]))
+        for row in rows
+    ]
+    return torch.stack(images), torch.tensor([int(row["class_index"]) for row in rows])
+
+
+def normalized(images: Tensor) -> Tensor:
+    # Depthwise layers run twice as fast
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def kept_on_disk(name: str, make: Callable[[], tuple[Tensor, ...]]) -> Any:
+    path = CACHE / f"{name}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tuple(make()), path)
+    return torch.load(path, weights_only=True)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat([model(batch) for batch in batches])

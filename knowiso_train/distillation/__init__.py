@@ -1,0 +1,14 @@
+"""Distillation losses."""
+
+from knowiso_train.distillation.kd import WeightSchedule, dkd_loss, kd_loss
+from knowiso_train.distillation.layer_selection import Suggestion, suggest_layers
+from knowiso_train.distillation.loss import IsomorphismLoss
+
+__all__ = [
+    "IsomorphismLoss",
+    "Suggestion",
+    "WeightSchedule",
+    "dkd_loss",
+    "kd_loss",
+    "suggest_layers",
+]

@@ -1,0 +1,90 @@
+"""Cards and tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from knowiso_train.features.modules import unwrap_model
+from knowiso_train.loading.timm import input_transform
+
+
+def network_card(
+    model: nn.Module, architecture: str, options: Mapping[str, Any], image_size: Sequence[int]
+) -> dict[str, Any]:
+    """What it takes to load a timm network's plain state dict without this library, and to feed it.
+
+    Args:
+        model: made by timm.
+        architecture: its name in timm.
+        options: of `timm.create_model`, `num_classes` among them.
+        image_size: (C, H, W) that it is used with.
+
+    Example:
+        >>> from knowiso_train.loading.timm import load_model
+        >>> card = network_card(load_model("test_resnet", pretrained=False, num_classes=4), "test_resnet", {"num_classes": 4}, (3, 32, 32))
+        >>> card["load"]
+        "timm.create_model('test_resnet', num_classes=4, checkpoint_path=FILE)"
+    """
+    inner, transform = unwrap_model(model), input_transform(unwrap_model(model), size="image")
+    words = "".join(f"{name}={value!r}, " for name, value in options.items())
+    return {
+        "architecture": architecture,
+        "options": dict(options),
+        "load": f"timm.create_model({architecture!r}, {words}checkpoint_path=FILE)",
+        "input": {
+            "size": list(image_size),
+            "mean": transform.mean.flatten().tolist(),
+            "std": transform.std.flatten().tolist(),
+        },
+        "parameters": sum(parameter.numel() for parameter in inner.parameters()),
+    }
+
+
+def results_table(cards: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]) -> str:
+    """One row for each network: accuracy, loss over the training, and what it explains of the teacher's layers.
+
+    Args:
+        cards: with `arm`, `parameters` and `top1` (percent); where they apply `best_top1`, `best_epoch`, `seconds`, and
+            `explained`: shares by layer.
+        log: entries with `arm` and `loss`, in order.
+
+    Example:
+        >>> print(results_table([{"arm": "student", "parameters": 1200, "top1": 98.5, "explained": {"a": 0.5}}], [{"arm": "student", "loss": 2.0}]))
+                 parameters    top-1  best (epoch)  loss: first, last  explains a  seconds
+        student       1,200  98.50 %                     2.000, 2.000      50.0 %
+    """
+    layers = list(dict.fromkeys(layer for card in cards for layer in card.get("explained", {})))
+    rows = [
+        [
+            "",
+            "parameters",
+            "top-1",
+            "best (epoch)",
+            "loss: first, last",
+            *(f"explains {layer}" for layer in layers),
+            "seconds",
+        ]
+    ]
+    for card in cards:
+        losses = [entry["loss"] for entry in log if entry["arm"] == card["arm"] and "loss" in entry]
+        rows.append(
+            [
+                card["arm"],
+                f"{card['parameters']:,}",
+                f"{card['top1']:.2f} %",
+                f"{card['best_top1']:.2f} % ({card['best_epoch']})" if "best_top1" in card else "",
+                f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else "",
+                *(
+                    f"{100 * card['explained'][layer]:.1f} %" if layer in card.get("explained", {}) else ""
+                    for layer in layers
+                ),
+                f"{card['seconds']:.0f}" if "seconds" in card else "",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )

@@ -1,0 +1,284 @@
+"""Modules by name: unwrapping, resolving and pairing of layers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from knowiso_train.errors import InputTypeError, LayerNameError
+from knowiso_train.utils.batch import get_inputs
+
+# Where a wrapper class lives, its name, and the attribute that holds what it wraps. Looked up among the modules that
+# are already imported:
+# an instance can exist only if its class does, so nothing is imported (FSDP and deepspeed are slow) and no name is
+# taken for a type.
+_WRAPPERS = (
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
+)
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The network inside DDP, DataParallel, FSDP, `torch.compile`, DeepSpeed and activation-checkpoint wrappers, in any nesting.
+
+    What `accelerator.prepare` returns is one of these, or the network itself.
+
+    Raises:
+        InputTypeError: not a module.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> unwrap_model(nn.DataParallel(torch.compile(inner))) is inner
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    while attribute := wrapped_attribute(model):
+        model = getattr(model, attribute)
+    return model
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule by its bare name, in the network's order; the network itself (`''`) is left out.
+
+    Names are free of wrapper segments also where a submodule is wrapped, such as a block that is compiled on its own;
+    modules are the ones inside.
+    A module that is registered twice appears under both names.
+
+    Example:
+        >>> list(named_layers(nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Sequential(nn.ReLU())))))
+        ['0', '1', '1.0']
+    """
+    return {name: module for name, _, module in _walk(model)}
+
+
+def resolve_layers(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """Bare names of the layers that names or globs stand for.
+
+    `*` and `?` match within one dotted segment, `**` across segments (`**.conv1` also matches `conv1`), `[...]` one
+    character of a set.
+    Names may be written with the wrappers' prefixes (`module.layer1`) where the model is wrapped.
+
+    Args:
+        model: the network, wrapped or not.
+        patterns: a name, a glob, or several.
+
+    Returns:
+        Names without duplicates: in the network's order for a glob, in the order given for several patterns.
+
+    Raises:
+        LayerNameError: a pattern that matches nothing; the message names the nearest layers.
+        InputTypeError: a pattern that is not a string.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ReLU())
+        >>> resolve_layers(model, ["1", "0.*"])
+        ['1', '0.0', '0.1']
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise LayerNameError("expected at least one layer name or pattern, got an empty list")
+    layers = [(name, written) for name, written, _ in _walk(model)]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise InputTypeError(
+                f"expected layer names and patterns as strings, got {pattern!r} of type {type(pattern).__name__}"
+            )
+        matches = _matching(pattern, layers)
+        if not matches:
+            raise LayerNameError(_no_match(pattern, [name for name, _ in layers], unwrap_model(model)))
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def wrapped_attribute(model: nn.Module) -> str | None:
+    """The attribute that holds the wrapped network; None for a module that is no wrapper."""
+    for home, name, attribute in _WRAPPERS:
+        wrapper = getattr(sys.modules.get(home), name, None)
+        if wrapper is not None and isinstance(model, wrapper):
+            return attribute
+    return None
+
+
+def _walk(model: nn.Module, prefix: str = "", written: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """(bare name, name with wrapper segments, bare module) of every submodule, parents first."""
+    while attribute := wrapped_attribute(model):
+        model, written = getattr(model, attribute), f"{written}{attribute}."
+    for name, child in model._modules.items():  # named_children would hide the second name of a shared module
+        if child is not None:
+            yield prefix + name, written + name, unwrap_model(child)
+            yield from _walk(child, f"{prefix}{name}.", f"{written}{name}.")
+
+
+def _matching(pattern: str, layers: Sequence[tuple[str, str]]) -> list[str]:
+    for spelling in (0, 1):  # bare names first: a network may have an attribute that is really called `module`
+        exact = [layer[0] for layer in layers if layer[spelling] == pattern]
+        if exact:
+            return exact
+        glob = _glob(pattern)
+        if matches := [layer[0] for layer in layers if glob.fullmatch(layer[spelling])]:
+            return matches
+    return []
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    out, rest = "", pattern
+    while rest:
+        if rest.startswith("**."):
+            piece, size = r"(?:.*\.)?", 3
+        elif rest.startswith("**"):
+            piece, size = ".*", 2
+        elif rest[0] == "*":
+            piece, size = r"[^.]*", 1
+        elif rest[0] == "?":
+            piece, size = r"[^.]", 1
+        elif choice := re.match(r"\[(!?)(\]?[^\]]*)\]", rest):
+            members = choice[2].replace("\\", r"\\").replace("[", r"\[").replace("]", r"\]").replace("^", r"\^")
+            piece, size = f"[{'^.' if choice[1] else ''}{members}]", choice.end()
+        else:
+            piece, size = re.escape(rest[0]), 1
+        out, rest = out + piece, rest[size:]
+    try:
+        return re.compile(out)
+    except re.error as error:
+        raise LayerNameError(f"{pattern!r} is not a valid layer pattern: {error}") from error
+
+
+def _no_match(pattern: str, names: Sequence[str], model: nn.Module) -> str:
+    near = nearest(pattern, names)
+    hint = (
+        f"nearest: {', '.join(map(repr, near))}"
+        if near
+        else f"its layers begin with {', '.join(map(repr, names[:8])) or '(none)'}"
+    )
+    return f"no layer of {type(model).__name__} matches {pattern!r}; {hint}. `*` matches within one dotted segment, `**` across segments."
+
+
+def nearest(name: str, names: Iterable[str], limit: int = 6) -> list[str]:
+    """Names that look like this one, then names that end in the same segment."""
+    names = list(names)
+    last = name.rsplit(".", 1)[-1]
+    alike = get_close_matches(name, names, n=limit, cutoff=0.6)
+    return list(dict.fromkeys([*alike, *(other for other in names if other.rsplit(".", 1)[-1] == last)]))[:limit]
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """Bare names of two layers."""
+
+    source: str
+    target: str
+
+
+def pair_layers(
+    source: nn.Module, target: nn.Module, layers: str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str]
+) -> list[LayerPair]:
+    """Pairs of layers from names or globs.
+
+    Args:
+        source: the network that explains.
+        target: the network that is explained.
+        layers: a name or glob, or several, for the same names in both networks; or (source, target) tuples, or a dict
+            {source: target}.
+            Both sides of a tuple may be globs that match the same number of layers: these are paired in order.
+
+    Returns:
+        Pairs in the order given; a pair that is given twice appears once.
+
+    Raises:
+        LayerNameError: a pattern that matches nothing, names that only one network has, or two globs that match
+            different numbers of layers.
+        InputTypeError: layers in another form.
+
+    Example:
+        >>> a, b = (nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2))
+        >>> pair_layers(a, b, {"*": "*"})
+        [LayerPair(source='0', target='0'), LayerPair(source='1', target='1')]
+    """
+    if isinstance(layers, Mapping):
+        return _zipped(source, target, layers.items())
+    if isinstance(layers, str):
+        return _same_names(source, target, [layers])
+    if not isinstance(layers, Iterable):
+        raise InputTypeError(
+            f"layers must be names or globs, (source, target) tuples, or a dict {{source: target}}; got {type(layers).__name__}"
+        )
+    given = list(layers)
+    names = [item for item in given if isinstance(item, str)]
+    tuples = [
+        item
+        for item in given
+        if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(side, str) for side in item)
+    ]
+    if given and len(tuples) == len(given):
+        return _zipped(source, target, [(a, b) for a, b in tuples])
+    if len(names) == len(given):
+        return _same_names(source, target, names)
+    raise InputTypeError(f"layers must be all names or globs, or all (source, target) tuples of names; got {given!r}")
+
+
+def _same_names(source: nn.Module, target: nn.Module, patterns: Sequence[str]) -> list[LayerPair]:
+    of_source, of_target = resolve_layers(source, patterns), resolve_layers(target, patterns)
+    if set(of_source) != set(of_target):
+        only_source, only_target = (
+            sorted(set(a) - set(b)) for a, b in ((of_source, of_target), (of_target, of_source))
+        )
+        raise LayerNameError(
+            f"{list(patterns)} stands for different layers in the two networks: only in the source ({type(unwrap_model(source)).__name__}) {only_source}, "
+            f"only in the target ({type(unwrap_model(target)).__name__}) {only_target}. Give (source, target) tuples or a dict {{source: target}}."
+        )
+    return [LayerPair(name, name) for name in of_source]
+
+
+def _zipped(source: nn.Module, target: nn.Module, patterns: Iterable[tuple[str, str]]) -> list[LayerPair]:
+    pairs: dict[LayerPair, None] = {}
+    for a, b in patterns:
+        of_source, of_target = resolve_layers(source, a), resolve_layers(target, b)
+        if len(of_source) != len(of_target):
+            raise LayerNameError(
+                f"{a!r} → {b!r} cannot be paired in order: {len(of_source)} layer(s) of the source {of_source}, "
+                f"{len(of_target)} of the target {of_target}. Both must match the same number."
+            )
+        pairs.update(dict.fromkeys(map(LayerPair, of_source, of_target)))
+    if not pairs:
+        raise LayerNameError("expected at least one pair of layers, got none")
+    return list(pairs)
+
+
+def forward_override(
+    network: nn.Module, forward: Callable[[nn.Module, Tensor], Any]
+) -> Callable[[nn.Module, Any], Any]:
+    """One forward for two networks, as `measure` takes it, out of one that is meant for this network alone.
+
+    Example:
+        >>> teacher, student = nn.Linear(2, 3), nn.Linear(2, 3)
+        >>> run = forward_override(teacher, lambda model, images: 2 * model(images))
+        >>> batch = torch.ones(1, 2)
+        >>> torch.equal(run(teacher, batch), 2 * teacher(batch)), torch.equal(run(student, batch), student(batch))
+        (True, True)
+    """
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        images = get_inputs(batch)
+        return forward(model, images) if unwrap_model(model) is unwrap_model(network) else model(images)
+
+    return run
+
+
+def network_name(model: nn.Module) -> str:
+    """timm's architecture name where there is one, else the class."""
+    inner = unwrap_model(model)
+    config = getattr(inner, "default_cfg", None) or {}
+    name = config.get("architecture") if hasattr(config, "get") else None
+    return str(name or type(inner).__name__)

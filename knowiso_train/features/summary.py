@@ -1,0 +1,132 @@
+"""Stages and layers of a network with the sizes of their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import LayoutError
+from knowiso_train.features.layout import describe_feature
+from knowiso_train.features.modules import named_layers, unwrap_model
+from knowiso_train.features.state import preserve_state
+
+
+def named_stages(model: nn.Module) -> set[str]:
+    """Layers that timm names as the ends of the network's stages (`feature_info`); empty where it names none."""
+    info = getattr(unwrap_model(model), "feature_info", None)
+    found: Any = info if isinstance(info, list) else getattr(info, "get_dicts", list)()
+    return {item["module"] for item in found if isinstance(item, dict) and "module" in item}
+
+
+def stage_grids(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, int]]:
+    """Grid of every stage's last layer, in the network's order.
+
+    Stages are what timm names; in other networks, of the children of the network that emit maps or tokens, the last one
+    on each grid.
+
+    Args:
+        model: the network.
+        run: runs it on a small batch.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten())
+        >>> stage_grids(network, lambda: network(torch.zeros(2, 3, 16, 16)))
+        {'1': (8, 8), '2': (4, 4)}
+    """
+    layers, named = named_layers(model), named_stages(model)
+    wanted = [name for name in layers if name in named] or [name for name in layers if "." not in name]
+    emitted: dict[str, Any] = {}
+    handles = [
+        layers[name].register_forward_hook(lambda module, args, output, name=name: emitted.setdefault(name, output))
+        for name in wanted
+    ]
+    try:
+        with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    grids = {name: grid for name in wanted if (grid := _grid(name, model, emitted.get(name))) is not None}
+    return grids if named else {name: grid for grid, name in {grid: name for name, grid in grids.items()}.items()}
+
+
+def _grid(name: str, model: nn.Module, output: Any) -> tuple[int, int] | None:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim not in (3, 4):
+        return None
+    try:
+        grid = describe_feature(name, model, output).grid
+    except LayoutError:
+        return None
+    return grid if grid is not None and grid[0] * grid[1] > 1 else None
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer: its name, its class, what it emits, and why it could not be measured where that is so."""
+
+    name: str
+    kind: str
+    channels: int | None
+    grid: tuple[int, int] | None
+    note: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Number of dotted segments."""
+        return self.name.count(".") + 1
+
+
+def layer_summary(model: nn.Module, images: Tensor) -> list[LayerSummary]:
+    """Every layer with the shape that it emits for these images.
+
+    Args:
+        model: the network; its mode is as before when this returns.
+        images: a small batch, at least two so that the batch axis can be told from others.
+
+    Example:
+        >>> [(line.name, line.channels, line.grid) for line in layer_summary(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), torch.rand(2, 3, 6, 6))]
+        [('0', 8, (4, 4)), ('1', 128, None)]
+    """
+    layers = named_layers(model)
+    emitted: dict[str, list[Any]] = {name: [] for name in layers}
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, output, name=name: emitted[name].append(_sized(output)))
+        for name, layer in layers.items()
+    ]
+    try:
+        with preserve_state(model), torch.no_grad():
+            model.eval()
+            model(images)
+            return [_line(name, layer, emitted[name], model, images) for name, layer in layers.items()]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sized(output: Any) -> Any:
+    """Shape and dtype are all that is asked of a tensor, so its memory is not kept."""
+    return (
+        torch.empty(output.shape, dtype=output.dtype, device="meta")
+        if isinstance(output, Tensor)
+        else output.__class__.__name__
+    )
+
+
+def _line(name: str, layer: nn.Module, emitted: list[Any], model: nn.Module, images: Tensor) -> LayerSummary:
+    kind = type(layer).__name__
+    if not emitted:
+        return LayerSummary(name, kind, None, None, "did not run")
+    output = emitted[0]
+    if not isinstance(output, Tensor):
+        return LayerSummary(name, kind, None, None, f"emits a {output}, not a tensor")
+    if output.ndim == 0 or len(output) != len(images):
+        return LayerSummary(name, kind, None, None, f"shape {tuple(output.shape)}: the first axis is not the images")
+    try:
+        spec = describe_feature(name, model, output, input_size=(images.shape[2], images.shape[3]))
+    except LayoutError:
+        return LayerSummary(name, kind, None, None, f"shape {tuple(output.shape)}: say which with layout=")
+    return LayerSummary(name, kind, spec.channels, spec.grid, f"runs {len(emitted)} times" if len(emitted) > 1 else "")

@@ -1,0 +1,121 @@
+"""Weights of networks from files."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import DataError, FormatError
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".th")
+STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, *, in_order: bool = False) -> None:
+    """Load a weight file into a network; every tensor must find its place.
+
+    Args:
+        model: the network.
+        path: .safetensors, or .pth / .pt / .th with a state dict, plain or under 'state_dict', 'model',
+            'model_state_dict' or 'state_dict_ema'.
+        in_order: map tensors in order where the names differ but the shapes agree one for one.
+
+    Raises:
+        DataError: no such file.
+        FormatError: not a state dict, or one of another network; the message shows the first mismatch.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+    if set(weights) != set(own) and in_order:
+        weights = dict(zip(own, _in_order(own, weights, path), strict=True))
+    _check(own, weights, path, model)
+    model.load_state_dict(weights)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """State dict of a file, with `module.` stripped from its names."""
+    path = Path(path)
+    if path.suffix not in CHECKPOINT_SUFFIXES:
+        raise FormatError(
+            f"expected a weight file that ends in one of {', '.join(CHECKPOINT_SUFFIXES)}, got {path.name!r}"
+        )
+    if not path.is_file():
+        raise DataError(f"no weight file at {path}")
+    content = _read(path)
+    for _ in STATE_DICT_KEYS:
+        inner = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not content or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        found = ", ".join(f"{name}: {type(value).__name__}" for name, value in list(content.items())[:6]) or "nothing"
+        raise FormatError(
+            f"{path} holds no state dict, neither plain nor under one of {STATE_DICT_KEYS}; it holds {found}"
+        )
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise FormatError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            f"{path} holds more than tensors (pickled Python objects), which are refused because reading them runs their code. "
+            "Where you trust it, save its state_dict alone and pass that."
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FormatError(f"{path} is not a file that torch.save wrote: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise FormatError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
+def _in_order(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: str | Path) -> list[Tensor]:
+    for i, ((name, mine), (other, theirs)) in enumerate(zip(own.items(), weights.items(), strict=False)):
+        if mine.shape != theirs.shape:
+            raise FormatError(
+                f"{path} does not map in order: tensor {i} is {name!r} {tuple(mine.shape)} in the network "
+                f"and {other!r} {tuple(theirs.shape)} in the file"
+            )
+    if len(own) != len(weights):
+        raise FormatError(f"{path} does not map in order: the network has {len(own)} tensors, the file {len(weights)}")
+    return list(weights.values())
+
+
+def _check(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: str | Path, model: nn.Module) -> None:
+    missing, unknown = [name for name in own if name not in weights], [name for name in weights if name not in own]
+    if missing or unknown:
+        same = [value.shape for value in own.values()] == [value.shape for value in weights.values()]
+        hint = (
+            " The shapes agree one for one: pass in_order=True (--checkpoints-in-order) to map them in order."
+            if same
+            else ""
+        )
+        raise FormatError(
+            f"{path} is not a checkpoint of {type(model).__name__}: {len(missing)} of its {len(own)} tensors are missing"
+            f"{_first(missing)}, {len(unknown)} are unknown to it{_first(unknown)}.{hint}"
+        )
+    for name, mine in own.items():
+        if mine.shape != weights[name].shape:
+            raise FormatError(
+                f"{path}: {name!r} has shape {tuple(weights[name].shape)}, {type(model).__name__} expects {tuple(mine.shape)}. "
+                "For another number of classes pass num_classes=."
+            )
+
+
+def _first(names: list[str]) -> str:
+    return f" (first: {names[0]!r})" if names else ""

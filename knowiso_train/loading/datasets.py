@@ -1,0 +1,338 @@
+"""Image datasets and loaders for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError, OptionError
+
+STREAMING_SCHEMES = ("hfids", "tfds", "wds")
+SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
+DEFAULT_SPLITS = ("validation", "val", "valid", "test", "train")  # held-out images first
+
+
+class PlainImages(Dataset[tuple[Tensor, int]]):
+    """Images of another dataset: short side resized, center cropped, RGB, float in [0, 1]; with integer labels (-1 where there is none).
+
+    Raises:
+        DataError: an image that cannot be read; the message names it. (timm would quietly take the next one.)
+    """
+
+    def __init__(self, dataset: Any, image_size: int) -> None:
+        self.dataset, self.image_size = dataset, image_size
+        self.reader = getattr(dataset, "reader", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._opened(index)
+        return _to_tensor(_squared(image, self.image_size)), -1 if label is None else int(label)
+
+    def _opened(self, index: int) -> tuple[Image.Image, Any]:
+        if self.reader is None:
+            image, label = self.dataset[index]
+            return image.convert("RGB"), label
+        try:
+            stream, label, *_ = self.reader[index]
+            with stream, Image.open(stream) as image:
+                return image.convert("RGB"), label
+        except OSError as error:
+            raise DataError(
+                f"image {index} ({self._name(index)}) cannot be read: {error}. Remove or repair it."
+            ) from error
+
+    def _name(self, index: int) -> str:
+        try:
+            return str(self.reader.filename(index))  # type: ignore[union-attr]
+        except Exception:  # a name is a courtesy of the reader
+            return "no name"
+
+
+def image_loader(
+    dataset: str,
+    *,
+    split: str | None = None,
+    image_size: int = 224,
+    batch_size: int = 64,
+    workers: int = 2,
+    root: str | Path | None = None,
+    download: bool = False,
+    pin_memory: bool = False,
+    **options: Any,
+) -> DataLoader[tuple[Tensor, int]]:
+    """A loader over any map-style dataset that timm reads.
+
+    Args:
+        dataset: a folder or tar of images, "hfds/NAME" (Hugging Face, or a local folder of parquet files), or
+            "torch/NAME" (torchvision).
+        split: name of the split. None takes a folder whole, the first of validation, val, valid, test, train that a
+            Hugging Face dataset has,
+            and the evaluation split of a torchvision one. For a folder it is the name of a subfolder (train,
+            validation, …, or a synonym).
+        image_size: the short side is resized to this, then the center is cropped.
+        batch_size: images a batch.
+        workers: processes that decode images.
+        root: folder of "torch/…" datasets, cache folder of "hfds/…".
+        download: let torchvision download what is missing.
+        pin_memory: faster copies to a GPU.
+        **options: passed on to `timm.data.create_dataset` (`input_key=`, `target_key=`, …).
+
+    Returns:
+        A loader of (float images (N, 3, image_size, image_size) in [0, 1], integer labels), in the dataset's order.
+
+    Raises:
+        DataError: the dataset or split cannot be found or read.
+        MissingDependencyError: it needs the extra `data`.
+        OptionError: an option without meaning, or a streaming dataset.
+    """
+    for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise OptionError(f"{name} must be at least {least}, got {value}")
+    found = _create(dataset, split, None if root is None else str(root), download, options)
+    if not len(found):
+        raise DataError(f"dataset {dataset!r}, split {split!r}, is empty")
+    return DataLoader(PlainImages(found, image_size), batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)
+
+
+def _create(dataset: str, split: str | None, root: str | None, download: bool, options: dict[str, Any]) -> Any:
+    kind = dataset.partition("/")[0].lower() if "/" in dataset else ""
+    if kind in STREAMING_SCHEMES:
+        raise OptionError(f"{dataset!r} is a stream and cannot be read by index; use a folder, hfds/NAME or torch/NAME")
+    if kind == "hfds":
+        _need_datasets()
+    from timm.data import create_dataset
+
+    try:
+        if kind == "hfds":
+            return create_dataset(dataset, root=root, split=split or _first_split(dataset), **options)
+        if kind == "torch":
+            if root is None:
+                raise OptionError(
+                    f"{dataset!r} needs root= (--data-dir): the folder where torchvision keeps its datasets"
+                )
+            return create_dataset(dataset, root=root, split=split or "validation", download=download, **options)
+        return create_dataset("", root=str(_folder(dataset, split)), search_split=False, **options)
+    except (KnowisoError, TypeError):
+        raise
+    # Whatever the readers, torchvision, datasets and the hub raise; some of it by assert
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(
+            f"dataset {dataset!r}, split {split or 'by default'!r}, cannot be read: {reason}. "
+            "Expected a folder of images, hfds/NAME or hfds/FOLDER, or torch/NAME; offline, give a local copy and set HF_HUB_OFFLINE=1."
+        ) from error
+
+
+def _need_datasets() -> None:
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            'hfds/… needs the package datasets, which is not installed; pip install "knowiso_train[data]"'
+        ) from error
+
+
+def _first_split(dataset: str) -> str:
+    from datasets import get_dataset_split_names
+
+    there: list[str] = get_dataset_split_names(dataset.partition("/")[2])
+    return next((name for name in DEFAULT_SPLITS if name in there), there[0])
+
+
+def _folder(dataset: str, split: str | None) -> Path:
+    folder = Path(dataset).expanduser()
+    if not folder.exists():
+        raise DataError(
+            f"no folder {dataset!r}; expected a folder of images, hfds/NAME (Hugging Face) or torch/NAME (torchvision)"
+        )
+    if split is None or folder.is_file():
+        return folder
+    names = next((group for group in SPLIT_SYNONYMS if split in group), (split,))
+    found: Path | None = next((folder / name for name in (split, *names) if (folder / name).is_dir()), None)
+    if found is None:
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())[:12]
+        raise DataError(
+            f"{dataset!r} has no split {split!r}: its subfolders are {there or 'none'}. Leave the split out to read all of it."
+        )
+    return found
+
+
+def _squared(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    scale = size / min(width, height)
+    wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+    if (wide, high) != (width, height):
+        image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+
+
+class TrainingImages(Dataset[tuple[Tensor, int]]):
+    """Images of another dataset, augmented. A key carries its epoch, `epoch * len + index`, so workers need not be told of it.
+
+    Args:
+        images: map-style dataset of (float image (C, H, W), integer label).
+        seed: of the augmentation.
+        padding: pixels of black on each side, of which a random crop gives the original size again; 0 leaves the image
+            where it is.
+        flip: mirror half of the images, left to right.
+
+    Raises:
+        DataError: an image without a label.
+
+    Example:
+        >>> plain = [(torch.rand(3, 8, 8), 1)] * 10
+        >>> images = TrainingImages(plain, padding=2)
+        >>> image, label = images[3]
+        >>> torch.equal(image, images[3][0]), torch.equal(image, images[10 + 3][0])  # the next epoch crops elsewhere
+        (True, False)
+    """
+
+    def __init__(self, images: Any, *, seed: int = 0, padding: int = 0, flip: bool = False) -> None:
+        self.images, self.seed, self.padding, self.flip = images, seed, padding, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int) -> tuple[Tensor, int]:
+        epoch, index = divmod(key, len(self))
+        image, label = self.images[index]
+        if label < 0:
+            raise DataError(f"image {index} has no label; training needs one for each image")
+        draw = np.random.default_rng((self.seed, epoch, index))
+        if self.padding:
+            top, left = draw.integers(0, 2 * self.padding + 1, size=2)
+            height, width = image.shape[1:]
+            image = F.pad(image, [self.padding] * 4)[:, top : top + height, left : left + width]
+        if self.flip and draw.random() < 0.5:
+            image = image.flip(2)
+        return image, int(label)
+
+
+class EpochOrder(Sampler[int]):
+    """A permutation for each epoch, as keys of `TrainingImages`. Set `.epoch` before each pass.
+
+    accelerate counts epochs by itself, from 0 also after a restart, and would tell a `set_epoch` method; hence the
+    attribute.
+
+    Example:
+        >>> order = EpochOrder(4, seed=0)
+        >>> order.epoch = 2
+        >>> sorted(order)
+        [8, 9, 10, 11]
+    """
+
+    def __init__(self, count: int, *, seed: int = 0) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        yield from (self.epoch * self.count + order).tolist()
+
+
+def training_loader(
+    images: Any,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    padding: int = 0,
+    flip: bool = False,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[tuple[Tensor, int]]:
+    """A loader of whole, shuffled, augmented batches; `loader.sampler.epoch` says which epoch.
+
+    Args:
+        images: map-style dataset of (float image (C, H, W), integer label), as that of `image_loader`.
+        batch_size: images a batch; what is left over at the end of an epoch waits for the next order.
+        seed: of order and augmentation.
+        padding: pixels on each side, of which a random crop gives the original size again.
+        flip: mirror half of the images, left to right.
+        workers: processes that read; they live as long as the loader.
+        pin_memory: faster copies to a GPU.
+
+    Raises:
+        OptionError: an option without meaning.
+        DataError: fewer images than one batch.
+
+    Example:
+        >>> loader = training_loader([(torch.rand(3, 8, 8), 1)] * 10, batch_size=4)
+        >>> loader.sampler.epoch = 1
+        >>> [len(labels) for images, labels in loader]
+        [4, 4]
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("padding", padding, 0),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise OptionError(f"{name} must be at least {least}, got {value}")
+    if len(images) < batch_size:
+        raise DataError(
+            f"{len(images):,} training images do not fill one batch of {batch_size:,}; make the batch smaller"
+        )
+    return DataLoader(
+        TrainingImages(images, seed=seed, padding=padding, flip=flip),
+        batch_size=batch_size,
+        sampler=EpochOrder(len(images), seed=seed),
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def labeled_images(
+    dataset: str, train_split: str | None, val_split: str | None, *, classes: int | None = None, **options: Any
+) -> tuple[Any, Any, int]:
+    """Two splits of any dataset that timm reads, to train and to test on, and their number of classes.
+
+    Args:
+        dataset: as for `image_loader`.
+        train_split: name of the split to train on.
+        val_split: name of the split to test on.
+        classes: where the dataset does not say.
+        **options: as for `image_loader`.
+
+    Returns:
+        Map-style datasets of (float image (3, H, W) in [0, 1], label), and the number of classes.
+
+    Raises:
+        DataError: a split that cannot be read, or splits with different classes.
+        OptionError: unknown number of classes.
+    """
+    train, val = (image_loader(dataset, split=split, **options).dataset for split in (train_split, val_split))
+    known = _class_indices(train)
+    if known != _class_indices(val):
+        raise DataError(
+            f"splits {train_split!r} and {val_split!r} of {dataset!r} have different classes; their labels would not agree"
+        )
+    if not (classes or known):
+        raise OptionError(f"{dataset!r} does not say how many classes it has; pass classes= (--classes)")
+    return train, val, classes or len(known)
+
+
+def _class_indices(images: Any) -> dict[str, int]:
+    """Classes of a dataset with their labels; empty where it does not say."""
+    inner = getattr(images, "dataset", images)
+    known = getattr(getattr(inner, "reader", inner), "class_to_idx", None)
+    return {str(name): int(label) for name, label in (known or {}).items()}

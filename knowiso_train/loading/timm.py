@@ -1,0 +1,231 @@
+"""timm's networks, their input transforms and image loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from knowiso_train.errors import DataError, InputTypeError, OptionError, ShapeError
+from knowiso_train.loading.checkpoints import load_checkpoint
+
+INTERPOLATION_MODES = ("bicubic", "bilinear")
+
+
+class InputTransform(nn.Module):
+    """Resizes and normalizes float images in [0, 1].
+
+    The image is scaled until it covers `size`, then cropped at the center: one factor for both sides, so nothing is
+    distorted.
+
+    Args:
+        size: (height, width); None keeps that of the image.
+        mean, std: per channel.
+        interpolation: "bicubic" or "bilinear", antialiased.
+
+    Raises:
+        OptionError: another interpolation.
+
+    Example:
+        >>> transform = InputTransform((4, 4), mean=(0.5,), std=(0.5,))
+        >>> transform(torch.full((1, 1, 8, 6), 0.75)).shape, round(transform(torch.full((1, 1, 8, 6), 0.75)).mean().item(), 4)
+        (torch.Size([1, 1, 4, 4]), 0.5)
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, size: tuple[int, int] | None, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
+    ) -> None:
+        super().__init__()
+        if interpolation not in INTERPOLATION_MODES:
+            raise OptionError(
+                f"interpolation must be one of {INTERPOLATION_MODES} (those that can be antialiased on tensors), got {interpolation!r}"
+            )
+        self.size, self.interpolation = size, interpolation
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] → what the network expects.
+
+        Raises:
+            InputTypeError: not floating, or outside [0, 1].
+            ShapeError: another number of channels or axes.
+        """
+        if not images.is_floating_point():
+            raise InputTypeError(f"expected float images in [0, 1], got {images.dtype}; divide bytes by 255")
+        if images.ndim != 4 or images.shape[1] != self.mean.shape[1]:
+            raise ShapeError(f"expected images (N, {self.mean.shape[1]}, H, W), got shape {tuple(images.shape)}")
+        low, high = (float(bound) for bound in images.aminmax())
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise InputTypeError(
+                f"expected images in [0, 1], got values from {low:.3g} to {high:.3g}; they must not be normalized before"
+            )
+        return self.applied(images)
+
+    def applied(self, images: Tensor) -> Tensor:
+        """As `forward`, without looking at the values: no wait for a GPU."""
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
+            images = self._resized(images, self.size)
+        return (images - self.mean.to(images)) / self.std.to(images)
+
+    def extra_repr(self) -> str:
+        """Size, interpolation and normalization."""
+        return f"size={self.size}, interpolation={self.interpolation!r}, mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+    def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = images.shape[2:]
+        scale = max(size[0] / height, size[1] / width)
+        covering = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+        # Bicubic overshoots
+        images = F.interpolate(images, covering, mode=self.interpolation, antialias=True, align_corners=False).clamp(
+            0, 1
+        )
+        top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+        return images[:, :, top : top + size[0], left : left + size[1]]
+
+
+class InputBridge(nn.Module):
+    """Turns what one network sees into what another expects: undoes the one's normalization, then applies the other's transform.
+
+    For the teacher of a distillation: the student's inputs are at hand, the teacher wants another normalization or
+        resolution. It sees what the
+    student saw, resized where it wants another size; what the student's resolution lost does not come back.
+
+    Args:
+        given: transform that made the images.
+        wanted: transform of the network that is to see them.
+
+    Raises:
+        ShapeError: transforms for different numbers of channels.
+
+    Example:
+        >>> student, teacher = InputTransform(None, (0.5,), (0.5,)), InputTransform((8, 8), (0.2,), (0.3,))
+        >>> images = torch.rand(2, 1, 4, 4)
+        >>> torch.allclose(InputBridge(student, teacher)(student(images)), teacher(images), atol=1e-5)
+        True
+    """
+
+    def __init__(self, given: InputTransform, wanted: InputTransform) -> None:
+        super().__init__()
+        if given.mean.shape != wanted.mean.shape:
+            raise ShapeError(
+                f"one network takes {given.mean.shape[1]} channels, the other {wanted.mean.shape[1]}; a bridge needs equal numbers"
+            )
+        self.given, self.wanted = given, wanted
+        self.alike = all(torch.equal(a.cpu(), b.cpu()) for a, b in ((given.mean, wanted.mean), (given.std, wanted.std)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) as `given` returned it → as `wanted` returns it; the same tensor where both agree."""
+        if self.alike and self.wanted.size in (None, tuple(images.shape[2:])):
+            return images
+        plain = images * self.given.std.to(images) + self.given.mean.to(images)
+        return self.wanted.applied(plain.clamp(0, 1))  # rounding may leave the range by a little
+
+
+def load_model(
+    spec: str,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    in_order: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm network in eval mode.
+
+    Args:
+        spec: name in timm, with or without its pretrained tag ("resnet18", "resnet18.a1_in1k"), or "hf-hub:…" /
+            "local-dir:…".
+        checkpoint: weight file (.safetensors, .pth, .pt, .th) to load instead of the published weights.
+        pretrained: load the published weights; ignored with `checkpoint`.
+        num_classes: width of the classifier; None is the network's default.
+        in_order: map the checkpoint's tensors in order where its names differ but the shapes agree one for one.
+        **kwargs: passed on to `timm.create_model`.
+
+    Raises:
+        OptionError: no such network or tag; the message names the nearest.
+        DataError: published weights that cannot be had, or no such checkpoint.
+        FormatError: a checkpoint that does not fit.
+
+    Example:
+        >>> type(load_model("test_resnet", pretrained=False, num_classes=10)).__name__
+        'ResNet'
+    """
+    import timm
+
+    _check_name(spec)
+    options = kwargs if num_classes is None else kwargs | {"num_classes": num_classes}
+    wanted = pretrained and checkpoint is None
+    try:
+        model: nn.Module = timm.create_model(spec, pretrained=wanted, **options)
+    except Exception as error:  # httpx, urllib, safetensors and the hub have no common error
+        if not wanted or isinstance(error, TypeError):
+            raise
+        raise DataError(
+            f"the published weights of {spec!r} cannot be loaded: {str(error).strip() or type(error).__name__} "
+            "Give a weight file with checkpoint= (--source-checkpoint, --target-checkpoint), "
+            "or pretrained=False (--no-pretrained) for random weights. "
+            "With the weights in the hub's cache, HF_HUB_OFFLINE=1 works without a network."
+        ) from error
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, in_order=in_order)
+    return model.eval()
+
+
+def input_transform(
+    model: nn.Module,
+    *,
+    size: int | tuple[int, int] | Literal["model", "image"] = "model",
+    interpolation: str | None = None,
+) -> InputTransform:
+    """A module that brings float images in [0, 1] to what a timm network expects, so that networks with different inputs can share a loader.
+
+    timm's `crop_pct` is left out on purpose: both networks must see the same picture.
+
+    Args:
+        model: made by timm, as its data config is read.
+        size: "model" is the network's own resolution, "image" keeps that of the images; or a side, or (height, width).
+        interpolation: "bicubic" or "bilinear"; None is the network's own.
+
+    Raises:
+        OptionError: an option without meaning.
+
+    Example:
+        >>> transform = input_transform(load_model("test_resnet", pretrained=False), size=64)
+        >>> transform(torch.rand(2, 3, 100, 80)).shape
+        torch.Size([2, 3, 64, 64])
+    """
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    if isinstance(size, str) and size not in ("model", "image"):
+        raise OptionError(f'size must be "model", "image", a side or (height, width), got {size!r}')
+    sides: tuple[int, int] | None = None
+    if size == "model":
+        sides = (int(config["input_size"][1]), int(config["input_size"][2]))
+    elif not isinstance(size, str):
+        sides = (size, size) if isinstance(size, int) else (size[0], size[1])
+    return InputTransform(sides, config["mean"], config["std"], interpolation or config["interpolation"])
+
+
+def _check_name(spec: str) -> None:
+    import timm
+
+    if spec.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    name, _, tag = spec.partition(".")
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=6, cutoff=0.5) or timm.list_models(f"*{name}*")[:6]
+        hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists all"
+        raise OptionError(f"timm has no network {name!r}; {hint}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+    if tag and tag not in tags:
+        raise OptionError(f"timm has no pretrained tag {tag!r} of {name!r}; its tags: {', '.join(tags) or 'none'}")

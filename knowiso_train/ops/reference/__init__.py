@@ -1,1 +1,0 @@
-"""Plain torch: the truth that tests, benchmarks and the CPU path import. One file per operation."""

@@ -1,0 +1,278 @@
+"""Result and report of a refinement."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import KnowisoWarning, OptionError
+from knowiso_train.features.modules import network_name, unwrap_model
+from knowiso_train.refinement.metrics import Score
+from knowiso_train.refinement.peers import PeerScore
+
+REFINED_WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
+ROW_ROLES = ("before", "candidate", "after", "peer", "ensemble")
+
+
+def loading_snippet(architecture: str, options: Mapping[str, Any], state: Mapping[str, Tensor], file: str) -> str:
+    """What to write to load a state dict without this library; a warning where timm builds another network from this name and these options.
+
+    Args:
+        architecture: timm's name, or that of a class.
+        options: of `timm.create_model`.
+        state: that it must fit.
+        file: where it lies.
+
+    Example:
+        >>> import timm
+        >>> state = timm.create_model("test_resnet", num_classes=4).state_dict()
+        >>> loading_snippet("test_resnet", {"num_classes": 4}, state, "model.safetensors")
+        "timm.create_model('test_resnet', num_classes=4, checkpoint_path='model.safetensors')"
+    """
+    by_hand = f"build the network as it was built, then model.load_state_dict(safetensors.torch.load_file({file!r}))"
+    timm: Any = sys.modules.get("timm")  # whoever has a network of timm's has loaded it
+    if timm is None or not timm.is_model(architecture):
+        return by_hand
+    with torch.random.fork_rng():
+        built = timm.create_model(architecture, pretrained=False, **options)
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
+    found = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    other = next((name for name in (*wanted, *found) if wanted.get(name) != found.get(name)), None)
+    words = "".join(f"{key}={value!r}, " for key, value in options.items())
+    if other is None:
+        return f"timm.create_model({architecture!r}, {words}checkpoint_path={file!r})"
+    warnings.warn(
+        f"timm.create_model({architecture!r}, {words.rstrip(', ')}) builds another network: {other!r} is {found.get(other)} there and "
+        f"{wanted.get(other)} here. Say with architecture= and options= how this one is built, such as options={{'in_chans': 1}}; a pruned one is "
+        "saved by save_pruned",
+        KnowisoWarning,
+        stacklevel=3,
+    )
+    return by_hand
+
+
+def timm_input_config(model: nn.Module) -> dict[str, Any]:
+    """Size, mean and standard deviation of the images that a timm network expects; nothing of others.
+
+    Example:
+        >>> import timm
+        >>> timm_input_config(timm.create_model("test_resnet"))["size"]
+        [3, 160, 160]
+    """
+    known: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = {"size": "input_size", "mean": "mean", "std": "std"}
+    return {name: list(known[key]) for name, key in names.items() if key in known}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network's figures.
+
+    Attributes:
+        name: of the network, or of what was tried.
+        role: "before", "candidate", "after", "peer", or "ensemble" (every network is run: the ceiling, at m times the
+            cost).
+        validation: on the images that candidates are chosen on; None where there are none.
+        test: on images that nothing was chosen on; None where none were given.
+        note: what else is to be known.
+    """
+
+    name: str
+    role: str
+    validation: Score | None
+    test: Score | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RefineReport:
+    """What was tried, what it was worth, what was chosen; `print` it, save it.
+
+    Attributes:
+        network: name of the network.
+        method: as it was asked for.
+        chosen: name of the candidate that was taken; "original" where nothing was better.
+        rows: figures of the network before and after, of every candidate, of the peers and of the ensemble.
+        peers: what each peer knows of the network, without labels.
+        shares: by layer, share of the network that the useful peers explain, (before, after); None where it was not
+            measured.
+        images: how many were unlabeled, labeled, to validate and to test.
+        settings: ridges, seeds, …
+        seconds: wall-clock time.
+        versions: of the packages that figures depend on.
+
+    Example:
+        >>> row = Row("original", "before", Score(60.0, 5.0, 100), None)
+        >>> report = RefineReport("small", "auto", "original", (row,), (), {}, {"unlabeled": 500}, {"seed": 0}, 1.0, {})
+        >>> print(report)  # doctest: +SKIP
+        >>> report.row("before").validation.accuracy
+        60.0
+    """
+
+    network: str
+    method: str
+    chosen: str
+    rows: tuple[Row, ...]
+    peers: tuple[PeerScore, ...]
+    shares: Mapping[str, tuple[float, float | None]]
+    images: Mapping[str, int]
+    settings: Mapping[str, Any]
+    seconds: float
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+    def row(self, role: str) -> Row:
+        """The first row of a role.
+
+        Raises:
+            OptionError: no such row.
+        """
+        found = next((row for row in self.rows if row.role == role), None)
+        if found is None:
+            raise OptionError(f"the report has no row {role!r}; it has {sorted({row.role for row in self.rows})}")
+        return found
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count:,} {name}" for name, count in self.images.items() if count)
+        lines = [
+            f"{self.network} refined · method {self.method} · chosen: {self.chosen} · images: {counts} · {self.seconds:.1f} s",
+            "",
+        ]
+        head = ["", "validation", "ECE", "test", "ECE", ""]
+        body = [
+            [f"{row.name} ({row.role})" if row.role != "candidate" else row.name, *_cells(row), row.note]
+            for row in self.rows
+        ]
+        lines += _aligned([head, *body])
+        if self.peers:
+            table = [["peer", "explains", "is explained", "noise floor", ""]]
+            table += [
+                [w.name, _share(w.explains), _share(w.explained), _share(w.noise_floor), w.reason or "useful"]
+                for w in self.peers
+            ]
+            lines += ["", *_aligned(table)]
+        if self.shares:
+            table = [["layer", "known to the peers before", "after"]]
+            table += [
+                [name, _share(before), "–" if after is None else _share(after)]
+                for name, (before, after) in self.shares.items()
+            ]
+            lines += ["", *_aligned(table)]
+        if all(row.test is None for row in self.rows) and any(row.validation is not None for row in self.rows):
+            lines += [
+                "",
+                "The result was chosen on the validation images, so its figure there is a little too good; test= gives one that is not.",
+            ]
+        return "\n".join([*lines, *(f"! {note}" for note in self.warnings)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return {"format": "knowiso_train.RefineReport", "format_version": 1, **asdict(self)}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Strict JSON; also written to `path` where one is given."""
+        text = json.dumps(_portable(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """What `refine` returns.
+
+    Attributes:
+        model: a plain network of the same architecture, in eval mode; for `method="paper"` a composite of two networks.
+        report: what was tried and what it was worth.
+        peer_classifiers: by the names of the useful peers, what the same labels and consensus make their classifiers
+            (pooled features → logits,
+            float32): teachers for a training of your own. Empty without labeled images.
+    """
+
+    model: nn.Module
+    report: RefineReport
+    plain: bool = field(default=True, repr=False)
+    peer_classifiers: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
+
+    def save(
+        self, folder: str | Path, *, architecture: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write `model.safetensors`, a plain state dict, and `card.json`, how to load it and the report.
+
+        `timm.create_model(architecture, checkpoint_path=".../model.safetensors", **options)` loads it, without this
+        library.
+
+        Args:
+            folder: made where it is missing.
+            architecture: timm's name of the network; None takes what timm wrote into it.
+            options: of `timm.create_model`; None takes its number of classes.
+
+        Raises:
+            OptionError: a composite, which no single architecture can load.
+        """
+        if not self.plain:
+            raise OptionError(
+                'method="paper" gives a composite of two networks, for study; it has no architecture to load it. Keep its state_dict'
+            )
+        from safetensors.torch import save_file
+
+        inner, folder = unwrap_model(self.model), Path(folder)
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in inner.state_dict().items()}
+        classes = getattr(inner, "num_classes", None)
+        chosen = dict(options) if options is not None else ({} if classes is None else {"num_classes": classes})
+        name = architecture or network_name(inner)
+        card = {
+            "architecture": name,
+            "options": chosen,
+            "load": loading_snippet(name, chosen, state, REFINED_WEIGHTS_FILE),
+            "input": timm_input_config(inner),
+            "parameters": sum(parameter.numel() for parameter in inner.parameters()),
+            "report": self.report.to_dict(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / REFINED_WEIGHTS_FILE)
+        (folder / CARD_FILE).write_text(
+            json.dumps(_portable(card), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n",
+            encoding="utf-8",
+        )
+
+
+def _cells(row: Row) -> list[str]:
+    cells: list[str] = []
+    for found in (row.validation, row.test):
+        cells += ["–", "–"] if found is None else [f"{found.accuracy:.1f} %", f"{found.ece:.1f}"]
+    return cells
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+    columns = [
+        [c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return ["  ".join(cells).rstrip() for cells in columns]
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _portable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,167 @@
+"""The public class: shapes, save and load, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from knowiso_train import Disentangler
+from knowiso_train.errors import FormatError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.regression import batch_moments
+from knowiso_train.regression.ridge import RIDGE_GRID, Spectrum, solve_ridge
+
+FAST = {"epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "source", "target"),
+    [
+        ({"order": 2, "kernel_size": 3, "solver_options": FAST}, (40, 5, 6, 6), (40, 3, 6, 6)),
+        ({"order": 1, "solver_options": FAST}, (200, 5), (200, 3)),
+        ({"order": 0, "source_channels": 2}, (40, 5, 6, 6), (40, 3, 3, 3)),
+        ({"order": 1, "solver": "paper", "solver_options": FAST}, (40, 5, 6, 6), (40, 5, 6, 6)),
+        ({"order": 1, "solver": "paper", "solver_options": FAST}, (40, 5), (40, 3)),
+    ],
+)
+def test_split_is_exact_and_survives_save_and_load(
+    options: dict[str, object], source: tuple[int, ...], target: tuple[int, ...], tmp_path: Path
+) -> None:
+    x, y = torch.randn(source), torch.randn(target)
+    maps = Disentangler(**options).fit(x, y)  # type: ignore[arg-type]
+    components, residual = maps.split(x, y)
+    assert len(components) == options["order"] + 1  # type: ignore[operator]
+    assert all(part.shape == y.shape for part in (*components, residual))
+    torch.testing.assert_close(torch.stack([*components, residual]).sum(0), y)
+    maps.save(tmp_path / "maps")
+    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["disentangler.json", "disentangler.safetensors"]
+    again = Disentangler.load(tmp_path / "maps")
+    assert again.settings == maps.settings
+    for a, b in zip(again.split(x, y)[0], components, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_same_seed_same_maps() -> None:
+    x, y = torch.randn(60, 4, 5, 5), torch.randn(60, 3, 5, 5)
+    states = [Disentangler(order=1, seed=s, solver_options=FAST).fit(x, y).state_dict() for s in (0, 0, 1)]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+def test_global_random_state_is_left_alone() -> None:
+    x, y = torch.randn(60, 4, 5, 5), torch.randn(60, 3, 5, 5)
+    before = torch.get_rng_state()
+    Disentangler(order=1, solver_options=FAST).fit(x, y)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_projection_gives_an_upper_bound() -> None:
+    x = torch.randn(500, 8, 2, 2, dtype=torch.float64)
+    y = x[:, :3] + 0.1 * torch.randn(500, 3, 2, 2, dtype=torch.float64)
+    left = [
+        Disentangler(order=0, ridge=0.0, source_channels=c).fit(x, y, select=0).split(x, y)[1].var()
+        for c in (None, 6, 3)
+    ]
+    assert left[0] < left[1] < left[2]
+
+
+def test_ridge_search_picks_the_best_of_its_grid() -> None:
+    x, y = torch.randn(60, 30, 1, 1, dtype=torch.float64), torch.randn(60, 2, 1, 1, dtype=torch.float64)
+    y += 0.3 * x[:, :2]
+    held = torch.randn(500, 30, 1, 1, dtype=torch.float64)
+    truth = 0.3 * held[:, :2] + torch.randn(500, 2, 1, 1, dtype=torch.float64)
+    fit, select = batch_moments(x, y), batch_moments(held, truth)
+
+    def error(ridge: float) -> float:
+        m = solve_ridge(fit, ridge)
+        return float((truth[:, :, 0, 0] - held[:, :, 0, 0] @ m.weight - m.bias).var(0).sum())
+
+    chosen = solve_ridge(fit, "search", select)
+    assert error(chosen.ridge) == pytest.approx(min(error(r) for r in RIDGE_GRID), rel=1e-3)
+    assert chosen.ridge >= 0.1  # 60 rows, 30 regressors: strong shrinkage is right
+
+
+def test_ridge_equals_the_normal_equations() -> None:
+    x, y = torch.randn(50, 4, 1, 1, dtype=torch.float64), torch.randn(50, 2, 1, 1, dtype=torch.float64)
+    a = x[:, :, 0, 0] - x[:, :, 0, 0].mean(0)
+    s = a.T @ a
+    expected = torch.linalg.solve(s + 0.3 * s.trace() / 4 * torch.eye(4, dtype=torch.float64), a.T @ y[:, :, 0, 0])
+    torch.testing.assert_close(solve_ridge(batch_moments(x, y), 0.3).weight, expected)
+
+
+def test_without_ridge_dependent_sources_get_the_minimum_norm_map() -> None:
+    x = torch.randn(50, 3, 1, 1, dtype=torch.float64)
+    twice = torch.cat([x, x], 1)
+    y = x[:, :1]
+    weight = solve_ridge(batch_moments(twice, y), 0.0).weight[:, 0]
+    torch.testing.assert_close(weight, torch.tensor([0.5, 0, 0, 0.5, 0, 0], dtype=torch.float64), atol=1e-8, rtol=0)
+
+
+def test_what_it_refuses() -> None:
+    x, y = torch.randn(20, 4, 5, 5), torch.randn(20, 3, 5, 5)
+    with pytest.raises(OptionError, match="order must be an integer"):
+        Disentangler(order=-1)
+    with pytest.raises(OptionError, match="kernel_size must be odd"):
+        Disentangler(kernel_size=2)
+    with pytest.raises(OptionError, match="solver must be one of"):
+        Disentangler(solver="magic")
+    with pytest.raises(OptionError, match="no maps yet"):
+        Disentangler().split(x, y)
+    with pytest.raises(OptionError, match="ridge="):
+        Disentangler(order=0).fit(x, y, select=0)
+    with pytest.raises(OptionError, match="unknown options"):
+        Disentangler(order=1, solver_options={"steps": 3}).fit(x, y)
+    with pytest.raises(ShapeError, match="same images, got 20 and 19"):
+        Disentangler().fit(x, y[:19])
+    with pytest.raises(ShapeError, match=r"\(N, C, H, W\) or \(N, C\)"):
+        Disentangler().fit(x[:, :, 0], y)
+    maps = Disentangler(order=0).fit(x, y)
+    with pytest.raises(ShapeError, match=r"\(N, 4, H, W\)"):
+        maps(torch.randn(2, 5, 5, 5))
+    with pytest.raises(ShapeError, match="3 channels"):
+        maps.split(x, x)
+    with pytest.raises(NonFiniteError):
+        Disentangler(order=0).fit(x.masked_fill(x > 3, float("inf")).index_fill(0, torch.tensor([1]), float("nan")), y)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="not there"):
+        Disentangler.load(tmp_path)
+    x, y = torch.randn(20, 4, 5, 5), torch.randn(20, 3, 5, 5)
+    Disentangler(order=0).fit(x, y).save(tmp_path)
+    config = json.loads((tmp_path / "disentangler.json").read_text())
+    (tmp_path / "disentangler.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(FormatError, match="version 99"):
+        Disentangler.load(tmp_path)
+    config["maps"]["target_channels"] = 9
+    (tmp_path / "disentangler.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"cannot|can read"):
+        Disentangler.load(tmp_path)
+
+
+def test_a_shared_spectrum_changes_nothing() -> None:
+    x, y = torch.randn(90, 7, 1, 1, dtype=torch.float64), torch.randn(90, 4, 1, 1, dtype=torch.float64)
+    fit, select = batch_moments(x[:60], y[:60]), batch_moments(x[60:], y[60:])
+    shared = Spectrum.of(fit, select)
+    for part in (slice(0, 2), slice(2, 4)):
+        alone = solve_ridge(batch_moments(x[:60], y[:60, part]), "search", batch_moments(x[60:], y[60:, part]))
+        together = solve_ridge(
+            fit.targets(part.start, part.stop), "search", select.targets(part.start, part.stop), shared
+        )
+        assert alone.ridge == together.ridge
+        torch.testing.assert_close(alone.weight, together.weight)
+
+
+def test_above_the_search_limit_the_ridge_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(50, 4, 1, 1, dtype=torch.float64), torch.randn(50, 2, 1, 1, dtype=torch.float64)
+    fit, doubled = batch_moments(x, y), batch_moments(torch.cat([x, x], 1), y)
+    expected = solve_ridge(fit, 1e-4)
+    monkeypatch.setattr("knowiso_train.regression.ridge.MAX_SEARCH_FEATURES", 2)
+    found = solve_ridge(fit, "search", fit)
+    assert found.ridge == 1e-4
+    torch.testing.assert_close(found.weight, expected.weight)
+    with pytest.raises(OptionError, match="linearly dependent"):
+        solve_ridge(doubled, 0.0)

@@ -1,0 +1,128 @@
+"""Two processes (gloo, DDP) train as one process does on the same global batches: loss, student, and the loss's own state, for every form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from knowiso_train import IsomorphismLoss
+from knowiso_train.distillation import WeightSchedule
+
+WORLD, STEPS, IMAGES = 2, 5, 32
+FORMS: dict[str, dict[str, Any]] = {
+    "moment": {},
+    "moment_3x3": {"kernel_size": 3, "window": 7},
+    "learned": {"form": "learned", "order": 1},
+    "learned_linear": {"form": "learned"},
+    "consensus": {"form": "consensus"},
+    "balanced": {"weight": "balanced", "ratio": 0.5, "schedule": WeightSchedule(warmup=2)},
+}
+
+
+def network(seed: int) -> nn.Module:
+    """vit_tiny at reduced size: no batch norm, whose statistics differ by process."""
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=12, depth=3, num_heads=3, num_classes=5
+    )
+    return model
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(IMAGES, 3, 32, 32, generator=generator), torch.randint(5, (IMAGES,), generator=generator)
+
+
+def trained(form: str, rank: int = 0, world: int = 1, *, accelerated: bool = False) -> dict[str, Any]:
+    """Losses, weights and state after a few steps on this process's part of the batches."""
+    options = dict(FORMS[form])
+    if form == "consensus":
+        options["peers"] = [network(3)]
+    student, teacher = network(1), network(2)
+    torch.manual_seed(100 + rank)  # a learned map that starts differently in each process must be made equal
+    iso = IsomorphismLoss(student, teacher, {"blocks.0": "blocks.0", "blocks.2": "blocks.1"}, refresh=2, **options)
+    if world == 1:
+        torch.manual_seed(100)
+        iso = IsomorphismLoss(student, teacher, {"blocks.0": "blocks.0", "blocks.2": "blocks.1"}, refresh=2, **options)
+    optimizer: Any = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.05)
+    run: Any = student
+    accelerator = Accelerator(cpu=True) if accelerated else None
+    if accelerator is not None:
+        run, optimizer = accelerator.prepare(student, optimizer)
+    elif world > 1:
+        run = DistributedDataParallel(student)
+    losses, logs = [], []
+    mine = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    with iso:
+        for step in range(STEPS):
+            images, labels = (part[mine] for part in batch(step))
+            loss = F.cross_entropy(run(images), labels) + iso()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            logs.append(iso.log())
+    assert logs[-1]["iso/blocks.0/share"] != 0  # every map was on
+    assert logs[-1]["iso/blocks.2/share"] != 0
+    of_each = ("moments", "target", "balance.rest", "balance.own")  # each process holds its part of them
+    own = {name: value for name, value in iso.state_dict().items() if not any(part in name for part in of_each)}
+    return {"losses": torch.stack(losses), "student": student.state_dict(), "own": own}
+
+
+CASES = [*((form, False) for form in FORMS), ("learned", True)]
+
+
+def worker(rank: int, folder: str) -> None:
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(30_100 + os.getppid() % 500),
+        RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+        LOCAL_RANK=str(rank),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        for form, accelerated in CASES:
+            torch.save(
+                trained(form, rank, WORLD, accelerated=accelerated), Path(folder) / f"{form}-{accelerated}-{rank}.pt"
+            )
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("two")
+    mp.spawn(worker, args=(str(path),), nprocs=WORLD, join=True)
+    return path
+
+
+@pytest.mark.parametrize(("form", "accelerated"), CASES)
+def test_two_processes_train_as_one(form: str, accelerated: bool, folder: Path) -> None:
+    first, second = (torch.load(folder / f"{form}-{accelerated}-{rank}.pt", weights_only=True) for rank in range(WORLD))
+    alone = trained(form)
+    torch.testing.assert_close((first["losses"] + second["losses"]) / 2, alone["losses"], rtol=1e-4, atol=1e-5)
+    start = network(1).state_dict()
+    for name, value in alone["student"].items():
+        torch.testing.assert_close(first["student"][name], second["student"][name], rtol=0, atol=0)
+        torch.testing.assert_close(
+            first["student"][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert any(not torch.equal(value, start[name]) for name, value in alone["student"].items())
+    for name, value in alone["own"].items():
+        torch.testing.assert_close(first["own"][name], second["own"][name], rtol=0, atol=0)
+        torch.testing.assert_close(
+            first["own"][name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

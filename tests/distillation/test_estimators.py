@@ -1,0 +1,539 @@
+"""The isomorphism loss on features whose answer is known, and its gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from knowiso_train import IsomorphismLoss
+from knowiso_train.distillation import WeightSchedule, dkd_loss, kd_loss, suggest_layers
+from knowiso_train.distillation.estimators import MIN_SAMPLES_PER_FEATURE, ClosedFormMap, ConsensusMap, LearnedMap
+from knowiso_train.errors import (
+    CaptureError,
+    InputTypeError,
+    KnowisoWarning,
+    LayerNameError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
+from knowiso_train.ops import channel_scale
+from knowiso_train.regression import batch_moments
+from knowiso_train.utils.distributed import ProcessGroup
+
+ALONE = ProcessGroup()
+
+
+def network(seed: int, width: int = 10, grid_stride: int = 1) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, 2 * width, 3, grid_stride, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(5),
+    )
+
+
+def built(seed: int, width: int = 10, grid_stride: int = 1) -> nn.Sequential:
+    model = network(seed, width, grid_stride)
+    model(torch.zeros(1, 3, 8, 8))
+    return model
+
+
+def stream(calls: int, seed: int = 0, images: int = 16, channels: int = 6, side: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(images, channels, side, side, generator=generator) for _ in range(calls)]
+
+
+def run(map_: ClosedFormMap, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
+    return [float(map_(x, y, call, ALONE).detach()) for call, (x, y) in enumerate(pairs)]
+
+
+class TestMomentForm:
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("kernel_size", [1, 3])
+    def test_a_planted_share_is_found(self, seed: int, kernel_size: int) -> None:
+        torch.manual_seed(seed)
+        conv = nn.Conv2d(6, 5, kernel_size, padding=kernel_size // 2)
+        xs, noises = stream(60, seed), stream(60, seed + 100, channels=5)
+        with torch.no_grad():
+            clean = [conv(x) for x in xs]
+        energy = torch.cat(clean).var(dim=(0, 2, 3)).sum()
+        scale = (energy / 5 / 3).sqrt()  # the noise is a quarter of the variance
+        map_ = ClosedFormMap(6, 5, kernel_size, ridge=0.0)
+        losses = run(map_, [(x, y + scale * e) for x, y, e in zip(xs, clean, noises, strict=True)])
+        assert sum(losses[20:]) / 40 == pytest.approx(0.25, abs=0.02)
+
+    def test_independent_noise_stays_near_one(self) -> None:
+        map_ = ClosedFormMap(120, 8)
+        # 128 rows, 120 channels
+        xs, ys = stream(40, 1, images=8, channels=120), stream(40, 2, images=8, channels=8)
+        losses = run(map_, list(zip(xs, ys, strict=True)))
+        on = [loss for loss in losses if loss > 0]
+        assert len(on) > 10
+        assert 0.95 < sum(on) / len(on) < 1.2
+
+    def test_scaling_the_student_gains_nothing_and_collapse_costs_everything(self) -> None:
+        xs = stream(30)
+        ys = [x[:, :4] + 0.5 * torch.relu(x[:, 1:5]) for x in xs]
+        plain = run(ClosedFormMap(6, 4), list(zip(xs, ys, strict=True)))
+        for factor in (1e-3, 1e3):
+            scaled = run(ClosedFormMap(6, 4), [(factor * x, y) for x, y in zip(xs, ys, strict=True)])
+            assert scaled == pytest.approx(plain, rel=1e-4)
+        assert 0 < plain[-1] < 0.2
+        collapsed = ClosedFormMap(6, 4, name="a → b")
+        with pytest.warns(KnowisoWarning, match="a → b: the student's feature is constant"):
+            flat = run(collapsed, [(torch.full_like(x, 0.3), y) for x, y in zip(xs, ys, strict=True)])
+        assert flat[-1] == pytest.approx(1.0, abs=0.05)
+
+    def test_the_current_batch_never_judges_itself(self) -> None:
+        xs, ys = stream(13), stream(13, 9, channels=4)
+        first, second = ClosedFormMap(6, 4, refresh=1), ClosedFormMap(6, 4, refresh=1)
+        run(first, list(zip(xs[:12], ys[:12], strict=True)))
+        run(second, list(zip(xs[:12], ys[:12], strict=True)))
+        first(xs[12], ys[12], 12, ALONE)
+        second(xs[12], 100 * ys[12], 12, ALONE)
+        assert torch.equal(first.weight, second.weight)
+        first.refresh(ALONE)
+        second.refresh(ALONE)
+        assert not torch.equal(first.weight, second.weight)
+
+    def test_it_is_off_until_there_are_rows_enough(self) -> None:
+        map_ = ClosedFormMap(50, 4, window=math.inf)
+        losses = run(
+            map_,
+            list(
+                zip(stream(20, images=1, channels=50, side=6), stream(20, 3, images=1, channels=4, side=6), strict=True)
+            ),
+        )
+        rows = 36 * torch.arange(20)  # before each call
+        assert [loss > 0 for loss in losses] == (rows >= MIN_SAMPLES_PER_FEATURE * 50).tolist()
+
+    @pytest.mark.parametrize("kernel_size", [1, 3])
+    def test_gradcheck(self, kernel_size: int) -> None:
+        map_ = ClosedFormMap(3, 4, kernel_size).double().eval()
+        map_.weight.normal_()
+        map_.bias.normal_()
+        map_.variance.fill_(2.0)
+        map_.ready = True
+        x, y = (
+            torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True),
+            torch.randn(2, 4, 3, 4, dtype=torch.float64),
+        )
+        assert torch.autograd.gradcheck(lambda x: map_(x, y, 0, ALONE), x)
+        analytic = -2 * F.conv_transpose2d(y - map_.predict(x), map_.weight, padding=kernel_size // 2) / 24 / 2.0
+        (gradient,) = torch.autograd.grad(map_(x, y, 0, ALONE), x)
+        torch.testing.assert_close(gradient, analytic)
+
+    def test_at_the_optimum_the_gradient_is_the_one_through_the_map(self) -> None:
+        x, y = (
+            torch.randn(9, 3, 4, 4, dtype=torch.float64, requires_grad=True),
+            torch.randn(9, 5, 4, 4, dtype=torch.float64),
+        )
+        moments = batch_moments(x, y)
+        # No map in sight: the share itself
+        through = 1 - (moments.xy * torch.linalg.solve(moments.xx, moments.xy)).sum() / moments.yy.sum()
+        map_ = ClosedFormMap(3, 5, ridge=0.0).double()
+        map_.moments.observe(x, y)
+        map_.refresh(ALONE)
+        constant = map_.unexplained(x, y)
+        torch.testing.assert_close(constant, through)
+        torch.testing.assert_close(torch.autograd.grad(constant, x)[0], torch.autograd.grad(through, x)[0])
+
+    def test_a_constant_teacher_layer_is_left_out_with_a_warning(self) -> None:
+        map_ = ClosedFormMap(6, 4, name="layer2 → layer3")
+        with pytest.warns(KnowisoWarning, match="layer2 → layer3: the teacher's feature is constant"):
+            losses = run(map_, [(x, torch.full((16, 4, 4, 4), 3.0)) for x in stream(5)])
+        assert losses[-1] == 0
+
+    def test_dead_channels_single_positions_and_halves_are_fine(self) -> None:
+        for dtype, side in ((torch.float32, 1), (torch.bfloat16, 4), (torch.float16, 4)):
+            xs = stream(30, images=64, side=side)
+            ys = [(x[:, :4] * 2 + 1).to(dtype) for x in xs]
+            for x in xs:
+                x[:, 5] = 0.0
+                x[:, 4] = x[:, 3]
+            losses = run(ClosedFormMap(6, 4), [(x.to(dtype), y) for x, y in zip(xs, ys, strict=True)])
+            assert losses[-1] < 1e-3
+
+
+class TestLearnedForm:
+    @pytest.mark.parametrize("order", [0, 1, 2])
+    def test_gradcheck_where_sigma_is_one(self, order: int) -> None:
+        map_ = LearnedMap(3, 4, order).double().eval()
+        map_.mean.normal_()
+        map_.spread.fill_(1.5)
+        map_.ready = True
+        x, y = (
+            torch.randn(4, 3, 1, 1, dtype=torch.float64, requires_grad=True),
+            torch.randn(4, 4, 1, 1, dtype=torch.float64),
+        )
+        assert torch.autograd.gradcheck(lambda x, *parameters: map_(x, y, 0, ALONE), (x, *map_.parameters()))
+
+    @pytest.mark.parametrize("order", [0, 2])
+    @pytest.mark.parametrize("channels", [4, 3])
+    def test_equal_to_the_formula(self, order: int, channels: int) -> None:
+        map_ = LearnedMap(channels, 4, order, 3, penalty=0.3)
+        x, y = torch.randn(5, channels, 6, 6, requires_grad=True), 7 + 3 * torch.randn(5, 4, 6, 6)
+        loss = map_(x, y, 0, ALONE)
+        variance = y.var(dim=(0, 2, 3), correction=0).mean()
+        g = y.mean((0, 2, 3)).view(-1, 1, 1) + variance.sqrt() * map_.maps(x)
+        expected = (y - g).square().mean() / variance + 0.3 * map_.maps.gates.square().sum()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, x)[0], atol=1e-6, rtol=1e-4
+        )
+
+    def test_it_learns_a_planted_map(self) -> None:
+        xs = stream(150)
+        xs = [x / channel_scale(x) for x in xs]
+        plant = nn.Conv2d(6, 5, 1).requires_grad_(False)
+        map_ = LearnedMap(6, 5, 0)
+        optimizer = torch.optim.Adam(map_.parameters(), lr=0.02)
+        losses = []
+        for call, x in enumerate(xs):
+            loss = map_(x, plant(x), call, ALONE)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[0] > 0.5
+        assert losses[-1] < 0.02
+
+
+class TestConsensusForm:
+    def test_only_what_peers_know_is_taught(self) -> None:
+        xs, own, shared = stream(80), stream(80, 5, channels=4), stream(80, 6, channels=4)
+        # Half of it is known to the peer
+        teachers = [torch.cat([a, b], 1) for a, b in zip(shared, own, strict=True)]
+        # Knows exactly what the peer knows
+        students = [torch.cat([x[:, :2], b], 1) for x, b in zip(xs, shared, strict=True)]
+        moment, consensus = ClosedFormMap(6, 8), ConsensusMap(6, 8, 4)
+        plain = run(moment, list(zip(students, teachers, strict=True)))
+        taught = [
+            float(consensus(x, y, call, ALONE, peer))
+            for call, (x, y, peer) in enumerate(zip(students, teachers, shared, strict=True))
+        ]
+        assert sum(plain[40:]) / 40 == pytest.approx(0.5, abs=0.03)
+        assert sum(taught[40:]) / 40 == pytest.approx(0.0, abs=0.03)
+
+    def test_gradcheck(self) -> None:
+        map_ = ConsensusMap(3, 4, 2).double().eval()
+        for part in (map_.peers, map_.student):
+            part.weight.normal_()
+            part.variance.fill_(2.0)
+            part.ready = True
+        x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+        y, peers = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda x: map_(x, y, 0, ALONE, peers), x)
+
+    def test_the_peers_map_settles(self) -> None:
+        consensus = ConsensusMap(6, 8, 4)
+        for call, (x, peer) in enumerate(zip(stream(60), stream(60, 6, channels=4), strict=True)):
+            consensus(x, torch.cat([peer, peer], 1), call, ALONE, peer)
+        assert consensus.settled
+        before = consensus.peers.moments.count.clone()
+        consensus(x, torch.cat([peer, peer], 1), 61, ALONE, peer)
+        assert consensus.peers.moments.count == before
+
+
+def train(
+    iso: IsomorphismLoss, student: nn.Module, calls: int, start: int = 0, more: Callable[[Tensor], Tensor] | None = None
+) -> list[float]:
+    optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.05)
+    losses = []
+    with iso:
+        for call in range(start, start + calls):
+            x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(call))
+            out = student(x)
+            loss = iso() + (0 if more is None else more(out))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "moment": {},
+    "moment3": {"kernel_size": 3},
+    "learned": {"form": "learned", "order": 1},
+    "consensus": {"form": "consensus", "peers": "one"},
+}
+
+
+def loss_for(form: str, student: nn.Module, teacher: nn.Module, **more: Any) -> IsomorphismLoss:
+    options = dict(FORMS[form]) | more
+    if "peers" in options:
+        options["peers"] = [built(3, 12)]
+    return IsomorphismLoss(student, teacher, {"1": "1", "3": "3"}, **options)
+
+
+class TestInALoop:
+    @pytest.mark.parametrize("form", list(FORMS))
+    def test_the_student_learns(self, form: str) -> None:
+        student, teacher = built(1, 12, 2), built(2, 10, 2)
+        iso = loss_for(form, student, teacher)
+        losses = train(iso, student, 100)
+        assert sum(losses[-5:]) < 0.9 * sum(losses[20:25])  # by then every pair is on
+        log = iso.log()
+        assert log["iso/1/share"] > 0.3
+        assert log["iso/3/share"] > (0.03 if form == "learned" else 0.3)  # a learned map needs more steps
+        assert all(log[f"iso/{layer}/grad_norm"] > 0 for layer in "13")
+
+    @pytest.mark.parametrize("form", list(FORMS))
+    def test_resumed_equals_uninterrupted(self, form: str) -> None:
+        def pair() -> tuple[nn.Module, IsomorphismLoss]:
+            student = built(1)
+            return student, loss_for(form, student, built(2))
+
+        student, iso = pair()
+        whole = train(iso, student, 24)
+        student, iso = pair()
+        train(iso, student, 13)
+        saved, weights = iso.state_dict(), student.state_dict()
+        student, iso = pair()
+        student.load_state_dict(weights)
+        iso.load_state_dict(saved)
+        assert train(iso, student, 11, start=13) == whole[13:]
+
+    def test_a_teacher_that_was_run_already_is_not_run_again(self) -> None:
+        results = {}
+        for way in ("own", "output", "cached"):
+            student, teacher = built(1), built(2)
+            runs: list[int] = []
+            teacher.register_forward_hook(lambda *args, runs=runs: runs.append(1))
+            iso = IsomorphismLoss(student, teacher, {"1": "1", "3": "3"}, example=torch.zeros(2, 3, 8, 8))
+            runs.clear()
+            with iso:
+                for call in range(4):
+                    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(call))
+                    with torch.no_grad():
+                        out = teacher(x) if way == "output" else None
+                        cached = {"1": teacher[:2](x), "3": teacher[:4](x)} if way == "cached" else None
+                    student(x)
+                    results[way] = iso(teacher_output=out, teacher_features=cached)
+            assert len(runs) == (0 if way == "cached" else 4)
+        assert results["own"] == results["output"] == results["cached"] > 0
+
+    def test_teacher_output_is_there_for_kd(self) -> None:
+        student, teacher = built(1), built(2)
+        with IsomorphismLoss(student, teacher, "3") as iso:
+            x = torch.randn(4, 3, 8, 8)
+            student(x)
+            iso()
+            torch.testing.assert_close(iso.teacher_output, teacher(x))
+            assert not iso.teacher_output.requires_grad
+
+    def test_grids_and_channels_may_differ(self) -> None:
+        student, teacher = built(1, 6, 1), built(2, 10, 2)
+        iso = IsomorphismLoss(student, teacher, {"3": "3"})
+        train(iso, student, 5)
+        assert 0 < iso.log()["iso/3/loss"] < 2
+
+    def test_log_gives_loss_share_weight_and_gradient_norm(self) -> None:
+        student, teacher = built(1), built(2)
+        iso = IsomorphismLoss(
+            student, teacher, {"1": "1", "3": "3"}, weight={"1": 0.5, "3": 2.0}, schedule=WeightSchedule(warmup=4)
+        )
+        norms: list[Tensor] = []
+        with iso:
+            for _ in range(4):
+                x = torch.randn(16, 3, 8, 8)
+                student(x)
+                total = iso()
+            features: list[Tensor] = []
+            handle = student[3].register_forward_hook(lambda module, args, out: features.append(out))
+            student(x)
+            total = iso()
+            norms += torch.autograd.grad(total, features, retain_graph=True)
+            total.backward()
+            handle.remove()
+        log = iso.log()
+        assert set(log) == {
+            f"iso/{layer}/{what}" for layer in "13" for what in ("loss", "share", "weight", "grad_norm")
+        }
+        assert log["iso/1/weight"] / log["iso/3/weight"] == pytest.approx(0.25)
+        assert 0 < log["iso/3/weight"] < 2
+        assert log["iso/1/loss"] * log["iso/1/weight"] + log["iso/3/loss"] * log["iso/3/weight"] == pytest.approx(
+            float(total.detach())
+        )
+        assert log["iso/3/share"] == pytest.approx(1 - log["iso/3/loss"])
+        assert log["iso/3/grad_norm"] == pytest.approx(float(norms[0].norm()), rel=1e-4)
+
+    def test_balanced_weights_keep_the_ratio_of_the_gradients(self) -> None:
+        student, teacher = built(1), built(2)
+        iso = IsomorphismLoss(student, teacher, {"1": "1"}, weight="balanced", ratio=0.5, refresh=1)
+        with iso:
+            for _ in range(30):
+                x = torch.randn(32, 3, 8, 8)
+                captured: list[Tensor] = []
+                handle = student[0].register_forward_hook(
+                    lambda module, args, out, captured=captured: captured.append(out)
+                )
+                task = 1e-3 * student(x).square().sum()
+                handle.remove()
+                own = iso()
+                (of_task,) = torch.autograd.grad(task, captured, retain_graph=True)
+                (of_own,) = torch.autograd.grad(own, captured, retain_graph=True)
+                (1024.0 * (task + own)).backward()  # a loss scale cancels
+        # layer 0 feeds layer 1, an in-place ReLU: the gradients at 0 are those at 1 behind the same mask
+        assert float(of_own.norm() / of_task.norm()) == pytest.approx(0.5, rel=0.2)
+        assert iso.log()["iso/1/weight"] != pytest.approx(1.0, rel=0.1)
+
+    def test_auto_layers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        student, teacher = built(1, 10, 2), built(2, 10, 2)
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(200, 3, 8, 8)), batch_size=50)
+        iso = IsomorphismLoss(student, teacher, "auto", loader=loader)
+        assert [(pair.source, pair.target) for pair in iso.pairs] == [("1", "1"), ("3", "3")]
+        assert "unexplained" in capsys.readouterr().out
+        with pytest.raises(LayerNameError, match="nothing is left to teach"):
+            suggest_layers(student, copy.deepcopy(student), loader, verbose=False)
+        with pytest.raises(OptionError, match="loader="):
+            IsomorphismLoss(student, teacher, "auto")
+
+    def test_no_gradient_nothing_learned(self) -> None:
+        student, teacher = built(1), built(2)
+        iso = IsomorphismLoss(student, teacher, "3")
+        train(iso, student, 6)
+        before = {name: value.clone() for name, value in iso.state_dict().items()}
+        with iso, torch.no_grad():
+            student(torch.randn(16, 3, 8, 8))
+            assert 0 < float(iso()) < 2
+        iso.eval()
+        with iso:
+            student(torch.randn(16, 3, 8, 8))
+            assert iso().requires_grad
+        assert all(torch.equal(value, before[name]) for name, value in iso.state_dict().items())
+
+
+class TestMessages:
+    def test_options(self) -> None:
+        a, b = built(1), built(2)
+        for wrong, message in (
+            ({"form": "other"}, "form must be one of"),
+            ({"order": 1}, 'order=1 needs form="learned"'),
+            ({"order": -1, "form": "learned"}, "order must be an integer"),
+            ({"kernel_size": 2}, "kernel_size must be odd"),
+            ({"refresh": 0}, "refresh must be"),
+            ({"ridge": -1.0}, "ridge must be"),
+            ({"window": 0.5}, "window must be"),
+            ({"weight": "heavy"}, "weight must be"),
+            ({"weight": -1.0}, "weights must be"),
+            ({"form": "consensus"}, "needs peers"),
+            ({"peers": [b]}, "belongs to form"),
+            ({"repeated": "all"}, "repeated must be"),
+        ):
+            with pytest.raises(OptionError, match=message):
+                IsomorphismLoss(a, b, "3", **wrong)  # type: ignore[arg-type]
+        with pytest.raises(LayerNameError, match="every student layer"):
+            IsomorphismLoss(a, b, "3", weight={"1": 1.0})
+        with pytest.raises(LayerNameError, match="nearest"):
+            IsomorphismLoss(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1))), b, {"0.1": "3"})
+        with pytest.raises(OptionError, match="same network"):
+            IsomorphismLoss(a, a, "3")
+        with pytest.raises(InputTypeError, match=r"teacher must be a torch\.nn\.Module"):
+            IsomorphismLoss(a, "resnet18", "3")  # type: ignore[arg-type]
+
+    def test_outside_the_context_and_out_of_order(self) -> None:
+        student, teacher = built(1), built(2)
+        iso = IsomorphismLoss(student, teacher, "3")
+        with pytest.raises(CaptureError, match="use `with iso:`"):
+            iso()
+        x = torch.randn(4, 3, 8, 8)
+        with iso:
+            with pytest.raises(CaptureError, match="the student has not run"):
+                iso()
+            student(x)
+            iso()
+            with pytest.raises(CaptureError, match="the student has not run"):
+                iso()
+            with torch.no_grad():
+                student(x)
+            with pytest.raises(CaptureError, match="ran without gradient"):
+                iso()
+            student(x)
+            with pytest.raises(CaptureError, match="never fired"):
+                iso(teacher_output=torch.zeros(4, 5))
+            student(x)
+            with pytest.raises(CaptureError, match=r"missing are \['3'\]"):
+                iso(teacher_features={"1": torch.zeros(4, 8, 8, 8)})
+            student(x)
+            with pytest.raises(OptionError, match="not both"):
+                iso(teacher_features={}, teacher_output=x)
+            with pytest.raises(CaptureError, match="attached already"):
+                iso.attach()
+
+    def test_a_probe_that_cannot_guess(self) -> None:
+        class Odd(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Conv2d(3, 4, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                if x.shape[-1] != 17:
+                    raise ValueError("only 17")
+                out: Tensor = self.inner(x)
+                return out
+
+        with pytest.raises(OptionError, match=r"Pass example=images.*only 17"):
+            IsomorphismLoss(Odd(), built(1), {"inner": "3"})
+        IsomorphismLoss(Odd(), nn.Sequential(nn.Conv2d(3, 4, 3)), {"inner": "0"}, example=torch.zeros(1, 3, 17, 17))
+
+    def test_not_finite(self) -> None:
+        student, teacher = built(1), built(2)
+        iso = IsomorphismLoss(student, teacher, "3")
+        train(iso, student, 4)
+        before = iso.maps["3→3"].moments.xx.clone()
+        with iso:
+            x = torch.randn(4, 3, 8, 8)
+            x[0, 0, 0, 0] = float("nan")
+            student(x)
+            with pytest.raises(NonFiniteError, match=r"step 4 .*student's '3': \d+ of"):
+                iso()
+        assert torch.equal(iso.maps["3→3"].moments.xx, before)
+
+
+class TestLogits:
+    def test_kd_is_the_divergence(self) -> None:
+        s, t = torch.randn(6, 9), torch.randn(6, 9)
+        p, q = (t / 3).softmax(1), (s / 3).softmax(1)
+        torch.testing.assert_close(kd_loss(s, t, temperature=3.0), 9 * (p * (p / q).log()).sum(1).mean())
+
+    def test_dkd_with_its_coupling_is_kd(self) -> None:
+        s, t = torch.randn(1, 9), torch.randn(1, 9)
+        own = (t / 4).softmax(1)[0, 2]
+        torch.testing.assert_close(dkd_loss(s, t, torch.tensor([2]), alpha=1.0, beta=1 - float(own)), kd_loss(s, t))
+
+    def test_gradients(self) -> None:
+        s, t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda s: kd_loss(s, t), s)
+        assert torch.autograd.gradcheck(lambda s: dkd_loss(s, t, torch.tensor([0, 1, 4])), s)
+
+    def test_messages(self) -> None:
+        with pytest.raises(ShapeError, match=r"\(2, 3\) and \(2, 4\)"):
+            kd_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+        with pytest.raises(OptionError, match="temperature"):
+            kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=0)
+        with pytest.raises(ShapeError, match="one label per image"):
+            dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+
+
+class TestSchedule:
+    def test_cosine(self) -> None:
+        schedule = WeightSchedule(warmup=2, total=12, final=0.2)
+        assert [schedule(call) for call in (0, 1, 2, 7, 12, 99)] == pytest.approx([0, 0.5, 1, 0.6, 0.2, 0.2])
+
+    @pytest.mark.parametrize("wrong", [{"warmup": -1}, {"warmup": 5, "total": 5}, {"final": 2.0}, {"shape": "step"}])
+    def test_messages(self, wrong: dict[str, Any]) -> None:
+        with pytest.raises(OptionError):
+            WeightSchedule(**wrong)

@@ -1,0 +1,390 @@
+"""The instrument as users call it: loaders, transforms, splits, restoring, errors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, SubsetRandomSampler, TensorDataset
+
+from knowiso_train import KnowisoError, Report, measure
+from knowiso_train.errors import CapacityError, DataError, InputTypeError, LayerNameError, NonFiniteError, OptionError
+from knowiso_train.measurement.data import PermutedTargets, SplitImageLoader
+
+
+def network(seed: int, width: int = 6) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, 2 * width, 3, stride=2),
+        nn.ReLU(),
+    )
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(120, 3, 8, 8)
+
+
+def run(loader: Any, **options: Any) -> Report:
+    defaults: dict[str, Any] = {"order": 0, "progress": False, "bootstrap": 100, "split": (0.5, 0.2, 0.3)}
+    return measure(network(1), network(2), loader, ["0", "4"], **defaults | options)
+
+
+def figures(report: Report) -> list[tuple[float, ...]]:
+    return [(*pair.shares, pair.unexplained, *pair.interval, pair.noise_floor or 0.0) for pair in report.pairs]
+
+
+def assert_close(a: Report, b: Report, tolerance: float = 1e-9) -> None:
+    np.testing.assert_allclose(figures(a), figures(b), atol=tolerance)
+
+
+def test_tensors_tuples_and_dicts_give_the_same(images: Tensor) -> None:
+    batches = list(images.split(30))
+    expected = run(batches)
+    assert_close(run([(b, torch.zeros(len(b))) for b in batches]), expected)
+    assert_close(run([{"pixel_values": b, "labels": torch.zeros(len(b))} for b in batches]), expected)
+
+
+def test_a_data_loader_is_read_by_index_whatever_its_order(images: Tensor) -> None:
+    data = TensorDataset(images)
+    expected = run(DataLoader(data, batch_size=30))
+    assert_close(run(DataLoader(data, batch_size=30, shuffle=True)), expected)
+    assert_close(run(DataLoader(data, batch_size=30, shuffle=True, num_workers=1)), expected)
+    assert sum(expected.images.values()) == 120
+
+
+def test_batch_size_changes_the_shuffled_pairing_only(images: Tensor) -> None:
+    data = TensorDataset(images)
+    a, b = (run(DataLoader(data, batch_size=n)) for n in (30, 7))
+    for one, other in zip(a.pairs, b.pairs, strict=True):
+        assert one.unexplained == pytest.approx(other.unexplained, abs=1e-7)
+        assert one.interval == pytest.approx(other.interval, abs=1e-6)
+
+
+def test_samplers_decide_which_images_belong(images: Tensor) -> None:
+    data = TensorDataset(images)
+    chosen = list(range(0, 120, 2))
+    report = run(DataLoader(data, batch_size=20, sampler=SubsetRandomSampler(chosen)))
+    assert sum(report.images.values()) == 60
+    assert sum(run(DataLoader(Subset(data, chosen), batch_size=20)).images.values()) == 60
+    assert sum(run(DataLoader(data, batch_size=20), max_images=50).images.values()) == 50
+    assert (
+        sum(
+            run(
+                DataLoader(data, batch_size=20, sampler=RandomSampler(data, num_samples=500, replacement=True))
+            ).images.values()
+        )
+        == 120
+    )
+    assert sum(run(list(images.split(20)), max_images=50).images.values()) == 50
+
+
+def test_split_is_a_property_of_the_image(images: Tensor) -> None:
+    stream = SplitImageLoader(DataLoader(TensorDataset(images), batch_size=16), seed=3)
+    seen = {
+        int(i): int(r)
+        for part in (stream.fitting(), stream.reporting())
+        for b in part
+        for i, r in zip(b.index, b.role, strict=True)
+    }
+    assert sorted(seen) == list(range(120))
+    assert seen == {i: int(r) for i, r in enumerate(stream.roles(np.arange(120)))}
+    share = np.bincount(stream.roles(np.arange(20_000)), minlength=3) / 20_000
+    np.testing.assert_allclose(share, [0.6, 0.2, 0.2], atol=0.01)
+    assert any(stream.roles(np.arange(120)) != SplitImageLoader([images], seed=4).roles(np.arange(120)))
+
+
+def test_every_network_runs_once_per_image(images: Tensor) -> None:
+    counts = [0, 0]
+    models = [network(1), network(2)]
+    for i, model in enumerate(models):
+        model.register_forward_pre_hook(lambda module, inputs, i=i: counts.__setitem__(i, counts[i] + len(inputs[0])))
+    measure(
+        *models,
+        DataLoader(TensorDataset(images), batch_size=32),
+        ["0", "1", "4"],
+        order=1,
+        directions="both",
+        progress=False,
+        solver_options={"epochs": 1},
+    )
+    assert counts == [120, 120]
+
+
+def test_transforms_and_forward(images: Tensor) -> None:
+    base = run(list(images.split(30)))
+    scaled = run(
+        [2 * b + 1 for b in images.split(30)],
+        source_transform=lambda x: (x - 1) / 2,
+        target_transform=lambda x: (x - 1) / 2,
+    )
+    assert_close(scaled, base, 1e-5)
+    odd = [{"weird": b, "other": b} for b in images.split(30)]
+    assert_close(run(odd, forward=lambda model, batch: model(batch["weird"])), base)
+    with pytest.raises(InputTypeError, match="forward="):
+        run(odd)
+
+
+def test_networks_of_different_resolution(images: Tensor) -> None:
+    report = run(list(images.split(30)), source_transform=lambda x: nn.functional.interpolate(x, scale_factor=2))
+    assert report.pairs[0].source_grid == (16, 16)
+    assert report.pairs[0].target_grid == (8, 8)
+
+
+def test_everything_is_as_before_also_after_an_error(images: Tensor) -> None:
+    a, b = network(1), network(2)
+    a.train()
+    a[1].eval()
+    b.eval()
+    a[0].weight.requires_grad_(False)
+    buffers = {k: v.clone() for k, v in a.state_dict().items()}
+    states = (random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state())  # noqa: NPY002
+    loader = DataLoader(TensorDataset(images), batch_size=30, shuffle=True)
+
+    def check() -> None:
+        assert [m.training for m in a] == [True, False, True, True, True]
+        assert not any(m.training for m in b)
+        assert [p.requires_grad for p in a.parameters()][:2] == [False, True]
+        assert all(torch.equal(v, a.state_dict()[k]) for k, v in buffers.items())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for model in (a, b) for m in model.modules())
+        assert random.getstate() == states[0]
+        assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+        assert torch.equal(torch.get_rng_state(), states[2])
+
+    measure(a, b, loader, "4", order=1, progress=False, solver_options={"epochs": 1})
+    check()
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        measure(a, b, loader, "4", progress=False, target_transform=Broken())
+    check()
+
+
+def test_named_and_pattern_layers(images: Tensor) -> None:
+    loader = list(images.split(30))
+    options: dict[str, Any] = {"order": 0, "progress": False}
+    report = measure(network(1), network(2), loader, {"0": "4"}, **options)
+    assert (report.pairs[0].source, report.pairs[0].target) == ("0", "4")
+    assert len(measure(network(1), network(2), loader, "*", **options).pairs) == 5
+    with pytest.raises(LayerNameError, match="layer9"):
+        measure(network(1), network(2), loader, "layer9", **options)
+
+
+def test_streams_that_differ_when_read_again_are_refused(images: Tensor) -> None:
+    class Shuffled:
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from images[torch.randperm(120)].split(30)
+
+    class Shrinking:
+        left = 4
+
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from images.split(30)[: self.left]
+            self.left -= 1
+
+    with pytest.raises(DataError, match="another image"):
+        run(Shuffled())
+    with pytest.raises(DataError, match="120 images at first and 90"):
+        run(Shrinking())
+    with pytest.raises(InputTypeError, match="can be read more than once"):
+        run(iter([images]))
+
+
+def test_a_loader_whose_dataset_gives_whole_batches_is_read_as_a_stream(images: Tensor) -> None:
+    class Batches(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> Tensor:
+            return images[30 * i : 30 * (i + 1)]
+
+    assert_close(run(DataLoader(Batches(), batch_size=None)), run(list(images.split(30))))
+
+
+def test_neighborhoods_of_a_single_position_are_that_position() -> None:
+    vectors = list(torch.randn(120, 6, 1, 1).split(30))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4))
+    reports = [
+        measure(model, model, vectors, "1", order=0, kernel_size=k, split=(0.5, 0.2, 0.3), progress=False)
+        for k in (1, 3)
+    ]
+    assert figures(reports[0]) == figures(reports[1])
+    assert reports[1].pairs[0].disentangler.settings.kernel_size == 1
+
+
+def test_augmenting_datasets_are_fine_when_read_by_index(images: Tensor) -> None:
+    class Noisy(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 120
+
+        def __getitem__(self, i: int) -> Tensor:
+            return images[i] + 0.01 * torch.randn(3, 8, 8)
+
+    assert sum(run(DataLoader(Noisy(), batch_size=30)).images.values()) == 120
+
+
+@pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")
+def test_too_few_images_are_an_error_that_says_so(images: Tensor) -> None:
+    with pytest.raises(DataError, match="empty"):
+        run(DataLoader(TensorDataset(images[:0])))
+    with pytest.raises(DataError, match="no image"):
+        run([images[:1]], split=(0.01, 0.0, 0.99))
+    with pytest.raises(DataError, match="no image fell to the report set"):
+        run(DataLoader(TensorDataset(images[:3])), split=(0.98, 0.01, 0.01), ridge=1e-3)
+    with pytest.warns(UserWarning, match="images to report on"):
+        run(DataLoader(TensorDataset(images[:20]), batch_size=10), ridge=1e-2)
+
+
+def test_options_without_meaning_are_refused(images: Tensor) -> None:
+    for options in (
+        {"directions": "sideways"},
+        {"split": (0.5, 0.5)},
+        {"split": (0.5, 0.2, 0.2)},
+        {"order": 1.5},
+        {"bootstrap": -1},
+        {"max_images": 0},
+        {"solver": "x"},
+    ):
+        with pytest.raises(OptionError):
+            run([images], **options)
+    with pytest.raises(InputTypeError):
+        run(3)
+    with pytest.raises(OptionError, match="belong to the closed form"):
+        run([images], solver="paper", hidden=4)
+
+
+def test_non_finite_features_name_layer_and_network(images: Tensor) -> None:
+    images = images.clone()
+    images[70, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"source.*'0'|'0'.*source"):
+        run(DataLoader(TensorDataset(images), batch_size=30))
+
+
+def test_memory_is_refused_before_it_is_gone(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knowiso_train.measurement.memory.free_bytes", lambda device: 2**20)
+    with pytest.raises(CapacityError, match="kernel_size=1") as caught:
+        run(DataLoader(TensorDataset(images), batch_size=30), order=2, kernel_size=3)
+    assert isinstance(caught.value, MemoryError)
+    assert isinstance(caught.value, KnowisoError)
+
+
+def test_bfloat16_autocast_stays_near_float32(images: Tensor) -> None:
+    loader = list(images.split(30))
+    a, b = run(loader), run(loader, autocast=torch.bfloat16)
+    for one, other in zip(a.pairs, b.pairs, strict=True):
+        # Bf16 keeps 8 bits: noise of 1e-5 of the variance, and some gates
+        assert one.unexplained == pytest.approx(other.unexplained, abs=0.01)
+
+
+def test_paper_solver_reports_as_published(images: Tensor) -> None:
+    a, b = network(1), network(2)
+    report = measure(
+        a,
+        b,
+        list(images.split(30)),
+        "0",
+        solver="paper",
+        order=1,
+        progress=False,
+        noise_floor=False,
+        solver_options={"epochs": 30, "lr": 1e-2},
+    )
+    pair = report.pairs[0]
+    assert not pair.additive
+    assert pair.shares == pair.component_variances
+    assert pair.disentangler.settings.kernel_size == 3
+    assert pair.noise_floor is None
+
+
+def test_disentangler_of_a_pair_gives_the_reported_share(images: Tensor) -> None:
+    a, b = network(1).eval(), network(2).eval()
+    stream = SplitImageLoader(DataLoader(TensorDataset(images), batch_size=30))
+    pair = measure(
+        a,
+        b,
+        DataLoader(TensorDataset(images), batch_size=30),
+        "4",
+        order=1,
+        progress=False,
+        solver_options={"epochs": 2},
+    ).pairs[0]
+    chosen = images[torch.from_numpy(stream.roles(np.arange(120)) == 2)]
+    with torch.no_grad():
+        y = b(chosen)
+        _, residual = pair.disentangler.split(a(chosen), y)
+    expected = residual.var((0, 2, 3), correction=0).sum() / y.var((0, 2, 3), correction=0).sum()
+    assert pair.unexplained == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_interval_covers_the_truth() -> None:
+    """Twelve seeds; a 95 % interval that misses more than three times would be wrong."""
+    hits = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(300, 4, 1, 1, generator=generator)
+        y = x[:, :2] + torch.randn(300, 2, 1, 1, generator=generator)
+        both = torch.cat([x, y], 1)
+
+        class Part(nn.Module):
+            def __init__(self, part: slice) -> None:
+                super().__init__()
+                self.part, self.out = part, nn.Identity()
+
+            def forward(self, z: Tensor) -> Tensor:
+                return self.out(z[:, self.part])
+
+        pair = measure(
+            Part(slice(0, 4)),
+            Part(slice(4, 6)),
+            [both],
+            "out",
+            order=0,
+            ridge=0.0,
+            seed=seed,
+            progress=False,
+            noise_floor=False,
+        ).pairs[0]
+        low, high = pair.interval
+        hits += low <= 0.5 * (1 + 5 / 180) <= high  # least squares on 180 rows with 5 coefficients
+    assert hits >= 9
+
+
+def test_shuffler_never_pairs_an_image_with_itself_twice_in_a_role() -> None:
+    shuffle = PermutedTargets()
+    y = torch.arange(8.0).view(8, 1, 1, 1)
+    role = torch.tensor([0, 0, 1, 0, 2, 2, 0, 2])
+    got = shuffle(y, role).flatten()
+    for value in (0, 2):
+        members = role == value
+        assert set(got[members].tolist()) == set(y.flatten()[members].tolist())
+        assert (got[members] != y.flatten()[members]).all()
+    later = shuffle(y + 10, torch.tensor([0, 0, 0, 0, 0, 0, 0, 1])).flatten()
+    assert later[-1] == 2.0  # alone in its batch: the last of its role before
+
+
+def test_convolutional_net_against_transformers() -> None:
+    """Layouts only: random weights, so no share is quoted."""
+    loader = list(torch.randn(24, 3, 64, 64).split(12))
+    cnn = timm.create_model("resnet18")
+    others = {"vit_tiny_patch16_224": "blocks.11", "swin_tiny_patch4_window7_224": "layers.2"}
+    for name, layer in others.items():
+        other = timm.create_model(name, img_size=64, **({"window_size": 2} if "swin" in name else {}))
+        with pytest.warns(UserWarning, match="rough|rows for|without variance"):
+            report = measure(cnn, other, loader, {"layer3": layer}, order=0, directions="both", progress=False)
+        forward, backward = report.forward[0], report.backward[0]
+        assert forward.target_grid == (4, 4)
+        assert backward.target_grid == (4, 4)
+        assert forward.target_channels == {"vit_tiny_patch16_224": 192, "swin_tiny_patch4_window7_224": 384}[name]
+        assert backward.target_channels == 256

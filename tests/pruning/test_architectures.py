@@ -1,0 +1,234 @@
+"""Pruning and refitting networks as users have them: layers that run twice, tied weights, several outputs, open hooks, copies, trained in between."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+import knowiso_train as ki
+from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError, ShapeError
+from knowiso_train.features import FeatureTaps
+
+IMAGES = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def little(model: nn.Module, **options: Any) -> Any:
+    return ki.prune(model, [IMAGES], progress=False, **options)
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+
+class Base(nn.Module):
+    """With a plain chain of layers behind whatever comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.c, self.d = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.d(torch.relu(self.c(self.first(self.stem(x)))))
+
+    def first(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Looped(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def first(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.b(torch.relu(self.a(x)))
+        return x
+
+
+class Tied(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.b.weight = self.a.weight
+
+    def first(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(torch.relu(self.a(x))))
+
+
+class Several(Base):
+    def forward(self, x: Tensor) -> Any:
+        feature = torch.relu(self.c(self.stem(x)))
+        return self.d(feature), feature
+
+
+@pytest.mark.parametrize(("kind", "macs"), [(Looped, 0.9), (Tied, 0.7)])
+def test_layers_that_run_twice_or_share_weights_are_left(kind: type[Base], macs: float) -> None:
+    model = kind()
+    pruned = little(model, macs=macs)
+    assert {group.name for group in pruned.report.widths if group.after < group.before} == {"c"}
+    assert pruned.model.c.out_channels == next(group.after for group in pruned.report.widths if group.name == "c") < 16
+    assert pruned.report.macs[1] <= macs * pruned.report.macs[0]
+    for name in ("a", "b"):
+        assert torch.equal(getattr(pruned.model, name).weight, getattr(model, name).weight) or kind is Looped
+    assert (pruned.model(IMAGES) - model(IMAGES)).norm() < (model(IMAGES) - model(IMAGES).mean(0)).norm()
+    with pytest.raises(OptionError, match="cannot reach"):
+        little(model, macs=0.2)
+
+
+def test_a_width_that_reaches_an_output_is_refused_and_may_be_ignored() -> None:
+    model = Several().eval()
+    with pytest.raises(OptionError, match="a width reaches its output"):
+        little(model, macs=0.5)
+    with pytest.raises(OptionError, match=r"nothing to prune|leaves every width"):
+        little(model, macs=0.9, ignored=["c", "stem"])
+    # One name, as a text
+    assert {group.name for group in little(model, macs=0.9, ignored="c").report.widths} == {"stem"}
+
+
+def test_ignored_takes_globs() -> None:
+    model = Looped()
+    assert "c" in {group.name for group in little(model, macs=0.95).report.widths}
+    with pytest.raises(OptionError, match="nothing to prune"):
+        little(model, macs=0.95, ignored=["?", "st*"])
+
+
+def test_hooks_that_are_open_are_no_part_of_the_network() -> None:
+    model = chain()
+    small = little(model, macs=0.7).model
+    before = copy.deepcopy(small.state_dict())
+    with FeatureTaps(small, ["0"]), pytest.raises(OptionError, match="FeatureTaps or a loss watches"):
+        ki.refit(small, model, [IMAGES], progress=False)
+    student = copy.deepcopy(model)
+    with ki.IsomorphismLoss(student, model, ["2"], example=IMAGES[:4]), pytest.raises(OptionError, match="watches"):
+        little(student, macs=0.7)
+    handle = small.register_forward_hook(lambda *_: None)  # somebody else's
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+    ki.refit(small, model, [IMAGES], progress=False)
+    handle.remove()
+
+
+def test_a_record_of_another_network_is_refused() -> None:
+    model = chain()
+    pruned = little(model, macs=0.7)
+    with pytest.raises(
+        ShapeError, match=r"kept names what the original has not: stem\.weight; it is of another network"
+    ):
+        ki.refit(pruned.model, model, [IMAGES], kept={**pruned.kept, "stem.weight": [None]}, progress=False)
+
+
+def test_inference_mode_is_told_by_its_name() -> None:
+    with torch.inference_mode(), pytest.raises(OptionError, match="inference_mode"):
+        little(chain())
+    with torch.inference_mode():
+        model = chain()
+    with pytest.raises(OptionError, match="were made under"):
+        little(model)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"floor": "a"}, "floor is the least share"),
+        ({"round_to": "8"}, "round_to must be an integer >= 1, got '8'"),
+        ({"max_images": 1.5}, "max_images must be an integer"),
+        ({"block_steps": 2.5}, "block_steps must be an integer >= 0"),
+        ({"seed": None}, "seed must be an integer >= 0, got None"),
+        ({"rows": True}, "rows must be an integer"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        ki.prune(chain(), [IMAGES], **{"macs": 0.7, "progress": False, **wrong})
+
+
+def test_images_of_two_sizes() -> None:
+    with pytest.raises(ShapeError, match=r"\(3, 12, 12\) and \(3, 14, 14\)"):
+        ki.prune(chain(), [IMAGES, torch.randn(4, 3, 14, 14)], progress=False)
+
+
+def test_batch_norms_without_statistics_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    ).eval()
+    pruned = little(model, macs=0.7)
+    assert pruned.model[1].num_features == pruned.model[0].out_channels < 8
+    assert pruned.model[1].running_mean is None
+
+
+@pytest.mark.parametrize(
+    ("importance", "words"),
+    [
+        (tp.importance.TaylorImportance(), "TaylorImportance cannot score '0'"),
+        (tp.importance.MagnitudeImportance, "got <class"),
+    ],
+)
+def test_importances_that_cannot_score_say_why(importance: Any, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        little(chain(), importance=importance)
+
+
+class TestImportance:
+    def step(self, model: nn.Sequential, importance: ki.IsomorphismImportance) -> None:
+        tp.pruner.BasePruner(model, IMAGES[:1], importance, pruning_ratio=0.5, ignored_layers=[model[2]]).step()
+
+    def test_of_a_copy_is_refused(self) -> None:
+        model = chain()
+        with pytest.raises(OptionError, match="made for another network than the one that is pruned"):
+            self.step(copy.deepcopy(model), ki.IsomorphismImportance(model, [IMAGES], progress=False))
+
+    def test_ratios_for_single_layers(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        importance, ratios = ki.IsomorphismImportance(model, [IMAGES], progress=False), {model[0]: 0.25, model[2]: 0.5}
+        tp.pruner.BasePruner(model, IMAGES[:1], importance, pruning_ratio_dict=ratios, ignored_layers=[model[4]]).step()
+        assert (model[0].out_channels, model[2].out_channels) == (6, 4)
+
+    def test_few_images_are_warned_of(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)).eval()
+        with pytest.warns(KnowisoWarning, match=r"'2' \(24 rows for 288 regressors\)"):
+            self.step(model, ki.IsomorphismImportance(model, [IMAGES[:2, :, :10, :10]], progress=False))
+
+    def test_looks_again_after_training(self) -> None:
+        """Half of the channels become copies of the others: after one look more, one of each pair is free."""
+        model = chain()
+        importance = ki.IsomorphismImportance(model, [IMAGES], progress=False)
+        graph = tp.DependencyGraph().build_dependency(model, IMAGES[:1])
+        group = graph.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(8)))
+        low, high = importance(group).sort().values.chunk(2)
+        assert low.max() > 1e-3 * high.min()
+        with torch.no_grad():
+            model[0].weight[4:] = model[0].weight[:4]
+            model[0].bias[4:] = model[0].bias[:4]
+        low, high = importance(group).sort().values.chunk(2)
+        assert low.max() < 1e-3 * high.min()
+
+    @pytest.mark.parametrize(
+        ("loader", "words"), [(IMAGES, "single batch into a list"), (iter([IMAGES]), "can be read more than once")]
+    )
+    def test_needs_images_that_can_be_read_again(self, loader: Any, words: str) -> None:
+        with pytest.raises(InputTypeError, match=words):
+            ki.IsomorphismImportance(chain(), loader)
+
+
+class Named(Base):
+    """Calls its layers by keyword."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.d(input=torch.relu(self.c(input=self.first(self.stem(input=x)))))
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    model, plain = Named().eval(), Base().eval()
+    plain.load_state_dict(model.state_dict())
+    found, wanted = little(model, macs=0.6), little(plain, macs=0.6)
+    assert [width.after for width in found.report.widths] == [width.after for width in wanted.report.widths]
+    torch.testing.assert_close(found.model(IMAGES), wanted.model(IMAGES))

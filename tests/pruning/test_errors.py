@@ -1,0 +1,85 @@
+"""What `ki.prune` refuses, and says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import knowiso_train as ki
+from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError
+from tests.helpers.prune_models import chain, little
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "levit_128s"])
+def test_families_that_cannot_be_pruned_say_so_and_stay_as_they_are(name: str) -> None:
+    options = {"img_size": 28, "depth": 1, "embed_dim": 48, "num_heads": 3} if "eva" in name else {}
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match=type(model).__name__):
+        little(model, torch.randn(1, 3, *[28 if "eva" in name else 224] * 2))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_pruning_nothing_is_an_error() -> None:
+    model, images = chain()
+    with pytest.raises(OptionError, match="nothing to prune"):
+        ki.prune(model, [images], ignored=["conv1", "conv2"], progress=False)
+    with pytest.raises(OptionError, match="nothing to prune"):
+        ki.prune(nn.Sequential(nn.Flatten(), nn.Linear(300, 3)), [images], progress=False)
+
+
+def test_arguments() -> None:
+    model, images = chain()
+    with pytest.raises(OptionError, match="one budget"):
+        ki.prune(model, [images], macs=0.5, params=0.5)
+    for wrong in (
+        {"macs": 1.2},
+        {"params": 0.0},
+        {"floor": 0.0},
+        {"round_to": 0},
+        {"rows": 0},
+        {"ridge": -1.0},
+        {"importance": "l7"},
+    ):
+        with pytest.raises(OptionError):
+            ki.prune(model, [images], progress=False, **wrong)
+    with pytest.raises(OptionError, match="cannot reach"):
+        ki.prune(model, [images], macs=0.05, floor=0.5, progress=False)
+    with pytest.raises(OptionError, match="no modules"):
+        ki.prune(model, [images], ignored=["layer7"], progress=False)
+    with pytest.raises(InputTypeError):
+        ki.prune("resnet50", [images])  # type: ignore[arg-type]
+    with pytest.raises(DataError):
+        ki.prune(model, [], progress=False)
+    with pytest.raises(NonFiniteError, match="conv"):
+        ki.prune(model, [torch.full_like(images, float("inf"))], progress=False)
+
+
+def test_convolutions_that_standardize_their_weights_are_left_alone() -> None:
+    model = nn.Sequential(
+        timm.layers.StdConv2d(3, 8, 3), nn.ReLU(), timm.layers.StdConv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)
+    )
+    report = ki.prune(model, [torch.randn(32, 3, 8, 8)], macs=0.95, progress=False).report
+    assert [width.name for width in report.widths] == ["2"]
+    assert [fit.name for fit in report.layers] == ["4"]
+
+
+def test_networks_that_cannot_be_traced() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                raise RuntimeError("this network does not like to be looked at")
+            out: Tensor = self.b(self.a(x).relu())
+            return out
+
+    with pytest.raises(OptionError, match=r"Odd cannot be pruned.*looked at"):
+        ki.prune(Odd(), [torch.randn(8, 3, 4, 4)], progress=False)

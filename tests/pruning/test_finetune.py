@@ -1,0 +1,328 @@
+"""`finetune`: a pruned network brought back to its original."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import DataError, InputTypeError, KnowisoError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.pruning.augmentation import cutmix
+from knowiso_train.pruning.finetune import finetune
+from knowiso_train.pruning.kept_indices import compose_kept_indices, index_kept
+from knowiso_train.pruning.tracing import comparable_blocks
+
+QUIET: dict[str, Any] = {"batch_size": 16, "lr": 1e-2, "steps": 24, "progress": False}
+
+
+class Block(nn.Module):
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, inner, 3, padding=1), nn.Conv2d(inner, 8, 1)
+        self.norm, self.drop = nn.BatchNorm2d(inner), nn.Dropout(0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.conv2(self.drop(torch.relu(self.norm(self.conv1(x))))))
+
+
+def network(inner: int = 6) -> nn.Sequential:
+    stages = [nn.Sequential(Block(inner), Block(inner)), nn.AvgPool2d(2), nn.Sequential(Block(inner))]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+@pytest.fixture
+def original() -> nn.Sequential:
+    model = network().train()
+    with torch.no_grad():
+        for _ in range(30):  # until its statistics are those of its inputs
+            model(torch.randn(64, 3, 6, 6))
+    with torch.no_grad():
+        model[6].weight *= 20  # so that it tells its images apart
+    return model.eval()
+
+
+@pytest.fixture
+def disturbed(original: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(original)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter += 0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter)
+    return copied
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(96, 3, 6, 6)
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    parameters = zip(a.parameters(), b.parameters(), strict=True)
+    return sum(float((x - y).detach().square().sum()) for x, y in parameters)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_disturbed_copy_finds_back(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    before, start = state(original), distance(disturbed, original)
+    report = finetune(disturbed, original, images.split(32), **QUIET | {"steps": 80, "logit_weight": 0.1})
+    assert same(state(original), before)
+    assert distance(disturbed, original) < start
+    assert sum(report.losses[-5:]) < 0.3 * sum(report.losses[:5])
+    assert report.after.divergence < 0.3 * report.before.divergence
+    assert report.layers == ("1.0", "1.1", "3.0")
+    assert report.cached
+    fresh = torch.randn(64, 3, 6, 6)
+    assert (disturbed.eval()(fresh) - original(fresh)).square().mean() < 0.1 * original(fresh).var()
+
+
+def test_nothing_to_gain_leaves_every_bit(original: nn.Module, images: Tensor) -> None:
+    copied = copy.deepcopy(original)
+    with torch.no_grad():  # the caller's business, not the training's
+        report = finetune(copied, original, [images], **QUIET)
+    assert report.after.step == 0  # the first of equal ones
+    assert report.after.agreement == 1
+    assert same(state(copied), state(original))
+
+
+def test_never_worse_than_it_came(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    start = state(disturbed)
+    report = finetune(disturbed, original, [images], **QUIET | {"lr": 1.0})
+    assert min(check.objective for check in report.checks[1:]) > report.before.objective
+    assert same(state(disturbed), start)
+
+
+def test_labels_are_not_read(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    class Poisoned(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(function, "__name__", "")
+            if name in ("cross_entropy", "one_hot", "gather", "eq", "nll_loss"):
+                raise AssertionError(f"a label was read by {name}")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    other = copy.deepcopy(disturbed)
+    # No class has that number
+    finetune(disturbed, original, [(images, torch.full((96,), 10**9).as_subclass(Poisoned))], **QUIET)
+    finetune(other, original, [images], **QUIET)
+    assert same(state(disturbed), state(other))
+
+
+def test_labels_that_the_original_knows_by_heart_do_not_hide_what_the_features_gain(
+    original: nn.Module, disturbed: nn.Module, images: Tensor
+) -> None:
+    """All classes are right with certainty from the start, so that the cross-entropy alone could only lose."""
+    for model in (original, disturbed):
+        with torch.no_grad():
+            model[6].weight.zero_()  # type: ignore[index]
+            model[6].bias.copy_(torch.tensor([0.0, 90.0, 0.0, 0.0, 0.0]))  # type: ignore[index]
+    report = finetune(disturbed, original, [(images, torch.ones(96, dtype=torch.long))], **QUIET, label_weight=1.0)
+    assert report.before.cross_entropy == 0
+    assert report.before.features is not None
+    assert report.after.features is not None
+    assert report.after.features < 0.7 * report.before.features
+
+
+def test_what_chooses_is_what_trains(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    options: dict[str, Any] = {"feature_weight": 2.0, "logit_weight": 0.3, "label_weight": 0.5}
+    truth = original(images).argmax(1)
+    report = finetune(disturbed, original, [(images, truth)], **QUIET, **options)
+    for check in report.checks:
+        assert check.features is not None
+        assert check.cross_entropy is not None
+        assert check.objective == pytest.approx(
+            2 * check.features + 0.3 * check.divergence + 0.5 * check.cross_entropy, abs=1e-5
+        )
+    assert report.after.objective == min(check.objective for check in report.checks)
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_labels_are_learned_where_asked(original: nn.Module, images: Tensor, form: str) -> None:
+    truth = (images.mean((1, 2, 3)) > 0).long()
+    batch = (images, truth) if form == "tuple" else {"image": images, "label": truth}
+    options: dict[str, Any] = {
+        **QUIET,
+        "feature_weight": 0,
+        "logit_weight": 0,
+        "label_weight": 1.0,
+        "lr": 2e-2,
+        "steps": None,
+        "epochs": 8,
+    }
+    pruned = copy.deepcopy(original)
+    report = finetune(pruned, original, [batch], **options)
+    assert report.before.cross_entropy is not None
+    assert report.after.cross_entropy is not None
+    assert report.after.cross_entropy < 0.7 * report.before.cross_entropy
+    assert len(report.losses) == 8 * (84 // 16)
+    assert "kept" in str(report)
+
+
+def test_same_seed_same_bits_with_augmentation(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    def noisy(x: Tensor) -> Tensor:
+        return x + 0.1 * torch.randn_like(x)
+
+    ends = []
+    for seed, drawn in ((3, 1), (3, 2), (4, 2)):
+        torch.manual_seed(drawn)
+        pruned = copy.deepcopy(disturbed)
+        report = finetune(pruned, original, [images], **QUIET, transform=noisy, seed=seed, frozen_statistics=False)
+        ends.append((state(pruned), report.losses))
+        assert not report.cached
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1] != ends[2][1]
+
+
+def test_cached_features_change_nothing(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    other = copy.deepcopy(disturbed)
+    a, b = finetune(disturbed, original, [images], **QUIET), finetune(other, original, [images], **QUIET, memory=0)
+    assert (a.cached, b.cached) == (True, False)
+    assert a.after.divergence == pytest.approx(b.after.divergence, rel=1e-2)
+
+
+def test_statistics_are_frozen_unless_asked(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+    before = {name: value.clone() for name, value in disturbed.named_buffers()}
+    other = copy.deepcopy(disturbed)
+    finetune(disturbed, original, [images], **QUIET)
+    assert same(dict(disturbed.named_buffers()), before)
+    finetune(other, original, [images], **QUIET, frozen_statistics=False)
+    assert not same(dict(other.named_buffers()), before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_else_is_as_it_was(original: nn.Module, disturbed: nn.Module, images: Tensor, fails: bool) -> None:
+    disturbed.train()
+    disturbed[1][0].eval()
+    original[3].train()
+    disturbed[0].weight.requires_grad_(False)
+    frozen, start = disturbed[0].weight.clone(), state(disturbed)
+    disturbed[6].bias.grad = gradient = torch.ones(5)
+    modes = [[module.training for module in model.modules()] for model in (original, disturbed)]
+    random, calls = torch.get_rng_state(), []
+
+    def transform(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x * torch.nan if fails and len(calls) == 10 else x
+
+    if fails:
+        with pytest.raises(NonFiniteError, match="step 10 of 24"):
+            finetune(disturbed, original, [images], **QUIET, transform=transform)
+        assert same(state(disturbed), start)
+    else:
+        finetune(disturbed, original, [images], **QUIET, transform=transform)
+        assert not same(state(disturbed), start)
+    assert torch.equal(disturbed[0].weight, frozen)
+    assert not disturbed[0].weight.requires_grad
+    assert all(parameter.requires_grad for name, parameter in disturbed.named_parameters() if name != "0.weight")
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in original.parameters())
+    assert disturbed[6].bias.grad is gradient
+    assert torch.equal(gradient, torch.ones(5))
+    assert all(parameter.grad is None for name, parameter in disturbed.named_parameters() if name != "6.bias")
+    assert modes == [[module.training for module in model.modules()] for model in (original, disturbed)]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for model in (original, disturbed)
+        for module in model.modules()
+    )
+
+
+def test_blocks_of_a_pruned_network(original: nn.Module, images: Tensor) -> None:
+    pruned = network(inner=3)
+
+    def run(model: nn.Module) -> Any:
+        return model(images[:2])
+
+    assert comparable_blocks(pruned, original, run) == ["1.0", "1.1", "3.0"]
+    assert comparable_blocks(nn.Sequential(pruned), nn.Sequential(original), run) == ["0.1.0", "0.1.1", "0.3.0"]
+    plain = [nn.Sequential(nn.Conv2d(3, width, 1), nn.Flatten(), nn.Linear(width * 36, 2)) for width in (4, 2)]
+    assert comparable_blocks(plain[1], plain[0], run) == []
+    assert finetune(plain[1], plain[0], [images], **QUIET).layers == ()
+
+
+def test_outputs_without_classes(images: Tensor) -> None:
+    original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
+    pruned = copy.deepcopy(original)
+    pruned[2].weight.data *= 1.5
+    report = finetune(pruned, original, [images], **QUIET, layers=())
+    assert report.after.agreement is None
+    with pytest.raises(OptionError, match=r"labels need logits .* gives \(12, 1, 2, 2\)"):
+        finetune(pruned, original, [(images, torch.zeros(96, dtype=torch.long))], **QUIET, layers=(), label_weight=1.0)
+    assert report.after.divergence < 0.5 * report.before.divergence
+
+
+def widened(model: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 36, 7))
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def head_alone(model: nn.Module) -> nn.Module:
+    copied = frozen(model)
+    copied[6].requires_grad_(True)  # type: ignore[index]
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("pruned", "more", "error", "message"),
+    [
+        (lambda model: model, {}, OptionError, "same network"),
+        (frozen, {}, OptionError, "frozen"),
+        (head_alone, {}, OptionError, "no part in what is compared"),
+        (widened, {"layers": ()}, ShapeError, r"\(12, 7\).*\(12, 5\)"),
+        (lambda model: network(3), {"layers": ["1.0.conv1"]}, ShapeError, r"'1.0.conv1' emits \(2, 3, 6, 6\)"),
+        (lambda model: "model", {}, InputTypeError, "pruned: expected"),
+        (copy.deepcopy, {"epochs": 1}, OptionError, "not both"),
+        (copy.deepcopy, {"steps": 0}, OptionError, "at least one step"),
+        (copy.deepcopy, {"lr": 0}, OptionError, "lr > 0"),
+        (copy.deepcopy, {"held_out": 1.0}, OptionError, "held_out"),
+        (copy.deepcopy, {"batch_size": 90}, DataError, "12 of them held out"),
+        (copy.deepcopy, {"label_weight": 1.0}, InputTypeError, "one integer for each image"),
+    ],
+)
+def test_arguments_without_meaning(
+    original: nn.Module,
+    images: Tensor,
+    pruned: Callable[[nn.Module], Any],
+    more: dict[str, Any],
+    error: type[KnowisoError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        finetune(pruned(original), original, [images], **QUIET | more)
+
+
+def test_two_prunings_are_one() -> None:
+    whole = torch.randn(6, 5, 3)
+    first: list[list[int] | None] = [[0, 2, 3, 5], None, [1, 2]]
+    then: list[list[int] | None] = [[3, 1], [4, 0], None]
+    kept = compose_kept_indices({"a": first, "b": [[1]]}, {"a": then, "added": [[0]]}, {"a": whole.shape, "b": (2,)})
+    assert torch.equal(index_kept(whole, kept["a"]), index_kept(index_kept(whole, first), then))
+    assert kept["a"] == [[5, 2], [4, 0], [1, 2]]
+    assert kept["b"] == [[1]]
+
+
+def test_patches_are_of_another_image_and_from_the_same_place() -> None:
+    images = torch.arange(64.0).view(64, 1, 1, 1) + torch.linspace(0, 0.9, 64).view(1, 1, 8, 8)
+    mixed = cutmix(images)
+    owner, place = mixed.floor(), mixed - mixed.floor()
+    assert torch.allclose(place, torch.linspace(0, 0.9, 64).view(1, 1, 8, 8).expand_as(place), atol=1e-4)
+    foreign = owner != torch.arange(64.0).view(64, 1, 1, 1)
+    assert {int(count) for count in foreign.sum((1, 2, 3))} <= {0, 16}
+    assert foreign.sum() >= 60 * 16
+    assert len({tuple(map(int, mask.nonzero()[0])) for mask in foreign if mask.any()}) > 5
+    mirrored = cutmix(images, flip=True)
+    assert 16 < int((mirrored[:, 0, 0, 0] % 1 > mirrored[:, 0, 0, 7] % 1).sum()) < 48
+    with pytest.raises(ShapeError, match="expected images"):
+        cutmix(torch.zeros(3, 4))

@@ -1,0 +1,204 @@
+"""The importance inside torch-pruning: its own pruners, on real architectures."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+import knowiso_train as ki
+from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError
+from knowiso_train.ops.im2col import input_rows, regression_weight
+from knowiso_train.pruning import input_moments, removal_costs
+from knowiso_train.pruning.elimination import BackwardElimination
+
+# A few images are enough to tell how channels are scored
+pytestmark = pytest.mark.filterwarnings("ignore:fewer rows than regressors")
+
+
+def pictures(n: int = 24, side: int = 32, seed: int = 0) -> list[Tensor]:
+    return list(torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed)).split(8))
+
+
+def group_of(model: nn.Module, layer: nn.Module, side: int = 32) -> Any:
+    graph = tp.DependencyGraph().build_dependency(model, torch.randn(1, 3, side, side))
+    return graph.get_pruning_group(layer, tp.prune_conv_out_channels, list(range(layer.out_channels)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 5, 3, padding=1),
+        nn.Conv2d(3, 5, (3, 1), stride=(2, 1), padding=(2, 0)),
+        nn.Conv2d(3, 5, 3, padding="same", dilation=2),
+        nn.Conv2d(3, 5, 2, padding="same", padding_mode="reflect"),
+        nn.Conv2d(3, 5, 4, stride=4, padding="valid"),
+        nn.Linear(9, 5),
+        timm.layers.Conv2dSame(3, 5, 3, stride=2),
+        timm.layers.Conv2dSame(3, 5, 5, stride=1, dilation=2),
+    ],
+    ids=str,
+)
+def test_rows_times_weights_are_what_the_layer_gives(layer: Any) -> None:
+    x = torch.randn(2, 3, 8, 9)
+    rows = input_rows(layer, x, 10**6, torch.Generator().manual_seed(0))
+    found = rows @ regression_weight(layer.weight) + layer.bias
+    out = layer(x)
+    out = out.flatten(0, -2) if isinstance(layer, nn.Linear) else out.permute(0, 2, 3, 1).flatten(0, 2)
+    assert found.shape == out.shape
+    order, expected = (value[:, 0].argsort() for value in (found, out))  # positions come in random order
+    torch.testing.assert_close(found[order], out[expected])
+
+
+def test_a_copied_channel_goes_first_and_its_twin_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    with torch.no_grad():
+        model[0].weight[4], model[0].bias[4] = model[0].weight[1], model[0].bias[1]
+    importance = ki.IsomorphismImportance(model, pictures(), progress=False, ridge=1e-8, per="channel")
+    scores = importance(group_of(model, model[0]))
+    assert scores.shape == (6,)
+    first, second = scores.argsort()[:2].tolist()
+    assert first in (1, 4)
+    assert float(scores[first]) < 1e-4
+    assert second not in (1, 4) or float(scores[second]) > 100 * float(scores[first])
+    alone = ki.IsomorphismImportance(model, pictures(), progress=False, ridge=1e-8, cumulative=False)(
+        group_of(model, model[0])
+    )
+    assert set(alone.argsort()[:2].tolist()) == {1, 4}
+
+
+def test_scores_are_those_of_the_mathematics() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    importance = ki.IsomorphismImportance(model, pictures(), progress=False, cumulative=False, per="channel")
+    group = group_of(model, model[0])
+    torch.testing.assert_close(importance(group), removal_costs(importance.consumers(group), 1e-4).float())
+    assert [consumer.name for consumer in importance.consumers(group)] == ["2"]
+    elimination = BackwardElimination(importance.consumers(group), 1e-4)
+    order, costs = elimination.run(1)
+    scores = ki.IsomorphismImportance(model, pictures(), progress=False, per="channel")(group)
+    assert scores.argsort()[:5].tolist() == order or costs != sorted(costs)
+    assert scores.max() >= max(costs) * 0.999
+
+
+def test_what_a_channel_computes_is_what_torch_pruning_counts() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False),
+        nn.Identity(),
+        nn.Conv2d(6, 4, 3, stride=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(4 * 49, 2, bias=False),
+    )
+    example = torch.randn(1, 3, 18, 18)
+    importance = ki.IsomorphismImportance(model, [torch.randn(4, 3, 18, 18)], progress=False)
+    for layer in (model[0], model[2]):
+        group = group_of(model, layer, 18)
+        importance(group)
+        before, _ = tp.utils.count_ops_and_params(model, example)
+        smaller = copy.deepcopy(model)
+        tp.DependencyGraph().build_dependency(smaller, example).get_pruning_group(
+            smaller[0] if layer is model[0] else smaller[2], tp.prune_conv_out_channels, [1]
+        ).prune()
+        after, _ = tp.utils.count_ops_and_params(smaller, example)
+        assert importance.macs(group) == pytest.approx(before - after)
+
+
+def test_flatten_repeats_channels_and_several_layers_read_one_group() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 8 * 8, 10))
+    importance = ki.IsomorphismImportance(model, pictures(), progress=False)
+    (consumer,) = importance.consumers(group_of(model, model[0]))
+    assert consumer.columns.shape == (6, 64)
+    assert consumer.columns[1].tolist() == list(range(64, 128))
+
+    dense = timm.create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=4).eval()
+    importance = ki.IsomorphismImportance(dense, pictures(), progress=False)
+    group = group_of(dense, dense.features.conv0)
+    consumers = importance.consumers(group)
+    assert len(consumers) == 3  # two layers of the block and the transition, at their own offsets
+    assert importance(group).shape == (dense.features.conv0.out_channels,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"global_pruning": True}, {"global_pruning": True, "isomorphic": True}, {"iterative_steps": 2}],
+    ids=str,
+)
+def test_every_way_to_prune(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=5)
+    before = copy.deepcopy(model.state_dict())
+    importance = ki.IsomorphismImportance(model, pictures(), progress=False)
+    example = torch.randn(1, 3, 32, 32)
+    macs, _ = tp.utils.count_ops_and_params(model, example)
+    pruner = tp.pruner.BasePruner(
+        model, example, importance, pruning_ratio=0.5, ignored_layers=[model.fc], round_to=2, **options
+    )
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model.train()
+    for _ in range(options.get("iterative_steps", 1)):
+        pruner.step()
+    assert model.training
+    after, _ = tp.utils.count_ops_and_params(model, example)
+    # A ratio of channels: globally, where they are cheapest to lose
+    assert after < (0.9 if "global_pruning" in options else 0.6) * macs
+    assert model.eval()(example).isfinite().all()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
+    "mobilenetv3_small_050": {},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
+def test_architectures(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **ARCHITECTURES[name])
+    importance = ki.IsomorphismImportance(model, pictures(8), progress=False, rows=2)
+    graph = tp.DependencyGraph().build_dependency(model, torch.randn(1, 3, 32, 32))
+    groups = list(
+        graph.get_all_groups(ignored_layers=[model.get_classifier()], root_module_types=[nn.Conv2d, nn.Linear])
+    )
+    scores = [importance(group) for group in groups[:4]]
+    assert any(found is not None for found in scores)
+    assert all(found.isfinite().all() for found in scores if found is not None)
+
+
+class TestErrors:
+    def test_nothing_is_left_behind_after_one(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).train()
+        importance = ki.IsomorphismImportance(model, [torch.full((2, 3, 8, 8), float("nan"))], progress=False)
+        group = group_of(model, model[0], 8)
+        model.train()
+        with pytest.raises(NonFiniteError, match="layer '0'"):
+            importance(group)
+        assert model.training
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+    def test_no_images_and_layers_that_never_run(self) -> None:
+        model = nn.ModuleDict({"used": nn.Linear(3, 3), "spare": nn.Linear(3, 3)})
+        with pytest.raises(DataError, match="0 images"):
+            input_moments(nn.Linear(3, 3), [], {"": nn.Linear(3, 3)}, progress=False)
+        with pytest.raises(DataError, match="spare"):
+            input_moments(
+                model, [torch.zeros(2, 3)], dict(model.items()), forward=lambda m, x: m["used"](x), progress=False
+            )
+
+    def test_options(self) -> None:
+        with pytest.raises(InputTypeError, match="Module"):
+            ki.IsomorphismImportance("resnet", [])  # type: ignore[arg-type]
+        for wrong in ({"ridge": -1.0}, {"max_images": 0}, {"rows": 0}):
+            with pytest.raises(OptionError, match="expected ridge"):
+                ki.IsomorphismImportance(nn.Linear(1, 1), [], **wrong)
+        with pytest.raises(InputTypeError, match="one group"):
+            input_rows(nn.Conv2d(4, 4, 3, groups=4), torch.zeros(1, 4, 4, 4), 3, torch.Generator())

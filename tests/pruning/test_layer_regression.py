@@ -1,0 +1,141 @@
+"""The parts of choosing and refitting wide layers, against the plain and slow way."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from knowiso_train.errors import NonFiniteError
+from knowiso_train.ops.linalg import MIN_TRIANGLE_COLUMNS, gram
+from knowiso_train.pruning.allocation import LayerCost, allocate, allowed_widths, total_cost
+from knowiso_train.pruning.layer_regression import LayerRegression
+from knowiso_train.regression import batch_moments
+from knowiso_train.regression.moments import ROW_BUFFER_SIZE, RowSums
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
+
+
+def drawn(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 7),
+        (MIN_TRIANGLE_COLUMNS - 1, 3),
+        (MIN_TRIANGLE_COLUMNS, 9),
+        (MIN_TRIANGLE_COLUMNS + 1, 5),
+        (2, MIN_TRIANGLE_COLUMNS + 93, 4),
+    ],
+)
+def test_products_of_rows(shape: tuple[int, ...]) -> None:
+    [x] = drawn(shape)
+    total = torch.ones(*shape[:-1], shape[-2], dtype=torch.float64)
+    torch.testing.assert_close(gram(x.split(4, -1), total), x @ x.mT + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sums_of_parts_are_the_moments_of_all_rows(dtype: torch.dtype) -> None:
+    [rows] = drawn((ROW_BUFFER_SIZE + 700, 6))
+    rows = (rows @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double() + 30).to(dtype)
+    sums = RowSums()
+    for part in rows.split(ROW_BUFFER_SIZE // 3):
+        own = part.clone()
+        sums.add(own)
+        own.zero_()  # layers work in place
+    found, expected = sums.moments(), batch_moments(rows.double()[:, :, None, None], rows.double()[:, :1, None, None])
+    for name in ("count", "mean_x", "mean_y", "xx", "xy", "yy"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5 * float(expected.xx.abs().max())
+        )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_what_cannot_be_squared_is_refused(bad: float) -> None:
+    sums = RowSums()
+    sums.add(torch.ones(3, 2))
+    with pytest.raises(NonFiniteError, match="too large"):
+        sums.add(torch.tensor([[1.0, bad]]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("start", [None, 1e-4, 1.0])
+def test_the_ridge_is_the_best_of_all(seed: int, start: float | None) -> None:
+    x, weight, noise, off = drawn((600, 1, 40), (1, 40, 5), (600, 1, 5), (1, 40, 5), seed=seed)
+    y = torch.einsum("rgd,gdo->rgo", x, weight) + 10 ** (seed / 2) * noise
+    found = LayerRegression.of(x, y, images=60)
+    original = weight + 0.1 * off
+    every = {ridge: found.unexplained(found.fitted.weight(original, None, ridge)) for ridge in RIDGES}
+    share, ridge, _ = found.best(original, None, RIDGES, start)
+    assert ridge == min(every, key=every.__getitem__)
+    assert share == pytest.approx(every[ridge])
+
+
+def test_columns_that_are_left_out_are_columns_that_are_not_there() -> None:
+    x, y, original = drawn((400, 1, 12), (400, 1, 3), (1, 12, 3))
+    at = torch.tensor([0, 3, 4, 9, 11])
+    keep = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, at, True)
+    whole, part = LayerRegression.of(x, y, 40), LayerRegression.of(x[:, :, at], y, 40)
+    for less in (whole.restricted(at), part):
+        torch.testing.assert_close(
+            less.fitted.weight(original[:, at], None, 0.1), whole.fitted.weight(original, keep, 0.1)[:, at]
+        )
+        assert less.best(original[:, at], None, RIDGES)[0] == pytest.approx(whole.best(original, keep, RIDGES)[0])
+
+
+def test_what_is_looked_at_again_is_what_changed() -> None:
+    """Chains, in which what one group saves hangs on its neighbors: as if every group were looked at in each step."""
+    generator = torch.Generator().manual_seed(0)
+    for round_to, share in itertools.product((1, 3), (0.7, 0.4, 0.2)):
+        sizes = {name: 7 + 3 * i for i, name in enumerate("abcd")}
+        harms = {
+            name: torch.cat(
+                [
+                    torch.rand(size, generator=generator, dtype=torch.float64).cumsum(0).flip(0),
+                    torch.zeros(1, dtype=torch.float64),
+                ]
+            )
+            for name, size in sizes.items()
+        }
+        ends = [3, *sizes.values(), 2]
+        names = [None, *sizes, None]
+        costs = {
+            f"layer{i}": LayerCost(1.0 + i, float(m), float(n), {a: 1.0} if a else {}, {b: 1.0} if b else {})
+            for i, (m, n, a, b) in enumerate(zip(ends, ends[1:], names, names[1:], strict=False))
+        }
+        target = share * total_cost(costs, {})
+        assert allocate(harms, costs, target, floor=0.1, round_to=round_to) == plainly(
+            harms, costs, target, 0.1, round_to
+        )
+
+
+def plainly(
+    harms: dict[str, Tensor], costs: dict[str, LayerCost], target: float, floor: float, round_to: int
+) -> dict[str, int]:
+    sizes = {name: len(harm) - 1 for name, harm in harms.items()}
+    widths = dict(sizes)
+
+    def cost(changed: dict[str, int]) -> float:
+        return total_cost(costs, {name: sizes[name] - width for name, width in {**widths, **changed}.items()})
+
+    while cost({}) > target:
+        steps = []
+        for name, size in sizes.items():
+            narrower = [width for width in allowed_widths(size, floor, round_to) if width < widths[name]]
+            enough = [width for width in narrower if cost({name: width}) <= target]
+            for width in narrower if not enough else narrower[: narrower.index(enough[0]) + 1]:
+                steps.append(
+                    (
+                        float(harms[name][width] - harms[name][widths[name]]) / (cost({}) - cost({name: width})),
+                        name,
+                        width,
+                    )
+                )
+        _, name, width = min(steps)
+        widths[name] = width
+    return widths

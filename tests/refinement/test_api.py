@@ -1,0 +1,314 @@
+"""`refine` from end to end: what it returns, what it reports, what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, LayerNameError, OptionError, ShapeError
+from knowiso_train.refinement import FinetuneConfig, HeadConfig, RefineResult, refine
+from knowiso_train.refinement.models import classifier_model
+from knowiso_train.refinement.peers import PeerEnsemble
+from knowiso_train.utils.batch import subsample_loader
+from tests.helpers.refine_models import Eye, batches, images, with_best_classifier
+
+X, Y = images(1500)
+FEW = torch.cat([torch.nonzero(c == Y)[:4, 0] for c in range(3)])
+SETS: dict[str, Any] = {
+    "labeled": batches(X[FEW], Y[FEW]),
+    "validation": batches(*images(300, seed=2)),
+    "test": batches(*images(600, seed=3)),
+    "progress": False,
+}
+POOL = batches(X)
+
+
+def refined(*peers: nn.Module, **options: Any) -> RefineResult:
+    return refine(Eye(0), list(peers), POOL, **{**SETS, **options})
+
+
+def test_auto_is_better_than_every_part_alone_and_reports_all() -> None:
+    result = refined(Eye(1), Eye(2), names=["own", "a", "b"], test=batches(*images(3000, seed=3)))
+    report = result.report
+    after, candidates = report.row("after"), {row.name: row for row in report.rows if row.role == "candidate"}
+    labels = max(row.test.accuracy for name, row in candidates.items() if name.startswith("labels only"))
+    alone = max(row.test.accuracy for name, row in candidates.items() if name.startswith("self-training"))
+    assert after.test.accuracy > labels + 4
+    assert after.test.accuracy > alone - 1  # chosen on other images
+    assert after.test.accuracy > report.row("before").test.accuracy
+    assert after.validation.accuracy == max(
+        row.validation.accuracy for row in report.rows if row.role in ("before", "candidate")
+    )
+    assert [worth.useful for worth in report.peers] == [True, True]
+    assert report.images == {"unlabeled": 1500, "labeled": 12, "validation": 300, "test": 3000}
+    text = str(report)
+    assert all(word in text for word in ("own", "(peer)", "(ensemble)", "(after)", "ECE", "noise floor"))
+    assert json.loads(report.to_json())["chosen"] == report.chosen
+
+
+def test_the_model_gives_the_reported_accuracy() -> None:
+    result = refined(Eye(1), method="head")
+    x, y = images(600, seed=3)
+    with torch.no_grad():
+        assert 100 * float((result.model(x).argmax(1) == y).float().mean()) == pytest.approx(
+            result.report.row("after").test.accuracy, abs=0.2
+        )
+
+
+def test_the_original_is_kept_where_nothing_is_better() -> None:
+    """A network whose classifier is the best there is: no candidate beats it, and it comes back as it was."""
+    model = with_best_classifier(Eye(0), X, Y, sure=20)
+    # Judged by its own guesses
+    result = refine(model, Eye(1), POOL, **{**SETS, "validation": batches(X, model(X).argmax(1))})
+    assert result.report.chosen == "original"
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), result.model.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("bad", [Eye(3, sees_signal=False)])
+def test_a_useless_peer_costs_nothing(bad: nn.Module) -> None:
+    with pytest.warns(KnowisoWarning, match="bad explains .* left out"):
+        with_bad = refined(Eye(1), bad, names=["own", "good", "bad"])
+    alone = refined(Eye(1), names=["own", "good"])
+    assert [worth.useful for worth in with_bad.report.peers] == [True, False]
+    assert with_bad.report.chosen == alone.report.chosen
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(alone.model.state_dict().values(), with_bad.model.state_dict().values(), strict=True)
+    )
+
+
+def test_only_useless_peers_leave_what_the_network_can_do_alone() -> None:
+    with pytest.warns(KnowisoWarning, match="left out"):
+        result = refined(Eye(3, sees_signal=False))
+    assert "consensus" not in result.report.chosen
+    with pytest.warns(KnowisoWarning, match="left out"):
+        same = refine(Eye(0), Eye(3, sees_signal=False), POOL, method="fold", progress=False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(Eye(0).state_dict().values(), same.model.state_dict().values(), strict=True)
+    )
+
+
+def test_fold_with_itself_changes_nothing_and_needs_no_labels() -> None:
+    model = Eye(0)
+    result = refine(model, Eye(0), POOL, method="fold", progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(X), model(X), rtol=1e-3, atol=1e-3)
+    assert result.report.shares["fc (input)"][0] > 0.999
+
+
+def test_nothing_is_left_behind() -> None:
+    model, peer = Eye(0).train(), Eye(1).train()
+    peer.fc.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [p.requires_grad for p in peer.parameters()]
+    result = refine(model, peer, POOL, training=FinetuneConfig(steps=2), **SETS)
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values(), strict=True))
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert [p.requires_grad for p in peer.parameters()] == before[2]
+    assert model.training
+    assert peer.training
+    assert not result.model.training
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for net in (model, peer, result.model)
+        for module in net.modules()
+    )
+
+
+def test_consensus_training_learns_what_the_peers_confirm() -> None:
+    """From a trunk that mixes in noise: what the peers explain of its features rises."""
+    result = refined(
+        Eye(1), Eye(2), method="consensus", training=FinetuneConfig(steps=120, lr=0.1, weight=3.0, kd_weight=0.1)
+    )
+    before, after = result.report.shares["fc (input)"]
+    assert after is not None
+    assert after > before + 0.05
+    assert type(result.model) is Eye
+    assert "fine-tuned" in result.report.chosen
+
+
+def test_same_seed_same_result() -> None:
+    one, two = (refined(Eye(1), method="consensus", training=FinetuneConfig(steps=3), seed=4) for _ in range(2))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True)
+    )
+
+
+def test_paper_rebuilds_the_layer_and_is_not_saved_as_a_plain_network(tmp_path: Path) -> None:
+    result = refined(Eye(1), method="paper", layer="global_pool", training=FinetuneConfig(steps=80, lr=0.05))
+    assert result.report.row("after").test.accuracy > 60
+    with torch.no_grad():
+        own, noise = X.clone(), torch.randn_like(X)
+        own[:, 3:12] = noise[:, 3:12]  # the network's own noise is not in what it is told any more
+        torch.testing.assert_close(result.model(own), result.model(X))
+    with pytest.raises(OptionError, match="composite"):
+        result.save(tmp_path)
+
+
+def test_saved_result_loads_with_timm_alone(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model, peer = (timm.create_model("test_resnet", num_classes=3) for _ in range(2))
+    pictures = torch.rand(240, 3, 32, 32)
+    labels = torch.arange(240) % 3
+    pool = batches(pictures)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KnowisoWarning)
+        result = refine(
+            model, peer, pool, method="head", labeled=batches(pictures[:30], labels[:30]), least=-1.0, progress=False
+        )
+    result.save(tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    loaded = timm.create_model(
+        card["architecture"], checkpoint_path=tmp_path / "model.safetensors", **card["options"]
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pictures[:8]), result.model(pictures[:8]))
+    assert "timm.create_model('test_resnet', num_classes=3" in card["load"]
+
+
+def test_batches_as_dictionaries_and_transforms() -> None:
+    pool = [{"image": x} for x in POOL]
+    few = [{"image": x, "label": y} for x, y in SETS["labeled"]]
+    halved = [{"image": x["image"] / 2} for x in pool]
+    plain = refine(Eye(0), Eye(1), pool, method="head", labeled=few, progress=False)
+    scaled = refine(
+        Eye(0), Eye(1), halved, method="head", labeled=[{**b, "image": b["image"] / 2} for b in few],
+        transform=lambda x: 2 * x, peer_transforms=lambda x: 2 * x, progress=False,
+    )  # fmt: skip
+    torch.testing.assert_close(plain.model.fc.weight, scaled.model.fc.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"validation": None}, OptionError, "pass validation="),
+        ({"method": "head", "labeled": None}, OptionError, "pass labeled="),
+        ({"method": "paper"}, OptionError, "needs layer="),
+        ({"method": "best"}, OptionError, "method must be one of"),
+        ({"labeled": batches(X[:20])}, DataError, "gives no labels"),
+        ({"labeled": batches(X[:20], torch.full((20,), 7))}, ShapeError, "reset_classifier"),
+        ({"head": "nothing"}, LayerNameError, "no layer 'nothing'"),
+        ({"names": ["one"]}, InputTypeError, "names needs"),
+        ({"ridge": -1.0, "method": "fold"}, OptionError, "ridge must be"),
+        ({"max_images": 20}, DataError, "too few"),
+    ],
+)
+def test_errors_say_what_to_do(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        refined(Eye(1), **options)
+
+
+def test_no_peers_is_an_error() -> None:
+    with pytest.raises(InputTypeError, match="at least one peer"):
+        refine(Eye(0), [], POOL, **SETS)
+
+
+def test_consensus_without_any_label() -> None:
+    result = refine(Eye(0), Eye(1), POOL, method="consensus", training=FinetuneConfig(steps=3), progress=False)
+    assert result.report.chosen == "original, fine-tuned to the consensus"
+    assert result.report.row("after").validation is None
+
+
+def test_the_ensemble_says_the_mean_of_what_its_networks_say() -> None:
+    own, peers = Eye(0), [Eye(1), Eye(2, classes=5)]
+    networks = [classifier_model(net, "peer") for net in peers]
+    head = nn.Linear(12, 3)
+    for heads, wanted in ((None, [own(X), peers[0](X)]), ({1: head}, [own(X), head(peers[1].features(X))])):
+        with PeerEnsemble(networks, heads, 3) as told:
+            for net in peers:
+                net(X)
+            mean = torch.stack([(logits / 2).softmax(1) for logits in wanted]).mean(0)
+            torch.testing.assert_close((told.targets(own(X), 2.0) / 2).softmax(1), mean)
+    assert not any(module._forward_pre_hooks for net in peers for module in net.modules())
+
+
+def test_a_sorted_folder_is_read_at_random_places() -> None:
+    """Otherwise `max_images` would take the first classes alone."""
+    loader = DataLoader(TensorDataset(torch.arange(100)), batch_size=7)
+    for seed in (0, 1):
+        read = torch.cat([batch[0] for batch in subsample_loader(loader, 20, seed)])
+        assert len(read.unique()) == 20
+        assert read.float().std() > 15
+    assert subsample_loader(loader, None) is loader
+    assert subsample_loader(loader, 200) is loader
+    with pytest.raises(InputTypeError, match="more than once"):
+        subsample_loader(iter(loader), 20)
+    with pytest.raises(OptionError, match="max_images"):
+        subsample_loader(loader, 0)
+
+
+def sixty_classes() -> tuple[list[nn.Module], torch.Tensor, torch.Tensor]:
+    """That two networks hardly tell apart, and images of them."""
+    generator = torch.Generator().manual_seed(0)
+    center, y = torch.randn(60, 24, generator=generator), torch.arange(3000) % 60
+    x = center[y] + 1.2 * torch.randn(3000, 24, generator=generator)
+    x = torch.cat([x, torch.randn(3000, 48, generator=generator)], 1)
+    nets: list[nn.Module] = []
+    for i in range(2):
+        first = nn.Linear(72, 48, bias=False)
+        with torch.no_grad():
+            first.weight.copy_(torch.eye(72)[[*range(24), *range(24 + 24 * i, 48 + 24 * i)]])
+        nets.append(nn.Sequential(first, nn.Linear(48, 60)))
+    return nets, x, y
+
+
+def test_guesses_that_mislead_are_not_used() -> None:
+    """Without validation images the labels left out in turn say so."""
+    nets, x, y = sixty_classes()
+    options: dict[str, Any] = {
+        "labeled": batches(x[:240], y[:240]),
+        "test": batches(x[2000:], y[2000:]),
+        "progress": False,
+    }
+    with pytest.warns(KnowisoWarning, match="points on labeled images left out; the labels alone are used"):
+        safe = refine(
+            nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadConfig(sharpness=math.inf), **options
+        )
+    assert safe.report.chosen.startswith("labels only")
+    harmed = next(row for row in safe.report.rows if row.name.startswith("consensus head"))
+    assert safe.report.row("after").test.accuracy > harmed.test.accuracy + 10
+    better = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadConfig(shares="even"), **options)
+    assert better.report.chosen.startswith("consensus head")
+    assert better.report.row("after").test.accuracy > safe.report.row("after").test.accuracy
+
+
+def test_auto_trains_on_the_labels_alone_too() -> None:
+    nets, x, y = sixty_classes()
+    sets: dict[str, Any] = {"labeled": batches(x[:240], y[:240]), "validation": batches(x[2500:], y[2500:])}
+    wrong = HeadConfig(sharpness=math.inf, shares=(100.0, *(1.0,) * 59))  # the labels alone start it
+    training = FinetuneConfig(steps=5, lr=1e-3, layers=["0"])
+    report = refine(
+        nets[0], nets[1], batches(x[240:2500]), recipe=wrong, training=training, progress=False, **sets
+    ).report
+    trained = [row for row in report.rows if "fine-tuned" in row.name]
+    assert [row.name.split(", ", 1)[0] for row in trained] == ["labels only"] * 2
+    assert [row.name.rsplit(" to ", 1)[1] for row in trained] == ["the consensus", "the labels"]
+    assert report.row("after").validation.accuracy == max(
+        row.validation.accuracy for row in report.rows if row.role in ("before", "candidate")
+    )
+    good = refine(
+        nets[0],
+        nets[1],
+        batches(x[240:2500]),
+        recipe=HeadConfig(shares="even"),
+        training=training,
+        progress=False,
+        **sets,
+    ).report
+    assert [row.name.rsplit(" to ", 1)[1] for row in good.rows if "fine-tuned" in row.name] == [
+        "the consensus",
+        "the labels",
+    ]
+    assert all(row.name.startswith("consensus head") for row in good.rows if "fine-tuned" in row.name)

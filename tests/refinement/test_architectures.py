@@ -1,0 +1,226 @@
+"""`refine` with networks and images as users have them: trained classifiers, other classes, two heads, no `global_pool`, images given twice."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.errors import InputTypeError, KnowisoWarning, LayoutError, OptionError
+from knowiso_train.refinement import FinetuneConfig, HeadConfig, refine
+from knowiso_train.refinement.models import PooledFeatures, classifier_model, flag_unusable_heads, pooled_layer
+from tests.helpers.refine_models import Eye, batches, images, with_best_classifier
+
+X, Y = images(1500)
+FEW = torch.cat([torch.nonzero(c == Y)[:4, 0] for c in range(3)])
+LABELED, POOL = batches(X[FEW], Y[FEW]), batches(X)
+VALIDATION, TEST = batches(*images(300, seed=2)), batches(*images(1000, seed=3))
+
+
+def trained(which: int, order: tuple[int, ...] = (0, 1, 2)) -> Eye:
+    """With the best classifier that there is for these classes, in this order."""
+    return with_best_classifier(Eye(which), X, Y, sure=10, order=order)
+
+
+def test_peers_and_ensemble_keep_classifiers_that_were_trained() -> None:
+    report = refine(
+        trained(0), trained(1), POOL, labeled=LABELED, validation=VALIDATION, test=TEST, progress=False
+    ).report
+    x, y = images(1000, seed=3)
+    with torch.no_grad():
+        right = 100 * float((trained(1)(x).argmax(1) == y).float().mean())
+    # Of use where there is a classifier to fold into
+    assert any(row.name.startswith("fold") for row in report.rows)
+    assert report.row("peer").test.accuracy == pytest.approx(right, abs=0.2)
+    assert report.row("ensemble").test.accuracy >= report.row("before").test.accuracy
+
+
+def test_consensus_starts_from_a_classifier_that_was_trained() -> None:
+    options: dict[str, Any] = {
+        "method": "consensus",
+        "labeled": LABELED,
+        "training": FinetuneConfig(steps=0),
+        "progress": False,
+    }
+    model = trained(0)
+    result = refine(model, trained(1), POOL, **options)
+    assert result.report.chosen == "original, fine-tuned to the consensus"
+    assert torch.equal(result.model.fc.weight, model.fc.weight)
+    assert refine(Eye(0), Eye(1), POOL, **options).report.chosen.startswith("consensus head")
+    report = refine(trained(0), trained(1), POOL, validation=VALIDATION, **options).report
+    assert report.row("after").validation.accuracy >= report.row("before").validation.accuracy
+
+
+def test_a_new_classifier_in_place_of_a_trained_one_is_warned_of() -> None:
+    with pytest.warns(KnowisoWarning, match="own classifier, trained with it, seems to be better"):
+        result = refine(trained(0), trained(1), POOL, method="head", labeled=LABELED, progress=False)
+    assert "own classifier" in result.report.warnings[0]
+
+
+def test_classes_without_labels_are_named() -> None:
+    some = FEW[Y[FEW] < 2]
+    with pytest.warns(KnowisoWarning, match=r"1 of 3 classes have no labeled image \(2\)"):
+        refine(Eye(0), Eye(1), POOL, method="head", labeled=batches(X[some], Y[some]), progress=False)
+
+
+def test_as_many_classes_need_not_be_the_same() -> None:
+    training = FinetuneConfig(steps=60, lr=0.02)
+    with pytest.warns(KnowisoWarning, match="they seem to be others, and its classifier is not asked"):
+        turned = refine(
+            trained(0), trained(1, (1, 2, 0)), POOL, method="consensus", training=training, test=TEST, progress=False
+        )
+    before, after = (turned.report.row(role).test.accuracy for role in ("before", "after"))
+    assert after > before - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refine(trained(0), trained(1), POOL, method="consensus", training=FinetuneConfig(steps=1), progress=False)
+
+
+def test_without_a_useful_peer_there_is_no_consensus() -> None:
+    useless = Eye(3, sees_signal=False)
+    with (
+        pytest.warns(KnowisoWarning, match="left out"),
+        pytest.raises(OptionError, match='no useful peer is left for method="consensus"'),
+    ):
+        refine(Eye(0), useless, POOL, method="consensus", progress=False)
+    with pytest.warns(KnowisoWarning, match="left out"):
+        report = refine(
+            Eye(0),
+            useless,
+            POOL,
+            labeled=LABELED,
+            validation=VALIDATION,
+            training=FinetuneConfig(steps=2),
+            progress=False,
+        ).report
+    assert [row.name.rsplit(" to ", 1)[1] for row in report.rows if "fine-tuned" in row.name] == ["the labels"]
+
+
+class TwoHeads(Eye):
+    def __init__(self, which: int) -> None:
+        super().__init__(which)
+        self.other = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.global_pool(self.trunk(x))
+        return (self.fc(pooled) + self.other(pooled)) / 2
+
+
+def test_a_network_with_two_heads_is_refused_and_a_peer_with_two_is_silent() -> None:
+    with pytest.raises(LayoutError, match="not what its classifier 'fc' makes of its features"):
+        refine(TwoHeads(0), Eye(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
+    assert [
+        net.silent
+        for net in flag_unusable_heads(
+            [classifier_model(Eye(0), "own"), classifier_model(TwoHeads(1), "peer")], POOL[0]
+        )
+    ] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("test_vit", "fc_norm"), ("test_convnext", "head.flatten"), ("test_resnet", "global_pool")]
+)
+def test_what_the_classifier_reads_is_found(name: str, layer: str) -> None:
+    torch.manual_seed(0)
+    net, batch = classifier_model(timm.create_model(name, num_classes=3).eval(), name), torch.rand(3, 3, 160, 160)
+    assert pooled_layer(net, batch) == layer
+    found: dict[str, Tensor] = {}
+    handles = [
+        net.model.get_submodule(layer).register_forward_hook(lambda _m, _x, output: found.update(emitted=output)),
+        net.classifier.register_forward_pre_hook(lambda _m, inputs: found.update(read=inputs[0])),
+    ]
+    net.model(batch)
+    assert torch.equal(found["emitted"], found["read"])
+    for handle in handles:
+        handle.remove()
+
+
+def test_networks_without_global_pool_are_trained() -> None:
+    torch.manual_seed(0)
+    nets = [
+        timm.create_model("test_vit", num_classes=3, img_size=32),
+        timm.create_model("test_convnext", num_classes=3),
+    ]
+    pool = batches(torch.rand(100, 3, 32, 32), size=25)
+    result = refine(
+        nets[0],
+        nets[1],
+        pool,
+        method="consensus",
+        training=FinetuneConfig(steps=2),
+        keep_useless=True,
+        least=-1.0,
+        progress=False,
+    )
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(nets[0].state_dict().values(), result.model.state_dict().values(), strict=True)
+    )
+
+
+def test_half_precision_without_labels() -> None:
+    nets = [trained(i).bfloat16() for i in range(2)]
+    result = refine(
+        nets[0], nets[1], batches(X.bfloat16()), method="consensus", training=FinetuneConfig(steps=2), progress=False
+    )
+    assert result.model.fc.weight.dtype == torch.bfloat16
+
+
+def test_images_that_are_given_twice_count_once() -> None:
+    kept = torch.ones(len(X), dtype=torch.bool)
+    kept[FEW] = False
+    apart, together = (
+        refine(Eye(0), Eye(1), pool, method="head", labeled=LABELED, progress=False)
+        for pool in (batches(X[kept]), POOL)
+    )
+    torch.testing.assert_close(apart.model.fc.weight, together.model.fc.weight, rtol=1e-4, atol=1e-5)
+    rows = Eye(0).features(X)
+    assert len(PooledFeatures((rows,), None).without(PooledFeatures((rows[FEW] + 1e-6,), None))) == len(X) - len(FEW)
+
+
+def test_a_classifier_without_bias_is_left_or_refused() -> None:
+    model = trained(0)
+    model.fc.bias = None
+    with pytest.raises(OptionError, match="'fc' of network has no bias"):
+        refine(model, Eye(1), POOL, method="head", labeled=LABELED, progress=False)
+    with pytest.warns(KnowisoWarning, match="has no bias, so what needs one is not tried"):
+        result = refine(model, Eye(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
+    assert result.report.chosen == "original"
+
+
+def test_peers_as_a_module_list_and_names_that_differ() -> None:
+    peers = nn.ModuleList([Eye(1), Eye(2)])
+    result = refine(Eye(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "b"], progress=False)
+    assert [peer.name for peer in result.report.peers] == ["a", "b"]
+    with pytest.raises(InputTypeError, match="'a' is there 2 times"):
+        refine(Eye(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "a"], progress=False)
+
+
+@pytest.mark.parametrize("name", ["labeled", "validation", "test"])
+def test_images_that_can_be_read_once_are_refused_at_once(name: str) -> None:
+    given: dict[str, Any] = {"labeled": LABELED, "validation": VALIDATION, "test": TEST, "progress": False}
+    with pytest.raises(InputTypeError, match=f"{name}: expected a DataLoader or a list of batches"):
+        refine(Eye(0), Eye(1), POOL, **{**given, name: iter(given[name])})
+
+
+def test_what_is_saved_is_checked_against_what_timm_builds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    nets = [timm.create_model("test_resnet", num_classes=3, in_chans=1) for _ in range(2)]
+    pictures, labels = torch.rand(120, 1, 32, 32), torch.arange(120) % 3
+    few, recipe = batches(pictures[:30], labels[:30]), HeadConfig(rounds=1)
+    result = refine(
+        nets[0], nets[1], batches(pictures), method="head", labeled=few, recipe=recipe, least=-1.0, progress=False
+    )
+    with pytest.warns(KnowisoWarning, match=r"'conv1.0.weight' is .* options=\{'in_chans': 1\}"):
+        result.save(tmp_path)
+    assert json.loads((tmp_path / "card.json").read_text())["load"].startswith("build the network as it was built")
+    result.save(tmp_path, options={"num_classes": 3, "in_chans": 1})
+    assert "in_chans=1" in json.loads((tmp_path / "card.json").read_text())["load"]
+    loaded = timm.create_model("test_resnet", num_classes=3, in_chans=1, checkpoint_path=tmp_path / "model.safetensors")
+    assert torch.equal(loaded.conv1[0].weight, result.model.conv1[0].weight)

@@ -1,0 +1,155 @@
+"""Moments: against numpy, streamed, merged, all-reduced, and their gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from knowiso_train.errors import NonFiniteError, ShapeError
+from knowiso_train.ops import conv_weight, patch_rows
+from knowiso_train.regression import Moments, StreamingMoments, batch_moments
+
+FIELDS = ("count", "mean_x", "mean_y", "xx", "xy", "yy")
+
+
+def features(n: int = 12, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 3, 5, 4, dtype=dtype) + 7, torch.randn(n, 2, 5, 4, dtype=dtype) - 3
+
+
+def assert_same(a: Moments, b: Moments, tolerance: float = 1e-10) -> None:
+    for name in FIELDS:
+        torch.testing.assert_close(
+            getattr(a, name).double(),
+            getattr(b, name).double(),
+            rtol=tolerance,
+            atol=tolerance * 100,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_batch_moments_equal_numpy(kernel_size: int) -> None:
+    x, y = features()
+    m = batch_moments(x, y, kernel_size)
+    pad = kernel_size // 2
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    rows = np.array(
+        [
+            padded[n, :, i : i + kernel_size, j : j + kernel_size].transpose(1, 2, 0).ravel()
+            for n in range(12)
+            for i in range(5)
+            for j in range(4)
+        ]
+    )
+    targets = y.numpy().transpose(0, 2, 3, 1).reshape(-1, 2)
+    both = np.cov(np.concatenate([rows, targets], 1).T, bias=True) * len(rows)
+    d = rows.shape[1]
+    np.testing.assert_allclose(m.xx, both[:d, :d], atol=1e-8)
+    np.testing.assert_allclose(m.xy, both[:d, d:], atol=1e-8)
+    np.testing.assert_allclose(m.yy, np.diag(both)[d:], atol=1e-8)
+    np.testing.assert_allclose(m.mean_x, rows.mean(0))
+
+
+def test_patch_rows_are_what_a_convolution_sees() -> None:
+    x, weight = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
+    rows = patch_rows(x, 3) @ weight.permute(2, 3, 1, 0).reshape(27, 4)
+    expected = torch.nn.functional.conv2d(x, weight, padding=1).permute(0, 2, 3, 1).reshape(-1, 4)
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(conv_weight(weight.permute(2, 3, 1, 0).reshape(27, 4), 3), weight)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_streaming_equals_whole_batch_and_merged_halves_equal_the_whole(kernel_size: int) -> None:
+    x, y = features()
+    whole = batch_moments(x, y, kernel_size)
+    stream, other = StreamingMoments(3, 2, kernel_size), StreamingMoments(3, 2, kernel_size)
+    for start in (0, 1, 6):
+        stream.update(x[start : {0: 1, 1: 6, 6: 9}[start]], y[start : {0: 1, 1: 6, 6: 9}[start]])
+    other.update(x[9:], y[9:])
+    stream.merge(other)
+    assert_same(stream.value, whole)
+
+
+def test_an_empty_state_merges_as_nothing() -> None:
+    x, y = features()
+    stream = StreamingMoments(3, 2)
+    stream.merge(StreamingMoments(3, 2))
+    stream.update(x, y)
+    stream.merge(StreamingMoments(3, 2))
+    assert_same(stream.value, batch_moments(x, y))
+
+
+def test_small_variance_on_a_large_mean_survives_float32() -> None:
+    x = (torch.randn(64, 1, 8, 8, dtype=torch.float64) * 1e-2 + 100).float()
+    stream = StreamingMoments(1, 1)
+    for part in x.split(8):
+        stream.update(part, part)
+    expected = x.double().var(correction=0) * x.numel()
+    torch.testing.assert_close(stream.value.xx[0, 0], expected, rtol=1e-3, atol=0)
+
+
+def test_positions_select_rows() -> None:
+    x, y = features(4)
+    positions = torch.tensor([[0, 7], [3, 19], [1, 2], [5, 6]])
+    m = batch_moments(x, y, 3, positions)
+    rows = patch_rows(x, 3).view(4, 20, 27)
+    chosen = torch.cat([rows[i, p] for i, p in enumerate(positions)])
+    torch.testing.assert_close(m.mean_x, chosen.mean(0))
+    assert int(m.count) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_accumulated_in_full(dtype: torch.dtype) -> None:
+    x, y = (f.to(dtype) for f in features(dtype=torch.float32))
+    assert_same(batch_moments(x, y, 3), batch_moments(x.float(), y.float(), 3), 1e-6)
+
+
+def test_autocast_does_not_reach_the_products() -> None:
+    x, y = features(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = batch_moments(x, y)
+    assert_same(inside, batch_moments(x, y), 1e-6)
+
+
+def test_gradients() -> None:
+    x, y = (
+        torch.randn(3, 2, 3, 2, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 2, 3, 2, dtype=torch.float64, requires_grad=True),
+    )
+
+    def of(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        m = batch_moments(a, b, 3)
+        return m.mean_x, m.mean_y, m.xx, m.xy, m.yy
+
+    assert torch.autograd.gradcheck(of, (x, y))
+
+
+def test_non_finite_features_leave_the_state_as_it_was() -> None:
+    x, y = features()
+    stream = StreamingMoments(3, 2)
+    stream.update(x, y)
+    before = stream.value
+    bad = x.clone()
+    bad[3, 1, 2, 2] = float("nan")
+    with pytest.raises(NonFiniteError):
+        stream.update(bad, y)
+    assert stream.value is before
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x, y = features()
+    with pytest.raises(ShapeError, match="same N, H, W"):
+        batch_moments(x, y[:, :, :4])
+    with pytest.raises(ShapeError, match=r"expected source and target channels \(3, 2\), got \(2, 3\)"):
+        StreamingMoments(3, 2).update(y, x)
+
+
+def test_state_dict_round_trip() -> None:
+    x, y = features()
+    a, b = StreamingMoments(3, 2, 3), StreamingMoments(3, 2, 3)
+    a.update(x, y)
+    b.load_state_dict(a.state_dict())
+    assert_same(a.value, b.value, 0)
+    with pytest.raises(ShapeError, match="saved moments do not fit"):
+        StreamingMoments(3, 2, 1).load_state_dict(a.state_dict())
