@@ -39,6 +39,10 @@ class InputTypeError(KnowisoError, TypeError):
     """A batch, model or argument of a type that cannot be used."""
 
 
+class OptionTypeError(OptionError, InputTypeError):
+    """An option of another type than the one expected."""
+
+
 class CaptureError(KnowisoError, RuntimeError):
     """A tapped layer that never fired, fired more than once, or whose output cannot be trusted."""
 
