@@ -43,8 +43,9 @@ from benchmarks.refine.data import CLASSES, EVERY, draw, features
 from benchmarks.refine.full import full, full_table, in_proportion, with_shares
 from benchmarks.refine.negative_controls import harm, harm_table, paper, paper_table
 from benchmarks.refine.tasks import CIFAR10, CIFAR10_AS_IT_IS, CIFAR100, CLOTHES
-from knowiso_train.refinement.heads import ConsensusFeatures, FeatureScaling, Head, HeadConfig, ridge_head, ridge_map
+from knowiso_train.refinement.heads import ConsensusFeatures, FeatureScaling, Head, HeadConfig, ridge_head
 from knowiso_train.refinement.peers import score_peer
+from knowiso_train.regression.ridge import ridge_map
 
 LABELS = (3, 5, 10, 20, 50)
 JUDGED = (3, 5, 10, 20)  # that the targets speak of

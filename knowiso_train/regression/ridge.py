@@ -168,6 +168,59 @@ def refit_weights(moments: Moments, weight: Tensor, ridge: float = 1e-4) -> Line
     return LinearMap(solved[0], found.bias(solved)[0], ridge)
 
 
+def ridge_map(x: Tensor, y: Tensor, ridge: float) -> Tensor:
+    """`(XᵀX + ρ·tr(XᵀX)/d·I)⁻¹ XᵀY` for centered rows, (D_x, D_y).
+
+    Example:
+        >>> x = torch.randn(50, 4, dtype=torch.float64)
+        >>> torch.allclose(ridge_map(x, x @ torch.ones(4, 2).double(), 1e-12), torch.ones(4, 2).double())
+        True
+    """
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    found: Tensor = torch.linalg.solve(gram, x.T @ y)
+    return found
+
+
+class RidgeSolver:
+    """Ridge regression with intercept of any targets on the same rows, from one eigendecomposition of the smaller Gram matrix.
+
+    Ridges are relative to the mean eigenvalue over `min(N, D)` directions.
+
+    Args:
+        features: rows (N, D), float64.
+
+    Example:
+        >>> x = torch.randn(40, 3, dtype=torch.float64)
+        >>> weight, bias = RidgeSolver(x).solve(x @ torch.ones(3, 1).double() + 5, 1e-12)
+        >>> weight.flatten().round().tolist(), round(float(bias))
+        ([1.0, 1.0, 1.0], 5)
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self.mean = features.mean(0)
+        self.rows = features - self.mean
+        self.tall = len(features) >= features.shape[1]
+        gram = self.rows.T @ self.rows if self.tall else self.rows @ self.rows.T
+        values, self.vectors = torch.linalg.eigh(gram)
+        self.values = values.clamp(min=0)
+        self.scale = self.values.mean().clamp_min(torch.finfo(gram.dtype).tiny)
+
+    def solve(self, targets: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weight (D, C) and bias (C,) for targets (N, C)."""
+        center = targets.mean(0)
+        centered = targets - center
+        rotated = self.vectors.T @ (self.rows.T @ centered if self.tall else centered)
+        inner = self.vectors @ (rotated / (self.values + ridge * self.scale)[:, None])
+        weight = inner if self.tall else self.rows.T @ inner
+        return weight, center - self.mean @ weight
+
+    def fitted(self, targets: Tensor, ridge: float) -> Tensor:
+        """Predictions for the same rows, (N, C)."""
+        weight, _ = self.solve(targets, ridge)
+        return self.rows @ weight + targets.mean(0)
+
+
 @dataclass(frozen=True)
 class PrimalMoments:
     """Means and second moments about them of what each of a layer's G groups reads and should give, per row, float64.
