@@ -1,4 +1,4 @@
-"""Shared by all tests: fixed seeds, one thread for each process, the example namespace, and the marker for real data."""
+"""Fixtures of all tests: fixed seeds, one thread per process, and skips for missing data or GPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also for the processes that tests start
-# The same bits on every machine; tests of other devices say so
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, also for child processes
+# Run on the CPU, where results are reproducible. Tests of other devices remove this.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import pytest
@@ -23,8 +23,8 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_accelerator_left() -> Iterator[None]:
-    """accelerate keeps one state for the process, precision included."""
+def _reset_accelerator() -> Iterator[None]:
+    """Reset accelerate's process-wide state, which includes the precision."""
     yield
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from knowiso_train import FeatureTaps, IsomorphismCallback, IsomorphismLoss
 from knowiso_train.features.state import isolated_eval
-from tests.helpers.training import LAYERS, held_out, network, own_hooks, train
+from tests.helpers.training import LAYERS, count_hooks, held_out, network, train
 
 
 class TestTrainingNoticesNothing:
@@ -26,12 +26,12 @@ class TestTrainingNoticesNothing:
         # Draws from the global random state
         loader = DataLoader(held_out().dataset, batch_size=30, sampler=SubsetRandomSampler(range(80)))
         callback = IsomorphismCallback(student, teacher, loader, LAYERS, every=2)
-        watched = train(student, teacher, 6, taught=taught, watch=callback.step, at=at)
+        watched = train(student, teacher, 6, taught=taught, callback=callback.step, position=at)
         assert [measured.step for measured in callback.history] == [2, 4, 6]
         assert callback.history[0].figures != callback.history[2].figures
         assert watched.keys() == alone.keys()
         assert [name for name, value in alone.items() if not torch.equal(value, watched[name])] == []
-        assert own_hooks(student, teacher) == 0
+        assert count_hooks(student, teacher) == 0
 
     def test_inside_one_autocast_block_the_gradients_stay(self) -> None:
         """Up to torch 2.8 at least, weights cast under no_grad stay in autocast's cache, and the next forward in the block has no gradient."""
@@ -69,7 +69,7 @@ class TestTrainingNoticesNothing:
             else:
                 compiled = torch.compile(student, backend=counting)
             callback = IsomorphismCallback(compiled, teacher, held_out(), LAYERS, every=2)
-            return train(compiled, teacher, 4, watch=callback.step if watch else None), callback, len(graphs)
+            return train(compiled, teacher, 4, callback=callback.step if watch else None), callback, len(graphs)
 
         alone, _, graphs = trained(False)
         watched, callback, graphs_watched = trained(True)
@@ -92,7 +92,7 @@ class TestTrainingNoticesNothing:
         model[2].register_forward_hook(lambda *args: fired.append("after"))
         order = list(model[2]._forward_hooks.values())
         with isolated_eval(model):
-            assert own_hooks(model) == 0
+            assert count_hooks(model) == 0
             model(torch.randn(2, 3, 8, 8))
         order.remove(once)  # it took itself off, and stays off
         assert list(model[2]._forward_hooks.values()) == order
@@ -117,23 +117,23 @@ class TestTrainingNoticesNothing:
         student, teacher = network(1), network(2)
         callback = IsomorphismCallback(student, teacher, DataLoader(Broken(), batch_size=9), LAYERS, every=1)
         with IsomorphismLoss(student, teacher, LAYERS) as iso:
-            hooks, random = own_hooks(student, teacher), torch.get_rng_state()
+            hooks, random = count_hooks(student, teacher), torch.get_rng_state()
             out = student(torch.randn(16, 3, 8, 8))
             with pytest.raises(OSError, match="image 40"):
                 callback.step()
-            assert own_hooks(student, teacher) == hooks > 0
+            assert count_hooks(student, teacher) == hooks > 0
             assert student.training
             assert all(module.training for module in student.modules())
             assert not torch.equal(torch.get_rng_state(), random)  # dropout's draw stands
             (out.sum() + iso()).backward()  # what was captured before it is still there
         assert callback.history == []
-        assert own_hooks(student, teacher) == 0
+        assert count_hooks(student, teacher) == 0
 
-    def test_own_hooks_stay_off_after_the_loss(self) -> None:
+    def test_count_hooks_stay_off_after_the_loss(self) -> None:
         student, teacher = network(1), network(2)
         callback = IsomorphismCallback(student, teacher, held_out(), LAYERS, every=1)
         with IsomorphismLoss(student, teacher, LAYERS) as iso:
             callback.step()
             with pytest.raises(RuntimeError, match="the student has not run"):
                 iso()  # the measurement's forward is none of the student's
-        assert own_hooks(student, teacher) == 0
+        assert count_hooks(student, teacher) == 0

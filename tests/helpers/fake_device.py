@@ -1,10 +1,10 @@
-"""A second device that is not there: its tensors compute on the CPU, but cannot be mixed with tensors of the CPU, as those of a GPU cannot.
+"""Fake accelerator device: computes on the CPU, but refuses to mix with CPU tensors, as a GPU does.
 
-It finds what would fail on a GPU where there is none. What only a GPU does (its kernels, TF32, autocast, streams) is
-for tests marked `gpu`.
+It detects tensors on the wrong device, and host-device synchronization, on machines without a GPU. GPU kernels, TF32,
+autocast and streams are tested by tests marked `gpu`.
 
-PyTorch has to know of the device before its first backward pass, so tests on it run in processes of their own, see
-`run_pretended`.
+The device must be registered before the first backward pass of the process. Tests on it therefore run in a process of
+their own, see `run_on_fake_device`.
 """
 
 from __future__ import annotations
@@ -26,51 +26,56 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-NAME = "pretended"
-VARIABLE = "KNOWISO_PRETENDED"
-ON = os.environ.get(VARIABLE) == "1"
-# Private to PyTorch, and newer than 2.8
+NAME = "fake_device"
+ENABLE_VARIABLE = "KNOWISO_FAKE_DEVICE"
+ENABLED = os.environ.get(ENABLE_VARIABLE) == "1"
+# A private function of PyTorch, newer than 2.8
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 aten = torch.ops.aten
-COPIES = {aten._to_copy.default, aten.copy_.default}
-# The host reads what is there
-WAITS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
-# By indices of either device
-INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+COPY_OPS = {aten._to_copy.default, aten.copy_.default}
+# Operations whose result the host reads
+SYNCHRONIZING_OPS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+}
+# Operations that accept indices of either device
+INDEXING_OPS = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
-class Pretended(Tensor):
-    """A tensor that says it is on the device, around the one of the CPU that it is."""
+class FakeDeviceTensor(Tensor):
+    """Wrapper around a CPU tensor that reports the fake device."""
 
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Pretended:
+    def __new__(cls, inner: Tensor, requires_grad: bool = False) -> FakeDeviceTensor:
         layout = {
             "strides": inner.stride(),
             "storage_offset": inner.storage_offset(),
             "dtype": inner.dtype,
             "layout": inner.layout,
         }
-        made: Pretended = Tensor._make_wrapper_subclass(
+        wrapper: FakeDeviceTensor = Tensor._make_wrapper_subclass(
             cls, inner.shape, **layout, device=torch.device(NAME, 0), requires_grad=requires_grad
         )
-        made.inner = inner
-        return made
+        wrapper.inner = inner
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatched(func, args, kwargs or {})
+        return dispatch(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Pretended({self.inner})"
+        return f"FakeDeviceTensor({self.inner})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        made = Pretended(self.inner.clone(), self.requires_grad)
+        wrapper = FakeDeviceTensor(self.inner.clone(), self.requires_grad)
         if isinstance(self, torch.nn.Parameter):
-            made._is_param = True
-        return memo.setdefault(id(self), made)
+            wrapper._is_param = True
+        return memo.setdefault(id(self), wrapper)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.inner.detach().__reduce_ex__(protocol)
@@ -89,115 +94,128 @@ class Pretended(Tensor):
         return self.detach()
 
     @data.setter
-    def data(self, value: Pretended) -> None:
+    def data(self, value: FakeDeviceTensor) -> None:
         Tensor.data.__set__(self, value)
         self.inner = value.inner
 
 
-def here(device: Any) -> bool:
+def is_fake_device(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def mapped(of: Callable[[Any], Any], value: Any) -> Any:
-    """`tree_map` of what operations are called with and return, a third of its time."""
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to the leaves of nested arguments, three times as fast as `tree_map`."""
     if type(value) in (tuple, list):
-        return type(value)(mapped(of, part) for part in value)
+        return type(value)(map_leaves(function, part) for part in value)
     if type(value) is dict:
-        return {key: mapped(of, part) for key, part in value.items()}
-    return tree_map(of, value) if isinstance(value, (tuple, list, dict)) else of(value)
+        return {key: map_leaves(function, part) for key, part in value.items()}
+    return tree_map(function, value) if isinstance(value, (tuple, list, dict)) else function(value)
 
 
-def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the wrapped tensors; raise if devices are mixed."""
     tensors: list[Tensor] = []
-    mapped(lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None, (args, kwargs))
-    there = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
-    # A number may come from anywhere
-    others = [tensor for tensor in tensors if not isinstance(tensor, Pretended) and tensor.ndim]
-    if there and others and func not in COPIES and not (func in INDEXED and isinstance(args[0], Pretended)):
+    map_leaves(lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None, (args, kwargs))
+    fake_tensors = [tensor for tensor in tensors if isinstance(tensor, FakeDeviceTensor)]
+    # 0-d tensors are numbers, allowed from any device
+    cpu_tensors = [tensor for tensor in tensors if not isinstance(tensor, FakeDeviceTensor) and tensor.ndim]
+    if (
+        fake_tensors
+        and cpu_tensors
+        and func not in COPY_OPS
+        and not (func in INDEXING_OPS and isinstance(args[0], FakeDeviceTensor))
+    ):
         got = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {got}")
-    wanted = kwargs.get("device")
-    _watch(func, args, kwargs, bool(there))
-    goes = (
-        here(wanted)
-        if wanted is not None
-        else isinstance(args[0], Pretended)
+    device = kwargs.get("device")
+    _record_synchronization(func, args, kwargs, bool(fake_tensors))
+    result_is_fake = (
+        is_fake_device(device)
+        if device is not None
+        else isinstance(args[0], FakeDeviceTensor)
         if func is aten.copy_.default
-        else bool(there)
+        else bool(fake_tensors)
     )
-    kwargs = {**kwargs, "device": torch.device("cpu")} if here(wanted) else kwargs
-    if not there and not goes:
+    kwargs = {**kwargs, "device": torch.device("cpu")} if is_fake_device(device) else kwargs
+    if not fake_tensors and not result_is_fake:
         return func(*args, **kwargs)
-    inner_args, inner_kwargs = mapped(lambda leaf: leaf.inner if isinstance(leaf, Pretended) else leaf, (args, kwargs))
+    inner_args, inner_kwargs = map_leaves(
+        lambda leaf: leaf.inner if isinstance(leaf, FakeDeviceTensor) else leaf, (args, kwargs)
+    )
     out = func(*inner_args, **inner_kwargs)
-    given = {id(tensor.inner): tensor for tensor in there}  # what is changed in place comes back as itself
-    return mapped(
+    wrappers = {id(tensor.inner): tensor for tensor in fake_tensors}  # in-place operations return the same wrapper
+    return map_leaves(
         lambda leaf: (
-            given[id(leaf)] if id(leaf) in given else Pretended(leaf) if isinstance(leaf, Tensor) and goes else leaf
+            wrappers[id(leaf)]
+            if id(leaf) in wrappers
+            else FakeDeviceTensor(leaf)
+            if isinstance(leaf, Tensor) and result_is_fake
+            else leaf
         ),
         out,
     )
 
 
-_noted: list[list[str]] = []  # by whoever asks now
+_records: list[list[str]] = []  # one per active `host_synchronizations` context
 
 
-def _watch(func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> None:
-    """Note what makes the host wait for the device, as a GPU would: values that are read, and copies to or from it that may not be left to it."""
-    if not _noted:
+def _record_synchronization(func: Any, args: Any, kwargs: dict[str, Any], on_fake_device: bool) -> None:
+    """Record an operation that would make the host wait for a GPU: a value read, or a blocking copy."""
+    if not _records:
         return
     if func is aten._to_copy.default:
-        crosses = kwargs.get("device") is not None and here(kwargs["device"]) != there
+        synchronizes = kwargs.get("device") is not None and is_fake_device(kwargs["device"]) != on_fake_device
     elif func is aten.copy_.default:
-        crosses = isinstance(args[0], Pretended) != isinstance(args[1], Pretended)
-    elif func in INDEXED:
-        crosses = there and any(
-            isinstance(at, Tensor) and (at.dtype == torch.bool or not isinstance(at, Pretended)) for at in args[1]
+        synchronizes = isinstance(args[0], FakeDeviceTensor) != isinstance(args[1], FakeDeviceTensor)
+    elif func in INDEXING_OPS:
+        synchronizes = on_fake_device and any(
+            isinstance(index, Tensor) and (index.dtype == torch.bool or not isinstance(index, FakeDeviceTensor))
+            for index in args[1]
         )
     else:
-        crosses = there and func in WAITS
-    waits_not = kwargs.get("non_blocking", False) or (func is aten.copy_.default and args[2:3] == (True,))
-    if crosses and not waits_not:
-        ours = [line for line in traceback.format_stack() if "knowiso_train/" in line]
-        for noted in _noted:
-            noted.append(f"{func}\n{''.join(ours)}")
+        synchronizes = on_fake_device and func in SYNCHRONIZING_OPS
+    non_blocking = kwargs.get("non_blocking", False) or (func is aten.copy_.default and args[2:3] == (True,))
+    if synchronizes and not non_blocking:
+        stack = [line for line in traceback.format_stack() if "knowiso_train/" in line]
+        for record in _records:
+            record.append(f"{func}\n{''.join(stack)}")
 
 
 @contextlib.contextmanager
-def stops() -> Iterator[list[str]]:
-    """What made the host wait for the device within it, with where."""
-    _noted.append([])
+def host_synchronizations() -> Iterator[list[str]]:
+    """Record the operations in the context that make the host wait for the device, with their stack."""
+    _records.append([])
     try:
-        yield _noted[-1]
+        yield _records[-1]
     finally:
-        _noted.pop()
+        _records.pop()
 
 
-class _Dispatching(TorchDispatchMode):
+class _DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatched(func, args, kwargs or {})
+        return dispatch(func, args, kwargs or {})
 
 
-class _Making(TorchFunctionMode):
-    """What PyTorch does below the dispatcher: tensors and indices from lists."""
+class _CreationMode(TorchFunctionMode):
+    """Mode for what PyTorch does below the dispatcher: creation of tensors and indices from lists."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and here(kwargs.get("device")):
+        if func in (torch.tensor, torch.as_tensor) and is_fake_device(kwargs.get("device")):
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)
-        if func is Tensor.new_tensor and isinstance(args[0], Pretended):
+        if func is Tensor.new_tensor and isinstance(args[0], FakeDeviceTensor):
             return torch.tensor(args[1], dtype=kwargs.get("dtype") or args[0].dtype).to(args[0].device)
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], Pretended):
-            at = [
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], FakeDeviceTensor):
+            index = [
                 torch.tensor(part) if isinstance(part, list) else part
                 for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
             ]
-            return func(args[0], tuple(at) if isinstance(args[1], tuple) else at[0], *args[2:])
+            return func(args[0], tuple(index) if isinstance(args[1], tuple) else index[0], *args[2:])
         return func(*args, **kwargs)
 
 
-class _Module(backend_registration._DummyBackendModule if AVAILABLE else object):  # type: ignore[misc]
+class _BackendModule(backend_registration._DummyBackendModule if AVAILABLE else object):  # type: ignore[misc]
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -208,25 +226,30 @@ class _Module(backend_registration._DummyBackendModule if AVAILABLE else object)
         torch.set_rng_state(state)
 
 
-if ON:
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+if ENABLED:
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _BackendModule())
 
 
 @contextlib.contextmanager
-def pretending() -> Iterator[None]:
-    """Within it, "pretended" is a device."""
-    with _Dispatching(), _Making():
+def activate() -> Iterator[None]:
+    """Make "fake_device" a device within the context."""
+    with _DispatchMode(), _CreationMode():
         yield
 
 
-def run_pretended(file: str) -> None:
-    """The tests of this file that are on the pretended device."""
+def run_on_fake_device(file: str) -> None:
+    """Run the tests of a file that use the fake device, in a process of their own; fail if one fails or is skipped."""
     if not AVAILABLE:
-        pytest.skip("this PyTorch cannot pretend a device")
+        pytest.skip("this PyTorch version cannot register a device in Python")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", NAME, file]
-    done = subprocess.run(
-        command, cwd=Path(file).parent, env={**os.environ, VARIABLE: "1"}, capture_output=True, text=True, timeout=280
+    process = subprocess.run(
+        command,
+        cwd=Path(file).parent,
+        env={**os.environ, ENABLE_VARIABLE: "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    assert process.returncode == 0, process.stdout[-3000:]
+    assert " passed" in process.stdout
+    assert "skipped" not in process.stdout

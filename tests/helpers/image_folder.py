@@ -1,4 +1,4 @@
-"""Pictures of three classes, told apart by a color under noise, for the tests of recipes."""
+"""Image folders of three classes that differ in a color under noise, for tests of recipes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from PIL import Image
 
 
 def write(folder: Path, counts: Mapping[str, int], side: int, *, faint: bool = False) -> Path:
-    """PNG files in folder/split/class; a faint color differs from picture to picture, and may not be there."""
+    """Write PNG files to folder/split/class and return the folder.
+
+    Args:
+        folder: Target folder.
+        counts: Number of images of each split.
+        side: Height and width in pixels.
+        faint: Draw the strength of the color for each image from 0 to 90, instead of 60 for all.
+    """
     noise = np.random.default_rng(0)
     for split, count in counts.items():
         for i in range(count):

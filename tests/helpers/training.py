@@ -1,4 +1,4 @@
-"""A small training that can be watched, for the tests of callbacks."""
+"""Small training loop with a callback, for tests of callbacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARES = ["iso/val/2→2/share", "iso/val/5→5/share"]
 
 
 def network(seed: int, width: int = 6) -> nn.Sequential:
-    """With everything that a forward could disturb: batch norm, dropout, an in-place activation."""
+    """Build a network that an extra forward pass disturbs: batch norm, dropout, an in-place activation."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(3, width, 3, 1, 1),
@@ -34,6 +34,7 @@ def network(seed: int, width: int = 6) -> nn.Sequential:
 
 
 def held_out(count: int = 90) -> DataLoader[Any]:
+    """Return a loader of random images."""
     return DataLoader(
         TensorDataset(torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(7))), batch_size=30
     )
@@ -46,10 +47,20 @@ def train(
     *,
     start: int = 0,
     taught: bool = True,
-    watch: Callable[[], Any] | None = None,
-    at: str = "end",
+    callback: Callable[[], Any] | None = None,
+    position: str = "end",
 ) -> dict[str, Tensor]:
-    """Everything that training leaves behind. `watch` is called at the end of each step, or between the student's forward and iso()."""
+    """Train the student and return its weights, the loss's state, the momenta and the random state.
+
+    Args:
+        student: Network in training.
+        teacher: Frozen network.
+        steps: Number of steps.
+        start: Index of the first step, which seeds its batch.
+        taught: Add the isomorphism loss.
+        callback: Function to call in every step. Default: none.
+        position: "end" of the step, or "middle": between the student's forward pass and the loss.
+    """
     iso = IsomorphismLoss(student, teacher, LAYERS, weight="balanced", refresh=2)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
     student.train()
@@ -58,25 +69,26 @@ def train(
         for step in range(start, start + steps):
             x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(step))
             loss = F.cross_entropy(student(x), torch.arange(16) % 4)
-            if watch and at == "middle":
-                watch()
+            if callback and position == "middle":
+                callback()
             if taught:
                 loss = loss + iso()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if watch and at == "end":
-                watch()
+            if callback and position == "end":
+                callback()
     momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
-    left = {
+    state = {
         **student.state_dict(),
         **{f"iso.{name}": value for name, value in iso.state_dict().items()},
         "rng": torch.get_rng_state(),
     }
-    return left | {f"momentum.{i}": value for i, value in enumerate(momentum)}
+    return state | {f"momentum.{i}": value for i, value in enumerate(momentum)}
 
 
-def own_hooks(*models: nn.Module) -> int:
+def count_hooks(*models: nn.Module) -> int:
+    """Count the hooks that the library has registered."""
     tables = [
         table
         for model in models

@@ -1,4 +1,4 @@
-"""The recipes where accelerate finds another device than the CPU: on a pretended one everywhere, and on a GPU where there is one."""
+"""Run the recipes where accelerate selects another device than the CPU: the fake device, and a GPU if available."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SIDE, BATCH = 24, 16
 NARROW, WIDE = "test_resnet channels=(8,8,16,16)", "test_resnet channels=(16,16,24,24)"
 
 
-@pytest.mark.skipif(fake_device.ON, reason="this is it")
-def test_all_of_it() -> None:
-    fake_device.run_pretended(__file__)
+@pytest.mark.skipif(fake_device.ENABLED, reason="already runs on the second device")
+def test_this_file_passes_on_a_second_device() -> None:
+    fake_device.run_on_fake_device(__file__)
 
 
 @pytest.fixture(scope="module")
