@@ -118,7 +118,7 @@ def pruned_step(
             if (share := getattr(args, kind)) is not None
         }
         choice: dict[str, Any] = {name: getattr(args, name) for name in ("ignored", "round_to", "block_steps", "seed")}
-        choice["floor"] = args.floor ** (1 / args.steps)  # of what the stage before left
+        choice["min_width"] = args.min_width ** (1 / args.steps)  # of what the stage before left
         made = ki.prune(
             network, loader, **(budget or {"macs": 0.5 ** (1 / args.steps)}), **choice, max_images=args.images
         )
@@ -374,7 +374,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     )
     add("--images", 1024, at_least(1), "to prune and tune with, unlabeled; more change little")
     add("--ignored", [], str, "layers that keep their width", nargs="*")
-    add("--floor", 0.125, at_least(0, float), "least share of a width that stays")
+    add("--min-width", 0.125, at_least(0, float), "least share of a width that stays")
     add(
         "--round-to", 1, at_least(1), "widths are multiples of it; 8 is faster on most machines and keeps a little less"
     )

@@ -117,7 +117,7 @@ def compare_networks(
         times = [
             {name: measure_latency(network, few) for name, network in networks.items()} for _ in range(LATENCY_ROUNDS)
         ]
-        one = few.some(1)
+        one = few.first(1)
         macs = {name: count_macs(network, partial(run, network, one), 1) for name, network in networks.items()}
     return [
         {

@@ -72,7 +72,7 @@ def affordable(model: nn.Module, images: Calibration, work: float, within: tuple
         >>> [affordable(nn.Conv2d(3, 4, 3), images, work, (4, 64)) for work in (1e2, 1e4, 1e6)]
         [4, 23, 64]
     """
-    each = count_macs(model, partial(images.run, model, images.some(1)), 1)
+    each = count_macs(model, partial(images.forward, model, images.first(1)), 1)
     return max(within[0], min(within[1], int(work / (each * passes + 1))))
 
 
@@ -144,14 +144,14 @@ def total_cost(costs: Costs, gone: Mapping[str, int]) -> float:
     return sum(cost.at(gone) for cost in costs.values())
 
 
-def allowed_widths(size: int, floor: float, round_to: int) -> list[int]:
-    """Descending: the whole, and the multiples of `round_to` that are at least `floor` of it.
+def allowed_widths(size: int, min_width: float, round_to: int) -> list[int]:
+    """Descending: the whole, and the multiples of `round_to` that are at least `min_width` of it.
 
     Example:
         >>> allowed_widths(10, 0.25, 4)
         [10, 8, 4]
     """
-    least = max(1, math.ceil(floor * size))
+    least = max(1, math.ceil(min_width * size))
     return [size, *(width for width in range(size - 1, least - 1, -1) if width % round_to == 0)]
 
 
@@ -160,7 +160,7 @@ def allocate(
     costs: Costs,
     target: float,
     *,
-    floor: float = 0.125,
+    min_width: float = 0.125,
     round_to: int | Mapping[str, int] = 1,
 ) -> dict[str, int]:
     """Widths of least harm at a cost of at most `target`.
@@ -173,7 +173,7 @@ def allocate(
         harms: for each group (J + 1,), the harm of having w units left; never falling as w falls. Entry 0 is not used.
         costs: of every layer.
         target: in the unit of the costs.
-        floor: least share of a group's units that stays.
+        min_width: least share of a group's units that stays.
         round_to: widths are multiples of it, or the whole; one number, or one for each group.
 
     Returns:
@@ -190,14 +190,14 @@ def allocate(
     """
     widths = {name: len(harm) - 1 for name, harm in harms.items()}
     steps = round_to if isinstance(round_to, Mapping) else dict.fromkeys(widths, round_to)
-    choices = {name: allowed_widths(width, floor, steps[name]) for name, width in widths.items()}
+    choices = {name: allowed_widths(width, min_width, steps[name]) for name, width in widths.items()}
     sizes = dict(widths)
     least = total_cost(costs, {name: sizes[name] - choices[name][-1] for name in widths})
     if least > target:
         everything = total_cost(costs, {})
         raise OptionError(
-            f"cannot reach a share of {target / everything:.3f} of the cost: with every group at its floor {least / everything:.3f} is left. "
-            "Let a larger share stay, lower the floor or round_to, or ignore fewer layers"
+            f"cannot reach a share of {target / everything:.3f} of the cost: with every group at its min_width {least / everything:.3f} is left. "
+            "Let a larger share stay, lower the min_width or round_to, or ignore fewer layers"
         )
     touching = {name: [c for c in costs.values() if name in c.reads or name in c.writes] for name in widths}
     together = {
@@ -238,7 +238,7 @@ class WidthReduction:
 def _best_reduction(
     harm: Tensor, choices: Sequence[int], width: int, each: float, enough: float
 ) -> WidthReduction | None:
-    """The best one of a group, no narrower than it takes to save `enough`; None at the floor."""
+    """The best one of a group, no narrower than it takes to save `enough`; None at the min_width."""
     grid = torch.tensor([choice for choice in choices if choice < width])
     if not len(grid):
         return None

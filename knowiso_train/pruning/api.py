@@ -47,10 +47,10 @@ def measure_latency(model: nn.Module, images: Calibration) -> float:
         >>> measure_latency(nn.Linear(2, 2), Calibration([torch.zeros(4, 2)])) > 0
         True
     """
-    batch, seconds, device = images.some(min(TIMED_IMAGES, images.count)), [], device_of(model)
+    batch, seconds, device = images.first(min(TIMED_IMAGES, images.count)), [], device_of(model)
     for turn in range(TIMING_REPEATS + 2):
         began = time.perf_counter()
-        images.run(model, batch)
+        images.forward(model, batch)
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
         if turn >= 2:
@@ -138,7 +138,7 @@ def prune(
     importance: Any = "isomorphism",
     refit: bool = True,
     ignored: Collection[str] = (),
-    floor: float = 0.125,
+    min_width: float = 0.125,
     round_to: int = 1,
     max_images: int = 1024,
     rows: int = REFIT_SAMPLES_PER_FEATURE,
@@ -174,7 +174,7 @@ def prune(
         refit: False leaves the surviving weights as they are.
         ignored: names or globs of layers, or of modules all of whose layers keep their width. Their weights are
             refitted all the same.
-        floor: least share of a group's width that stays.
+        min_width: least share of a group's width that stays.
         round_to: widths are multiples of this, or whole; heads are not rounded.
         max_images: to look at; they pass through the network at once in the refit.
         rows: of each refit, per regressor.
@@ -205,13 +205,13 @@ def prune(
     """
     began = time.monotonic()
     kind, share = _budget(macs, params, latency)
-    _check(model, floor, round_to=round_to, rows=rows)
+    _check(model, min_width, round_to=round_to, rows=rows)
     check_counts(0, block_steps=block_steps, seed=seed)
     if block_steps and not refit:
         raise OptionError("block_steps needs the refit: pass refit=True, or block_steps=0")
     ridges, original = validate_ridges(ridge), unwrap_model(model)
     images = Calibration(loader, max_images, device_of(original), forward)
-    few = images.some(min(2, images.count))
+    few = images.first(min(2, images.count))
     with preserve_state(original), torch.no_grad():
         tails = trace_model(original, images)
         if block_steps:
@@ -234,14 +234,14 @@ def prune(
         carving = PrunedModelBuilder(
             original, groups, tails, images, few, choice, refit, rows, ridges, seed, progress, target
         )
-        places = count_positions(original, lambda: images.run(original, few), batch_size(few))
+        places = count_positions(original, lambda: images.forward(original, few), batch_size(few))
 
         def pruned_to(target: float, of: str) -> PruneOutcome:
-            candidates = choice.candidates(layer_costs(original, groups, places, of), target, floor, round_to)
+            candidates = choice.candidates(layer_costs(original, groups, places, of), target, min_width, round_to)
             widths = dict(carving.best(candidates))
             if all(widths[group.name] == group.size for group in groups):
                 raise OptionError(
-                    f"a share of {target} leaves every width as it is (floor={floor}, round_to={round_to}); nothing was pruned. Ask for a smaller one"
+                    f"a share of {target} leaves every width as it is (min_width={min_width}, round_to={round_to}); nothing was pruned. Ask for a smaller one"
                 )
             return (*carving.make(widths), widths)
 
@@ -254,7 +254,7 @@ def prune(
             fits, blocks = carving.rebuilt(small, kept, fits, block_steps)
         times = (measure_latency(original, images), measure_latency(small, images)) if kind == "latency" else None
         count = [
-            count_macs(network, partial(images.run, network, few), batch_size(few)) for network in (original, small)
+            count_macs(network, partial(images.forward, network, few), batch_size(few)) for network in (original, small)
         ]
     if not (count[1] < count[0] or _parameters(small) < _parameters(original)):
         raise OptionError(
@@ -269,7 +269,7 @@ def prune(
         kind: share,
         "importance": str(importance),
         "refit": refit,
-        "floor": floor,
+        "min_width": min_width,
         "round_to": round_to,
         "rows": rows,
         "block_steps": block_steps,
@@ -301,11 +301,13 @@ def _budget(macs: float | None, params: float | None, latency: float | None) -> 
     return name, float(share)
 
 
-def _check(model: Any, floor: float, **counts: int) -> None:
+def _check(model: Any, min_width: float, **counts: int) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(floor, (int, float)) or not 0 < floor <= 1:
-        raise OptionError(f"floor is the least share of a width that stays: expected 0 < floor <= 1, got {floor!r}")
+    if not isinstance(min_width, (int, float)) or not 0 < min_width <= 1:
+        raise OptionError(
+            f"min_width is the least share of a width that stays: expected 0 < min_width <= 1, got {min_width!r}"
+        )
     check_counts(**counts)
     check_network(unwrap_model(model))
 

@@ -69,7 +69,7 @@ class BlockFinetuner:
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for batch in images:
             with FeatureTaps(original, names) as taps:
-                images.run(original, batch)
+                images.forward(original, batch)
                 for name, feature in taps.collect().items():
                     parts[name].append(feature)
         targets = {name: torch.cat(features) for name, features in parts.items()}
@@ -169,10 +169,10 @@ def finetunable_blocks(
     """
     if steps < 1:
         raise OptionError(f"block_steps must be 1 or more, got {steps!r}")
-    few = images.some(min(2, images.count))
+    few = images.first(min(2, images.count))
     names = [
         name
-        for name in comparable_blocks(pruned, original, lambda network: images.run(network, few))
+        for name in comparable_blocks(pruned, original, lambda network: images.forward(network, few))
         if len([layer for layer in layers if layer.startswith(f"{name}.")]) > 1
     ]
     if not names:

@@ -106,7 +106,7 @@ class PrunedModelBuilder:
         judged = min(round(VALIDATION_FRACTION / (1 - VALIDATION_FRACTION) * fitted), self.images.count - fitted)
         if judged < MIN_VALIDATION_IMAGES:
             return candidates[0]
-        both = self.images.some(fitted + judged)
+        both = self.images.first(fitted + judged)
         images = Calibration([index_batch(both, torch.arange(fitted))], fitted, None, self.images.forward)
         others = index_batch(both, torch.arange(fitted, fitted + judged))
         tails = {name: replace(tail, limits=None) for name, tail in self.tails.items()}
@@ -119,14 +119,14 @@ class PrunedModelBuilder:
             self.seed,
             False,
         )
-        wanted = output_of(self.images.run(self.original, others))
+        wanted = output_of(self.images.forward(self.original, others))
         found, ridges = [], TRIAL_RIDGES if len(self.ridges) > 1 else self.ridges
         for widths in tqdm(candidates, desc="widths", unit="choice", disable=not self.progress):
             small = copy_model(self.original)
             removed = self._removed(widths)
             layers, masks = dict(small.named_modules()), self._masks(small, removed)
             reconstruct(small, layers, tails, target, images, masks=masks, ridge=ridges, quiet=True, progress=False)
-            found.append(float((output_of(self.images.run(small, others)) - wanted).square().sum()))
+            found.append(float((output_of(self.images.forward(small, others)) - wanted).square().sum()))
         return candidates[found.index(min(found))]
 
     @torch.no_grad()
@@ -223,12 +223,12 @@ class PrunedModelBuilder:
             # (C_out, C_in of its group)
             left = mask.view(convs, 1, -1).expand(-1, len(layer.weight) // convs, -1).flatten(0, 1)
             layer.weight.mul_(left.view(*left.shape, *[1] * (layer.weight.ndim - 2)).to(layer.weight))
-        return self.images.run(small, self.few)
+        return self.images.forward(small, self.few)
 
     def _check(self, small: nn.Module, silenced: Any) -> None:
         kind = type(self.original).__name__
         try:
-            after = self.images.run(small, self.few)
+            after = self.images.forward(small, self.few)
         except RuntimeError as error:
             raise OptionError(
                 f"{kind} cannot be pruned: its forward pass does not fit its new widths ({error}). It is as it was"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -67,14 +68,15 @@ class Calibration:
                 "torch.inference_mode() is on, and what is made in it can be neither traced nor trained; call this outside of it"
             )
         check_loader(loader, again=False)
-        self.forward = forward
-        self.batches: list[Any] = []
+        # A C function, so that no frame of this module lies between the caller and the layers' hooks
+        self.forward: Forward = operator.call if forward is None else forward
+        self._batches: list[Any] = []
         self.count = 0
         for batch in loader:
             batch = get_inputs(batch) if forward is None else batch
             size = min(batch_size(batch), max_images - self.count)
             batch = batch if size == batch_size(batch) else index_batch(batch, torch.arange(size))
-            self.batches.append(batch if device is None else to_device(batch, device))
+            self._batches.append(batch if device is None else to_device(batch, device))
             self.count += size
             if self.count >= max_images:
                 break
@@ -82,32 +84,29 @@ class Calibration:
             raise DataError("the loader gave no images; some hundred are needed, labels are not")
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        return iter(self._batches)
 
-    def run(self, model: nn.Module, batch: Any) -> Any:
-        """Call a network on a batch."""
-        return self.forward(model, batch) if self.forward is not None else model(get_inputs(batch))
-
-    def some(self, images: int) -> Any:
+    def first(self, images: int) -> Any:
         """The first images, as one batch."""
-        return _joined(self._between(0, images).batches)
+        return _joined(self.slice(0, images)._batches)
 
-    def parted(self, share: float, most: int) -> tuple[Calibration, Calibration]:
+    def split(self, share: float, most: int) -> tuple[Calibration, Calibration]:
         """The first images, and the last ones: at most this share of them and so many; all of them twice where they are too few to be parted.
 
         Example:
             >>> images = Calibration([torch.zeros(6, 1), torch.zeros(4, 1)])
-            >>> [[part.count for part in images.parted(share, 3)] for share in (0.25, 0.5, 0.05)]
+            >>> [[part.count for part in images.split(share, 3)] for share in (0.25, 0.5, 0.05)]
             [[8, 2], [7, 3], [10, 10]]
         """
         last = min(most, int(share * self.count))
         if not last:
             return self, self
-        return self._between(0, self.count - last), self._between(self.count - last, self.count)
+        return self.slice(0, self.count - last), self.slice(self.count - last, self.count)
 
-    def _between(self, start: int, stop: int) -> Calibration:
-        batches, seen = [], 0
-        for batch in self.batches:
+    def slice(self, start: int, stop: int) -> Calibration:
+        batches: list[Any] = []
+        seen = 0
+        for batch in self._batches:
             size = batch_size(batch)
             first, last = max(0, start - seen), min(size, stop - seen)
             if first < last:
@@ -115,19 +114,19 @@ class Calibration:
             seen += size
         return Calibration(batches, stop - start, None, self.forward)
 
-    def pieces(self, size: int) -> Iterator[Any]:
+    def batches(self, size: int) -> Iterator[Any]:
         """Every image, in batches of at most this size.
 
         Example:
-            >>> [len(batch) for batch in Calibration([torch.zeros(3, 1), torch.zeros(4, 1)]).pieces(5)]
+            >>> [len(batch) for batch in Calibration([torch.zeros(3, 1), torch.zeros(4, 1)]).batches(5)]
             [5, 2]
         """
         for start in range(0, self.count, size):
-            yield _joined(self._between(start, min(start + size, self.count)).batches)
+            yield _joined(self.slice(start, min(start + size, self.count))._batches)
 
-    def all(self) -> Any:
+    def concatenate(self) -> Any:
         """Every image, as one batch."""
-        return _joined(self.batches)
+        return _joined(self._batches)
 
 
 def _joined(batches: list[Any]) -> Any:

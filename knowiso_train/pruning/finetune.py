@@ -99,9 +99,9 @@ def compared_layers(
         ShapeError: a layer that emits another shape in the pruned network.
         LayerNameError: no such layer.
     """
-    few = images.some(2)
+    few = images.first(2)
     if layers is None:
-        return comparable_blocks(small, whole, lambda network: images.run(network, few))
+        return comparable_blocks(small, whole, lambda network: images.forward(network, few))
     names = resolve_layers(whole, layers) if layers else []
     with torch.no_grad():
         of_small, of_whole = (forward_with_features(images, network, names, few) for network in (small, whole))
@@ -216,7 +216,7 @@ def finetune(
     images = Calibration(
         loader, max_images, device_of(whole), forward or (_called if label_weight else None)
     )  # without one it keeps the inputs alone
-    batch = images.all()
+    batch = images.concatenate()
     truth = labels_of(batch) if label_weight else None
     away = max(1, round(held_out * images.count))
     if images.count < MIN_FINETUNE_IMAGES or images.count - away < batch_size:

@@ -49,7 +49,7 @@ class ReferenceCache:
 
     Example:
         >>> images = Calibration([torch.randn(8, 3)])
-        >>> targets = ReferenceCache(nn.Sequential(nn.Linear(3, 2)), ["0"], images, images.all())
+        >>> targets = ReferenceCache(nn.Sequential(nn.Linear(3, 2)), ["0"], images, images.concatenate())
         >>> given = targets.of(torch.tensor([4, 1]))
         >>> torch.equal(given.features["0"], given.output), targets.kept
         (True, True)
@@ -98,9 +98,9 @@ def forward_with_features(images: Calibration, model: nn.Module, layers: Sequenc
         torch.Size([1, 4])
     """
     if not layers:
-        return ModelOutputs({}, _tensor(images.run(model, batch)))
+        return ModelOutputs({}, _tensor(images.forward(model, batch)))
     with FeatureTaps(model, list(layers)) as taps:
-        output = _tensor(images.run(model, batch))
+        output = _tensor(images.forward(model, batch))
         return ModelOutputs(taps.collect(), output)
 
 
@@ -210,7 +210,7 @@ class Validator:
     Example:
         >>> from knowiso_train.pruning.calibration import Calibration
         >>> model, images = nn.Linear(3, 2), Calibration([torch.randn(8, 3)])
-        >>> Validator(model, ReferenceCache(model, [], images, images.all()), torch.arange(4), Objective(logits=1.0)).check(0).agreement
+        >>> Validator(model, ReferenceCache(model, [], images, images.concatenate()), torch.arange(4), Objective(logits=1.0)).check(0).agreement
         1.0
     """
 

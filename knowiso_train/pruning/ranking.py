@@ -45,7 +45,7 @@ class ChannelRanking:
     kinds: dict[str, str]
 
     def candidates(
-        self, costs: Mapping[str, LayerCost], share: float, floor: float, round_to: int
+        self, costs: Mapping[str, LayerCost], share: float, min_width: float, round_to: int
     ) -> list[dict[str, int]]:
         """Widths at most this share of the cost, by harms that count the output's sensitivity more or less: the plain one counts errors as if they
         added up and were never mended by later layers, and how far that is so depends on the network.
@@ -55,13 +55,13 @@ class ChannelRanking:
         """
         found: list[dict[str, int]] = []
         for temper in SENSITIVITY_EXPONENTS if self.harms is not None else SENSITIVITY_EXPONENTS[:1]:
-            widths = self.widths(costs, share, floor, round_to, temper)
+            widths = self.widths(costs, share, min_width, round_to, temper)
             if widths not in found:
                 found.append(widths)
         return found
 
     def widths(
-        self, costs: Mapping[str, LayerCost], share: float, floor: float, round_to: int, temper: float
+        self, costs: Mapping[str, LayerCost], share: float, min_width: float, round_to: int, temper: float
     ) -> dict[str, int]:
         """Units that stay, at most this share of the cost, with that exponent of the sensitivities.
 
@@ -72,17 +72,17 @@ class ChannelRanking:
         steps = {name: 1 if kind == "heads" else round_to for name, kind in self.kinds.items()}
         if self.harms is not None:
             harms = {name: harm * self.factors[name] ** temper for name, harm in self.harms.items()}
-            return allocate(harms, costs, target, floor=floor, round_to=steps)
+            return allocate(harms, costs, target, min_width=min_width, round_to=steps)
         sizes = {name: len(order) for name, order in self.orders.items()}
         for percent in range(1000, -1, -1):
             widths = {}
             for name, size in sizes.items():
-                allowed = allowed_widths(size, floor, steps[name])
+                allowed = allowed_widths(size, min_width, steps[name])
                 widths[name] = next((width for width in allowed if width <= size * percent / 1000), allowed[-1])
             if total_cost(costs, {name: size - widths[name] for name, size in sizes.items()}) <= target:
                 return widths
         raise OptionError(
-            f"cannot reach a share of {share} of the cost with a floor of {floor}; let a larger share stay, or lower the floor"
+            f"cannot reach a share of {share} of the cost with a min_width of {min_width}; let a larger share stay, or lower the min_width"
         )
 
     def again(
@@ -154,7 +154,7 @@ def rank_by_isomorphism(
         for name, channels in group.readers.items()
         if name in readers and num_input_features(readers[name]) > WIDE_LAYER_FEATURES
     }
-    fitted, others = images.parted(MAX_SENSITIVITY_FRACTION, max_sensitivity_images(model, groups, images))
+    fitted, others = images.split(MAX_SENSITIVITY_FRACTION, max_sensitivity_images(model, groups, images))
     target = None
     if rows is None:
         inputs = input_moments(

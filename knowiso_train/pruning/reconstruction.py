@@ -240,7 +240,7 @@ def reconstruct(
 
         return hook
 
-    every = images.all()
+    every = images.concatenate()
     handles = [layers[name].register_forward_pre_hook(reached(name), with_kwargs=True) for name in tails]
     handles += [
         modules[name].register_forward_hook(finished(name), with_kwargs=True)
@@ -248,7 +248,7 @@ def reconstruct(
     ]
     try:
         with tqdm(total=len(tails), desc="refit", unit="layer", disable=not progress) as bar, mode:
-            images.run(network, every)
+            images.forward(network, every)
     finally:
         for handle in handles:
             handle.remove()
@@ -393,8 +393,8 @@ def refit(
     with preserve_state(small, whole), torch.no_grad():
         found = trace_model(whole, images)
         outputs = infer_kept_outputs(whole, small, found, kept)
-        few = images.some(min(TRACE_IMAGES, images.count))
-        counts = [record_operations(partial(images.run, network, few)) for network in (small, whole)]
+        few = images.first(min(TRACE_IMAGES, images.count))
+        counts = [record_operations(partial(images.forward, network, few)) for network in (small, whole)]
         if counts[0] != counts[1]:
             raise ShapeError(
                 f"the pruned network runs {counts[0]} operations and the original {counts[1]}, so that they cannot be told to be the same ones. "

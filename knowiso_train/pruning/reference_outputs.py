@@ -131,7 +131,7 @@ def record_reference_outputs(
         for batch in tqdm(images, desc="original", unit="batch", disable=not progress):
             size, mode.count = batch_size(batch), 0
             with nullcontext() if also is None else also.batch(size, mode.silent), mode:
-                images.run(model, batch)
+                images.forward(model, batch)
             start += size
     finally:
         for handle in handles:

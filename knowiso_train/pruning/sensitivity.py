@@ -155,18 +155,18 @@ def output_sensitivities(
     """
     replay, changes = ActivationCache({name: model.get_submodule(name) for name in order}), dict.fromkeys(found, 0.0)
     plain: list[Tensor] = []
-    parts = list(images.pieces(SENSITIVITY_BATCH_SIZE))
+    parts = list(images.batches(SENSITIVITY_BATCH_SIZE))
     with (
         torch.no_grad(),
         tqdm(total=len(parts) * len(groups), desc="sensitivity", unit="pass", disable=not progress) as bar,
     ):
         for part in parts:
             with replay.recording():
-                plain.append(output_of(images.run(model, part)))
+                plain.append(output_of(images.forward(model, part)))
             for group in groups:
                 weights = found[group.name].weights
                 with _replaced(model, weights), replay.ahead_of(list(weights)):
-                    changes[group.name] += float((output_of(images.run(model, part)) - plain[-1]).square().sum())
+                    changes[group.name] += float((output_of(images.forward(model, part)) - plain[-1]).square().sum())
                 bar.update()
         outputs = torch.cat(plain)
         spread = float((outputs - outputs.mean(0)).square().sum().clamp_min(1e-30))

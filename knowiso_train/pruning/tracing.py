@@ -378,7 +378,7 @@ def trace_model(model: nn.Module, images: Calibration) -> dict[str, Epilogue]:
         if is_plain_linear_op(layer) and owners.count(id(layer.weight)) == 1
     }
     count = min(TRACE_IMAGES, images.count)
-    few = images.some(count)
+    few = images.first(count)
     apart: set[str] = set()  # layers that do not see images, such as one that makes a position code
 
     def looking(name: str) -> Callable[..., None]:
@@ -390,7 +390,7 @@ def trace_model(model: nn.Module, images: Calibration) -> dict[str, Epilogue]:
 
     handles = [layer.register_forward_hook(looking(name)) for name, layer in layers.items()]
     try:
-        found = trace_epilogues(model, layers, lambda: images.run(model, few))
+        found = trace_epilogues(model, layers, lambda: images.forward(model, few))
     finally:
         for handle in handles:
             handle.remove()

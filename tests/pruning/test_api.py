@@ -173,7 +173,7 @@ def test_budgets_floor_and_rounding() -> None:
         for net in (model, pruned.model)
     ]
     assert sizes[1] <= 0.5 * sizes[0]
-    pruned = ki.prune(model, [images], macs=0.6, floor=0.5, round_to=4, progress=False)
+    pruned = ki.prune(model, [images], macs=0.6, min_width=0.5, round_to=4, progress=False)
     assert {width.name: width.after for width in pruned.report.widths}["conv1"] in (8, 12)
     assert all(width.after >= 0.5 * width.before for width in pruned.report.widths)
     only = ki.prune(model, [images], macs=0.6, ignored=["conv2"], progress=False)

@@ -135,7 +135,7 @@ def test_inference_mode_is_told_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"floor": "a"}, "floor is the least share"),
+        ({"min_width": "a"}, "min_width is the least share"),
         ({"round_to": "8"}, "round_to must be an integer >= 1, got '8'"),
         ({"max_images": 1.5}, "max_images must be an integer"),
         ({"block_steps": 2.5}, "block_steps must be an integer >= 0"),

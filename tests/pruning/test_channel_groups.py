@@ -32,7 +32,7 @@ def test_allocation_is_the_best_of_all_where_harms_are_convex() -> None:
             steps = torch.rand(6, generator=generator, dtype=torch.float64).sort().values
             harms[name] = torch.cat([steps.cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
             costs[name] = LayerCost(1.0, 1.0, 6.0, {}, {name: 1.0})
-        found = allocate(harms, costs, 9.0, floor=0.1)
+        found = allocate(harms, costs, 9.0, min_width=0.1)
         assert total_cost(costs, {n: 6 - w for n, w in found.items()}) <= 9
         best = min(
             sum(float(harms[n][w]) for n, w in zip("abc", widths, strict=True))
@@ -46,7 +46,7 @@ def test_widths_that_are_allowed() -> None:
     assert allowed_widths(12, 0.3, 1) == [12, 11, 10, 9, 8, 7, 6, 5, 4]
     assert allowed_widths(12, 0.3, 5) == [12, 10, 5]
     with pytest.raises(OptionError, match=r"0\.667 is left"):
-        allocate({"a": torch.zeros(4)}, {"a": LayerCost(1.0, 1.0, 3.0, {}, {"a": 1.0})}, 1.0, floor=0.6)
+        allocate({"a": torch.zeros(4)}, {"a": LayerCost(1.0, 1.0, 3.0, {}, {"a": 1.0})}, 1.0, min_width=0.6)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "regnety_002", "densenet121", "vit_tiny_patch16_224"])

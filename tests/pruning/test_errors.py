@@ -40,7 +40,7 @@ def test_arguments() -> None:
     for wrong in (
         {"macs": 1.2},
         {"params": 0.0},
-        {"floor": 0.0},
+        {"min_width": 0.0},
         {"round_to": 0},
         {"rows": 0},
         {"ridge": -1.0},
@@ -49,7 +49,7 @@ def test_arguments() -> None:
         with pytest.raises(OptionError):
             ki.prune(model, [images], progress=False, **wrong)
     with pytest.raises(OptionError, match="cannot reach"):
-        ki.prune(model, [images], macs=0.05, floor=0.5, progress=False)
+        ki.prune(model, [images], macs=0.05, min_width=0.5, progress=False)
     with pytest.raises(OptionError, match="no modules"):
         ki.prune(model, [images], ignored=["layer7"], progress=False)
     with pytest.raises(InputTypeError):

@@ -109,13 +109,13 @@ def test_what_is_looked_at_again_is_what_changed() -> None:
             for i, (m, n, a, b) in enumerate(zip(ends, ends[1:], names, names[1:], strict=False))
         }
         target = share * total_cost(costs, {})
-        assert allocate(harms, costs, target, floor=0.1, round_to=round_to) == plainly(
+        assert allocate(harms, costs, target, min_width=0.1, round_to=round_to) == plainly(
             harms, costs, target, 0.1, round_to
         )
 
 
 def plainly(
-    harms: dict[str, Tensor], costs: dict[str, LayerCost], target: float, floor: float, round_to: int
+    harms: dict[str, Tensor], costs: dict[str, LayerCost], target: float, min_width: float, round_to: int
 ) -> dict[str, int]:
     sizes = {name: len(harm) - 1 for name, harm in harms.items()}
     widths = dict(sizes)
@@ -126,7 +126,7 @@ def plainly(
     while cost({}) > target:
         steps = []
         for name, size in sizes.items():
-            narrower = [width for width in allowed_widths(size, floor, round_to) if width < widths[name]]
+            narrower = [width for width in allowed_widths(size, min_width, round_to) if width < widths[name]]
             enough = [width for width in narrower if cost({name: width}) <= target]
             for width in narrower if not enough else narrower[: narrower.index(enough[0]) + 1]:
                 steps.append(
