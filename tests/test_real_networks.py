@@ -26,7 +26,7 @@ def test_shares_equal_those_of_stored_features_and_least_squares(images: torch.T
     pair = measure(
         models.cifar_resnet(20), models.cifar_resnet(56), loader, "layer3", order=0, ridge=0.0, progress=False
     )["layer3"]
-    role = SplitImageLoader(loader).roles(np.arange(len(images)))
+    role = SplitImageLoader(loader).parts(np.arange(len(images)))
     x, y = (models.cifar_features(depth, images, 3).permute(0, 2, 3, 1).double().numpy() for depth in (20, 56))
     rows, targets = (f[role == 0].reshape(-1, 64) for f in (x, y))
     design = np.concatenate([rows, np.ones((len(rows), 1))], 1)

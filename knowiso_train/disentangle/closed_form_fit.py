@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from knowiso_train.disentangle.closed_form import ClosedFormMaps, predicted, write_conv
 from knowiso_train.disentangle.config import DisentangleConfig, NonlinearConfig, parse_solver_options
-from knowiso_train.disentangle.fitter import FitSpec, Fitter
+from knowiso_train.disentangle.fitter import FitSpec, Fitter, MemoryEstimate
 from knowiso_train.disentangle.nonlinear import fit_order
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.regression.moments import StreamingMoments
@@ -41,6 +41,28 @@ class ClosedFormFitter(Fitter):
                 (max(1, settings.max_rows // 4), max(1, task.expected // 4)),
             )
         ]
+
+    @staticmethod
+    def estimate_memory(
+        settings: DisentangleConfig,
+        source_channels: int,
+        target_channels: int,
+        targets: int,
+        expected_rows: int | None,
+    ) -> MemoryEstimate:
+        kernel_area = (settings.kernel_size or 1) ** 2
+        num_features = min(source_channels, settings.source_channels or source_channels) * kernel_area
+        hidden = (settings.hidden or default_hidden(target_channels)) * kernel_area
+        sample = Fitter.sample_bytes(settings, source_channels, target_channels, targets, expected_rows)
+        # S_xx and S_xy in float64, for the fitting and for the selection images
+        moments = 2 * 8 * (num_features**2 + num_features * targets * target_channels)
+        # Order 0: copies of S_xx in the eigendecomposition, or in a Cholesky factorization where no ridge is searched
+        solving = 8 * (5 if num_features <= MAX_SEARCH_FEATURES else 2) * num_features**2
+        if not settings.order:
+            return MemoryEstimate(num_features, moments, solving)
+        # Orders >= 1: square matrices over the features of all orders together
+        solving += 8 * 8 * (num_features + settings.order * hidden) ** 2
+        return MemoryEstimate(num_features, moments + sample, solving)
 
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
         if self.projection is not None:

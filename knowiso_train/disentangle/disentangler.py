@@ -20,7 +20,7 @@ from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
 from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError
 from knowiso_train.features.extractor import align
 from knowiso_train.utils.distributed import ProcessGroup
-from knowiso_train.utils.hashing import hash_unit
+from knowiso_train.utils.hashing import split_by_hash
 
 DISENTANGLER_FORMAT_VERSION = 1
 CONFIG_FILE, TENSORS_FILE = "disentangler.json", "disentangler.safetensors"
@@ -117,7 +117,7 @@ class Disentangler(nn.Module):
                 raise OptionError(
                     f"select must be a fraction in [0, 1) or a (source, target) pair of features, got {select}"
                 )
-            held = hash_unit(index, settings.seed) < select
+            held = split_by_hash(index, (select, 1 - select), settings.seed) == 0
             parts = [
                 (x[torch.from_numpy(m).to(x.device)], y[torch.from_numpy(m).to(y.device)], index[m], flag)
                 for m, flag in ((~held, False), (held, True))
@@ -236,6 +236,11 @@ def _pair(x_source: Tensor, x_target: Tensor) -> tuple[Tensor, Tensor]:
     return align(x, (y.shape[2], y.shape[3])), y
 
 
+def fitter_type(settings: DisentangleConfig) -> type[Fitter]:
+    """Return the fitter class of the solver."""
+    return PaperFitter if settings.solver == "paper" else ClosedFormFitter
+
+
 def make_fitter(
     settings: DisentangleConfig,
     x: Tensor,
@@ -259,7 +264,7 @@ def make_fitter(
     task = FitSpec(
         settings, x.shape[1], y.shape[1] // targets, targets, expected, dtype, y.device, group or ProcessGroup()
     )
-    return (PaperFitter if settings.solver == "paper" else ClosedFormFitter)(task)
+    return fitter_type(settings)(task)
 
 
 def _write_files(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -40,6 +40,21 @@ class FitSpec:
     group: ProcessGroup
 
 
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of one fit.
+
+    Attributes:
+        num_features: Columns of the order-0 regression.
+        streaming: Bytes held while features stream.
+        solving: Further bytes at the peak of the solve.
+    """
+
+    num_features: int
+    streaming: int
+    solving: int
+
+
 class Fitter(ABC):
     """Takes features batch by batch, then gives one module of maps per target.
 
@@ -64,6 +79,34 @@ class Fitter(ABC):
     @abstractmethod
     def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
         """Fit, in all processes together."""
+
+    @staticmethod
+    @abstractmethod
+    def estimate_memory(
+        settings: DisentangleConfig,
+        source_channels: int,
+        target_channels: int,
+        targets: int,
+        expected_rows: int | None,
+    ) -> MemoryEstimate:
+        """Estimate the memory of a fit before any of it is allocated.
+
+        Args:
+            settings: Configuration with the kernel size decided.
+            source_channels: Channels of the source feature.
+            target_channels: Channels of one target.
+            targets: Number of targets fitted in one pass.
+            expected_rows: Expected images × positions. None: at least `max_rows`.
+        """
+
+    @staticmethod
+    def sample_bytes(
+        settings: DisentangleConfig, source_channels: int, target_channels: int, targets: int, expected_rows: int | None
+    ) -> int:
+        """Return the bytes of the sample of features that `max_rows` bounds."""
+        rows = min(settings.max_rows, expected_rows or settings.max_rows)
+        # 4 bytes per float32, and a quarter more for the selection sample
+        return 5 * rows * (source_channels + targets * target_channels)
 
     def part(self, target: int) -> slice:
         """Channels of one target."""

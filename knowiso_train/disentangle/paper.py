@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from knowiso_train.disentangle.config import PaperConfig, parse_solver_options
-from knowiso_train.disentangle.fitter import FitSpec, Fitter
+from knowiso_train.disentangle.config import DisentangleConfig, PaperConfig, parse_solver_options
+from knowiso_train.disentangle.fitter import FitSpec, Fitter, MemoryEstimate
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops.gate import gate, gate_orders
 from knowiso_train.ops.reference import channel_scale
@@ -208,6 +208,17 @@ class PaperFitter(Fitter):
         super().__init__(task)
         self.recipe = parse_solver_options(PaperConfig, task.settings.solver_options, "paper's")
         self.sample = FeatureSample(task.settings.max_rows, task.expected, 1, 0, task.settings.seed, whole=True)
+
+    @staticmethod
+    def estimate_memory(
+        settings: DisentangleConfig,
+        source_channels: int,
+        target_channels: int,
+        targets: int,
+        expected_rows: int | None,
+    ) -> MemoryEstimate:
+        sample = Fitter.sample_bytes(settings, source_channels, target_channels, targets, expected_rows)
+        return MemoryEstimate(source_channels * (settings.kernel_size or 1) ** 2, sample, sample)
 
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
         self.sample.add(x, y, index)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -94,7 +94,7 @@ def suggest_layers(
         )
     report = measure(
         student, teacher, loader, pairs, order=0, max_images=max_images, bootstrap=0, target_transform=teacher_transform, layout=layout,
-        repeated=repeated, forward=forward, progress=False,
+        repeated=cast(Literal["error"], repeated), forward=forward, progress=False,
     )  # fmt: skip
     open_ = [
         pair for pair in report if pair.unexplained > MIN_UNEXPLAINED and sum(pair.shares) > (pair.noise_floor or 0.0)

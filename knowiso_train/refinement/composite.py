@@ -18,6 +18,7 @@ from knowiso_train.features.extractor import align
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.measurement.config import Solver
 from knowiso_train.measurement.measure import measure
 from knowiso_train.refinement.models import ClassifierModel, labels_of
 from knowiso_train.utils.batch import get_inputs
@@ -101,7 +102,7 @@ def paper_composite(
     lr: float,
     seed: int,
     max_images: int | None,
-    solver: str = "closed_form",
+    solver: Solver = "closed_form",
     progress: bool = False,
 ) -> Composite:
     """Fit the maps on unlabeled images, then train the layers after `layer` on labeled ones with a small learning rate.

@@ -18,7 +18,7 @@ from knowiso_train.features.modules import unwrap_model
 from knowiso_train.refinement.heads import FeatureScaling
 from knowiso_train.regression.moments import Moments, batch_moments
 from knowiso_train.regression.ridge import LinearMap, solve_ridge
-from knowiso_train.utils.hashing import hash_unit
+from knowiso_train.utils.hashing import split_by_hash
 
 # Of the random outputs, in root mean squares of the layer's own; a clamp between them is found, one beyond is not
 PROBE_SCALES = (0.1, 1.0, 30.0)
@@ -297,7 +297,7 @@ def fit_peer_projection(
     scalings = [FeatureScaling.of(rows, "the features") for rows in peers]
     other = torch.cat([scaling(rows) for scaling, rows in zip(scalings, peers, strict=True)], 1)
     rows = own.double()
-    held = torch.from_numpy(hash_unit(np.arange(len(own), dtype=np.int64), seed) >= 0.75)
+    held = torch.from_numpy(split_by_hash(np.arange(len(own), dtype=np.int64), (0.75, 0.25), seed) == 1)
     there, back = _map(rows, other, held, ridge), _map(other, rows, held, ridge)
     matrix = (there.weight @ back.weight).T
     return PeerProjection(matrix, back.bias + back.weight.T @ there.bias, (there.ridge, back.ridge))

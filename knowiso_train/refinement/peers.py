@@ -18,7 +18,7 @@ from knowiso_train.features.hooks import call_input
 from knowiso_train.refinement.models import ClassifierModel
 from knowiso_train.regression.moments import Moments, batch_moments
 from knowiso_train.regression.ridge import solve_ridge
-from knowiso_train.utils.hashing import hash_unit
+from knowiso_train.utils.hashing import hash_unit, split_by_hash
 
 MIN_SPLIT_IMAGES = 8  # images in each of the three parts
 
@@ -86,7 +86,7 @@ def split_masks(count: int, seed: int = 0) -> list[Tensor]:
     Raises:
         DataError: too few images.
     """
-    part = np.searchsorted([0.6, 0.8], hash_unit(np.arange(count, dtype=np.int64), seed), side="right")
+    part = split_by_hash(np.arange(count, dtype=np.int64), (0.6, 0.2, 0.2), seed)
     masks = [torch.from_numpy(part == i) for i in range(3)]
     if min(int(mask.sum()) for mask in masks) < MIN_SPLIT_IMAGES:
         raise DataError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,3 +23,22 @@ def hash_unit(index: NDArray[np.int64], seed: int, stream: int = 0) -> NDArray[n
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         z ^= z >> np.uint64(31)
     return np.asarray((z >> np.uint64(11)).astype(np.float64) / 2.0**53)
+
+
+def split_by_hash(index: NDArray[np.int64], fractions: Sequence[float], seed: int) -> NDArray[np.int64]:
+    """Assign each index to a part of a hold-out split by its hash, independent of order and of the other indices.
+
+    Args:
+        index: (N,) dataset indices.
+        fractions: Expected size of each part. Sum 1.
+        seed: Seed of the hash.
+
+    Returns:
+        (N,) number of each index's part.
+
+    Example:
+        >>> np.bincount(split_by_hash(np.arange(1000), (0.6, 0.2, 0.2), seed=0)).tolist()
+        [600, 208, 192]
+    """
+    boundaries = np.cumsum(fractions)[:-1]
+    return np.searchsorted(boundaries, hash_unit(index, seed), side="right").astype(np.int64)

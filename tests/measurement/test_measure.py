@@ -92,15 +92,15 @@ def test_split_is_a_property_of_the_image(images: Tensor) -> None:
     stream = SplitImageLoader(DataLoader(TensorDataset(images), batch_size=16), seed=3)
     seen = {
         int(i): int(r)
-        for part in (stream.fitting(), stream.reporting())
+        for part in (stream.fit_batches(), stream.report_batches())
         for b in part
-        for i, r in zip(b.index, b.role, strict=True)
+        for i, r in zip(b.index, b.part, strict=True)
     }
     assert sorted(seen) == list(range(120))
-    assert seen == {i: int(r) for i, r in enumerate(stream.roles(np.arange(120)))}
-    share = np.bincount(stream.roles(np.arange(20_000)), minlength=3) / 20_000
+    assert seen == {i: int(r) for i, r in enumerate(stream.parts(np.arange(120)))}
+    share = np.bincount(stream.parts(np.arange(20_000)), minlength=3) / 20_000
     np.testing.assert_allclose(share, [0.6, 0.2, 0.2], atol=0.01)
-    assert any(stream.roles(np.arange(120)) != SplitImageLoader([images], seed=4).roles(np.arange(120)))
+    assert any(stream.parts(np.arange(120)) != SplitImageLoader([images], seed=4).parts(np.arange(120)))
 
 
 def test_every_network_runs_once_per_image(images: Tensor) -> None:
@@ -320,7 +320,7 @@ def test_disentangler_of_a_pair_gives_the_reported_share(images: Tensor) -> None
         progress=False,
         solver_options={"epochs": 2},
     ).pairs[0]
-    chosen = images[torch.from_numpy(stream.roles(np.arange(120)) == 2)]
+    chosen = images[torch.from_numpy(stream.parts(np.arange(120)) == 2)]
     with torch.no_grad():
         y = b(chosen)
         _, residual = pair.disentangler.split(a(chosen), y)

@@ -1,0 +1,99 @@
+"""Configuration of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from knowiso_train.disentangle.config import DisentangleConfig
+from knowiso_train.errors import OptionError
+
+Solver = Literal["closed_form", "paper"]
+Direction = Literal["forward", "backward"]
+Directions = Literal["forward", "backward", "both"]
+Repeated = Literal["error", "first", "last"]
+
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """Options of `measure`; see there for their meaning and defaults.
+
+    Raises:
+        OptionError: An invalid value.
+    """
+
+    order: int = 2
+    kernel_size: int | None = None
+    solver: Solver = "closed_form"
+    directions: Directions = "forward"
+    hidden: int | None = None
+    ridge: float | Literal["search"] = "search"
+    split: Sequence[float] = (0.6, 0.2, 0.2)
+    seed: int = 0
+    max_images: int | None = None
+    max_rows: int = 131_072
+    positions: int | None = None
+    source_channels: int | None = None
+    noise_floor: bool = True
+    bootstrap: int = 500
+    source_transform: Callable[[Any], Any] | None = None
+    target_transform: Callable[[Any], Any] | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    layout: str | Mapping[str, str] | None = None
+    repeated: Repeated = "error"
+    device: torch.device | str | None = None
+    autocast: torch.dtype | None = None
+    names: tuple[str, str] | None = None
+    progress: bool = True
+    solver_options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.directions not in get_args(Directions):
+            raise OptionError(f"directions must be one of {get_args(Directions)}, got {self.directions!r}")
+        if self.bootstrap < 0:
+            raise OptionError(f"bootstrap must be >= 0, got {self.bootstrap}")
+        split = tuple(self.split)
+        if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6 or split[0] <= 0 or split[2] <= 0:
+            raise OptionError(
+                "split must be three fractions (fit, select, report) that sum to 1, with fit and report above 0; "
+                f"got {split}"
+            )
+        if self.max_images is not None and self.max_images < 1:
+            raise OptionError(f"max_images must be positive or None, got {self.max_images}")
+        object.__setattr__(self, "split", split)
+        self.disentangle_config()  # checks the options of the maps
+
+    @property
+    def measured_directions(self) -> tuple[Direction, ...]:
+        """Directions to measure, in the order of the report."""
+        return DIRECTIONS if self.directions == "both" else (self.directions,)
+
+    def disentangle_config(self) -> DisentangleConfig:
+        """Return the options that concern the maps."""
+        return DisentangleConfig(
+            order=self.order,
+            kernel_size=self.kernel_size,
+            solver=self.solver,
+            hidden=self.hidden,
+            ridge=self.ridge,
+            max_rows=self.max_rows,
+            positions=self.positions,
+            source_channels=self.source_channels,
+            seed=self.seed,
+            solver_options=self.solver_options,
+        )
+
+    def report_settings(self) -> dict[str, Any]:
+        """Return the options that determine the figures of a report, as plain values for JSON."""
+        return self.disentangle_config().to_dict() | {
+            "directions": self.directions,
+            "split": list(self.split),
+            "max_images": self.max_images,
+            "bootstrap": self.bootstrap,
+        }

@@ -1,0 +1,174 @@
+"""Measurement of one layer pair in one direction."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from knowiso_train.disentangle.disentangler import Disentangler, fitter_type, make_fitter
+from knowiso_train.disentangle.fitter import Fitter, MemoryEstimate
+from knowiso_train.errors import KnowisoWarning
+from knowiso_train.features.extractor import align
+from knowiso_train.features.modules import LayerPair
+from knowiso_train.measurement.config import Direction, MeasureConfig
+from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, PermutedTargets
+from knowiso_train.measurement.report import PairResult
+from knowiso_train.regression.explained_variance import ResidualStatistics
+from knowiso_train.utils.distributed import ProcessGroup
+
+Features = dict[str, Tensor]  # (N, C, H, W) by layer name
+
+MIN_REPORT_IMAGES = 10  # below this number the bootstrap interval is unreliable: a warning
+DEFAULT_EXPECTED_IMAGES = 10_000  # if the loader does not provide its length
+
+T = TypeVar("T")
+
+
+class PairMeasurement:
+    """Measurement of one layer pair in one direction: `fit` batches, `solve`, `report` batches, `result`.
+
+    With `noise_floor=True` two targets are fitted: the target feature, and the same feature with its images permuted.
+
+    Args:
+        pair: Names of the two layers.
+        direction: Direction to measure.
+        config: Options of the measurement.
+        source_features: First batch of the source network; gives shapes and device.
+        target_features: First batch of the target network.
+        expected_images: Number of images of the measurement. None: unknown.
+        group: Processes that share the measurement.
+    """
+
+    def __init__(
+        self,
+        pair: LayerPair,
+        direction: Direction,
+        config: MeasureConfig,
+        source_features: Features,
+        target_features: Features,
+        *,
+        expected_images: int | None,
+        group: ProcessGroup,
+    ) -> None:
+        self.pair, self.direction, self.config, self.group = pair, direction, config, group
+        x, y = self._in_direction(source_features[pair.source], target_features[pair.target])
+        self.grids = ((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]))
+        self.channels = (x.shape[1], y.shape[1])
+        self.settings = config.disentangle_config().on_grid(self.grids[1])
+        # MPS has no float64, in which the statistics are accumulated
+        self.device = torch.device("cpu") if y.device.type == "mps" else y.device
+        self.expected_images = expected_images
+        self._fitter: Fitter | None = None
+        self._permute = PermutedTargets()
+        self._disentanglers: list[Disentangler] = []
+        self._statistics: list[ResidualStatistics] = []
+
+    @property
+    def label(self) -> str:
+        """Layers and direction, for messages."""
+        source, target = self._in_direction(self.pair.source, self.pair.target)
+        return f"{source} → {target} ({self.direction})"
+
+    @property
+    def num_targets(self) -> int:
+        """Number of targets to fit: the feature and, for the noise floor, its permutation."""
+        return 1 + self.config.noise_floor
+
+    def estimate_memory(self) -> MemoryEstimate:
+        """Return the memory estimate of the fit."""
+        height, width = self.grids[1]
+        rows = None if self.expected_images is None else self.expected_images * height * width
+        fitter = fitter_type(self.settings)
+        return fitter.estimate_memory(self.settings, *self.channels, self.num_targets, rows)
+
+    def fit(self, source_features: Features, target_features: Features, batch: IndexedBatch) -> None:
+        """Accumulate the fitting and selection images of a batch."""
+        x, y = self._aligned(source_features, target_features)
+        if self.config.noise_floor:
+            y = torch.cat([y, self._permute(y, torch.from_numpy(batch.part))], 1)
+        if self._fitter is None:
+            expected = self.expected_images or DEFAULT_EXPECTED_IMAGES
+            self._fitter = make_fitter(self.settings, x, y, expected, targets=self.num_targets, group=self.group)
+        select = batch.mask("select")
+        mask = batch.mask("fit") | select
+        images = torch.from_numpy(mask).to(y.device)
+        self._fitter.update(x[images], y[images], batch.index[mask], select[mask])
+
+    def solve(self, *, progress: bool) -> None:
+        """Fit the maps; they are fixed from here on."""
+        fitter = self._started_fitter()
+        for target, maps in enumerate(fitter.finish(progress=progress, label=self.label)):
+            self._disentanglers.append(Disentangler.of(maps, self.settings))
+            # The noise floor is reported without an interval
+            bootstrap = self.config.bootstrap if target == 0 else 0
+            self._statistics.append(
+                ResidualStatistics(self.settings.order + 1, fitter.centers[target], bootstrap, self.settings.seed)
+            )
+
+    @torch.no_grad()
+    def report(self, source_features: Features, target_features: Features, batch: IndexedBatch) -> None:
+        """Accumulate the residuals of the report images of a batch."""
+        mask = batch.mask("report")
+        if not mask.any():
+            return
+        images = torch.from_numpy(mask).to(self.device)
+        x, y = (feature[images] for feature in self._aligned(source_features, target_features))
+        targets = [y]
+        if self.config.noise_floor:
+            targets.append(self._permute(y, torch.full((len(y),), SPLIT_NAMES.index("report"))))
+        for disentangler, statistics, target in zip(self._disentanglers, self._statistics, targets, strict=True):
+            statistics.update(target, disentangler.components(x), batch.index[mask])
+
+    def result(self) -> PairResult:
+        """Return the figures of this pair, reduced over the processes."""
+        for statistics in self._statistics:
+            statistics.all_reduce(self.group)
+        fitter, estimate = self._started_fitter(), self._statistics[0].estimate()
+        num_images = int(self._statistics[0].images)
+        # The paper's components are correlated: their variances are reported as published, and do not sum to 1
+        additive = self.settings.solver != "paper"
+        noise_floor = None
+        if self.config.noise_floor and num_images > 1:
+            noise_floor = 1 - self._statistics[1].estimate().unexplained[-1]
+        notes = list(fitter.notes)
+        if num_images < MIN_REPORT_IMAGES:
+            notes.append(f"only {num_images} images to report on: the interval is rough")
+            warnings.warn(f"{self.label}: {notes[-1]}", KnowisoWarning, stacklevel=4)
+        source, target = self._in_direction(self.pair.source, self.pair.target)
+        return PairResult(
+            source=source,
+            target=target,
+            direction=self.direction,
+            shares=estimate.shares if additive else estimate.component_variances,
+            unexplained=estimate.unexplained[-1],
+            interval=estimate.interval,
+            share_intervals=estimate.share_intervals if additive else estimate.component_intervals,
+            noise_floor=noise_floor,
+            component_variances=estimate.component_variances,
+            additive=additive,
+            source_channels=self.channels[0],
+            target_channels=self.channels[1],
+            source_grid=self.grids[0],
+            target_grid=self.grids[1],
+            ridge=fitter.ridges[0],
+            rows=fitter.rows,
+            warnings=tuple(notes),
+            disentangler=self._disentanglers[0],
+        )
+
+    def _in_direction(self, of_source: T, of_target: T) -> tuple[T, T]:
+        return (of_source, of_target) if self.direction == "forward" else (of_target, of_source)
+
+    def _aligned(self, source_features: Features, target_features: Features) -> tuple[Tensor, Tensor]:
+        """Return both features in one dtype, the explaining one resampled to the grid of the explained one."""
+        x, y = self._in_direction(source_features[self.pair.source], target_features[self.pair.target])
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        return align(x.to(self.device, dtype), self.grids[1]), y.to(self.device, dtype)
+
+    def _started_fitter(self) -> Fitter:
+        if self._fitter is None:
+            raise RuntimeError("solve() before fit()")
+        return self._fitter
