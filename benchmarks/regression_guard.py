@@ -52,7 +52,7 @@ from torch import Tensor, nn
 import knowiso_train as ki
 from benchmarks.common.models import CifarResNet, cifar10, cifar100_resnet, cifar_features, cifar_resnet
 from knowiso_train.pruning import cutmix
-from knowiso_train.refinement import FinetuneConfig
+from knowiso_train.refinement import RefineFinetuneConfig
 
 Numbers = dict[str, Any]
 QUIET: dict[str, Any] = {"progress": False}
@@ -217,7 +217,13 @@ def tune_numbers(report: Any) -> Numbers:
 def call_refine(model: nn.Module, peers: Sequence[nn.Module], pool: Any, **options: Any) -> Any:
     """Refine a network."""
     return ki.refine(
-        model, peers, pool, training=FinetuneConfig(steps=4, layers=["layer3"]), max_images=400, **QUIET, **options
+        model,
+        peers,
+        pool,
+        finetune_config=RefineFinetuneConfig(steps=4, layers=["layer3"]),
+        max_images=400,
+        **QUIET,
+        **options,
     )
 
 
@@ -227,12 +233,14 @@ def refine_numbers(report: Any) -> Numbers:
     for i, row in enumerate(report.rows):
         for part, score in (("validation", row.validation), ("test", row.test)):
             if score is not None:
-                found |= keyed(f"row {i} {part}", accuracy=score.accuracy, ece=score.ece, images=score.images)
+                found |= keyed(f"row {i} {part}", accuracy=score.accuracy, ece=score.ece, images=score.num_images)
     for i, peer in enumerate(report.peers):
-        shares = (peer.explains, peer.explained, peer.noise_floor)
+        shares = (peer.r2_of_model, peer.r2_of_peer, peer.noise_floor)
         found |= keyed(f"peer {i}", shares=shares, useful=int(peer.useful))
-    found |= keyed("shares", before_after=list(report.shares.values()))
-    return found | keyed("images", counts=[report.images[k] for k in ("unlabeled", "labeled", "validation", "test")])
+    found |= keyed("shares", before_after=list(report.explained.values()))
+    return found | keyed(
+        "images", counts=[report.num_images[k] for k in ("unlabeled", "labeled", "validation", "test")]
+    )
 
 
 def refine_sets(labeled: Any, validation: Any, test: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from knowiso_train.experiment.run_folder import RunFolder
 from knowiso_train.loading.checkpoints import load_checkpoint, read_weights
 from knowiso_train.loading.datasets import TrainingImages, labeled_images, training_loader
 from knowiso_train.loading.timm import InputBridge, input_transform, load_model
-from knowiso_train.refinement import FinetuneConfig, refine
+from knowiso_train.refinement import RefineFinetuneConfig, refine
 from knowiso_train.refinement.finetune import consensus_loss
 from knowiso_train.refinement.models import classifier_model as known_network
 from knowiso_train.refinement.peers import PeerEnsemble
@@ -258,7 +258,7 @@ def agreement(
         i: partial(F.linear, weight=weights[f"{i}.weight"].to(device), bias=weights[f"{i}.bias"].to(device))
         for i in range(len(peers))
     }
-    settings = FinetuneConfig(layers=args.layers or None, peer_layers=peer_layers(args))
+    settings = RefineFinetuneConfig(layers=args.layers or None, peer_layers=peer_layers(args))
     iso = consensus_loss(student, teacher, known_network(teacher, "network"), named, example, settings)
     return iso, PeerEnsemble(named, teachers, classes)
 

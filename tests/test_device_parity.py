@@ -21,7 +21,7 @@ from knowiso_train.errors import KnowisoWarning
 from knowiso_train.measurement import measure
 from knowiso_train.pruning import cutmix
 from knowiso_train.pruning.kept_indices import index_kept
-from knowiso_train.refinement import FinetuneConfig
+from knowiso_train.refinement import RefineFinetuneConfig
 from tests.distillation.test_estimators import built
 from tests.helpers import fake_device
 from tests.helpers.prune_models import FAMILIES, chain, family, little
@@ -286,10 +286,10 @@ def test_optimizer_states_stay_on_the_device(device: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "auto", "training": FinetuneConfig(steps=5)},
+        {"method": "auto", "finetune_config": RefineFinetuneConfig(steps=5)},
         {"method": "head"},
-        {"method": "consensus", "training": FinetuneConfig(steps=20)},
-        {"method": "paper", "layer": "global_pool", "training": FinetuneConfig(steps=20)},
+        {"method": "consensus", "finetune_config": RefineFinetuneConfig(steps=20)},
+        {"method": "paper", "layer": "global_pool", "finetune_config": RefineFinetuneConfig(steps=20)},
     ],
     ids=lambda options: options["method"],
 )

@@ -11,7 +11,7 @@ head:  `clothing10`, 3 to 50 labels per class and all of them, lite0 with ImageN
        validation images, the controls'
        from more settings than ours; "as shipped" tunes nothing, but takes the classes' proportions from there, as
        `refine` does. Its defaults were
-       found on 800 of the training images, before a test image was looked at; the sharpness later, on the validation
+       found on 800 of the training images, before a test image was looked at; the inverse temperature later, on the validation
        images.
 harm:  useless peers through `refine` itself, alone and beside a good one: they must be noticed and cost nothing.
 cifar, cifar-100: fine-tuning of a small network on few labeled images, without augmentation and with, see
@@ -52,7 +52,7 @@ JUDGED = (3, 5, 10, 20)  # that the targets speak of
 PROPORTION = ", in proportion"  # of the classes among the validation images, as ours
 RIDGES = tuple(10.0**e for e in range(-3, 3))
 RECIPES = [
-    HeadConfig(few_ridge=few, sharpness=sharp, rounds=rounds, head_ridge=ridge)
+    HeadConfig(label_ridge=few, inverse_temperature=sharp, num_rounds=rounds, head_ridge=ridge)
     for few in (0.1, 1.0)
     for sharp in (12.0, math.inf)
     for rounds in (1, 3)
@@ -84,8 +84,8 @@ def peers() -> list[dict[str, Any]]:
         rows.append(
             {
                 "peer": name,
-                "explains": found.explains,
-                "is explained": found.explained,
+                "explains": found.r2_of_model,
+                "is explained": found.r2_of_peer,
                 "noise floor": found.noise_floor,
             }
         )
@@ -101,8 +101,8 @@ class Arms:
         self.data = {name: features(name) for name in ("lite0", "lite1", "lite2", "lite0, mirrored", USELESS[1])}
         x = {name: part["train"] for name, part in self.data.items()}
         own, mirrored = x["lite0"], x["lite0, mirrored"]
-        view = FeatureScaling.of(own)(own)
-        other = FeatureScaling.of(mirrored)(mirrored)
+        view = FeatureScaling.fit(own)(own)
+        other = FeatureScaling.fit(mirrored)(mirrored)
         shrunk = [self._alike(view @ ridge_map(view, y, r)) for y in (view, other) for r in (1.0, 3.0, 10.0)]
         self.single = [ConsensusFeatures(own, rows) for rows in (view, *shrunk)]
         self.projections = self._projections(own, mirrored, x["lite1"])
@@ -113,7 +113,10 @@ class Arms:
             "untrained, not left out": [USELESS[1]],
         }
         self.ours = {
-            name: [ConsensusFeatures.of([own, *(x[p] for p in names)], HeadConfig(part_ridge=r)) for r in (0.3, 1.0)]
+            name: [
+                ConsensusFeatures.from_views([own, *(x[p] for p in names)], HeadConfig(view_ridge=r))
+                for r in (0.3, 1.0)
+            ]
             for name, names in self.groups.items()
         }
         self.labels = features("lite0")["labels"]
@@ -126,8 +129,8 @@ class Arms:
 
     def _projections(self, own: Tensor, mirrored: Tensor, peer: Tensor) -> dict[str, list[Any]]:
         """For linear methods: functions from raw features of any split to what the ridge classifier sees."""
-        scaling = FeatureScaling.of(own)
-        view, other, first = scaling(own), FeatureScaling.of(mirrored)(mirrored), FeatureScaling.of(peer)(peer)
+        scaling = FeatureScaling.fit(own)
+        view, other, first = scaling(own), FeatureScaling.fit(mirrored)(mirrored), FeatureScaling.fit(peer)(peer)
         maps = {
             "raw features": [torch.eye(view.shape[1], dtype=torch.float64)],
             "own → own, own → mirrored": [ridge_map(view, y, r) for y in (view, other) for r in (1.0, 3.0, 10.0)],
@@ -152,7 +155,7 @@ class Arms:
             "three networks side by side": ["lite0", "lite1", "lite2"],
         }.items():
             part = {
-                s: torch.cat([FeatureScaling.of(self.data[n]["train"])(self.data[n][s]) for n in names], 1)
+                s: torch.cat([FeatureScaling.fit(self.data[n]["train"])(self.data[n][s]) for n in names], 1)
                 for s in ("train", "validation", "test")
             }
             found[name] = self._ridges(part, index, labels)

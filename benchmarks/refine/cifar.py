@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks.common.augment import crops_and_flips
 from benchmarks.common.models import CifarResNet, cifar_images
 from benchmarks.common.stats import spread
-from knowiso_train.refinement.finetune import FinetuneConfig, fine_tune
+from knowiso_train.refinement.finetune import RefineFinetuneConfig, finetune_classifier
 from knowiso_train.refinement.heads import consensus_head
 from knowiso_train.refinement.models import classifier_model
 
@@ -161,26 +161,26 @@ def more(
     lr: float,
     weight: float,
 ) -> nn.Module:
-    """The first network, trained for MORE steps: every way is `fine_tune` with other weights, so budget and batches are the same."""
+    """The first network, trained for MORE steps: every way is `finetune_classifier` with other weights, so budget and batches are the same."""
     kinds: dict[str, dict[str, Any]] = {
-        "cross-entropy": {"weight": 0.0, "kd_weight": 0.0},
-        "self-distillation": {"weight": 0.0, "kd_weight": weight, "targets": "own"},
-        "ensemble": {"weight": 0.0, "kd_weight": weight},
-        "ours": {"weight": weight, "kd_weight": 3.0},
+        "cross-entropy": {"consensus_weight": 0.0, "kd_weight": 0.0},
+        "self-distillation": {"consensus_weight": 0.0, "kd_weight": weight, "targets": "own"},
+        "ensemble": {"consensus_weight": 0.0, "kd_weight": weight},
+        "ours": {"consensus_weight": weight, "kd_weight": 3.0},
     }
-    settings = FinetuneConfig(
+    settings = RefineFinetuneConfig(
         steps=MORE,
         lr=lr,
         weight_decay=5e-4,
         layers=["layer3"],
-        frozen_statistics=False,
-        clip=5.0,
+        freeze_batch_norm=False,
+        max_grad_norm=5.0,
         temperature=2.0,
         **kinds[way],
     )
     networks = [classifier_model(net, f"seed {i}") for i, net in enumerate(nets)]
     few, many = Batches(*known, seed, augment), Batches(others, None, seed + 1, augment)
-    return fine_tune(nets[0], networks[0], networks[1:], many, few, settings)
+    return finetune_classifier(nets[0], networks[0], networks[1:], many, few, settings)
 
 
 class Batches:

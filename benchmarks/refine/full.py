@@ -14,7 +14,7 @@ probabilities: ours without peers
 ours               from `consensus_head` with the two peers, and the probabilities of consensus heads on all images, the
 network's or three's mean
 ours, labels       from `consensus_head` with the two peers, 32 labeled images a step and nothing else
-ours, features     as "ours" by `fine_tune`, as `ki.refine(method="consensus")` trains: three's mean, and the part of
+ours, features     as "ours" by `finetune_classifier`, as `ki.refine(method="consensus")` trains: three's mean, and the part of
 its features that peers know
 
 Probabilities are those on the clean images, made once; the last way takes them, and the peers' features, from the
@@ -47,8 +47,15 @@ from benchmarks.common.stats import over_images, packed, spread, unpacked
 from benchmarks.refine.data import EVERY, SPLITS, draw, shuffled
 from benchmarks.refine.tasks import LABELS_ONLY, Task
 from knowiso_train.distillation import WeightSchedule
-from knowiso_train.refinement.finetune import FinetuneConfig, fine_tune
-from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, class_prior, pseudo_labels, ridge_head
+from knowiso_train.refinement.finetune import RefineFinetuneConfig, finetune_classifier
+from knowiso_train.refinement.heads import (
+    ConsensusFeatures,
+    Head,
+    HeadConfig,
+    estimate_class_prior,
+    pseudo_labels,
+    ridge_head,
+)
 from knowiso_train.refinement.metrics import best_temperature
 from knowiso_train.refinement.models import classifier_model
 
@@ -66,17 +73,17 @@ WITHOUT = ("ridge head", "self-training head", CONSENSUS, "three ridge heads", "
 
 def with_shares(recipes: Sequence[HeadConfig], labels: Tensor, classes: int) -> list[HeadConfig]:
     """Each with guesses as they are, and in the proportions of the validation images."""
-    shares = tuple(class_prior(labels, classes).tolist())
-    return [replace(recipe, shares=known) for recipe in recipes for known in (None, shares)]
+    shares = tuple(estimate_class_prior(labels, classes).tolist())
+    return [replace(recipe, class_prior=known) for recipe in recipes for known in (None, shares)]
 
 
 def in_proportion(head: Head, features: Tensor, recipe: HeadConfig) -> Head:
     """The classifier with a bias for each class that brings its guesses on `features` to the recipe's shares."""
     scores = head(features)
-    alike = pseudo_labels(scores, recipe.sharpness, torch.tensor(recipe.shares))
+    alike = pseudo_labels(scores, recipe.inverse_temperature, torch.tensor(recipe.class_prior))
     # Up to a number for each image, which decides nothing
-    bias = (alike.log() - recipe.sharpness * scores).mean(0)
-    return Head(recipe.sharpness * head.weight, recipe.sharpness * head.bias + bias, head.targets)
+    bias = (alike.log() - recipe.inverse_temperature * scores).mean(0)
+    return Head(recipe.inverse_temperature * head.weight, recipe.inverse_temperature * head.bias + bias, head.targets)
 
 
 class Bench:
@@ -90,10 +97,10 @@ class Bench:
         self.shipped = with_shares([HeadConfig()], self.labels["validation"], task.classes)[-1]
         train = {name: self.x[name]["train"] for name in task.names}
         self.consensus = {
-            name: ConsensusFeatures.of([train[name], *(train[other] for other in task.names if other != name)])
+            name: ConsensusFeatures.from_views([train[name], *(train[other] for other in task.names if other != name)])
             for name in task.names
         }
-        self.alone = ConsensusFeatures.of([train[self.own]])
+        self.alone = ConsensusFeatures.from_views([train[self.own]])
         self.images = {split: task.pixels(split) for split in SPLITS}
         self.networks = {name: task.network(name) for name in task.names}
 
@@ -202,16 +209,16 @@ class Bench:
             i: partial(F.linear, weight=heads[p.name].weight.float(), bias=heads[p.name].bias.float())
             for i, p in enumerate(peers)
         }
-        settings = FinetuneConfig(
+        settings = RefineFinetuneConfig(
             steps=self.task.steps,
             lr=lr,
-            weight=weight,
+            consensus_weight=weight,
             weight_decay=DECAY,
             temperature=1.0,
             layers=self.task.layers,
-            clip=CLIP,
+            max_grad_norm=CLIP,
         )
-        return fine_tune(start, classifier_model(start, self.own), peers, many, few, settings, heads=say)
+        return finetune_classifier(start, classifier_model(start, self.own), peers, many, few, settings, heads=say)
 
     @torch.inference_mode()
     def right(self, model: nn.Module, split: str) -> Tensor:

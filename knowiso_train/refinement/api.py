@@ -15,14 +15,19 @@ from torch import nn
 from knowiso_train.errors import DataError, KnowisoWarning, OptionError
 from knowiso_train.features.state import device_of, on_device, preserve_state
 from knowiso_train.refinement.candidate_search import check_needs, closed_forms
-from knowiso_train.refinement.candidates import heads_of_peers, with_classifier
+from knowiso_train.refinement.candidates import heads_of_peers, replace_classifier
 from knowiso_train.refinement.composite import paper_composite
 from knowiso_train.refinement.evaluator import CandidateEvaluator, FeatureSets, explained_by_peers
-from knowiso_train.refinement.finetune import FinetuneConfig, fine_tune, finetune_schedules, resolve_consensus_layers
+from knowiso_train.refinement.finetune import (
+    RefineFinetuneConfig,
+    finetune_classifier,
+    finetune_schedules,
+    resolve_consensus_layers,
+)
 from knowiso_train.refinement.heads import HeadConfig
 from knowiso_train.refinement.metrics import significantly_less
 from knowiso_train.refinement.models import (
-    checked_networks,
+    classifier_models,
     extract_pooled_features,
     flag_mismatched_classes,
     flag_unusable_heads,
@@ -50,14 +55,14 @@ def refine(
     transform: Transform | None = None,
     peer_transforms: Transform | Sequence[Transform | None] | None = None,
     ridge: float | str = "search",
-    recipe: HeadConfig | None = None,
-    training: FinetuneConfig | None = None,
+    head_config: HeadConfig | None = None,
+    finetune_config: RefineFinetuneConfig | None = None,
     layer: str | None = None,
     peer_layer: str | None = None,
     order: int = 0,
-    orders: int | None = None,
-    least: float = 0.2,
-    keep_useless: bool = False,
+    max_order: int | None = None,
+    min_explained: float = 0.2,
+    keep_all_peers: bool = False,
     max_images: int | None = 20_000,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -91,7 +96,7 @@ def refine(
             "consensus": fine-tuning of the whole network towards what the peers reproduce, on `loader`, and `labeled`
             where given. It starts from
             the best of the classifiers that "head" tries and the network's own;
-            "auto": what the arguments allow of these, fine-tuning only with `training=`; the best on `validation` is
+            "auto": what the arguments allow of these, fine-tuning only with `finetune_config=`; the best on `validation` is
             kept, the original included.
             With labels it fine-tunes twice, towards the consensus and on the labels alone: where guesses mislead, the
             latter is better;
@@ -99,7 +104,7 @@ def refine(
             study.
         labeled: batches with labels, few are enough. They may be in `loader` too.
         validation: batches with labels, to choose and calibrate on; needed by "auto". They also say how frequent the
-            classes are, unless `recipe`
+            classes are, unless `head_config`
             does: guesses on the other images are tried as they are and in these proportions.
         test: batches with labels that nothing is chosen on, for the report.
         head: name of the classifier, a Linear; None takes timm's, or the last one.
@@ -107,19 +112,19 @@ def refine(
         transform: applied to the images before the network (resolution, normalization).
         peer_transforms: one for all peers, or one for each.
         ridge: of "fold": relative, or "search" on held-out images.
-        recipe: settings of "head".
-        training: settings of "consensus" and of training in "paper"; in "auto" it also says that there is time to
+        head_config: settings of "head".
+        finetune_config: settings of "consensus" and of training in "paper"; in "auto" it also says that there is time to
             train.
         layer: for "paper": layer of the network that is rebuilt.
         peer_layer: of the (first useful) peer; None takes the same name.
         order: K of the maps for "paper".
-        orders: highest order that "paper" hands on; None takes all.
-        least: share of the network's features, above the noise floor, that a useful peer explains.
-        keep_useless: use peers that were found useless.
+        max_order: highest order that "paper" hands on; None takes all.
+        min_explained: share of the network's features, above the noise floor, that a useful peer explains.
+        keep_all_peers: use peers that were found useless.
         max_images: most unlabeled images for what is done in closed form: their pooled features lie in memory. A
             DataLoader over a map-style dataset
             that does not shuffle is read at random places; of any other loader the first images are taken.
-        seed: of every split, and of the training unless `training` says.
+        seed: of every split, and of the training unless `finetune_config` says.
         device: run the networks there, and bring them back; None leaves each where it is.
         names: of the network and of each peer, for the report.
         progress: show progress bars.
@@ -152,10 +157,10 @@ def refine(
     if method not in METHODS:
         raise OptionError(f"method must be one of {METHODS}, got {method!r}")
     began, home = time.perf_counter(), device_of(model)
-    networks = checked_networks(model, peers, head, peer_heads, transform, peer_transforms, names)
+    networks = classifier_models(model, peers, head, peer_heads, transform, peer_transforms, names)
     check_needs(method, networks[0], layer, labeled=labeled, validation=validation, test=test)
-    tuning, closed = training or FinetuneConfig(seed=seed), recipe or HeadConfig()
-    trains = method == "consensus" or (method == "auto" and training is not None)
+    tuning, closed = finetune_config or RefineFinetuneConfig(seed=seed), head_config or HeadConfig()
+    trains = method == "consensus" or (method == "auto" and finetune_config is not None)
     noted: list[str] = []
 
     def tell(notes: Sequence[str]) -> None:
@@ -178,16 +183,16 @@ def refine(
         images = FeatureSets.read(networks, some, labeled, validation, test, max_images, progress)
         own = images.unlabeled.features[0]
         judged = [
-            score_peer(own, images.unlabeled.features[i], net.name, least=least, seed=seed)
+            score_peer(own, images.unlabeled.features[i], net.name, min_explained=min_explained, seed=seed)
             for i, net in enumerate(networks[1:], 1)
         ]
-        useful = [i for i, found in enumerate(judged, 1) if found.useful or keep_useless]
+        useful = [i for i, found in enumerate(judged, 1) if found.useful or keep_all_peers]
         networks, others = flag_mismatched_classes(networks, images.unlabeled)
         tell([f"{found.name} {found.reason}" for found in judged if not found.useful])
         tell(others if labeled is None else [])  # with labels all of them get classifiers of the same classes
         if not useful and method in ("consensus", "paper"):
             raise OptionError(
-                f'no useful peer is left for method="{method}"; keep_useless=True would use one all the same'
+                f'no useful peer is left for method="{method}"; keep_all_peers=True would use one all the same'
             )
         board = CandidateEvaluator(networks, images)
         shares: dict[str, tuple[float, float | None]] = {}
@@ -200,7 +205,7 @@ def refine(
             peer = networks[useful[0]]
             chosen = paper_composite(
                 networks[0], peer, loader, () if labeled is None else labeled, str(layer), peer_layer or str(layer),
-                order=order, orders=order if orders is None else orders, steps=tuning.steps, lr=tuning.lr,
+                order=order, max_order=order if max_order is None else max_order, steps=tuning.steps, lr=tuning.lr,
                 seed=seed, max_images=max_images, progress=progress,
             )  # fmt: skip
             name = f"composite with {peer.name}"
@@ -210,7 +215,7 @@ def refine(
             tell(notes)
             board.candidates(found[1:] if method == "auto" else found)
             best = board.best(found) if validation is not None else found[-1]
-            name, chosen = best.name, with_classifier(model, networks[0].head, best)
+            name, chosen = best.name, replace_classifier(model, networks[0].head, best)
             few, told = images.labeled, None
             if few is not None and useful and method != "fold":
                 told = heads_of_peers(
@@ -221,7 +226,7 @@ def refine(
                 start = chosen
                 fellows, highest = [networks[i] for i in useful], board.accuracy(best)
                 for towards, settings in finetune_schedules(method, tuning, labels=few is not None, peers=bool(useful)):
-                    tuned = fine_tune(
+                    tuned = finetune_classifier(
                         start, networks[0], fellows, loader, labeled, settings, heads=told, progress=progress
                     )
                     called = f"{best.name}, fine-tuned to {towards}"
@@ -253,14 +258,14 @@ def refine(
         chosen=name,
         rows=tuple(board.rows),
         peers=tuple(judged),
-        shares=shares,
-        images=images.counts(),
+        explained=shares,
+        num_images=images.counts(),
         settings={
             "seed": seed,
             "ridge": ridge,
-            "least": least,
-            "recipe": closed.to_dict(),
-            "training": tuning.to_dict(),
+            "min_explained": min_explained,
+            "head_config": closed.to_dict(),
+            "finetune_config": tuning.to_dict(),
         },
         seconds=time.perf_counter() - began,
         versions=library_versions(),

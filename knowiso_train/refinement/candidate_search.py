@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.refinement.candidates import Candidate, better_of, by_consensus, folded, labels_only, original
+from knowiso_train.refinement.candidates import (
+    Candidate,
+    better_classifier,
+    consensus_candidates,
+    fold_candidates,
+    label_candidates,
+    original_classifier,
+)
 from knowiso_train.refinement.evaluator import FeatureSets
 from knowiso_train.refinement.heads import HeadConfig
 from knowiso_train.refinement.models import ClassifierModel, PooledFeatures
@@ -30,12 +37,12 @@ def closed_forms(
     user should know.
     """
     own, names = networks[0], [net.name for net in networks]
-    first, notes = original(own), list[str]()
+    first, notes = original_classifier(own), list[str]()
     found, few, seen = [first], images.labeled, images.validation
     called = [names[i] for i in useful]
     if useful and (method == "fold" or (method == "auto" and (few is None or _trained(first, seen)))):
         ridges = [ridge] if method == "fold" else list(dict.fromkeys([ridge, 0.1, 1.0]))
-        found += folded(own, images.unlabeled, useful, called, ridges, seed)
+        found += fold_candidates(own, images.unlabeled, useful, called, ridges, seed)
     if few is not None and few.labels is not None and method in ("auto", "head", "consensus"):
         missing = sorted(set(range(own.classes)) - set(few.labels.tolist()))
         if missing:
@@ -45,15 +52,15 @@ def closed_forms(
             )
         groups: list[Sequence[int]] = [useful] if useful else [()]
         if seen is not None:
-            found += labels_only(own, few, seen)
+            found += label_candidates(own, few, seen)
         if method == "auto":
             alone = [[i] for i in useful] if len(useful) > 1 else []
             groups = [(), *alone, *([useful] if useful else [])]
-        consensus, misled = by_consensus(own, few, images.others, groups, names, recipe, seen, seed)
+        consensus, misled = consensus_candidates(own, few, images.others, groups, names, recipe, seen, seed)
         found, notes = found + consensus, notes + misled
         if method != "auto":  # which has the original among what it chooses from
             made = found[-1] if seen is None else max(found[1:], key=lambda part: _right(part, seen))
-            kept = better_of(own, 0, made, few, seen, recipe.few_ridge).name == first.name
+            kept = better_classifier(own, 0, made, few, seen, recipe.label_ridge).name == first.name
             if kept and method == "head":
                 notes.append(
                     "the network's own classifier, trained with it, seems to be better than the new ones; methods 'fold' and 'auto' keep it"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from knowiso_train.errors import OptionError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.refinement.folding import fit_peer_projection, fold_input_map
-from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, class_prior, ridge_head
-from knowiso_train.refinement.metrics import best_temperature, consensus_vs_labels_cv, own_over_labels
+from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, estimate_class_prior, ridge_head
+from knowiso_train.refinement.metrics import best_temperature, consensus_vs_labels_cv, own_vs_labels_cv
 from knowiso_train.refinement.models import ClassifierModel, PooledFeatures
 
 HEAD_RIDGES = (1.0, 3.0, 10.0)
@@ -50,7 +50,7 @@ class Candidate:
         return found
 
 
-def original(own: ClassifierModel) -> Candidate:
+def original_classifier(own: ClassifierModel) -> Candidate:
     """The classifier as it is."""
     layer = own.classifier
     weight = layer.weight.detach().cpu().double()
@@ -58,7 +58,7 @@ def original(own: ClassifierModel) -> Candidate:
     return Candidate("original", weight, bias)
 
 
-def better_of(
+def better_classifier(
     net: ClassifierModel,
     place: int,
     made: Candidate,
@@ -78,17 +78,21 @@ def better_of(
         ridge: of the labels' own classifier, which stands for `made` on images that are left out.
         seed: of these.
     """
-    own = original(net)
+    own = original_classifier(net)
     if validation is not None and validation.labels is not None:
         right = [
             int((part.logits(validation.features[place]).argmax(1) == validation.labels).sum()) for part in (own, made)
         ]
         return own if right[0] > right[1] else made
     features, labels = labeled.features[place], _labels(labeled)
-    return own if own_over_labels(own.logits(features), features, labels, net.classes, ridge, seed).clear else made
+    return (
+        own
+        if own_vs_labels_cv(own.logits(features), features, labels, net.classes, ridge, seed).significantly_better
+        else made
+    )
 
 
-def folded(
+def fold_candidates(
     own: ClassifierModel,
     unlabeled: PooledFeatures,
     useful: Sequence[int],
@@ -97,9 +101,9 @@ def folded(
     seed: int,
 ) -> list[Candidate]:
     """The classifier with own → peers → own absorbed, for each ridge; no labels."""
-    first, found = original(own), []
+    first, found = original_classifier(own), []
     for ridge in ridges:
-        made = fit_peer_projection(unlabeled.features[0], unlabeled.of(useful), ridge=ridge, seed=seed)
+        made = fit_peer_projection(unlabeled.features[0], unlabeled.select(useful), ridge=ridge, seed=seed)
         layer = copy.deepcopy(own.classifier).cpu().double()
         fold_input_map(layer, own.head, made.matrix, made.shift)
         bias = first.bias if layer.bias is None else layer.bias.detach()
@@ -108,7 +112,9 @@ def folded(
     return found
 
 
-def labels_only(own: ClassifierModel, labeled: PooledFeatures, validation: PooledFeatures | None) -> list[Candidate]:
+def label_candidates(
+    own: ClassifierModel, labeled: PooledFeatures, validation: PooledFeatures | None
+) -> list[Candidate]:
     """Ridge classifiers from the labeled images alone: what the labels give without peers or unlabeled images."""
     features, labels = labeled.features[0], _labels(labeled)
     heads = [
@@ -120,7 +126,7 @@ def labels_only(own: ClassifierModel, labeled: PooledFeatures, validation: Poole
     ]
 
 
-def by_consensus(
+def consensus_candidates(
     own: ClassifierModel,
     labeled: PooledFeatures,
     unlabeled: PooledFeatures,
@@ -140,18 +146,20 @@ def by_consensus(
     notes: list[str] = []
     for group in groups:
         members = [0, *group]
-        every = [torch.cat([few, many]) for few, many in zip(labeled.of(members), unlabeled.of(members), strict=True)]
-        consensus = ConsensusFeatures.of(every, recipe)
+        every = [
+            torch.cat([few, many]) for few, many in zip(labeled.select(members), unlabeled.select(members), strict=True)
+        ]
+        consensus = ConsensusFeatures.from_views(every, recipe)
         called = f"consensus head, {' + '.join(names[i] for i in group)}" if group else "self-training, no peer"
         for tried, said in _tried(recipe, own.classes, validation):
             head = consensus.head(index, labels, own.classes, tried)
             found.append(replace(_calibrated(f"{called}, {said}", head, validation), recipe=tried))
         if validation is None:
             judged = consensus_vs_labels_cv(consensus, labeled.features[0], index, labels, own.classes, recipe, seed)
-            if judged.misled:
+            if judged.significantly_worse:
                 said = f"guesses on unlabeled images cost {-judged.gain:.1f} ± {judged.error:.1f} points on labeled images left out"
                 notes.append(f"{called}: {said}; the labels alone are used. More labels or better peers would help")
-                found += [replace(candidate, note=said) for candidate in labels_only(own, labeled, None)]
+                found += [replace(candidate, note=said) for candidate in label_candidates(own, labeled, None)]
     return found, notes
 
 
@@ -162,9 +170,9 @@ def _tried(recipe: HeadConfig, classes: int, validation: PooledFeatures | None) 
     found = []
     for ridge in sorted({recipe.head_ridge, *HEAD_RIDGES}):
         found.append((replace(recipe, head_ridge=ridge), f"ridge {ridge:g}"))
-        if recipe.shares is None:
-            shares = tuple(class_prior(validation.labels, classes).tolist())
-            found.append((replace(recipe, head_ridge=ridge, shares=shares), f"in proportion, ridge {ridge:g}"))
+        if recipe.class_prior is None:
+            shares = tuple(estimate_class_prior(validation.labels, classes).tolist())
+            found.append((replace(recipe, head_ridge=ridge, class_prior=shares), f"in proportion, ridge {ridge:g}"))
     return found
 
 
@@ -185,22 +193,23 @@ def heads_of_peers(
         members = [i, 0, *(j for j in useful if j != i)]
         labels, classes = _labels(labeled), networks[0].classes
         if alone:
-            head = ridge_head(labeled.features[i], labels, classes, recipe.few_ridge)
+            head = ridge_head(labeled.features[i], labels, classes, recipe.label_ridge)
         else:
             every = [
-                torch.cat([few, many]) for few, many in zip(labeled.of(members), unlabeled.of(members), strict=True)
+                torch.cat([few, many])
+                for few, many in zip(labeled.select(members), unlabeled.select(members), strict=True)
             ]
-            head = ConsensusFeatures.of(every, recipe).head(torch.arange(len(labeled)), labels, classes, recipe)
+            head = ConsensusFeatures.from_views(every, recipe).head(torch.arange(len(labeled)), labels, classes, recipe)
         made = _calibrated(
-            "", head, None if validation is None else PooledFeatures(validation.of([i]), validation.labels)
+            "", head, None if validation is None else PooledFeatures(validation.select([i]), validation.labels)
         )
-        if networks[i].speaks(classes):
-            made = better_of(networks[i], i, made, labeled, validation, recipe.few_ridge)
+        if networks[i].has_compatible_head(classes):
+            made = better_classifier(networks[i], i, made, labeled, validation, recipe.label_ridge)
         found[place] = made.layer()
     return found
 
 
-def with_classifier(model: nn.Module, head: str, candidate: Candidate) -> nn.Module:
+def replace_classifier(model: nn.Module, head: str, candidate: Candidate) -> nn.Module:
     """A copy of the network with this classifier, in the network's own dtype and on its device.
 
     Raises:

@@ -25,7 +25,7 @@ from knowiso_train.utils.batch import get_inputs
 
 
 class Composite(nn.Module):
-    """A network whose layer emits what a disentangler tells of a peer's layer: order 0 … `orders` of it.
+    """A network whose layer emits what a disentangler tells of a peer's layer: order 0 … `max_order` of it.
 
     Args:
         model: the network; its layers after `layer` are what is trained.
@@ -33,7 +33,7 @@ class Composite(nn.Module):
         peer: the network that is asked; frozen.
         peer_layer: name of its layer.
         maps: fitted disentangler, peer's layer → network's layer; frozen.
-        orders: highest order that is handed on.
+        max_order: highest order that is handed on.
 
     Source: arXiv 1908.01581, section on refining features.
 
@@ -49,16 +49,16 @@ class Composite(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, layer: str, peer: nn.Module, peer_layer: str, maps: Disentangler, orders: int
+        self, model: nn.Module, layer: str, peer: nn.Module, peer_layer: str, maps: Disentangler, max_order: int
     ) -> None:
         super().__init__()
-        if not 0 <= orders <= maps.settings.order:
+        if not 0 <= max_order <= maps.settings.order:
             raise OptionError(
-                f"orders must lie in 0 … {maps.settings.order}, what the disentangler was fitted with; got {orders}"
+                f"max_order must lie in 0 … {maps.settings.order}, what the disentangler was fitted with; got {max_order}"
             )
         self.model, self.maps = copy.deepcopy(unwrap_model(model)), maps.requires_grad_(False)
         self.peer = copy.deepcopy(unwrap_model(peer)).eval().requires_grad_(False)
-        self.layer, self.peer_layer, self.orders = layer, peer_layer, orders
+        self.layer, self.peer_layer, self.max_order = layer, peer_layer, max_order
 
     def train(self, mode: bool = True) -> Composite:
         """The peer and the maps stay in eval mode."""
@@ -75,7 +75,7 @@ class Composite(nn.Module):
 
         def replaced(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             with torch.no_grad():
-                told = torch.stack(self.maps.components(_on_grid(feature, output))[: self.orders + 1]).sum(0)
+                told = torch.stack(self.maps.components(_on_grid(feature, output))[: self.max_order + 1]).sum(0)
             if told.shape != output.shape:
                 raise ShapeError(f"layer {self.layer!r} emits {tuple(output.shape)}, the maps give {tuple(told.shape)}")
             return told.to(output.dtype)
@@ -97,7 +97,7 @@ def paper_composite(
     peer_layer: str,
     *,
     order: int,
-    orders: int,
+    max_order: int,
     steps: int,
     lr: float,
     seed: int,
@@ -120,7 +120,9 @@ def paper_composite(
     maps = report.pairs[0].disentangler.float()
     with preserve_state(own.model):
         torch.manual_seed(seed)
-        composite = Composite(own.model, layer, peer.model, peer_layer, maps, orders).to(device_of(own.model) or "cpu")
+        composite = Composite(own.model, layer, peer.model, peer_layer, maps, max_order).to(
+            device_of(own.model) or "cpu"
+        )
         train_after(composite, composite.model, layer, labeled, steps=steps, lr=lr, progress=progress)
     return composite.eval()
 

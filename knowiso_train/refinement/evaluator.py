@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.refinement.candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_of
+from knowiso_train.refinement.candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_classifier
 from knowiso_train.refinement.heads import ridge_head
-from knowiso_train.refinement.metrics import Score, best_temperature, score
+from knowiso_train.refinement.metrics import Score, best_temperature, classification_score
 from knowiso_train.refinement.models import ClassifierModel, PooledFeatures, extract_pooled_features, labels_of
 from knowiso_train.refinement.peers import explained_share, split_masks
 from knowiso_train.refinement.report import Row
@@ -67,7 +67,7 @@ class FeatureSets:
                     "give it a classifier for these classes first (timm: model.reset_classifier(classes))"
                 )
             more.append(found)
-        return cls(unlabeled, unlabeled if more[0] is None else unlabeled.without(more[0]), *more)
+        return cls(unlabeled, unlabeled if more[0] is None else unlabeled.exclude(more[0]), *more)
 
     def counts(self) -> dict[str, int]:
         """How many there are of each."""
@@ -103,7 +103,11 @@ class CandidateEvaluator:
     def validation(self, candidate: Candidate) -> Score | None:
         """Figures on the validation images."""
         seen = self.images.validation
-        return None if seen is None or seen.labels is None else score(candidate.logits(seen.features[0]), seen.labels)
+        return (
+            None
+            if seen is None or seen.labels is None
+            else classification_score(candidate.logits(seen.features[0]), seen.labels)
+        )
 
     def accuracy(self, candidate: Candidate) -> float:
         """On the validation images; the least there is where there are none."""
@@ -158,16 +162,18 @@ class CandidateEvaluator:
         """A network's own classifier or one from the labels, whichever is better; None where there is neither."""
         few, net, classes = self.images.labeled, self.networks[i], self.networks[0].classes
         if few is None or few.labels is None:
-            return net.logits if net.speaks(classes) else None
+            return net.logits if net.has_compatible_head(classes) else None
         head, seen = ridge_head(few.features[i], few.labels, classes, PEER_HEAD_RIDGE), self.images.validation
         fitted = None if seen is None or seen.labels is None else best_temperature(head(seen.features[i]), seen.labels)
         head = head.scaled(fitted or 1 / DEFAULT_INVERSE_TEMPERATURE)
         made = Candidate("", head.weight, head.bias)
-        return (better_of(net, i, made, few, seen, PEER_HEAD_RIDGE) if net.speaks(classes) else made).logits
+        return (
+            better_classifier(net, i, made, few, seen, PEER_HEAD_RIDGE) if net.has_compatible_head(classes) else made
+        ).logits
 
     def _row(self, name: str, role: str, logits: Callable[[PooledFeatures], Tensor], note: str = "") -> Row:
         scores = [
-            None if seen is None or seen.labels is None else score(logits(seen), seen.labels)
+            None if seen is None or seen.labels is None else classification_score(logits(seen), seen.labels)
             for seen in (self.images.validation, self.images.test)
         ]
         return Row(name, role, scores[0], scores[1], note)
@@ -175,7 +181,7 @@ class CandidateEvaluator:
 
 def explained_by_peers(seen: PooledFeatures, useful: Sequence[int], seed: int) -> float:
     """Share of the network's pooled features that the useful peers explain together, on held-out images."""
-    return explained_share(torch.cat(seen.of(useful), 1), seen.features[0], split_masks(len(seen), seed))
+    return explained_share(torch.cat(seen.select(useful), 1), seen.features[0], split_masks(len(seen), seed))
 
 
 def _of(logits: Callable[[Tensor], Tensor], i: int, seen: PooledFeatures) -> Tensor:
@@ -190,4 +196,4 @@ def _run(model: nn.Module, loader: Iterable[Any], what: str, transform: Callable
             images = get_inputs(batch).to(device_of(model) or "cpu")
             logits.append(model(images if transform is None else transform(images)).cpu())
             labels.append(labels_of(batch, what))
-    return score(torch.cat(logits), torch.cat(labels))
+    return classification_score(torch.cat(logits), torch.cat(labels))

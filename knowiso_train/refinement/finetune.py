@@ -25,7 +25,7 @@ from knowiso_train.utils.batch import get_inputs
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class RefineFinetuneConfig:
     """Settings of the training.
 
     Attributes:
@@ -33,7 +33,7 @@ class FinetuneConfig:
         lr: highest learning rate of SGD with momentum 0.9; it rises over a twentieth of the steps and falls as a
             cosine.
         weight_decay: of every parameter.
-        weight: of the consensus loss.
+        consensus_weight: of the consensus loss.
         kd_weight: of the distance to `targets`.
         targets: "ensemble", the mean of what the frozen original and the peers say, where the peers tell the same
             classes apart or labels gave them
@@ -43,8 +43,8 @@ class FinetuneConfig:
         peer_layers: {own layer: peer layer}, one for all peers or one for each; None takes the same names, or with
             `layers=None` what their
             classifiers read.
-        clip: largest norm of the gradient.
-        frozen_statistics: batch norms keep their statistics, as small sets of images need.
+        max_grad_norm: largest norm of the gradient.
+        freeze_batch_norm: batch norms keep their statistics, as small sets of images need.
         seed: of dropout.
 
     Raises:
@@ -54,14 +54,14 @@ class FinetuneConfig:
     steps: int = 200
     lr: float = 0.003
     weight_decay: float = 1e-4
-    weight: float = 1.0
+    consensus_weight: float = 1.0
     kd_weight: float = 1.0
     temperature: float = 2.0
     targets: str = "ensemble"
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     layers: Sequence[str] | None = None
     peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None
-    frozen_statistics: bool = True
+    freeze_batch_norm: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,10 +69,10 @@ class FinetuneConfig:
             raise OptionError(f"steps must be an integer of at least 0, got {self.steps!r}")
         if self.targets not in ("ensemble", "own"):
             raise OptionError(f'targets must be "ensemble" or "own", got {self.targets!r}')
-        for name in ("lr", "temperature", "clip"):
+        for name in ("lr", "temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name in ("weight_decay", "weight", "kd_weight"):
+        for name in ("weight_decay", "consensus_weight", "kd_weight"):
             if not getattr(self, name) >= 0:
                 raise OptionError(f"{name} must be at least 0, got {getattr(self, name)!r}")
 
@@ -82,8 +82,8 @@ class FinetuneConfig:
 
 
 def finetune_schedules(
-    method: str, settings: FinetuneConfig, *, labels: bool, peers: bool
-) -> list[tuple[str, FinetuneConfig]]:
+    method: str, settings: RefineFinetuneConfig, *, labels: bool, peers: bool
+) -> list[tuple[str, RefineFinetuneConfig]]:
     """What `refine` trains towards, and how. There may be more in the labels than in any consensus, and only validation images can tell.
 
     Args:
@@ -93,18 +93,18 @@ def finetune_schedules(
         peers: whether any is useful.
 
     Example:
-        >>> [towards for towards, _ in finetune_schedules("auto", FinetuneConfig(), labels=True, peers=True)]
+        >>> [towards for towards, _ in finetune_schedules("auto", RefineFinetuneConfig(), labels=True, peers=True)]
         ['the consensus', 'the labels']
     """
     found = [("the consensus", settings)] if peers else []
     if method == "auto" and labels:
-        found.append(("the labels", replace(settings, weight=0.0, kd_weight=0.0)))
+        found.append(("the labels", replace(settings, consensus_weight=0.0, kd_weight=0.0)))
     return found
 
 
 def resolve_consensus_layers(
-    settings: FinetuneConfig, own: ClassifierModel, peers: Sequence[ClassifierModel], batch: Any
-) -> FinetuneConfig:
+    settings: RefineFinetuneConfig, own: ClassifierModel, peers: Sequence[ClassifierModel], batch: Any
+) -> RefineFinetuneConfig:
     """The settings with the layers named where they were not: what the classifiers read.
 
     Args:
@@ -129,13 +129,13 @@ def resolve_consensus_layers(
     return replace(settings, layers=[layer], peer_layers=layers)
 
 
-def fine_tune(
+def finetune_classifier(
     start: nn.Module,
     own: ClassifierModel,
     peers: Sequence[ClassifierModel],
     loader: Iterable[Any],
     labeled: Iterable[Any] | None,
-    settings: FinetuneConfig,
+    settings: RefineFinetuneConfig,
     *,
     heads: Mapping[int, Logits] | None = None,
     progress: bool = False,
@@ -164,14 +164,14 @@ def fine_tune(
         NonFiniteError: the loss is NaN or Inf.
         DataError: a loader without images.
     """
-    compares = bool(settings.weight or settings.kd_weight)
+    compares = bool(settings.consensus_weight or settings.kd_weight)
     if compares and not peers:
         raise OptionError("no useful peer is left; there is no consensus to train towards")
     with preserve_state(start, *(peer.model for peer in peers)):
         torch.manual_seed(settings.seed)
         teacher = copy.deepcopy(unwrap_model(start)).eval().requires_grad_(False)
         student = copy.deepcopy(unwrap_model(start)).requires_grad_(True)
-        _training_mode(student, settings.frozen_statistics)
+        _training_mode(student, settings.freeze_batch_norm)
         unlabeled = _batches(loader, "unlabeled images") if compares or labeled is None else None
         known = None if labeled is None else _batches(labeled, "labeled images")
         iso = (
@@ -201,7 +201,7 @@ def _step(
     batch: Any,
     known: Any,
     transform: Callable[[Any], Any] | None,
-    settings: FinetuneConfig,
+    settings: RefineFinetuneConfig,
     step: int,
 ) -> None:
     labels = None if known is None else labels_of(known, "labeled images").to(device_of(student) or "cpu")
@@ -210,7 +210,7 @@ def _step(
     )
     loss = 0.0 * logits.sum()
     if iso is not None:
-        loss = settings.weight * iso()  # runs the frozen original and the peers
+        loss = settings.consensus_weight * iso()  # runs the frozen original and the peers
         loss = loss + settings.kd_weight * kd_loss(
             logits, told.targets(iso.teacher_output, settings.temperature), settings.temperature
         )
@@ -221,13 +221,13 @@ def _step(
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     # A classifier in closed form can have large weights
-    torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+    torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
     optimizer.step()
 
 
-def _training_mode(model: nn.Module, frozen_statistics: bool) -> None:
+def _training_mode(model: nn.Module, freeze_batch_norm: bool) -> None:
     model.train()
-    if frozen_statistics:
+    if freeze_batch_norm:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
@@ -239,7 +239,7 @@ def consensus_loss(
     own: ClassifierModel,
     peers: Sequence[ClassifierModel],
     batch: Any,
-    settings: FinetuneConfig,
+    settings: RefineFinetuneConfig,
 ) -> IsomorphismLoss:
     """The loss towards what the peers reproduce of the teacher's features, at the layers that classifiers read where the settings name none.
 

@@ -294,7 +294,7 @@ def fit_peer_projection(
         raise ShapeError(f"expected peers on the same {len(own)} images, got {[tuple(peer.shape) for peer in peers]}")
     if ridge != "search" and (isinstance(ridge, str) or not ridge >= 0):
         raise OptionError(f'ridge must be "search" or a number >= 0, got {ridge!r}')
-    scalings = [FeatureScaling.of(rows, "the features") for rows in peers]
+    scalings = [FeatureScaling.fit(rows, "the features") for rows in peers]
     other = torch.cat([scaling(rows) for scaling, rows in zip(scalings, peers, strict=True)], 1)
     rows = own.double()
     held = torch.from_numpy(split_by_hash(np.arange(len(own), dtype=np.int64), (0.75, 0.25), seed) == 1)

@@ -13,7 +13,9 @@ from torch import Tensor
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.regression.ridge import RidgeSolver, ridge_map
 
-PRIOR_INVERSE_TEMPERATURE = 12.0  # sharpness at which proportions are counted where guesses are all or nothing
+PRIOR_INVERSE_TEMPERATURE = (
+    12.0  # inverse_temperature at which proportions are counted where guesses are all or nothing
+)
 PRIOR_ITERATIONS = 20
 MIN_PROBABILITY = 1e-12
 
@@ -26,7 +28,7 @@ class FeatureScaling:
     scale: float
 
     @classmethod
-    def of(cls, features: Tensor, name: str = "the features") -> FeatureScaling:
+    def fit(cls, features: Tensor, name: str = "the features") -> FeatureScaling:
         """Of rows (N, D).
 
         Raises:
@@ -98,8 +100,8 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels, classes).double()
 
 
-def pseudo_labels(scores: Tensor, sharpness: float, shares: Tensor | None = None) -> Tensor:
-    """Scores that approximate probabilities, made decided: `softmax(sharpness · scores)`, or the first guess where sharpness is infinite.
+def pseudo_labels(scores: Tensor, inverse_temperature: float, shares: Tensor | None = None) -> Tensor:
+    """Scores that approximate probabilities, made decided: `softmax(inverse_temperature · scores)`, or the first guess where inverse_temperature is infinite.
 
     Guesses favor some classes, and classifiers fitted to them favor them more. With `shares`, a bias for each class
     brings the guesses to these
@@ -108,7 +110,7 @@ def pseudo_labels(scores: Tensor, sharpness: float, shares: Tensor | None = None
 
     Args:
         scores: (N, C).
-        sharpness: of the guesses.
+        inverse_temperature: of the guesses.
         shares: (C,) > 0, of the classes among the images.
 
     Example:
@@ -118,8 +120,8 @@ def pseudo_labels(scores: Tensor, sharpness: float, shares: Tensor | None = None
         >>> pseudo_labels(scores, float("inf"), torch.tensor([0.5, 0.5])).argmax(1)
         tensor([1, 1, 0, 0])
     """
-    hard = sharpness == float("inf")
-    decided = scores.double() * (PRIOR_INVERSE_TEMPERATURE if hard else sharpness)
+    hard = inverse_temperature == float("inf")
+    decided = scores.double() * (PRIOR_INVERSE_TEMPERATURE if hard else inverse_temperature)
     if shares is not None and len(scores):
         wanted, bias = (
             (shares.double() / shares.sum()).log(),
@@ -131,11 +133,11 @@ def pseudo_labels(scores: Tensor, sharpness: float, shares: Tensor | None = None
     return one_hot(decided.argmax(1), scores.shape[1]) if hard else decided.softmax(1)
 
 
-def class_prior(labels: Tensor, classes: int) -> Tensor:
+def estimate_class_prior(labels: Tensor, classes: int) -> Tensor:
     """(C,) among some labels, each class counted once more than it was seen.
 
     Example:
-        >>> class_prior(torch.tensor([0, 0, 1]), 3).tolist()
+        >>> estimate_class_prior(torch.tensor([0, 0, 1]), 3).tolist()
         [0.5, 0.3333333333333333, 0.16666666666666666]
     """
     counts = torch.bincount(labels, minlength=classes).double() + 1
@@ -147,45 +149,47 @@ class HeadConfig:
     """Settings of `consensus_head`; the defaults were chosen on other images than any that figures are reported on.
 
     Attributes:
-        part_ridge: of the order-0 maps between the networks, relative; larger keeps only what peers know well.
-        few_ridge: of the first classifier, on the labeled images.
-        pool_ridge: of the classifiers on all images.
+        view_ridge: of the order-0 maps between the networks, relative; larger keeps only what peers know well.
+        label_ridge: of the first classifier, on the labeled images.
+        pseudo_label_ridge: of the classifiers on all images.
         head_ridge: of the network's own classifier, on all images.
-        sharpness: how decided the pseudo-labels are; infinite takes the first guess.
-        shares: of the classes among the images, where they are known, or "even": pseudo-labels are brought to these
+        inverse_temperature: how decided the pseudo-labels are; infinite takes the first guess.
+        class_prior: of the classes among the images, where they are known, or "uniform": pseudo-labels are brought to these
             proportions, which is worth much.
             Wrong ones do harm: None leaves the guesses. Few labels, drawn class by class, say nothing of them; `refine`
                 takes those of validation
             images.
-        rounds: pseudo-labels are made this often.
-        width: most components kept of each network's part.
+        num_rounds: pseudo-labels are made this often.
+        max_components: most components kept of each network's part.
 
     Raises:
         OptionError: a value without meaning.
     """
 
-    part_ridge: float = 0.3
-    few_ridge: float = 0.1
-    pool_ridge: float = 0.3
+    view_ridge: float = 0.3
+    label_ridge: float = 0.1
+    pseudo_label_ridge: float = 0.3
     head_ridge: float = 1.0
-    sharpness: float = 12.0
-    shares: tuple[float, ...] | str | None = None
-    rounds: int = 3
-    width: int = 256
+    inverse_temperature: float = 12.0
+    class_prior: tuple[float, ...] | str | None = None
+    num_rounds: int = 3
+    max_components: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("part_ridge", "few_ridge", "pool_ridge", "head_ridge", "sharpness"):
+        for name in ("view_ridge", "label_ridge", "pseudo_label_ridge", "head_ridge", "inverse_temperature"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if isinstance(self.shares, str) and self.shares != "even":
-            raise OptionError(f'shares must be the classes\' proportions, "even" or None, got {self.shares!r}')
+        if isinstance(self.class_prior, str) and self.class_prior != "uniform":
+            raise OptionError(
+                f'class_prior must be the classes\' proportions, "uniform" or None, got {self.class_prior!r}'
+            )
         if (
-            not isinstance(self.shares, str)
-            and self.shares is not None
-            and not (len(self.shares) and all(share > 0 for share in self.shares))
+            not isinstance(self.class_prior, str)
+            and self.class_prior is not None
+            and not (len(self.class_prior) and all(share > 0 for share in self.class_prior))
         ):
-            raise OptionError(f"shares must be a positive number for each class, got {self.shares!r}")
-        for name in ("rounds", "width"):
+            raise OptionError(f"class_prior must be a positive number for each class, got {self.class_prior!r}")
+        for name in ("num_rounds", "max_components"):
             if (
                 isinstance(getattr(self, name), bool)
                 or not isinstance(getattr(self, name), int)
@@ -239,7 +243,7 @@ def ridge_head(features: Tensor, labels: Tensor, classes: int, ridge: float = 0.
         True
     """
     check_labels(features, labels, classes)
-    scaling = FeatureScaling.of(features, "the labeled images")
+    scaling = FeatureScaling.fit(features, "the labeled images")
     targets = one_hot(labels, classes)
     return _unscaled(*RidgeSolver(scaling(features)).solve(targets, ridge), scaling, targets)
 
@@ -296,7 +300,7 @@ def consensus_head(
             )
     recipe = recipe or HeadConfig()
     every = [torch.cat([few.double(), many.double()]) for few, many in zip(labeled, unlabeled, strict=True)]
-    return ConsensusFeatures.of(every, recipe).head(torch.arange(len(labels)), labels, classes, recipe)
+    return ConsensusFeatures.from_views(every, recipe).head(torch.arange(len(labels)), labels, classes, recipe)
 
 
 class ConsensusFeatures:
@@ -308,18 +312,18 @@ class ConsensusFeatures:
 
     Example:
         >>> x = torch.randn(60, 4)
-        >>> ConsensusFeatures.of([x, x + 0.1]).head(torch.arange(6), torch.tensor([0, 1, 0, 1, 0, 1]), 2).weight.shape
+        >>> ConsensusFeatures.from_views([x, x + 0.1]).head(torch.arange(6), torch.tensor([0, 1, 0, 1, 0, 1]), 2).weight.shape
         torch.Size([2, 4])
     """
 
     def __init__(self, own: Tensor, together: Tensor) -> None:
-        self.scaling = FeatureScaling.of(own, "the network")
+        self.scaling = FeatureScaling.fit(own, "the network")
         self.own = RidgeSolver(self.scaling(own))
         self.together = together.double()
         self._smoother: RidgeSolver | None = None
 
     @classmethod
-    def of(cls, features: Sequence[Tensor], recipe: HeadConfig | None = None) -> ConsensusFeatures:
+    def from_views(cls, features: Sequence[Tensor], recipe: HeadConfig | None = None) -> ConsensusFeatures:
         """From features (N, D_i) of all images, first the network that is refined; with one network alone it is its own peer.
 
         Raises:
@@ -327,10 +331,10 @@ class ConsensusFeatures:
             NonFiniteError: NaN or Inf.
         """
         recipe = recipe or HeadConfig()
-        views = [FeatureScaling.of(rows, f"network {i}")(rows) for i, rows in enumerate(features)]
+        views = [FeatureScaling.fit(rows, f"network {i}")(rows) for i, rows in enumerate(features)]
         if len(views) == 1:
             return cls(features[0], views[0])
-        parts = isomorphic_parts(views, recipe.part_ridge, recipe.width)
+        parts = isomorphic_parts(views, recipe.view_ridge, recipe.max_components)
         return cls(features[0], torch.cat([view @ part for view, part in zip(views, parts, strict=True)], 1))
 
     def head(self, index: Tensor, labels: Tensor, classes: int, recipe: HeadConfig | None = None) -> Head:
@@ -340,13 +344,13 @@ class ConsensusFeatures:
         known = one_hot(labels, classes)
         targets = known
         if len(index) < len(self.together):
-            weight, bias = RidgeSolver(self.together[index]).solve(known, recipe.few_ridge)
+            weight, bias = RidgeSolver(self.together[index]).solve(known, recipe.label_ridge)
             scores, shares = self.together @ weight + bias, _shares(recipe, classes)
-            for left in reversed(range(recipe.rounds)):
-                targets = pseudo_labels(scores, recipe.sharpness, shares)
+            for left in reversed(range(recipe.num_rounds)):
+                targets = pseudo_labels(scores, recipe.inverse_temperature, shares)
                 targets[index] = known
                 if left:
-                    scores = self._on_all().fitted(targets, recipe.pool_ridge)
+                    scores = self._on_all().fitted(targets, recipe.pseudo_label_ridge)
         else:
             targets = torch.zeros_like(known).index_copy_(0, index, known)
         return _unscaled(*self.own.solve(targets, recipe.head_ridge), self.scaling, targets)
@@ -358,11 +362,11 @@ class ConsensusFeatures:
 
 
 def _shares(recipe: HeadConfig, classes: int) -> Tensor | None:
-    if recipe.shares is None:
+    if recipe.class_prior is None:
         return None
-    shares = [1.0] * classes if isinstance(recipe.shares, str) else recipe.shares
+    shares = [1.0] * classes if isinstance(recipe.class_prior, str) else recipe.class_prior
     if len(shares) != classes:
-        raise ShapeError(f"expected shares of {classes} classes, got {len(shares)}")
+        raise ShapeError(f"expected class_prior of {classes} classes, got {len(shares)}")
     return torch.tensor(shares, dtype=torch.float64)
 
 

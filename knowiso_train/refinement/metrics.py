@@ -25,10 +25,10 @@ class Score:
 
     accuracy: float
     ece: float
-    images: int
+    num_images: int
 
 
-def score(logits: Tensor, labels: Tensor) -> Score:
+def classification_score(logits: Tensor, labels: Tensor) -> Score:
     """Top-1 accuracy and expected calibration error (15 bins of equal width).
 
     Args:
@@ -41,8 +41,8 @@ def score(logits: Tensor, labels: Tensor) -> Score:
     Source: Guo et al., *On Calibration of Modern Neural Networks* (ICML 2017).
 
     Example:
-        >>> score(torch.tensor([[9.0, -9.0], [9.0, -9.0]]), torch.tensor([0, 1]))
-        Score(accuracy=50.0, ece=49.99..., images=2)
+        >>> classification_score(torch.tensor([[9.0, -9.0], [9.0, -9.0]]), torch.tensor([0, 1]))
+        Score(accuracy=50.0, ece=49.99..., num_images=2)
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ShapeError(f"expected logits (N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
@@ -61,7 +61,7 @@ def significantly_less(after: Score, before: Score) -> bool:
         (True, False)
     """
     share = before.accuracy / 100
-    return after.accuracy < before.accuracy - 200 * math.sqrt(max(share * (1 - share), 1e-4) / before.images)
+    return after.accuracy < before.accuracy - 200 * math.sqrt(max(share * (1 - share), 1e-4) / before.num_images)
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -88,12 +88,12 @@ class PairedCV:
     error: float
 
     @property
-    def misled(self) -> bool:
+    def significantly_worse(self) -> bool:
         """Whether it is clearly worse."""
         return self.gain < -SIGNIFICANCE_STD_ERRORS * self.error
 
     @property
-    def clear(self) -> bool:
+    def significantly_better(self) -> bool:
         """Whether it is clearly better."""
         return self.gain > SIGNIFICANCE_STD_ERRORS * self.error
 
@@ -116,13 +116,13 @@ def consensus_vs_labels_cv(
         index: (n,) where they are among all images.
         labels: (n,).
         classes: C.
-        recipe: of the consensus head; the labels alone take its `few_ridge`.
+        recipe: of the consensus head; the labels alone take its `label_ridge`.
         seed: of the folds.
 
     Example:
         >>> labels = torch.arange(400) % 2
         >>> networks = [torch.cat([labels[:, None] * 4.0, 2 * torch.randn(400, 6)], 1) for _ in range(3)]
-        >>> consensus_vs_labels_cv(ConsensusFeatures.of(networks), networks[0][:40], torch.arange(40), labels[:40], 2, HeadConfig()).misled
+        >>> consensus_vs_labels_cv(ConsensusFeatures.from_views(networks), networks[0][:40], torch.arange(40), labels[:40], 2, HeadConfig()).significantly_worse
         False
     """
     if len(index) < 2 * NUM_FOLDS:
@@ -131,14 +131,14 @@ def consensus_vs_labels_cv(
     for out, known in _folds(labels, seed):
         heads = (
             consensus.head(index[known], labels[known], classes, recipe),
-            ridge_head(features[known], labels[known], classes, recipe.few_ridge),
+            ridge_head(features[known], labels[known], classes, recipe.label_ridge),
         )
         ours, alone = ((head(features[out]).argmax(1) == labels[out]).double() for head in heads)
         gains.append(ours - alone)
     return _judged(torch.cat(gains))
 
 
-def own_over_labels(
+def own_vs_labels_cv(
     scores: Tensor, features: Tensor, labels: Tensor, classes: int, ridge: float, seed: int = 0
 ) -> PairedCV:
     """Accuracy of a classifier that is there over one from the labels alone, on labeled images that the latter did not see the labels of.
@@ -153,7 +153,7 @@ def own_over_labels(
 
     Example:
         >>> labels = torch.arange(60) % 3
-        >>> own_over_labels(10.0 * torch.eye(3)[labels], torch.randn(60, 4), labels, 3, ridge=0.1).clear
+        >>> own_vs_labels_cv(10.0 * torch.eye(3)[labels], torch.randn(60, 4), labels, 3, ridge=0.1).significantly_better
         True
     """
     if len(labels) < 2 * NUM_FOLDS:

@@ -81,14 +81,14 @@ def pooled_layer(net: ClassifierModel, batch: Any) -> str:
 
 @dataclass(frozen=True)
 class ClassifierModel:
-    """A network, the name of its last linear layer, and what brings the loader's images to it; `silent` where its classifier has no say, because
+    """A network, the name of its last linear layer, and what brings the loader's images to it; `head_excluded` where its classifier has no say, because
     its classes are others, or its output is not the classifier's alone."""
 
     model: nn.Module
     head: str
     name: str
     transform: Callable[[Any], Any] | None = None
-    silent: bool = False
+    head_excluded: bool = False
 
     @property
     def classifier(self) -> nn.Linear:
@@ -105,9 +105,9 @@ class ClassifierModel:
         """Outputs of the classifier."""
         return self.classifier.out_features
 
-    def speaks(self, classes: int) -> bool:
+    def has_compatible_head(self, classes: int) -> bool:
         """Whether its classifier tells these classes apart."""
-        return not self.silent and self.classes == classes
+        return not self.head_excluded and self.classes == classes
 
     def logits(self, features: Tensor) -> Tensor:
         """What the network's classifier says of its pooled features (N, D), in float64."""
@@ -160,16 +160,16 @@ class PooledFeatures:
     def __len__(self) -> int:
         return len(self.features[0])
 
-    def of(self, networks: Sequence[int]) -> tuple[Tensor, ...]:
+    def select(self, networks: Sequence[int]) -> tuple[Tensor, ...]:
         """Features of some of the networks."""
         return tuple(self.features[i] for i in networks)
 
-    def without(self, others: PooledFeatures) -> PooledFeatures:
+    def exclude(self, others: PooledFeatures) -> PooledFeatures:
         """What is not among the others, by the first network's features: in other batches the same image gives nearly the same.
 
         Example:
             >>> x = torch.randn(10, 4)
-            >>> len(PooledFeatures((x,), None).without(PooledFeatures((x[3:5],), None)))
+            >>> len(PooledFeatures((x,), None).exclude(PooledFeatures((x[3:5],), None)))
             8
         """
         own, known = self.features[0].double(), others.features[0].double()
@@ -262,7 +262,7 @@ def labels_of(batch: Any, what: str = "images") -> Tensor:
     return found.cpu().long()
 
 
-def checked_networks(
+def classifier_models(
     model: nn.Module,
     peers: nn.Module | Iterable[nn.Module],
     head: str | None,
@@ -307,7 +307,7 @@ def checked_networks(
 
 
 def flag_unusable_heads(networks: Sequence[ClassifierModel], batch: Any) -> list[ClassifierModel]:
-    """The networks, peers without a say marked as `silent`: their output is not what their classifier makes of its input.
+    """The networks, peers without a say marked as `head_excluded`: their output is not what their classifier makes of its input.
 
     Args:
         networks: in eval mode, first the one that is refined.
@@ -317,8 +317,8 @@ def flag_unusable_heads(networks: Sequence[ClassifierModel], batch: Any) -> list
         LayoutError: the network itself is of this kind, such as one with two classifiers, and would not be the better
             for a new one.
     """
-    found = [replace(net, silent=net.silent or not _is_its_classifiers(net, batch)) for net in networks]
-    if found[0].silent:
+    found = [replace(net, head_excluded=net.head_excluded or not _is_its_classifiers(net, batch)) for net in networks]
+    if found[0].head_excluded:
         raise LayoutError(
             f"{found[0].name}: its output is not what its classifier {found[0].head!r} makes of its features (another beside it, a step behind it). "
             "A new one would not be the network's; name the right layer with head=, or refine a network with one classifier"
@@ -329,7 +329,7 @@ def flag_unusable_heads(networks: Sequence[ClassifierModel], batch: Any) -> list
 def flag_mismatched_classes(
     networks: Sequence[ClassifierModel], seen: PooledFeatures
 ) -> tuple[list[ClassifierModel], list[str]]:
-    """The networks, peers whose classes are not the network's own marked as `silent`, and a note on each.
+    """The networks, peers whose classes are not the network's own marked as `head_excluded`, and a note on each.
 
     As many classes need not be the same ones: what both say of the images tells. Where they agree on less than half of
     what they would agree on if
@@ -344,20 +344,20 @@ def flag_mismatched_classes(
         >>> for net, order in zip(nets, ([0, 1, 2], [0, 1, 2], [1, 2, 0])):
         ...     net.classifier.weight.data = torch.eye(3)[order]
         >>> x = torch.randn(90, 3)
-        >>> [net.silent for net in flag_mismatched_classes(nets, PooledFeatures((x, x, x), None))[0]]
+        >>> [net.head_excluded for net in flag_mismatched_classes(nets, PooledFeatures((x, x, x), None))[0]]
         [False, False, True]
     """
     own, found, notes = networks[0], [networks[0]], []
     said = own.logits(seen.features[0]).argmax(1)
     for net, features in zip(networks[1:], seen.features[1:], strict=True):
-        if net.speaks(own.classes):
+        if net.has_compatible_head(own.classes):
             other = net.logits(features).argmax(1)
             together = torch.zeros(own.classes, own.classes).index_put_(
                 (said, other), torch.ones(len(said)), accumulate=True
             )
             agreed, possible = float(together.diagonal().sum()) / len(said), float(together.amax(1).sum()) / len(said)
             if agreed < MIN_AGREEMENT_RATIO * possible:
-                net = replace(net, silent=True)
+                net = replace(net, head_excluded=True)
                 notes.append(
                     f"{net.name} tells {net.classes} classes apart as {own.name} does, but says the same of {100 * agreed:.1f} % of the images, and "
                     f"could of {100 * possible:.1f} % if its classes were named anew: they seem to be others, and its classifier is not asked"

@@ -31,29 +31,31 @@ class PeerScore:
 
     Attributes:
         name: of the peer.
-        explains: share of the network's features that the peer explains.
-        explained: share of the peer's features that the network explains.
+        r2_of_model: share of the network's features that the peer explains.
+        r2_of_peer: share of the peer's features that the network explains.
         noise_floor: what the peer still "explains" when its rows are shuffled between the images.
-        useful: whether `explains` is well above the floor.
+        useful: whether `r2_of_model` is well above the floor.
         reason: why not, or an empty text.
     """
 
     name: str
-    explains: float
-    explained: float
+    r2_of_model: float
+    r2_of_peer: float
     noise_floor: float
     useful: bool
     reason: str = ""
 
 
-def score_peer(own: Tensor, peer: Tensor, name: str = "peer", *, least: float = 0.2, seed: int = 0) -> PeerScore:
+def score_peer(
+    own: Tensor, peer: Tensor, name: str = "peer", *, min_explained: float = 0.2, seed: int = 0
+) -> PeerScore:
     """Judge a peer by its features, without labels.
 
     Args:
         own: (N, D) pooled features of the network.
         peer: (N, D') of the peer, on the same images.
         name: of the peer.
-        least: share above the noise floor that a useful peer explains. EfficientNet-Lites explain 0.27 (from 200
+        min_explained: share above the noise floor that a useful peer explains. EfficientNet-Lites explain 0.27 (from 200
             photographs of clothes) to 0.48
             (from 3,068) of each other; networks trained on CIFAR-10 or digits 0.14 of them at most, untrained ones
             0.04, noise 0.00.
@@ -71,7 +73,7 @@ def score_peer(own: Tensor, peer: Tensor, name: str = "peer", *, least: float = 
     masks = split_masks(len(own), seed)
     shuffled = peer[torch.from_numpy(np.argsort(hash_unit(np.arange(len(own), dtype=np.int64), seed, stream=3)))]
     explains, explained, floor = (explained_share(*pair, masks) for pair in ((peer, own), (own, peer), (shuffled, own)))
-    useful = explains - max(floor, 0.0) >= least
+    useful = explains - max(floor, 0.0) >= min_explained
     reason = (
         ""
         if useful
@@ -125,7 +127,9 @@ class PeerEnsemble:
     """
 
     def __init__(self, peers: Sequence[ClassifierModel], heads: Mapping[int, Logits] | None, classes: int) -> None:
-        same = {i: partial(_linear, peer.classifier) for i, peer in enumerate(peers) if peer.speaks(classes)}
+        same = {
+            i: partial(_linear, peer.classifier) for i, peer in enumerate(peers) if peer.has_compatible_head(classes)
+        }
         given = {
             i: partial(_linear, head) if isinstance(head, nn.Linear) else head for i, head in (heads or {}).items()
         }

@@ -103,9 +103,9 @@ class RefineReport:
         chosen: name of the candidate that was taken; "original" where nothing was better.
         rows: figures of the network before and after, of every candidate, of the peers and of the ensemble.
         peers: what each peer knows of the network, without labels.
-        shares: by layer, share of the network that the useful peers explain, (before, after); None where it was not
+        explained: by layer, share of the network that the useful peers explain, (before, after); None where it was not
             measured.
-        images: how many were unlabeled, labeled, to validate and to test.
+        num_images: how many were unlabeled, labeled, to validate and to test.
         settings: ridges, seeds, …
         seconds: wall-clock time.
         versions: of the packages that figures depend on.
@@ -123,8 +123,8 @@ class RefineReport:
     chosen: str
     rows: tuple[Row, ...]
     peers: tuple[PeerScore, ...]
-    shares: Mapping[str, tuple[float, float | None]]
-    images: Mapping[str, int]
+    explained: Mapping[str, tuple[float, float | None]]
+    num_images: Mapping[str, int]
     settings: Mapping[str, Any]
     seconds: float
     versions: Mapping[str, str]
@@ -142,7 +142,7 @@ class RefineReport:
         return found
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count:,} {name}" for name, count in self.images.items() if count)
+        counts = ", ".join(f"{count:,} {name}" for name, count in self.num_images.items() if count)
         lines = [
             f"{self.network} refined · method {self.method} · chosen: {self.chosen} · images: {counts} · {self.seconds:.1f} s",
             "",
@@ -156,15 +156,15 @@ class RefineReport:
         if self.peers:
             table = [["peer", "explains", "is explained", "noise floor", ""]]
             table += [
-                [w.name, _share(w.explains), _share(w.explained), _share(w.noise_floor), w.reason or "useful"]
+                [w.name, _share(w.r2_of_model), _share(w.r2_of_peer), _share(w.noise_floor), w.reason or "useful"]
                 for w in self.peers
             ]
             lines += ["", *_aligned(table)]
-        if self.shares:
+        if self.explained:
             table = [["layer", "known to the peers before", "after"]]
             table += [
                 [name, _share(before), "–" if after is None else _share(after)]
-                for name, (before, after) in self.shares.items()
+                for name, (before, after) in self.explained.items()
             ]
             lines += ["", *_aligned(table)]
         if all(row.test is None for row in self.rows) and any(row.validation is not None for row in self.rows):

@@ -74,7 +74,7 @@ def test_results(whole: Path) -> None:
         found["validation"] for found in summary["results"].values()
     )
     report = json.loads((whole / "report.json").read_text())
-    assert report["images"] == {"unlabeled": 210, "labeled": 12, "validation": 33, "test": 33}
+    assert report["num_images"] == {"unlabeled": 210, "labeled": 12, "validation": 33, "test": 33}
     entries = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     for way, terms in (("consensus", {"cross_entropy", "consensus", "ensemble"}), ("labels", {"cross_entropy"})):
         of_way = [entry for entry in entries if entry["towards"] == way]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, LayerNameError, OptionError, ShapeError
-from knowiso_train.refinement import FinetuneConfig, HeadConfig, RefineResult, refine
+from knowiso_train.refinement import HeadConfig, RefineFinetuneConfig, RefineResult, refine
 from knowiso_train.refinement.models import classifier_model
 from knowiso_train.refinement.peers import PeerEnsemble
 from knowiso_train.utils.batch import subsample_loader
@@ -49,7 +49,7 @@ def test_auto_is_better_than_every_part_alone_and_reports_all() -> None:
         row.validation.accuracy for row in report.rows if row.role in ("before", "candidate")
     )
     assert [worth.useful for worth in report.peers] == [True, True]
-    assert report.images == {"unlabeled": 1500, "labeled": 12, "validation": 300, "test": 3000}
+    assert report.num_images == {"unlabeled": 1500, "labeled": 12, "validation": 300, "test": 3000}
     text = str(report)
     assert all(word in text for word in ("own", "(peer)", "(ensemble)", "(after)", "ECE", "noise floor"))
     assert json.loads(report.to_json())["chosen"] == report.chosen
@@ -104,14 +104,14 @@ def test_fold_with_itself_changes_nothing_and_needs_no_labels() -> None:
     result = refine(model, Eye(0), POOL, method="fold", progress=False)
     with torch.no_grad():
         torch.testing.assert_close(result.model(X), model(X), rtol=1e-3, atol=1e-3)
-    assert result.report.shares["fc (input)"][0] > 0.999
+    assert result.report.explained["fc (input)"][0] > 0.999
 
 
 def test_nothing_is_left_behind() -> None:
     model, peer = Eye(0).train(), Eye(1).train()
     peer.fc.requires_grad_(False)
     before = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [p.requires_grad for p in peer.parameters()]
-    result = refine(model, peer, POOL, training=FinetuneConfig(steps=2), **SETS)
+    result = refine(model, peer, POOL, finetune_config=RefineFinetuneConfig(steps=2), **SETS)
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values(), strict=True))
     assert torch.equal(torch.get_rng_state(), before[1])
     assert [p.requires_grad for p in peer.parameters()] == before[2]
@@ -128,9 +128,12 @@ def test_nothing_is_left_behind() -> None:
 def test_consensus_training_learns_what_the_peers_confirm() -> None:
     """From a trunk that mixes in noise: what the peers explain of its features rises."""
     result = refined(
-        Eye(1), Eye(2), method="consensus", training=FinetuneConfig(steps=120, lr=0.1, weight=3.0, kd_weight=0.1)
+        Eye(1),
+        Eye(2),
+        method="consensus",
+        finetune_config=RefineFinetuneConfig(steps=120, lr=0.1, consensus_weight=3.0, kd_weight=0.1),
     )
-    before, after = result.report.shares["fc (input)"]
+    before, after = result.report.explained["fc (input)"]
     assert after is not None
     assert after > before + 0.05
     assert type(result.model) is Eye
@@ -138,14 +141,18 @@ def test_consensus_training_learns_what_the_peers_confirm() -> None:
 
 
 def test_same_seed_same_result() -> None:
-    one, two = (refined(Eye(1), method="consensus", training=FinetuneConfig(steps=3), seed=4) for _ in range(2))
+    one, two = (
+        refined(Eye(1), method="consensus", finetune_config=RefineFinetuneConfig(steps=3), seed=4) for _ in range(2)
+    )
     assert all(
         torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True)
     )
 
 
 def test_paper_rebuilds_the_layer_and_is_not_saved_as_a_plain_network(tmp_path: Path) -> None:
-    result = refined(Eye(1), method="paper", layer="global_pool", training=FinetuneConfig(steps=80, lr=0.05))
+    result = refined(
+        Eye(1), method="paper", layer="global_pool", finetune_config=RefineFinetuneConfig(steps=80, lr=0.05)
+    )
     assert result.report.row("after").test.accuracy > 60
     with torch.no_grad():
         own, noise = X.clone(), torch.randn_like(X)
@@ -166,7 +173,13 @@ def test_saved_result_loads_with_timm_alone(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KnowisoWarning)
         result = refine(
-            model, peer, pool, method="head", labeled=batches(pictures[:30], labels[:30]), least=-1.0, progress=False
+            model,
+            peer,
+            pool,
+            method="head",
+            labeled=batches(pictures[:30], labels[:30]),
+            min_explained=-1.0,
+            progress=False,
         )
     result.save(tmp_path)
     card = json.loads((tmp_path / "card.json").read_text())
@@ -216,7 +229,9 @@ def test_no_peers_is_an_error() -> None:
 
 
 def test_consensus_without_any_label() -> None:
-    result = refine(Eye(0), Eye(1), POOL, method="consensus", training=FinetuneConfig(steps=3), progress=False)
+    result = refine(
+        Eye(0), Eye(1), POOL, method="consensus", finetune_config=RefineFinetuneConfig(steps=3), progress=False
+    )
     assert result.report.chosen == "original, fine-tuned to the consensus"
     assert result.report.row("after").validation is None
 
@@ -274,12 +289,19 @@ def test_guesses_that_mislead_are_not_used() -> None:
     }
     with pytest.warns(KnowisoWarning, match="points on labeled images left out; the labels alone are used"):
         safe = refine(
-            nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadConfig(sharpness=math.inf), **options
+            nets[0],
+            nets[1],
+            batches(x[240:2000]),
+            method="head",
+            head_config=HeadConfig(inverse_temperature=math.inf),
+            **options,
         )
     assert safe.report.chosen.startswith("labels only")
     harmed = next(row for row in safe.report.rows if row.name.startswith("consensus head"))
     assert safe.report.row("after").test.accuracy > harmed.test.accuracy + 10
-    better = refine(nets[0], nets[1], batches(x[240:2000]), method="head", recipe=HeadConfig(shares="even"), **options)
+    better = refine(
+        nets[0], nets[1], batches(x[240:2000]), method="head", head_config=HeadConfig(class_prior="uniform"), **options
+    )
     assert better.report.chosen.startswith("consensus head")
     assert better.report.row("after").test.accuracy > safe.report.row("after").test.accuracy
 
@@ -287,10 +309,10 @@ def test_guesses_that_mislead_are_not_used() -> None:
 def test_auto_trains_on_the_labels_alone_too() -> None:
     nets, x, y = sixty_classes()
     sets: dict[str, Any] = {"labeled": batches(x[:240], y[:240]), "validation": batches(x[2500:], y[2500:])}
-    wrong = HeadConfig(sharpness=math.inf, shares=(100.0, *(1.0,) * 59))  # the labels alone start it
-    training = FinetuneConfig(steps=5, lr=1e-3, layers=["0"])
+    wrong = HeadConfig(inverse_temperature=math.inf, class_prior=(100.0, *(1.0,) * 59))  # the labels alone start it
+    training = RefineFinetuneConfig(steps=5, lr=1e-3, layers=["0"])
     report = refine(
-        nets[0], nets[1], batches(x[240:2500]), recipe=wrong, training=training, progress=False, **sets
+        nets[0], nets[1], batches(x[240:2500]), head_config=wrong, finetune_config=training, progress=False, **sets
     ).report
     trained = [row for row in report.rows if "fine-tuned" in row.name]
     assert [row.name.split(", ", 1)[0] for row in trained] == ["labels only"] * 2
@@ -302,8 +324,8 @@ def test_auto_trains_on_the_labels_alone_too() -> None:
         nets[0],
         nets[1],
         batches(x[240:2500]),
-        recipe=HeadConfig(shares="even"),
-        training=training,
+        head_config=HeadConfig(class_prior="uniform"),
+        finetune_config=training,
         progress=False,
         **sets,
     ).report

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, KnowisoWarning, LayoutError, OptionError
-from knowiso_train.refinement import FinetuneConfig, HeadConfig, refine
+from knowiso_train.refinement import HeadConfig, RefineFinetuneConfig, refine
 from knowiso_train.refinement.models import PooledFeatures, classifier_model, flag_unusable_heads, pooled_layer
 from tests.helpers.refine_models import Eye, batches, images, with_best_classifier
 
@@ -45,7 +45,7 @@ def test_consensus_starts_from_a_classifier_that_was_trained() -> None:
     options: dict[str, Any] = {
         "method": "consensus",
         "labeled": LABELED,
-        "training": FinetuneConfig(steps=0),
+        "finetune_config": RefineFinetuneConfig(steps=0),
         "progress": False,
     }
     model = trained(0)
@@ -70,16 +70,29 @@ def test_classes_without_labels_are_named() -> None:
 
 
 def test_as_many_classes_need_not_be_the_same() -> None:
-    training = FinetuneConfig(steps=60, lr=0.02)
+    training = RefineFinetuneConfig(steps=60, lr=0.02)
     with pytest.warns(KnowisoWarning, match="they seem to be others, and its classifier is not asked"):
         turned = refine(
-            trained(0), trained(1, (1, 2, 0)), POOL, method="consensus", training=training, test=TEST, progress=False
+            trained(0),
+            trained(1, (1, 2, 0)),
+            POOL,
+            method="consensus",
+            finetune_config=training,
+            test=TEST,
+            progress=False,
         )
     before, after = (turned.report.row(role).test.accuracy for role in ("before", "after"))
     assert after > before - 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refine(trained(0), trained(1), POOL, method="consensus", training=FinetuneConfig(steps=1), progress=False)
+        refine(
+            trained(0),
+            trained(1),
+            POOL,
+            method="consensus",
+            finetune_config=RefineFinetuneConfig(steps=1),
+            progress=False,
+        )
 
 
 def test_without_a_useful_peer_there_is_no_consensus() -> None:
@@ -96,7 +109,7 @@ def test_without_a_useful_peer_there_is_no_consensus() -> None:
             POOL,
             labeled=LABELED,
             validation=VALIDATION,
-            training=FinetuneConfig(steps=2),
+            finetune_config=RefineFinetuneConfig(steps=2),
             progress=False,
         ).report
     assert [row.name.rsplit(" to ", 1)[1] for row in report.rows if "fine-tuned" in row.name] == ["the labels"]
@@ -116,7 +129,7 @@ def test_a_network_with_two_heads_is_refused_and_a_peer_with_two_is_silent() -> 
     with pytest.raises(LayoutError, match="not what its classifier 'fc' makes of its features"):
         refine(TwoHeads(0), Eye(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
     assert [
-        net.silent
+        net.head_excluded
         for net in flag_unusable_heads(
             [classifier_model(Eye(0), "own"), classifier_model(TwoHeads(1), "peer")], POOL[0]
         )
@@ -153,9 +166,9 @@ def test_networks_without_global_pool_are_trained() -> None:
         nets[1],
         pool,
         method="consensus",
-        training=FinetuneConfig(steps=2),
-        keep_useless=True,
-        least=-1.0,
+        finetune_config=RefineFinetuneConfig(steps=2),
+        keep_all_peers=True,
+        min_explained=-1.0,
         progress=False,
     )
     assert any(
@@ -167,7 +180,12 @@ def test_networks_without_global_pool_are_trained() -> None:
 def test_half_precision_without_labels() -> None:
     nets = [trained(i).bfloat16() for i in range(2)]
     result = refine(
-        nets[0], nets[1], batches(X.bfloat16()), method="consensus", training=FinetuneConfig(steps=2), progress=False
+        nets[0],
+        nets[1],
+        batches(X.bfloat16()),
+        method="consensus",
+        finetune_config=RefineFinetuneConfig(steps=2),
+        progress=False,
     )
     assert result.model.fc.weight.dtype == torch.bfloat16
 
@@ -181,7 +199,7 @@ def test_images_that_are_given_twice_count_once() -> None:
     )
     torch.testing.assert_close(apart.model.fc.weight, together.model.fc.weight, rtol=1e-4, atol=1e-5)
     rows = Eye(0).features(X)
-    assert len(PooledFeatures((rows,), None).without(PooledFeatures((rows[FEW] + 1e-6,), None))) == len(X) - len(FEW)
+    assert len(PooledFeatures((rows,), None).exclude(PooledFeatures((rows[FEW] + 1e-6,), None))) == len(X) - len(FEW)
 
 
 def test_a_classifier_without_bias_is_left_or_refused() -> None:
@@ -213,9 +231,16 @@ def test_what_is_saved_is_checked_against_what_timm_builds(tmp_path: Path) -> No
     torch.manual_seed(0)
     nets = [timm.create_model("test_resnet", num_classes=3, in_chans=1) for _ in range(2)]
     pictures, labels = torch.rand(120, 1, 32, 32), torch.arange(120) % 3
-    few, recipe = batches(pictures[:30], labels[:30]), HeadConfig(rounds=1)
+    few, recipe = batches(pictures[:30], labels[:30]), HeadConfig(num_rounds=1)
     result = refine(
-        nets[0], nets[1], batches(pictures), method="head", labeled=few, recipe=recipe, least=-1.0, progress=False
+        nets[0],
+        nets[1],
+        batches(pictures),
+        method="head",
+        labeled=few,
+        head_config=recipe,
+        min_explained=-1.0,
+        progress=False,
     )
     with pytest.warns(KnowisoWarning, match=r"'conv1.0.weight' is .* options=\{'in_chans': 1\}"):
         result.save(tmp_path)

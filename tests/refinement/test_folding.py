@@ -48,7 +48,7 @@ def test_a_relu_that_never_acts_on_the_example_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
     with torch.no_grad():
         net[0].bias.fill_(100.0)
-    positive = torch.rand(4, 4, dtype=torch.float64)  # a positive map keeps it silent too
+    positive = torch.rand(4, 4, dtype=torch.float64)  # a positive map keeps it inactive too
     with pytest.raises(LayoutError, match="non-linearity"):
         fold(net, "0", ["2"], positive, None, IMAGES)
 

@@ -10,7 +10,7 @@ import torch
 from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.refinement import HeadConfig, consensus_head, fit_peer_projection, ridge_head, score_peer
 from knowiso_train.refinement.heads import ConsensusFeatures, isomorphic_parts, pseudo_labels
-from knowiso_train.refinement.metrics import best_temperature, consensus_vs_labels_cv, score
+from knowiso_train.refinement.metrics import best_temperature, classification_score, consensus_vs_labels_cv
 from knowiso_train.regression.ridge import RidgeSolver
 from tests.helpers.refine_models import SIGNAL, WIDTH, Eye, images
 
@@ -51,7 +51,7 @@ def test_a_peer_that_is_the_network_itself_changes_nothing() -> None:
     torch.testing.assert_close(made.matrix, torch.eye(WIDTH, dtype=torch.float64), rtol=0, atol=1e-4)
     torch.testing.assert_close(made.shift, torch.zeros(WIDTH, dtype=torch.float64), rtol=0, atol=1e-4)
     found = score_peer(own, own, "itself")
-    assert found.explains > 0.9999
+    assert found.r2_of_model > 0.9999
     assert found.useful
 
 
@@ -79,15 +79,15 @@ def test_guesses_come_in_the_proportions_of_the_labels() -> None:
         train, labels, x, y = many_classes(seed)
         alone = accuracy(ridge_head(train[0][few], labels[few], 60, 0.1)(x), y)
         heads = []
-        for shares in (None, "even"):
-            recipe = HeadConfig(shares=shares, sharpness=math.inf)
+        for class_prior in (None, "uniform"):
+            recipe = HeadConfig(class_prior=class_prior, inverse_temperature=math.inf)
             heads.append(consensus_head([f[few] for f in train], labels[few], [f[240:] for f in train], 60, recipe))
         left, brought = heads
         assert brought.targets.sum(0).std() < 0.5 * left.targets.sum(0).std()
         assert accuracy(left(x), y) < alone - 10
         assert accuracy(brought(x), y) > accuracy(left(x), y) + 20
         softly = consensus_head(
-            [f[few] for f in train], labels[few], [f[240:] for f in train], 60, HeadConfig(shares="even")
+            [f[few] for f in train], labels[few], [f[240:] for f in train], 60, HeadConfig(class_prior="uniform")
         )
         assert accuracy(softly(x), y) > alone + 5
 
@@ -102,19 +102,23 @@ def many_classes(seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Ten
 
 
 def test_guesses_that_mislead_are_noticed_on_labels_left_out() -> None:
-    index, recipe = torch.arange(240), HeadConfig(sharpness=math.inf)
+    index, recipe = torch.arange(240), HeadConfig(inverse_temperature=math.inf)
     for seed in range(3):
         train, labels, _, _ = many_classes(seed)
-        found = consensus_vs_labels_cv(ConsensusFeatures.of(train), train[0][index], index, labels[index], 60, recipe)
-        assert found.misled
+        found = consensus_vs_labels_cv(
+            ConsensusFeatures.from_views(train), train[0][index], index, labels[index], 60, recipe
+        )
+        assert found.significantly_worse
         assert found.gain + found.error < -10
     own = [net.features(X) for net in NETS]
     few = torch.cat([torch.nonzero(c == Y)[:5, 0] for c in range(3)])
-    assert not consensus_vs_labels_cv(ConsensusFeatures.of(own), own[0][few], few, Y[few], 3, HeadConfig()).misled
+    assert not consensus_vs_labels_cv(
+        ConsensusFeatures.from_views(own), own[0][few], few, Y[few], 3, HeadConfig()
+    ).significantly_worse
     # Too few to say
     assert not consensus_vs_labels_cv(
-        ConsensusFeatures.of(own), own[0][few[:6]], few[:6], Y[few[:6]], 3, HeadConfig()
-    ).misled
+        ConsensusFeatures.from_views(own), own[0][few[:6]], few[:6], Y[few[:6]], 3, HeadConfig()
+    ).significantly_worse
 
 
 def test_proportions_that_are_known() -> None:
@@ -138,7 +142,7 @@ def test_a_peer_that_knows_nothing_is_noticed_without_labels(kind: str) -> None:
     }[kind]
     found = score_peer(own, peer, kind)
     assert not found.useful
-    assert abs(found.explains) < 0.05
+    assert abs(found.r2_of_model) < 0.05
     assert "left out" in found.reason
 
 
@@ -146,7 +150,7 @@ def test_what_a_peer_explains_is_the_known_share() -> None:
     """E[own | peer] for a signal that is seen exactly: its share of the variance, less what the peer's noise hides (none here)."""
     own, peer = NETS[0].features(X), NETS[1].features(X)
     of_signal, total = X[:, :SIGNAL].var(0).sum(), own.var(0).sum()
-    assert score_peer(own, peer).explains == pytest.approx(float(of_signal / total), abs=0.03)
+    assert score_peer(own, peer).r2_of_model == pytest.approx(float(of_signal / total), abs=0.03)
 
 
 def test_the_isomorphic_part_has_the_products_of_the_regression() -> None:
@@ -182,7 +186,9 @@ def test_all_images_labeled_is_a_ridge_classifier() -> None:
 def test_calibration() -> None:
     logits = torch.tensor([[2.0, 0.0]] * 4)
     labels = torch.tensor([0, 0, 0, 1])
-    assert score(logits, labels).ece == pytest.approx(100 * abs(0.75 - float(torch.tensor(2.0).sigmoid())), abs=1e-4)
+    assert classification_score(logits, labels).ece == pytest.approx(
+        100 * abs(0.75 - float(torch.tensor(2.0).sigmoid())), abs=1e-4
+    )
     temperature = best_temperature(logits, labels)
     assert float((logits[0] / temperature).softmax(0)[0]) == pytest.approx(0.75, abs=0.02)
 
@@ -197,14 +203,14 @@ def test_errors_say_what_to_do() -> None:
     bad = torch.full((4, 2), float("nan"))
     with pytest.raises(NonFiniteError, match="network 1"):
         consensus_head([torch.randn(4, 2), bad], torch.tensor([0, 1, 0, 1]), [torch.randn(9, 2), torch.randn(9, 2)], 2)
-    with pytest.raises(OptionError, match="rounds"):
-        HeadConfig(rounds=0)
+    with pytest.raises(OptionError, match="num_rounds"):
+        HeadConfig(num_rounds=0)
     for wrong in ("many", (), (0.5, -0.5)):
-        with pytest.raises(OptionError, match="shares"):
-            HeadConfig(shares=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match="shares of 2 classes, got 3"):
+        with pytest.raises(OptionError, match="class_prior"):
+            HeadConfig(class_prior=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="class_prior of 2 classes, got 3"):
         consensus_head(
-            [torch.randn(4, 2)], torch.tensor([0, 1, 0, 1]), [torch.randn(9, 2)], 2, HeadConfig(shares=(1, 1, 2))
+            [torch.randn(4, 2)], torch.tensor([0, 1, 0, 1]), [torch.randn(9, 2)], 2, HeadConfig(class_prior=(1, 1, 2))
         )
     with pytest.raises(OptionError, match="ridge must be"):
         fit_peer_projection(torch.randn(30, 2), [torch.randn(30, 2)], ridge=-1.0)
