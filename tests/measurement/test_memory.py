@@ -15,13 +15,13 @@ MIB = 2**20
 
 
 def test_eighty_percent_of_the_free_memory_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("knowiso_train.measurement.memory.free_bytes", lambda device: 1000 * MIB)
+    monkeypatch.setattr("knowiso_train.measurement.memory.free_bytes", lambda device: 100 * MIB)
     cpu = torch.device("cpu")
     # All pairs stream at the same time; they are solved one after the other
-    fitting = {"a": MemoryEstimate(8, 200 * MIB, 390 * MIB), "b": MemoryEstimate(8, 200 * MIB, 100 * MIB)}
+    fitting = {"a": MemoryEstimate(8, 20 * MIB, 39 * MIB), "b": MemoryEstimate(8, 20 * MIB, 10 * MIB)}
     check_capacity(fitting, cpu)
-    too_large = fitting | {"c": MemoryEstimate(72, 11 * MIB, 0)}
-    with pytest.raises(CapacityError, match=r"3 layer pair.*801 MiB on cpu, but 800 MiB can be used; the largest is a"):
+    too_large = fitting | {"c": MemoryEstimate(72, 2 * MIB, 0)}
+    with pytest.raises(CapacityError, match=r"3 layer pair.*81 MiB on cpu, but 80 MiB can be used; the largest is a"):
         check_capacity(too_large, cpu)
 
 
