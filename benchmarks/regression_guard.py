@@ -70,11 +70,11 @@ MEASURE_CALLS: Calls = {
     },
 }
 LOSS_FORMS: Calls = {
-    "moment": {"form": "moment"},
-    "moment, kernel 3": {"form": "moment", "kernel_size": 3},
-    "moment, balanced": {"form": "moment", "weight": "balanced"},
-    "learned": {"form": "learned", "order": 1},
-    "consensus": {"form": "consensus"},  # the section adds "peers"
+    "moment": {},
+    "moment, kernel 3": {"kernel_size": 3},
+    "moment, balanced": {"weight": "balanced"},
+    "learned": {"solver": "learned", "order": 1},
+    "consensus": {"target": "consensus"},  # the section adds "peers"
 }
 PRUNE_CALLS: Calls = {
     "resnet20, blocks": {"block_steps": 3, "round_to": 4},

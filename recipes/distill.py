@@ -105,7 +105,7 @@ def train(arm: str, teacher: Any, layers: Pairs, data: Data, args: argparse.Name
     updates = epochs * math.ceil(len(loader) / args.accumulate)
     iso = None
     if "iso" in extra:
-        options = {name: getattr(args, name) for name in ("form", "order", "kernel_size", "weight")}
+        options = {name: getattr(args, name) for name in ("solver", "order", "kernel_size", "weight")}
         example = to_input(data[0][0][0][None].to(accelerator.device))
         iso = IsomorphismLoss(bare, teacher, layers, teacher_transform=to_teacher, example=example, **options).to(
             accelerator.device
@@ -361,12 +361,12 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         nargs="+",
     )
     add(
-        "--form",
-        "moment",
-        help="of the loss: moment, closed form, nothing to train; learned, the paper's",
-        choices=("moment", "learned"),
+        "--solver",
+        "closed_form",
+        help="map of the loss: closed_form, from running moments; learned, the paper's network",
+        choices=("closed_form", "learned"),
     )
-    add("--order", 0, at_least(0), "non-linear steps of the learned form")
+    add("--order", 0, at_least(0), "non-linear steps of the learned solver")
     add("--kernel-size", 1, at_least(1), "neighborhood of the map, odd; 1 costs least")
     add(
         "--weight",

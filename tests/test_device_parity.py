@@ -98,15 +98,14 @@ def test_the_paper_solver_splits_exactly(device: str) -> None:
 
 def train_losses(
     device: str,
-    form: str,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     autocast: bool = False,
     **options: Any,
 ) -> list[float]:
     """Train a small student for 25 steps and return the loss of every step."""
     student, teacher, peer = (built(seed).to(device) for seed in (1, 2, 3))
-    options |= {"peers": [peer]} if form == "consensus" else {}
-    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, form=form, **options).to(device)
+    options |= {"peers": [peer]} if options.get("target") == "consensus" else {}
+    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, **options).to(device)
     optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.01)
     generator, losses = torch.Generator().manual_seed(0), []
     with iso:
@@ -122,19 +121,19 @@ def train_losses(
     return losses
 
 
-FORMS: list[tuple[str, dict[str, Any]]] = [
-    ("moment", {}),
-    ("moment", {"kernel_size": 3}),
-    ("moment", {"weight": "balanced"}),
-    ("learned", {}),
-    ("learned", {"order": 1}),
-    ("consensus", {}),
+LOSS_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"kernel_size": 3},
+    {"weight": "balanced"},
+    {"solver": "learned"},
+    {"solver": "learned", "order": 1},
+    {"target": "consensus"},
 ]
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS, ids=str)
-def test_training_with_the_loss_gives_the_same_losses(device: str, form: str, options: dict[str, Any]) -> None:
-    assert train_losses(device, form, **options) == pytest.approx(train_losses("cpu", form, **options), rel=2e-3)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+def test_training_with_the_loss_gives_the_same_losses(device: str, options: dict[str, Any]) -> None:
+    assert train_losses(device, **options) == pytest.approx(train_losses("cpu", **options), rel=2e-3)
 
 
 def synchronizing_calls(device: str, work: Callable[[], Any]) -> list[str]:
@@ -153,11 +152,11 @@ def synchronizing_calls(device: str, work: Callable[[], Any]) -> list[str]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS, ids=str)
-def test_steps_between_refreshes_do_not_synchronize(device: str, form: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+def test_steps_between_refreshes_do_not_synchronize(device: str, options: dict[str, Any]) -> None:
     student, teacher, peer = (built(seed).to(device) for seed in (1, 2, 3))
-    options |= {"peers": [peer]} if form == "consensus" else {}
-    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, form=form, **options).to(device)
+    options |= {"peers": [peer]} if options.get("target") == "consensus" else {}
+    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, **options).to(device)
     images = torch.randn(32, 3, 8, 8, device=device)
 
     def step() -> None:

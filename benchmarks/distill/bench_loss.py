@@ -58,9 +58,9 @@ RIVALS: dict[str, Callable[[list[int], list[int]], nn.Module]] = {
 }
 FORMS: dict[str, dict[str, Any]] = {
     OURS: {},
-    "+ ours, learned, order 0": {"form": "learned", "order": 0},
-    "+ ours, learned, order 1": {"form": "learned", "order": 1},
-    "+ ours, consensus, one peer": {"form": "consensus"},
+    "+ ours, learned, order 0": {"solver": "learned", "order": 0},
+    "+ ours, learned, order 1": {"solver": "learned", "order": 1},
+    "+ ours, consensus, one peer": {"target": "consensus"},
 }
 CONTENDERS = ["student alone", "student + teacher forward", BASE, *RIVALS, *FORMS]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -12,7 +13,8 @@ from knowiso_train.errors import InputTypeError, LayerNameError, LayoutError, No
 from knowiso_train.features.extractor import FeatureReader
 from knowiso_train.features.modules import LayerPair, unwrap_model
 
-FORMS = ("moment", "learned", "consensus")
+Solver = Literal["closed_form", "learned"]
+Target = Literal["teacher", "consensus"]
 
 
 def pair_key(pair: LayerPair) -> str:
@@ -74,7 +76,8 @@ def freeze_peers(
 def check_options(
     student: nn.Module,
     teacher: nn.Module,
-    form: str,
+    solver: Solver,
+    target: Target,
     order: int,
     kernel_size: int,
     refresh: int,
@@ -92,12 +95,15 @@ def check_options(
         raise OptionError(
             "student and teacher are the same network; copy it (copy.deepcopy) before training, to hold the student to its original"
         )
-    if form not in FORMS:
-        raise OptionError(f"form must be one of {FORMS}, got {form!r}")
+    for name, choice, choices in (("solver", solver, get_args(Solver)), ("target", target, get_args(Target))):
+        if choice not in choices:
+            raise OptionError(f"{name} must be {' or '.join(map(repr, choices))}, got {choice!r}")
     if isinstance(order, bool) or not isinstance(order, int) or order < 0:
         raise OptionError(f"order must be an integer K >= 0 (the number of non-linear steps), got {order!r}")
-    if order and form != "learned":
-        raise OptionError(f'form={form!r} is the closed form of order 0; order={order} needs form="learned"')
+    if order and solver != "learned":
+        raise OptionError(f'solver="closed_form" fits maps of order 0; order={order} needs solver="learned"')
+    if target == "consensus" and solver == "learned":
+        raise OptionError('target="consensus" needs solver="closed_form"; solver="learned" needs target="teacher"')
     for name, count in (("kernel_size", kernel_size), ("refresh", refresh)):
         if isinstance(count, bool) or not isinstance(count, int):
             raise OptionError(f"{name} must be an integer, got {count!r}")
@@ -118,11 +124,11 @@ def check_options(
         raise OptionError(f"window must be at least 1 call, or None, got {window}")
     if not ratio > 0:
         raise OptionError(f"ratio must be positive, got {ratio}")
-    if (form == "consensus") != bool(peers):
+    if (target == "consensus") != bool(peers):
         raise OptionError(
-            'form="consensus" needs peers=[network, ...]'
-            if form == "consensus"
-            else f'peers= belongs to form="consensus", not {form!r}'
+            'target="consensus" needs peers=[network, ...]'
+            if target == "consensus"
+            else f'peers= needs target="consensus", got target={target!r}'
         )
     if repeated not in ("error", "first", "last"):
         raise OptionError(f"repeated must be 'error', 'first' or 'last', got {repeated!r}")

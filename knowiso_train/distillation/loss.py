@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation.balancing import GradientBalance
 from knowiso_train.distillation.config import (
+    Solver,
+    Target,
     check_finite,
     check_grids,
     check_options,
@@ -48,12 +50,12 @@ class IsomorphismLoss(nn.Module):
         layers: {student layer: teacher layer}, names or globs for both, (student, teacher) tuples; or "auto", which
             measures on `loader` what the
             student already explains, prints it, and takes the pairs that are left to teach.
-        form: "moment", g is the order-0 closed form of running moments without the current batch: no parameters, no
-            optimizer (DESIGN §1.4);
+        solver: "closed_form", g is the order-0 closed form of running moments without the current batch: no
+            parameters, no optimizer;
             "learned", g is the paper's network of orders 0…K and trains with the student (arXiv 1908.01581); give
-            `parameters()` to the optimizer;
-            "consensus", what is taught is the part of the teacher that `peers` reproduce.
-        order: K of the learned form; the others are of order 0.
+            `parameters()` to the optimizer.
+        target: "teacher", the teacher's features; "consensus", the part of them that `peers` reproduce.
+        order: K of the learned solver; the closed form is of order 0.
         kernel_size: neighborhood of g.
         weight: of every pair; by student layer; or "balanced": the gradient at the student's feature is `ratio` times
             that of the rest of the loss,
@@ -64,7 +66,7 @@ class IsomorphismLoss(nn.Module):
         teacher_transform: applied to the student's images before the teacher, where resolution or normalization differ.
         teacher_forward: `teacher_forward(teacher, images)` in place of `teacher(images)`.
         example: a batch of images for the probe that finds the sizes, where it cannot be guessed.
-        peers: networks for "consensus", trained on the same kind of images as the teacher.
+        peers: networks for `target="consensus"`, trained on the same kind of images as the teacher.
         peer_layers: {teacher layer: peer layer}, one for all peers or one for each; None takes the teacher's names.
         peer_transforms: as `teacher_transform`, one for all or one for each.
         ridge: relative ridge of the closed forms.
@@ -98,7 +100,8 @@ class IsomorphismLoss(nn.Module):
         teacher: nn.Module,
         layers: str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str],
         *,
-        form: str = "moment",
+        solver: Solver = "closed_form",
+        target: Target = "teacher",
         order: int = 0,
         kernel_size: int = 1,
         weight: float | Mapping[str, float] | str = 1.0,
@@ -120,7 +123,19 @@ class IsomorphismLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(
-            student, teacher, form, order, kernel_size, refresh, ridge, window, ratio, peers, repeated, schedule
+            student,
+            teacher,
+            solver,
+            target,
+            order,
+            kernel_size,
+            refresh,
+            ridge,
+            window,
+            ratio,
+            peers,
+            repeated,
+            schedule,
         )
         if layers == "auto":
             if loader is None:
@@ -137,7 +152,8 @@ class IsomorphismLoss(nn.Module):
                 repeated=repeated,
             ).layers
         self.pairs: tuple[LayerPair, ...] = tuple(pair_layers(student, teacher, layers))
-        self.form, self.order, self.kernel_size, self.refresh_every = form, order, kernel_size, refresh
+        self.solver, self.target = solver, target
+        self.order, self.kernel_size, self.refresh_every = order, kernel_size, refresh
         self.schedule = schedule
         self.teacher_output: Any = None
         self._networks = (student, teacher, teacher_transform)  # in a tuple: not registered
@@ -303,8 +319,9 @@ class IsomorphismLoss(nn.Module):
         self._calls, self._calls_on = (int(count) for count in state)
 
     def extra_repr(self) -> str:
-        """Form and pairs."""
-        return f"form={self.form!r}, order={self.order}, layers={{{', '.join(f'{pair.source!r}: {pair.target!r}' for pair in self.pairs)}}}"
+        """Return solver, target and pairs."""
+        layers = ", ".join(f"{pair.source!r}: {pair.target!r}" for pair in self.pairs)
+        return f"solver={self.solver!r}, target={self.target!r}, order={self.order}, layers={{{layers}}}"
 
     def _of_student(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """For each pair a view of what its layer emitted, which the pair's loss alone reads, and that as a feature."""
@@ -428,11 +445,11 @@ class IsomorphismLoss(nn.Module):
     def _map(self, pair: LayerPair, closed: dict[str, Any], penalty: float) -> nn.Module:
         source, target = self._reader.channels[pair.source], self._teacher.reader.channels[pair.target]
         name = f"{pair.source} → {pair.target}"
-        if self.form == "learned":
+        if self.solver == "learned":
             return LearnedMap(
                 source, target, self.order, self.kernel_size, name=name, penalty=penalty, refresh=closed["refresh"]
             )
-        if self.form == "moment":
+        if self.target == "teacher":
             return ClosedFormMap(source, target, self.kernel_size, name=name, **closed)
         of_peers = sum(network.reader.channels[names[pair.target]] for network, names in self._peers)
         return ConsensusMap(source, target, of_peers, self.kernel_size, name=name, **closed)

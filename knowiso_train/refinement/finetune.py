@@ -260,7 +260,7 @@ def consensus_loss(
         student,
         teacher,
         list(settings.layers or ()),
-        form="consensus",
+        target="consensus",
         peers=[peer.model for peer in peers],
         peer_layers=settings.peer_layers,
         peer_transforms=[_bridge(peer, own) for peer in peers],

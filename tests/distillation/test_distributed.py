@@ -23,9 +23,9 @@ WORLD, STEPS, IMAGES = 2, 5, 32
 FORMS: dict[str, dict[str, Any]] = {
     "moment": {},
     "moment_3x3": {"kernel_size": 3, "window": 7},
-    "learned": {"form": "learned", "order": 1},
-    "learned_linear": {"form": "learned"},
-    "consensus": {"form": "consensus"},
+    "learned": {"solver": "learned", "order": 1},
+    "learned_linear": {"solver": "learned"},
+    "consensus": {"target": "consensus"},
     "balanced": {"weight": "balanced", "ratio": 0.5, "schedule": WeightSchedule(warmup=2)},
 }
 

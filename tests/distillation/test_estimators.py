@@ -266,8 +266,8 @@ def train(
 FORMS: dict[str, dict[str, Any]] = {
     "moment": {},
     "moment3": {"kernel_size": 3},
-    "learned": {"form": "learned", "order": 1},
-    "consensus": {"form": "consensus", "peers": "one"},
+    "learned": {"solver": "learned", "order": 1},
+    "consensus": {"target": "consensus", "peers": "one"},
 }
 
 
@@ -420,17 +420,22 @@ class TestMessages:
     def test_options(self) -> None:
         a, b = built(1), built(2)
         for wrong, message in (
-            ({"form": "other"}, "form must be one of"),
-            ({"order": 1}, 'order=1 needs form="learned"'),
-            ({"order": -1, "form": "learned"}, "order must be an integer"),
+            ({"solver": "other"}, "solver must be 'closed_form' or 'learned', got 'other'"),
+            ({"target": "peers"}, "target must be 'teacher' or 'consensus', got 'peers'"),
+            (
+                {"solver": "learned", "target": "consensus", "peers": [b]},
+                'target="consensus" needs solver="closed_form"',
+            ),
+            ({"order": 1}, 'order=1 needs solver="learned"'),
+            ({"order": -1, "solver": "learned"}, "order must be an integer"),
             ({"kernel_size": 2}, "kernel_size must be odd"),
             ({"refresh": 0}, "refresh must be"),
             ({"ridge": -1.0}, "ridge must be"),
             ({"window": 0.5}, "window must be"),
             ({"weight": "heavy"}, "weight must be"),
             ({"weight": -1.0}, "weights must be"),
-            ({"form": "consensus"}, "needs peers"),
-            ({"peers": [b]}, "belongs to form"),
+            ({"target": "consensus"}, "needs peers"),
+            ({"peers": [b]}, 'peers= needs target="consensus"'),
             ({"repeated": "all"}, "repeated must be"),
         ):
             with pytest.raises(OptionError, match=message):

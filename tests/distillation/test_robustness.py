@@ -26,7 +26,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "swin_tiny_patch4_window7_224": ({"img_size": 64, "window_size": 4}, ["layers.0", "layers.2"]),
 }
 SIDE, IMAGES = 64, 2
-FORMS: dict[str, dict[str, Any]] = {"moment": {}, "learned": {"form": "learned", "order": 1}}
+FORMS: dict[str, dict[str, Any]] = {"moment": {}, "learned": {"solver": "learned", "order": 1}}
 
 _made: dict[tuple[str, int], nn.Module] = {}
 
@@ -440,7 +440,7 @@ def _collected() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_collected")
 @pytest.mark.parametrize(
-    "options", [{}, {"form": "learned", "order": 1}, {"weight": "balanced"}], ids=["moment", "learned", "balanced"]
+    "options", [{}, {"solver": "learned", "order": 1}, {"weight": "balanced"}], ids=["moment", "learned", "balanced"]
 )
 def test_memory_is_flat_over_a_thousand_steps(options: dict[str, Any]) -> None:
     def tiny() -> nn.Module:

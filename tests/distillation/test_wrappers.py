@@ -18,11 +18,11 @@ from knowiso_train.errors import CaptureError, InputTypeError, KnowisoWarning, L
 from knowiso_train.features import FeatureTaps
 from tests.distillation.test_estimators import built
 
-FORMS: list[dict[str, Any]] = [{}, {"kernel_size": 3}, {"form": "learned", "order": 1}, {"form": "consensus"}]
+FORMS: list[dict[str, Any]] = [{}, {"kernel_size": 3}, {"solver": "learned", "order": 1}, {"target": "consensus"}]
 
 
 def loss_of(student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> IsomorphismLoss:
-    peers = [built(3).to(student[0].weight.dtype)] if options.get("form") == "consensus" else []
+    peers = [built(3).to(student[0].weight.dtype)] if options.get("target") == "consensus" else []
     return IsomorphismLoss(student, teacher, ["3"], peers=peers, **options)
 
 

@@ -87,9 +87,9 @@ class TestTransformers:
             str(folder), **fixed | {"learning_rate": 0.05, "optim": "sgd", "max_grad_norm": 0.0} | more
         )
 
-    def trainer(self, folder: Path, form: str = "moment", every: int = 2, **more: Any) -> Any:
+    def trainer(self, folder: Path, solver: Any = "closed_form", every: int = 2, **more: Any) -> Any:
         student, teacher = self.network(1), self.network(2)
-        iso = IsomorphismLoss(student, teacher, self.LAYER, form=form, refresh=2, example=torch.zeros(1, 3, 16, 16))
+        iso = IsomorphismLoss(student, teacher, self.LAYER, solver=solver, refresh=2, example=torch.zeros(1, 3, 16, 16))
         monitor = IsomorphismCallback.of(iso, self.held_out(), every=every)
         images = self.images()
         return self.own.IsomorphismTrainer(
@@ -105,12 +105,12 @@ class TestTransformers:
         found: IsomorphismCallback = trainer._isomorphism.monitor
         return found
 
-    @pytest.mark.parametrize("form", ["moment", "learned"])
+    @pytest.mark.parametrize("solver", ["closed_form", "learned"])
     @pytest.mark.parametrize(("batches", "counted"), [(1, False), (2, False), (2, True)])
-    def test_it_trains_as_a_plain_loop_does(self, form: str, batches: int, counted: bool, tmp_path: Path) -> None:
+    def test_it_trains_as_a_plain_loop_does(self, solver: Any, batches: int, counted: bool, tmp_path: Path) -> None:
         trainer = self.trainer(
             tmp_path,
-            form,
+            solver,
             max_steps=4,
             lr_scheduler_type="constant",
             gradient_accumulation_steps=batches,
@@ -135,9 +135,9 @@ class TestTransformers:
 
         by_first = {float(entry["pixel_values"].flatten()[0]): entry for entry in self.images()}
         student, teacher = self.network(1), self.network(2)
-        iso = IsomorphismLoss(student, teacher, self.LAYER, form=form, refresh=2, example=torch.zeros(1, 3, 16, 16))
-        if form == "learned":  # as it began there
-            iso.load_state_dict(self.trainer(tmp_path, form).iso.state_dict())
+        iso = IsomorphismLoss(student, teacher, self.LAYER, solver=solver, refresh=2, example=torch.zeros(1, 3, 16, 16))
+        if solver == "learned":  # as it began there
+            iso.load_state_dict(self.trainer(tmp_path, solver).iso.state_dict())
         optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.05)
         student.train()
         with iso:
@@ -176,17 +176,17 @@ class TestTransformers:
         assert [row["step"] for row in trained] == [1, 2, 3, 4, 5]  # a measured step's own figures are not lost
         assert trained[-1][f"iso/{self.LAYER}/loss"] > 0
 
-    @pytest.mark.parametrize("form", ["moment", "learned"])
-    def test_resumed_equals_uninterrupted(self, form: str, tmp_path: Path) -> None:
-        whole = self.trainer(tmp_path / "whole", form, max_steps=7)
+    @pytest.mark.parametrize("solver", ["closed_form", "learned"])
+    def test_resumed_equals_uninterrupted(self, solver: Any, tmp_path: Path) -> None:
+        whole = self.trainer(tmp_path / "whole", solver, max_steps=7)
         whole.train()
-        first = self.trainer(tmp_path / "cut", form, max_steps=7, save_strategy="steps", save_steps=3)
+        first = self.trainer(tmp_path / "cut", solver, max_steps=7, save_strategy="steps", save_steps=3)
         first.add_callback(self.stopping(at=4))
         first.train()
         folder = tmp_path / "cut" / "checkpoint-3"
         assert {"isomorphism.safetensors", "isomorphism.json"} <= {path.name for path in folder.iterdir()}
         assert json.loads((folder / "isomorphism.json").read_text())["steps"] == 3
-        second = self.trainer(tmp_path / "cut", form, max_steps=7, save_strategy="steps", save_steps=3)
+        second = self.trainer(tmp_path / "cut", solver, max_steps=7, save_strategy="steps", save_steps=3)
         second.train(resume_from_checkpoint=True)
         for name, value in whole.model.state_dict().items():
             assert torch.equal(second.model.state_dict()[name], value), name
@@ -273,14 +273,14 @@ class TestLightning:
             nn.Linear(6, 3),
         )
 
-    def module(self, form: str, registered: bool, watch: Callable[[int], None] | None = None) -> Any:
+    def module(self, solver: Any, registered: bool, watch: Callable[[int], None] | None = None) -> Any:
         lightning = self.lightning
 
         class Distilled(lightning.LightningModule):  # type: ignore[misc, name-defined]
             def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
                 super().__init__()
                 self.student = student
-                iso = IsomorphismLoss(student, teacher, "2", form=form, refresh=2)
+                iso = IsomorphismLoss(student, teacher, "2", solver=solver, refresh=2)
                 self.held = [iso]
                 if registered:
                     self.iso = iso
@@ -327,9 +327,9 @@ class TestLightning:
         )
         return self.lightning.Trainer(callbacks=[callback], **options), monitor
 
-    @pytest.mark.parametrize("form", ["moment", "learned"])
-    def test_it_trains_as_a_plain_loop_does(self, form: str, tmp_path: Path) -> None:
-        module = self.module(form, registered=True)
+    @pytest.mark.parametrize("solver", ["closed_form", "learned"])
+    def test_it_trains_as_a_plain_loop_does(self, solver: Any, tmp_path: Path) -> None:
+        module = self.module(solver, registered=True)
         begun = {name: value.clone() for name, value in module.held[0].state_dict().items()}
         trainer, monitor = self.trainer(
             module, tmp_path, 5, accumulate_grad_batches=1, limit_val_batches=2, num_sanity_val_steps=1
@@ -339,7 +339,7 @@ class TestLightning:
         assert [measured.step for measured in monitor.history] == [2, 4, 5]
 
         student, teacher = self.network(1), self.network(2)
-        iso = IsomorphismLoss(student, teacher, "2", form=form, refresh=2)
+        iso = IsomorphismLoss(student, teacher, "2", solver=solver, refresh=2)
         iso.load_state_dict(begun)
         optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.05)
         with iso:
@@ -390,7 +390,7 @@ class TestLightning:
             def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
                 rows.append((int(step or 0), metrics))
 
-        module = self.module("moment", registered=True)
+        module = self.module("closed_form", registered=True)
         trainer, monitor = self.trainer(module, tmp_path, 4, logger=Listed(tmp_path), accumulate_grad_batches=2)
         trainer.fit(module, self.images())
         measured = [(step, values) for step, values in rows if SHARE.format("2") in values]
@@ -404,7 +404,7 @@ class TestLightning:
             if step == 2:
                 raise ZeroDivisionError("in the third step")
 
-        module = self.module("moment", registered=True, watch=fail)
+        module = self.module("closed_form", registered=True, watch=fail)
         trainer, _ = self.trainer(module, tmp_path, 5)
         with pytest.raises(ZeroDivisionError, match="third step"):
             trainer.fit(module, self.images())
@@ -420,7 +420,7 @@ class TestLightning:
         assert ignored == set(own)
 
     def test_another_callbacks_state_is_refused(self) -> None:
-        module = self.module("moment", registered=False)
+        module = self.module("closed_form", registered=False)
         callback = self.own.IsomorphismLightningCallback(module.held[0])
         with pytest.raises(FormatError, match=r"expected a checkpoint with the states of \['iso'\], got \['monitor'\]"):
             callback.load_state_dict({"monitor": {"steps": 1, "history": []}})

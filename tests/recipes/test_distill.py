@@ -218,7 +218,11 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(
 
 @pytest.mark.parametrize(
     "more",
-    ["--arms kd", "--arms iso --form learned --order 1", "--arms ours --weight balanced --accumulate 3 --layers auto"],
+    [
+        "--arms kd",
+        "--arms iso --solver learned --order 1",
+        "--arms ours --weight balanced --accumulate 3 --layers auto",
+    ],
     ids=["kd", "learned", "balanced"],
 )
 def test_every_loss_is_taken_up_to_the_bit(
@@ -266,7 +270,7 @@ def test_arms_differ_and_start_alike(words: Callable[..., list[str]], teacher: l
         ("--dataset nowhere", DataError, "no folder 'nowhere'"),
         ("--splits train final", DataError, "no split 'final'"),
         ("--student-checkpoint none.pth", DataError, "no weight file"),
-        ("--arms iso --order 1", OptionError, 'order=1 needs form="learned"'),
+        ("--arms iso --order 1", OptionError, 'order=1 needs solver="learned"'),
         ("--arms iso --kernel-size 2", OptionError, "kernel_size must be odd"),
     ],
 )
