@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -59,15 +58,9 @@ def from_plain(values: Any) -> list[Measurement]:
     return [Measurement(int(entry["step"]), Report.from_dict(entry["report"])) for entry in values]
 
 
-def to_rows(history: Sequence[Measurement]) -> list[dict[str, float | None]]:
-    """One flat row per measurement, for JSON: what is not finite is null there."""
-    return [
-        {
-            "step": measured.step,
-            **{name: value if math.isfinite(value) else None for name, value in measured.figures.items()},
-        }
-        for measured in history
-    ]
+def to_rows(history: Sequence[Measurement]) -> list[dict[str, float]]:
+    """Return one flat row per measurement: its step and its figures."""
+    return [{"step": measured.step, **measured.figures} for measured in history]
 
 
 def _of_pair(pair: PairResult) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -24,6 +23,7 @@ from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.measure import measure
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.distributed import ProcessGroup
+from knowiso_train.utils.serialization import write_json
 
 # Of measure's parameters, not passed through
 _OWN = {"source", "target", "loader", "layers", "order", "target_transform", "device"}
@@ -205,9 +205,7 @@ class IsomorphismCallback:
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.history[-1].report.to_json(folder / "report.json")
-        (folder / "history.json").write_text(
-            json.dumps(to_rows(self.history), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "history.json", to_rows(self.history))
         try:
             plot_curves(self.history, folder / "shares.png")
         except MissingDependencyError as error:

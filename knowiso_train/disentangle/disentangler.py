@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeEr
 from knowiso_train.features.extractor import align
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import split_by_hash
+from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file
 
 DISENTANGLER_FORMAT_VERSION = 1
 CONFIG_FILE, TENSORS_FILE = "disentangler.json", "disentangler.safetensors"
@@ -270,11 +270,10 @@ def make_fitter(
 def _write_files(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write `disentangler.json` and `disentangler.safetensors` into a folder, made if it is not there."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
-    (folder / CONFIG_FILE).write_text(
-        json.dumps({"format_version": DISENTANGLER_FORMAT_VERSION, **config}, indent=2) + "\n"
-    )
+    text = dump_json({"format_version": DISENTANGLER_FORMAT_VERSION, **config}) + "\n"
+    with replace_file(folder / TENSORS_FILE) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    write_file(folder / CONFIG_FILE, text)
 
 
 def _read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -285,13 +284,13 @@ def _read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     folder = Path(folder)
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+        config: dict[str, Any] = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS_FILE)
     except FileNotFoundError as error:
         raise FormatError(
             f"expected a folder with {CONFIG_FILE} and {TENSORS_FILE}; {error.filename or folder} is not there"
         ) from error
-    except (json.JSONDecodeError, ValueError) as error:
+    except ValueError as error:
         raise FormatError(f"{folder} does not hold a saved disentangler: {error}") from error
     if config.get("format_version") != DISENTANGLER_FORMAT_VERSION:
         raise FormatError(

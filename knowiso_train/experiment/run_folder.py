@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import nn
 
 from knowiso_train.errors import DataError, FormatError, OptionError
 from knowiso_train.features.modules import unwrap_model
+from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file, write_json
 
 PARTIAL_SUFFIX = "partial"
 
@@ -49,7 +48,7 @@ class RunFolder:
         Raises:
             OptionError: other settings than those that began the run; the message names them.
         """
-        wanted = json.loads(json.dumps(settings, default=str))
+        wanted = parse_json(dump_json(settings))
         before = self.read_json("settings.json")
         if before is None:
             self.write_json("settings.json", wanted)
@@ -75,7 +74,7 @@ class RunFolder:
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if self.writes:
-            (partial / "progress.json").write_text(json.dumps(dict(progress)))
+            write_json(partial / "progress.json", progress)
             older = list(self.path.glob("state-*"))
             partial.rename(self.path / f"state-{progress['step']:010d}")
             for folder in older:
@@ -106,15 +105,14 @@ class RunFolder:
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, value in unwrap_model(model).state_dict().items()
         }
-        partial = self.path / f"{name}.{PARTIAL_SUFFIX}"
-        save_file(weights, partial)
-        os.replace(partial, self.path / f"{name}.safetensors")
+        with replace_file(self.path / f"{name}.safetensors") as partial:
+            save_file(weights, partial)
         self.write_json(f"{name}.json", card)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """A JSON file, indented; what JSON does not know, such as paths, as text."""
         if self.writes:
-            self._write(name, json.dumps(content, indent=2, default=str) + "\n")
+            write_json(self.path / name, content)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file; None where there is none.
@@ -126,7 +124,7 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
+            content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise FormatError(f"{path} is not JSON: {error}; remove it, or start over in another folder") from error
         return content
@@ -134,16 +132,16 @@ class RunFolder:
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one line to log.jsonl."""
         if self.writes:
-            with (self.path / "log.jsonl").open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(dump_json(entry, indent=None) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
         """Lines of log.jsonl; one that a kill cut off is left out."""
         path = self.path / "log.jsonl"
         entries = []
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
-                entries.append(json.loads(line))
+                entries.append(parse_json(line))
             except ValueError:
                 continue
         return entries
@@ -151,9 +149,5 @@ class RunFolder:
     def keep_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop lines of log.jsonl: those of steps that a resumed run does again."""
         if self.writes:
-            self._write("log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.read_log() if keep(entry)))
-
-    def _write(self, name: str, text: str) -> None:
-        partial = self.path / f"{name}.{PARTIAL_SUFFIX}"
-        partial.write_text(text)
-        os.replace(partial, self.path / name)
+            lines = [dump_json(entry, indent=None) + "\n" for entry in self.read_log() if keep(entry)]
+            write_file(self.path / "log.jsonl", "".join(lines))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import DataError, MissingDependencyError, OptionError
 from knowiso_train.features import unwrap_model
+from knowiso_train.utils.serialization import parse_json, write_json
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -80,7 +80,7 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
                 {name: value.cpu().contiguous() for name, value in self.iso.state_dict().items()}, folder / LOSS_FILE
             )
         if args.should_save and self.monitor is not None:
-            (folder / MONITOR_FILE).write_text(json.dumps(self.monitor.state_dict()), encoding="utf-8")
+            write_json(folder / MONITOR_FILE, self.monitor.state_dict())
 
     def on_train_end(self, *events: Any, **more: Any) -> None:
         """Report written; hooks off."""
@@ -99,7 +99,7 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
                 watcher.load_state_dict(
                     load_file(folder / name)
                     if name == LOSS_FILE
-                    else json.loads((folder / name).read_text(encoding="utf-8"))
+                    else parse_json((folder / name).read_text(encoding="utf-8"))
                 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from knowiso_train.errors import FormatError, LayerNameError
 from knowiso_train.measurement.plot import plot
 from knowiso_train.measurement.render import DIRECTIONS, render_html, render_text
+from knowiso_train.utils.serialization import dump_json, parse_json, to_plain, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -198,15 +197,17 @@ class Report:
 def to_dict(report: Report) -> dict[str, Any]:
     """Plain dicts, lists and numbers."""
     head: dict[str, Any] = {"format": REPORT_FORMAT, "format_version": REPORT_FORMAT_VERSION}
-    return head | {field.name: _plain(getattr(report, field.name)) for field in fields(Report)}
+    values = {field.name: getattr(report, field.name) for field in fields(Report)}
+    values["pairs"] = [{name: getattr(pair, name) for name in _PAIR} for pair in report.pairs]
+    plain: dict[str, Any] = to_plain(values)
+    return head | plain
 
 
 def to_json(report: Report, path: str | Path | None) -> str:
     """Text of the report, also written where a path is given."""
-    text = json.dumps(_portable(to_dict(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = dump_json(to_dict(report)) + "\n"
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        write_file(path, text)
     return text
 
 
@@ -223,8 +224,8 @@ def from_json(source: str | Path) -> Report:
                 f"expected a report that Report.to_json wrote; {where} cannot be read: {error}"
             ) from error
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise FormatError(f"expected a report that Report.to_json wrote; {where} is not JSON: {error}") from error
     return from_dict(values)
 
@@ -284,8 +285,6 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
-        return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError("a number")
     return float(value)
@@ -317,15 +316,6 @@ def _named(reader: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
         return {_text(name): reader(item) for name, item in value.items()}
 
     return read
-
-
-def _setting(value: Any) -> Any:
-    """Free-form: only the strings that stand for what JSON cannot say are read back."""
-    if isinstance(value, Mapping):
-        return {name: _setting(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_setting(item) for item in value]
-    return float(value) if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _pair(value: Any) -> PairResult:
@@ -364,34 +354,10 @@ _REPORT: dict[str, Callable[[Any], Any]] = {
     "target": _text,
     "pairs": _many(_pair),
     "images": _named(_whole),
-    "settings": _named(_setting),
+    "settings": _named(lambda value: value),
     "seconds": _number,
     "versions": _named(_text),
 }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PairResult):
-        return {name: _plain(getattr(value, name)) for name in _PAIR}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    # NumPy and torch scalars; else a dtype, a path
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _portable(value: Any) -> Any:
-    """JSON has no NaN or infinity."""
-    if isinstance(value, dict):
-        return {name: _portable(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_portable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def _short(value: Any) -> str:

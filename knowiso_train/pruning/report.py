@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.serialization import dump_json, write_file
 from knowiso_train.utils.text_table import format_table
 
 
@@ -77,10 +77,9 @@ class PruneReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """As JSON, with the versions of what made it; also written to a file where a path is given."""
-        text = json.dumps({**asdict(self), "versions": library_versions()}, indent=1)
+        text = dump_json({**asdict(self), "versions": library_versions()}) + "\n"
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(text + "\n")
+            write_file(path, text)
         return text
 
     def __str__(self) -> str:
@@ -178,10 +177,9 @@ class FinetuneReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """As JSON; also written to a file where a path is given."""
-        text = json.dumps(asdict(self), indent=1)
+        text = dump_json(asdict(self)) + "\n"
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(text + "\n")
+            write_file(path, text)
         return text
 
     def __str__(self) -> str:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +24,7 @@ from knowiso_train.pruning.structure import (
     weights_hash,
 )
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file
 
 PRUNED_FORMAT_VERSION = 1
 PRUNED_WEIGHTS_FILE, PRUNED_DESCRIPTION_FILE = "model.safetensors", "pruned.json"
@@ -50,12 +48,13 @@ def _write_folder(folder: Path, description: Mapping[str, Any], weights: Mapping
     """Write both files; each appears under its name only when it is complete, the description last."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     # No memory is shared
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     content = {"format_version": PRUNED_FORMAT_VERSION, **description, "sha256": weights_hash(own)}
-    _replace(folder / PRUNED_WEIGHTS_FILE, lambda path: save_file(own, path, metadata={"format": "pt"}))
-    _replace(folder / PRUNED_DESCRIPTION_FILE, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    text = dump_json(content) + "\n"
+    with replace_file(folder / PRUNED_WEIGHTS_FILE) as partial:
+        save_file(own, partial, metadata={"format": "pt"})
+    write_file(folder / PRUNED_DESCRIPTION_FILE, text)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -91,7 +90,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     """Read and check `pruned.json` alone."""
     path = folder / PRUNED_DESCRIPTION_FILE
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"expected a folder that save_pruned wrote, with {PRUNED_WEIGHTS_FILE} and {PRUNED_DESCRIPTION_FILE}; {path} is not there"
@@ -154,13 +153,6 @@ def _decode(value: Any) -> Any:
             return torch.Size(made) if "size" in value else made
         raise FormatError(f'expected {{"tuple": […]}} or {{"size": […]}}, got {value!r}')
     return value
-
-
-def _replace(path: Path, fill: Callable[[Path], Any]) -> None:
-    # The same disk, so that the move is one step
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
-        fill(Path(beside) / path.name)
-        os.replace(Path(beside) / path.name, path)
 
 
 def save_pruned(

@@ -199,7 +199,7 @@ class HeadConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {name: "inf" if value == float("inf") else value for name, value in asdict(self).items()}
+        return asdict(self)
 
 
 @dataclass(frozen=True)

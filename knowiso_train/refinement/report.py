@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features.modules import network_name, unwrap_model
 from knowiso_train.refinement.metrics import Score
 from knowiso_train.refinement.peers import PeerScore
+from knowiso_train.utils.serialization import dump_json, replace_file, write_file
 
 REFINED_WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
 ROW_ROLES = ("before", "candidate", "after", "peer", "ensemble")
@@ -180,10 +179,9 @@ class RefineReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Strict JSON; also written to `path` where one is given."""
-        text = json.dumps(_portable(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = dump_json(self.to_dict()) + "\n"
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(text, encoding="utf-8")
+            write_file(path, text)
         return text
 
 
@@ -239,12 +237,10 @@ class RefineResult:
             "parameters": sum(parameter.numel() for parameter in inner.parameters()),
             "report": self.report.to_dict(),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / REFINED_WEIGHTS_FILE)
-        (folder / CARD_FILE).write_text(
-            json.dumps(_portable(card), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n",
-            encoding="utf-8",
-        )
+        text = dump_json(card) + "\n"
+        with replace_file(folder / REFINED_WEIGHTS_FILE) as partial:
+            save_file(state, partial)
+        write_file(folder / CARD_FILE, text)
 
 
 def _cells(row: Row) -> list[str]:
@@ -266,13 +262,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         for row in rows
     ]
     return ["  ".join(cells).rstrip() for cells in columns]
-
-
-def _portable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _portable(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -37,7 +37,20 @@ def dump_json(value: Any, *, indent: int | None = 2) -> str:
         >>> dump_json({"ridge": (0.1, float("inf")), "file": Path("a.png")}, indent=None)
         '{"ridge": [0.1, "Infinity"], "file": "a.png"}'
     """
-    return json.dumps(_encode(value, ""), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_name_non_finite(to_plain(value)), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def to_plain(value: Any) -> Any:
+    """Convert a value to dicts, lists, text, numbers, booleans and None; non-finite floats stay floats.
+
+    Raises:
+        InputTypeError: A value of another type than `dump_json` accepts.
+
+    Example:
+        >>> to_plain({"ridge": (np.float32(0.5), float("inf")), "dtype": torch.float64})
+        {'ridge': [0.5, inf], 'dtype': 'torch.float64'}
+    """
+    return _to_plain(value, "")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -65,8 +78,10 @@ def write_json(path: str | Path, value: Any) -> None:
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_json(f"{folder}/card.json", {"epochs": 3})
-        ...     Path(f"{folder}/card.json").read_text()
-        '{\\n  "epochs": 3\\n}\\n'
+        ...     print(Path(f"{folder}/card.json").read_text(), end="")
+        {
+          "epochs": 3
+        }
     """
     write_file(path, dump_json(value) + "\n")
 
@@ -124,23 +139,31 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
 
 
-def _encode(value: Any, place: str) -> Any:
+def _to_plain(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _encode(entry, f"{place}[{key!r}]") for key, entry in value.items()}
+        return {str(key): _to_plain(entry, f"{path}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+        return [_to_plain(entry, f"{path}[{i}]") for i, entry in enumerate(value)]
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
         value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, os.PathLike | torch.dtype | torch.device):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise InputTypeError(
-        f"expected values that JSON can hold, got {type(value).__name__} at {place or 'the top level'}; "
+        f"expected values that JSON can hold, got {type(value).__name__} at {path or 'the top level'}; "
         "convert it to numbers, text, lists or mappings"
     )
+
+
+def _name_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _name_non_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_name_non_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _decode(value: Any) -> Any:
