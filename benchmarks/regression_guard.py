@@ -171,7 +171,9 @@ def refit_numbers(report: Any) -> Numbers:
     """Return the numbers of a refit's report."""
     found: Numbers = {}
     for i, fit in enumerate(report.layers):
-        found |= keyed(f"layer {i:02d}", inputs=fit.inputs, rows=fit.rows, before=fit.before, after=fit.after)
+        found |= keyed(
+            f"layer {i:02d}", inputs=fit.num_inputs, rows=fit.num_samples, before=fit.before, after=fit.after
+        )
     for i, fit in enumerate(report.blocks):
         found |= keyed(f"block {i:02d}", before=fit.before, after=fit.after)
     return found
@@ -201,14 +203,14 @@ def call_tune(pruned: nn.Module, original: nn.Module, batches: Any, **options: A
 def tune_numbers(report: Any) -> Numbers:
     """Return the numbers of a tuning report."""
     found = keyed("steps", losses=report.losses, images=report.images)
-    for i, check in enumerate(report.checks):
+    for i, check in enumerate(report.validations):
         found |= keyed(
             f"check {i}",
             step=check.step,
             divergence=check.divergence,
             agreement=check.agreement,
             cross_entropy=check.cross_entropy,
-            features=check.features,
+            features=check.feature_distance,
             objective=check.objective,
         )
     return found

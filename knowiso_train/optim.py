@@ -12,6 +12,10 @@ from torch.optim import Optimizer
 from knowiso_train.ops.linalg import MIN_NORM, orthogonalize, orthogonalize_all
 
 MUON_MOMENTUM, ADAM_BETAS, BIAS_LR_FACTOR = 0.9, (0.9, 0.99), 0.2
+# Learning rate of norms and biases relative to that of matrices: a step of Adam is absolute, that of a matrix is
+# relative to its norm
+FINETUNE_BIAS_LR_FACTOR = 0.05
+FINETUNE_WARMUP_FRACTION = 0.05
 
 
 class Muon(torch.optim.Optimizer):
@@ -120,3 +124,26 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return [parameter for parameter in trained if id(parameter) in matrices], [
         parameter for parameter in trained if id(parameter) not in matrices
     ]
+
+
+def build_optimizers(model: nn.Module, lr: float) -> list[tuple[Optimizer, float]]:
+    """Return the optimizers of a short fine-tuning run, each with its peak learning rate.
+
+    Matrices take `OrthogonalMomentum`. Norms, biases, depthwise and grouped convolutions take Adam.
+
+    Args:
+        model: Model with at least one trainable parameter.
+        lr: Peak step of a matrix, relative to its norm.
+
+    Example:
+        >>> [(type(optimizer).__name__, lr) for optimizer, lr in build_optimizers(nn.Linear(4, 2), 1.0)]
+        [('OrthogonalMomentum', 1.0), ('Adam', 0.05)]
+    """
+    matrices, rest = split_parameters(model)
+    optimizers: list[tuple[Optimizer, float]] = []
+    if matrices:
+        optimizers.append((OrthogonalMomentum(matrices, lr), lr))
+    if rest:
+        bias_lr = FINETUNE_BIAS_LR_FACTOR * lr
+        optimizers.append((torch.optim.Adam(rest, bias_lr, betas=ADAM_BETAS), bias_lr))
+    return optimizers

@@ -73,7 +73,7 @@ def _towards_original(setting: Setting, model: nn.Module, images: Tensor, how: T
         return cutmix(changed(batch, generator, "reflect", how.padding).contiguous(memory_format=layout))
 
     ki.finetune(
-        model, setting.task.original, [images], steps=steps, lr=how.lr, batch_size=how.batch, max_images=len(images), held_out=HELD_OUT,
+        model, setting.task.original, [images], steps=steps, lr=how.lr, batch_size=how.batch, max_images=len(images), validation_fraction=HELD_OUT,
         transform=transform, seed=setting.seed, progress=False,
     )  # fmt: skip
 

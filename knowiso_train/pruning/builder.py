@@ -159,7 +159,7 @@ class PrunedModelBuilder:
             OptionError: no blocks.
         """
         outputs = infer_kept_outputs(self.original, small, self.tails, kept)
-        blocks = BlockFinetuner.of(self.original, small, list(self.tails), self.images, steps, self.seed)
+        blocks = BlockFinetuner.from_original(self.original, small, list(self.tails), self.images, steps, self.seed)
         again = reconstruct(
             small,
             dict(small.named_modules()),
@@ -171,7 +171,7 @@ class PrunedModelBuilder:
             blocks=blocks,
             progress=self.progress,
         )
-        return [replace(new, before=old.before) for old, new in zip(fits, again, strict=True)], blocks.fits
+        return [replace(new, before=old.before) for old, new in zip(fits, again, strict=True)], blocks.results
 
     def _removed(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
         """Units that go, by group."""

@@ -1,117 +1,98 @@
-"""Fine-tuning of a pruned network towards its original."""
+"""Fine-tuning of a pruned model towards its original."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from knowiso_train.distillation.kd import WeightSchedule
 from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.modules import resolve_layers, unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.optim import OrthogonalMomentum, split_parameters
-from knowiso_train.pruning.calibration import Calibration, Forward, check_counts
+from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers
+from knowiso_train.pruning.calibration import Calibration, Forward
 from knowiso_train.pruning.finetune_targets import (
     Objective,
     ReferenceCache,
     Validator,
-    distance,
+    feature_distance,
     forward_with_features,
     labels_of,
+    shuffled_batches,
 )
-from knowiso_train.pruning.report import FinetuneReport
+from knowiso_train.pruning.report import FinetuneReport, ValidationPoint
 from knowiso_train.pruning.tracing import comparable_blocks
-from knowiso_train.utils.batch import get_inputs, index_batch, replace_inputs
+from knowiso_train.utils.batch import get_inputs, replace_inputs
+from knowiso_train.utils.validation import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, validate_fields
 
 DEFAULT_STEPS = 200
-
-MIN_FINETUNE_IMAGES = 8  # images
-NUM_VALIDATIONS = 8  # in a run, besides the one before it
-WARMUP_FRACTION = 0.05
-BIAS_LR_FACTOR = 0.05  # of the learning rate, for norms and biases: Adam's steps are absolute
-ADAM_BETAS_SHORT_RUN = (0.9, 0.99)  # the second moment must settle within a short run
+MIN_FINETUNE_IMAGES = 8
+# Validations of a run, besides the one before the first step
+NUM_VALIDATIONS = 8
 
 
-def two_networks(pruned: Any, original: Any) -> tuple[nn.Module, nn.Module]:
-    """The bare networks.
+@dataclass(frozen=True)
+class PruneFinetuneConfig:
+    """Settings of `finetune`, which documents each of them.
 
     Raises:
-        InputTypeError: no network.
-        OptionError: one network twice.
-    """
-    for role, model in (("pruned", pruned), ("original", original)):
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"{role}: expected a torch.nn.Module, got {type(model).__name__}")
-    small, whole = unwrap_model(pruned), unwrap_model(original)
-    if small is whole:
-        raise OptionError("pruned and original are the same network")
-    return small, whole
-
-
-def check_numbers(lr: float, batch_size: int, temperature: float, held_out: float, others: Sequence[float]) -> None:
-    """Raises:
-    OptionError: a number without meaning; the others are the weights of the loss and the memory.
-    """
-    check_counts(batch_size=batch_size)
-    if not all(isinstance(value, (int, float)) for value in (lr, temperature, held_out, *others)):
-        raise OptionError(
-            f"lr, temperature, held_out, the weights and memory must be numbers, got {', '.join(map(repr, (lr, temperature, held_out, *others)))}"
-        )
-    if not 0 < lr < math.inf or not 0 < temperature < math.inf or not 0 < held_out < 1:
-        raise OptionError(
-            f"expected lr > 0, temperature > 0 and 0 < held_out < 1, got {lr!r}, {temperature!r} and {held_out!r}"
-        )
-    if not all(0 <= value < math.inf for value in others):
-        raise OptionError(
-            f"feature_weight, logit_weight, label_weight and memory must be numbers >= 0, got {', '.join(map(repr, others))}"
-        )
-
-
-def count_updates(steps: int | None, epochs: float | None, count: int, batch_size: int) -> int:
-    """Number of updates.
+        OptionError: A value of another type or out of bounds, or both `steps` and `epochs`.
 
     Example:
-        >>> count_updates(None, 2, 100, 32)
+        >>> PruneFinetuneConfig(epochs=2, batch_size=32).num_steps(100)
         6
     """
-    if steps is not None and epochs is not None:
-        raise OptionError(f"give steps or epochs, not both; got {steps!r} and {epochs!r}")
-    total = (
-        steps if steps is not None else DEFAULT_STEPS if epochs is None else math.ceil(epochs * (count // batch_size))
-    )
-    if not isinstance(total, int) or total < 1:
-        raise OptionError(f"expected at least one step, as an integer, got steps={steps!r}, epochs={epochs!r}")
-    return total
 
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    lr: PositiveFloat = 1e-2
+    batch_size: PositiveInt = 64
+    layers: str | Sequence[str] | None = None
+    feature_weight: NonNegativeFloat = 1.0
+    logit_weight: NonNegativeFloat | None = None
+    label_weight: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 1.0
+    max_images: PositiveInt = 1024
+    validation_fraction: PositiveFloat = 0.125
+    frozen_statistics: bool = True
+    cache_gib: NonNegativeFloat = 1.0
+    seed: Seed = 0
 
-def compared_layers(
-    small: nn.Module, whole: nn.Module, images: Calibration, layers: str | Sequence[str] | None
-) -> list[str]:
-    """Names of the layers whose outputs are compared.
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        if self.steps is not None and self.epochs is not None:
+            raise OptionError(f"pass steps or epochs, not both; got steps={self.steps} and epochs={self.epochs}")
+        infinite = [name for name, value in vars(self).items() if isinstance(value, float) and math.isinf(value)]
+        if infinite:
+            raise OptionError(f"{', '.join(infinite)}: expected a finite number, got inf")
+        if self.validation_fraction >= 1:
+            raise OptionError(f"validation_fraction must be below 1, got {self.validation_fraction}")
 
-    Raises:
-        ShapeError: a layer that emits another shape in the pruned network.
-        LayerNameError: no such layer.
-    """
-    few = images.first(2)
-    if layers is None:
-        return comparable_blocks(small, whole, lambda network: images.forward(network, few))
-    names = resolve_layers(whole, layers) if layers else []
-    with torch.no_grad():
-        of_small, of_whole = (forward_with_features(images, network, names, few) for network in (small, whole))
-    for name, feature in of_whole.features.items():
-        if feature.shape != of_small.features[name].shape:
-            raise ShapeError(
-                f"layer {name!r} emits {tuple(of_small.features[name].shape)} in the pruned network and {tuple(feature.shape)} in the original; "
-                "name layers whose width pruning left, such as the ends of blocks, or train with IsomorphismLoss, which takes any widths"
+    def num_validation_images(self, num_images: int) -> int:
+        """Return the number of held-out images.
+
+        Raises:
+            DataError: The remaining images do not fill a batch.
+        """
+        held_out = max(1, round(self.validation_fraction * num_images))
+        if num_images < MIN_FINETUNE_IMAGES or num_images - held_out < self.batch_size:
+            raise DataError(
+                f"{num_images} images, {held_out} of them held out, do not fill a batch of {self.batch_size}. "
+                f"Pass at least {MIN_FINETUNE_IMAGES} images, or a smaller batch_size"
             )
-    return names
+        return held_out
+
+    def num_steps(self, num_images: int) -> int:
+        """Return the number of updates for some number of training images."""
+        if self.epochs is not None:
+            return math.ceil(self.epochs * (num_images // self.batch_size))
+        return self.steps or DEFAULT_STEPS
 
 
 def finetune(
@@ -129,189 +110,292 @@ def finetune(
     label_weight: float = 0.0,
     temperature: float = 1.0,
     max_images: int = 1024,
-    held_out: float = 0.125,
+    validation_fraction: float = 0.125,
     frozen_statistics: bool = True,
     transform: Callable[[Tensor], Tensor] | None = None,
-    memory: float = 1.0,
+    cache_gib: float = 1.0,
     forward: Forward | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FinetuneReport:
-    """Train a pruned network, in place, to be what its original was, on the few images that pruned it. It needs no labels.
+    """Fine-tune a pruned model in place to match the original's block outputs on the calibration images. No labels.
 
-    The loss is the mean of `‖x_pruned - x_original‖² / Var(x_original)` at the ends of the blocks, where pruning left
-    the widths, plus, where
-    asked, the divergence of the logits and the cross-entropy with labels. Some images are held out: the weights with
-    the least loss there are kept,
-    those before the training included.
+    The loss is the mean of `‖x_pruned - x_original‖² / Var(x_original)` over the outputs of the blocks, whose widths
+    pruning did not change. Optional terms are the divergence of the logits and the cross-entropy with labels.
 
-    Matrices move along orthogonalized momenta, see `OrthogonalMomentum`; norms and biases by Adam.
+    Some images are held out for validation. The weights with the lowest loss on them are returned, those before the
+    first step included. Matrices are trained by `OrthogonalMomentum`, norms and biases by Adam.
 
     Args:
-        pruned: pruned from `original`, with the same layer names; parameters that are frozen stay as they are. Wrapped
-            or not.
-        original: the network before pruning, on the same device.
-        loader: batches of images, see `knowiso_train.features.inputs_of`; shuffled, as the first ones are taken. They
-            are held in memory.
-        steps: updates; 200 where neither this nor `epochs` is given.
-        epochs: passes over the images that are not held out.
-        lr: longest step, relative to the norm of a weight; it rises over a twentieth of the steps and falls as a
-            cosine.
-        batch_size: images of an update.
-        layers: names or globs of layers with equal shapes in both; None takes the blocks, see `shared_layers`. ()
-            matches the logits alone.
-        feature_weight: of the features' distance.
-        logit_weight: of the logits' divergence; for outputs that are no logits (N, classes), of their relative squared
-            distance. None is 0 where
-            features are compared, and 1 where none can be: on images that trained the original its logits are sure of
-            themselves, and say little.
-        label_weight: of the cross-entropy with the labels, the second element of each batch, or its "label"; they are
-            read where this is not 0.
-            Images that trained the original have nothing new to say to it, and their labels pull the features away:
-            keep it small there.
-        temperature: of the logits.
-        max_images: to look at.
-        held_out: share of the images that choose and do not train.
-        frozen_statistics: the network trains in eval mode, so that batch norms keep the statistics of the refit; False
-            trains in training mode.
-        transform: augmentation, from a batch of images to one; the original sees what it gives. `mix_patches` is worth
-            its price, since
-            the last layers learn a few images by heart; with labels it would mix these. None computes the original's
-            features once.
-        memory: GiB that these may take; above it the original runs in every step.
-        forward: `forward(model, batch)` for networks that need more than images.
-        seed: of the held-out part, the order and the augmentation.
-        progress: whether to show a bar.
+        pruned: Model pruned from `original`, with the same layer names. Frozen parameters are not trained.
+        original: Model before pruning, on the same device.
+        loader: Batches of images, shuffled, since the first ones are taken. They are held in memory.
+        steps: Updates. Default: 200, unless `epochs` is given.
+        epochs: Passes over the images that are not held out.
+        lr: Peak step relative to the norm of a weight. Schedule: linear warm-up over 5 % of the steps, then a cosine.
+        batch_size: Images of an update.
+        layers: Names or globs of layers with equal output shapes in both models. Default: the blocks, see
+            `comparable_blocks`. An empty sequence compares the outputs alone.
+        feature_weight: Weight of the feature distance.
+        logit_weight: Weight of the divergence of the logits, or of the relative squared distance of other outputs.
+            Default: 0 if features are compared, else 1. On the original's own training images its logits are
+            saturated and carry little information.
+        label_weight: Weight of the cross-entropy with the labels: the second entry of each batch, or its "label".
+            Labels of the original's own training images are already fitted, hence use a small weight there.
+        temperature: Temperature of the divergence of the logits.
+        max_images: Largest number of images.
+        validation_fraction: Fraction of the images held out for the selection of weights.
+        frozen_statistics: Train in eval mode, which keeps the batch-norm statistics of the refit.
+        transform: Augmentation of a batch of images; the original's targets are computed on its output. `cutmix`
+            reduces overfitting of the last layers, but mixes images of different labels. Default: none, and the
+            original's features are computed once.
+        cache_gib: Largest size of these features in GiB. Above it the original runs in every step.
+        forward: Function `forward(model, batch)` for models that need more than images.
+        seed: Seed of the held-out part, the order and the augmentation.
+        progress: Show a progress bar.
 
     Returns:
-        What was held out says before, during and after; prints as a table.
+        Validation results before, during and after training; prints as a table.
 
     Raises:
-        OptionError: options without meaning, or a network without anything to train.
-        ShapeError: a layer or an output of another shape in the pruned network.
-        DataError: too few images.
-        InputTypeError: no network, no loader, no labels where they are to be read, or an output that is not one tensor.
-        NonFiniteError: NaN or Inf in the loss. The weights are then as they were.
+        OptionError: An option out of bounds, or a model without trainable parameters.
+        ShapeError: A layer or an output has another shape in the pruned model.
+        DataError: Too few images.
+        InputTypeError: Not a model, not a loader, missing labels, or an output that is not one tensor.
+        NonFiniteError: NaN or Inf in the loss. The model was not modified.
 
     Example:
         >>> import copy
         >>> original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
         >>> pruned = copy.deepcopy(original)
         >>> pruned[0].weight.data += 0.1 * torch.randn_like(pruned[0].weight)
-        >>> report = finetune(pruned, original, [torch.randn(64, 3, 6, 6)], steps=50, lr=1e-3, batch_size=16, progress=False)
+        >>> options = {"steps": 50, "lr": 1e-3, "batch_size": 16, "progress": False}
+        >>> report = finetune(pruned, original, [torch.randn(64, 3, 6, 6)], **options)
         >>> report.after.divergence < report.before.divergence
         True
     """
-    small, whole = two_networks(pruned, original)
-    check_numbers(lr, batch_size, temperature, held_out, (feature_weight, logit_weight or 0.0, label_weight, memory))
-    trained = [parameter for parameter in small.parameters() if parameter.requires_grad]
+    config = PruneFinetuneConfig(
+        steps=steps,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        layers=layers,
+        feature_weight=feature_weight,
+        logit_weight=logit_weight,
+        label_weight=label_weight,
+        temperature=temperature,
+        max_images=max_images,
+        validation_fraction=validation_fraction,
+        frozen_statistics=frozen_statistics,
+        cache_gib=cache_gib,
+        seed=seed,
+    )
+    pruned, original = check_model_pair(pruned, original)
+    check_trainable(pruned)
+    # Without a `forward`, Calibration drops the labels
+    forward = forward or (_forward_images if config.label_weight else None)
+    images = Calibration(loader, config.max_images, device_of(original), forward)
+    with preserve_state(pruned, original), torch.enable_grad():
+        torch.manual_seed(config.seed)
+        run = _FinetuneRun(pruned, original, images, config, transform)
+        run.train(progress)
+    return run.report()
+
+
+def check_model_pair(pruned: Any, original: Any) -> tuple[nn.Module, nn.Module]:
+    """Return both models without wrappers.
+
+    Raises:
+        InputTypeError: One of them is not a module.
+        OptionError: They are the same module.
+    """
+    for role, model in (("pruned", pruned), ("original", original)):
+        if not isinstance(model, nn.Module):
+            raise InputTypeError(f"{role}: expected a torch.nn.Module, got {type(model).__name__}")
+    pruned, original = unwrap_model(pruned), unwrap_model(original)
+    if pruned is original:
+        raise OptionError("pruned and original are the same model; pass a copy as one of them")
+    return pruned, original
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Check that a model has trainable parameters, none of them in float16.
+
+    Raises:
+        OptionError: Every parameter is frozen, or one is in float16.
+    """
+    trained = trainable_parameters(model)
     if not trained:
-        raise OptionError(
-            "every parameter of the pruned network is frozen, as the original's are: call requires_grad_() on what is to be tuned"
-        )
+        raise OptionError("every parameter of the pruned model is frozen. Call requires_grad_() on those to be trained")
     if any(parameter.dtype == torch.float16 for parameter in trained):
         raise OptionError(
-            "weights in float16 lose what small steps change: call float() on both networks, tune, and half() afterwards"
+            "float16 weights round small updates to zero. Call float() on both models before, and half() afterwards"
         )
-    images = Calibration(
-        loader, max_images, device_of(whole), forward or (_called if label_weight else None)
-    )  # without one it keeps the inputs alone
-    batch = images.concatenate()
-    truth = labels_of(batch) if label_weight else None
-    away = max(1, round(held_out * images.count))
-    if images.count < MIN_FINETUNE_IMAGES or images.count - away < batch_size:
-        raise DataError(
-            f"{images.count} images, {away} of them held out, do not make a batch of {batch_size}: give {MIN_FINETUNE_IMAGES} or more, "
-            f"and a batch_size of at most what is not held out"
-        )
-    total = count_updates(steps, epochs, images.count - away, batch_size)
-    start = _weights(small)
-    gradients = [parameter.grad for parameter in trained]
 
-    with preserve_state(small, whole), torch.enable_grad():
-        torch.manual_seed(seed)
-        order = torch.Generator().manual_seed(seed)
-        names = compared_layers(small, whole, images, layers) if feature_weight else []
-        of_logits = logit_weight if logit_weight is not None else 0.0 if names else 1.0
-        objective = Objective(feature_weight, of_logits, label_weight, temperature)
-        targets = ReferenceCache(whole, names, images, batch, int(memory * 2**30) if transform is None else 0)
-        mixed = torch.randperm(images.count, generator=order)
-        chooser = Validator(small, targets, mixed[:away].sort().values, objective, truth)
-        optimizers = _optimizers(small, lr)
-        schedule = WeightSchedule(warmup=int(WARMUP_FRACTION * total), total=total + 1)
-        checked = {round(total * (i + 1) / NUM_VALIDATIONS) for i in range(NUM_VALIDATIONS)}
-        history = [chooser.check(0)]
-        best = start
-        losses: list[float] = []
-        unread: list[Tensor] = []  # losses: reading one makes the host wait for a GPU
-        waiting = mixed[away:][:0]
-        for parameter in trained:
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def resolve_compared_layers(
+    pruned: nn.Module, original: nn.Module, images: Calibration, layers: str | Sequence[str] | None
+) -> list[str]:
+    """Return the names of the layers whose outputs are compared.
+
+    Raises:
+        ShapeError: The output of a layer has another shape in the pruned model.
+        LayerNameError: No layer has such a name.
+    """
+    batch = images.first(2)
+    if layers is None:
+        return comparable_blocks(pruned, original, lambda model: images.forward(model, batch))
+    names = resolve_layers(original, layers) if layers else []
+    with torch.no_grad():
+        outputs, reference = (forward_with_features(images, model, names, batch) for model in (pruned, original))
+    for name, feature in reference.features.items():
+        shape = outputs.features[name].shape
+        if shape != feature.shape:
+            raise ShapeError(
+                f"the output of layer {name!r} has shape {tuple(shape)} in the pruned model and {tuple(feature.shape)} "
+                "in the original. Name layers of unchanged width, such as whole blocks, or train with IsomorphismLoss"
+            )
+    return names
+
+
+class _FinetuneRun:
+    """State of one fine-tuning run, from its data to its results.
+
+    Args:
+        model: Pruned model, trained in place.
+        original: Original model; both in eval mode.
+        images: Calibration images.
+        config: Settings.
+        transform: Augmentation of a batch of images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        images: Calibration,
+        config: PruneFinetuneConfig,
+        transform: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.model, self.config, self.transform = model, config, transform
+        batch = images.concatenate()
+        self.labels = labels_of(batch) if config.label_weight else None
+        num_held_out = config.num_validation_images(images.count)
+        self.num_steps = config.num_steps(images.count - num_held_out)
+        layers = resolve_compared_layers(model, original, images, config.layers) if config.feature_weight else []
+        default_logit_weight = 0.0 if layers else 1.0
+        self.objective = Objective(
+            config.feature_weight,
+            default_logit_weight if config.logit_weight is None else config.logit_weight,
+            config.label_weight,
+            config.temperature,
+        )
+        cache_bytes = int(config.cache_gib * 2**30) if transform is None else 0
+        self.references = ReferenceCache(original, layers, images, batch, cache_bytes)
+        generator = torch.Generator().manual_seed(config.seed)
+        index = torch.randperm(images.count, generator=generator)
+        self.batches = shuffled_batches(index[num_held_out:], config.batch_size, generator)
+        held_out = index[:num_held_out].sort().values
+        self.validator = Validator(model, self.references, held_out, self.objective, self.labels)
+        self.validations: list[ValidationPoint] = []
+        self.losses: list[float] = []
+        # Losses that are still on the device: reading one makes the host wait for it
+        self.unread_losses: list[Tensor] = []
+
+    def train(self, progress: bool) -> None:
+        """Train the model and load the best weights; restore the initial ones after an error."""
+        validation_steps = {round(self.num_steps * (i + 1) / NUM_VALIDATIONS) for i in range(NUM_VALIDATIONS)}
+        schedule = WeightSchedule(warmup=int(FINETUNE_WARMUP_FRACTION * self.num_steps), total=self.num_steps + 1)
+        optimizers = build_optimizers(self.model, self.config.lr)
+        parameters = trainable_parameters(self.model)
+        gradients = [parameter.grad for parameter in parameters]
+        initial = best = _clone_state(self.model)
+        self.validations.append(self.validator.evaluate(0))
+        for parameter in parameters:
             parameter.grad = None
         try:
-            for step in tqdm(range(total), "tune", unit="step", disable=not progress):
-                if len(waiting) < batch_size:  # what an epoch leaves over is in another order the next time
-                    waiting = mixed[away:][torch.randperm(images.count - away, generator=order)]
-                index, waiting = waiting[:batch_size], waiting[batch_size:]
-                seen = index_batch(batch, index)
-                if transform is not None:
-                    seen = replace_inputs(seen, transform(get_inputs(seen)))
-                given = targets.of(index, None if transform is None else seen)
-                _mode(small, not frozen_statistics)
-                made = forward_with_features(images, small, names, seen)
-                known = None if truth is None else truth[index.to(truth.device, non_blocking=True)]
-                loss = objective(distance(made, given, targets), made.output, given.output, targets.output_scale, known)
-                if not loss.requires_grad:
-                    raise OptionError(
-                        "what is trained has no part in what is compared; set logit_weight, or choose other layers"
-                    )
+            for step in tqdm(range(1, self.num_steps + 1), "finetune", unit="step", disable=not progress):
+                loss = self._loss(next(self.batches))
                 loss.backward()  # type: ignore[no-untyped-call]
-                for optimizer, highest in optimizers:
-                    optimizer.param_groups[0]["lr"] = highest * schedule(step + 1)
+                for optimizer, peak_lr in optimizers:
+                    optimizer.param_groups[0]["lr"] = peak_lr * schedule(step)
                     optimizer.step()
                     optimizer.zero_grad()
-                unread.append(loss.detach())
-                if step + 1 in checked or loss.device.type == "cpu":
-                    for value in torch.stack(unread).tolist():
-                        losses.append(value)
-                        if not math.isfinite(value):
-                            raise NonFiniteError(
-                                f"NaN or Inf in the loss at step {len(losses)} of {total}, with lr={lr}; the weights are as they were"
-                            )
-                    unread.clear()
-                if step + 1 in checked:
-                    _mode(small, False)
-                    history.append(chooser.check(step + 1))
-                    if history[-1].objective < min(check.objective for check in history[:-1]):
-                        best = _weights(small)
+                self.unread_losses.append(loss.detach())
+                if step in validation_steps or loss.device.type == "cpu":
+                    self._read_losses()
+                if step in validation_steps and self._validate(step):
+                    best = _clone_state(self.model)
         except BaseException:
-            small.load_state_dict(start)
+            self.model.load_state_dict(initial)
             raise
         finally:
-            for parameter, gradient in zip(trained, gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        small.load_state_dict(best)
-    return FinetuneReport(tuple(history), tuple(losses), tuple(names), images.count, targets.kept)
+        self.model.load_state_dict(best)
+
+    def report(self) -> FinetuneReport:
+        """Return the results of the run."""
+        references = self.references
+        return FinetuneReport(
+            validations=tuple(self.validations),
+            losses=tuple(self.losses),
+            layers=tuple(references.layers),
+            images=references.images.count,
+            cached=references.is_cached,
+        )
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """Return the objective of one training batch."""
+        references, augmented = self.references, None
+        batch = references.select(index)
+        if self.transform is not None:
+            batch = augmented = replace_inputs(batch, self.transform(get_inputs(batch)))
+        reference = references.get(index, augmented)
+        _set_training(self.model, not self.config.frozen_statistics)
+        outputs = forward_with_features(references.images, self.model, references.layers, batch)
+        distance = feature_distance(outputs, reference, references.variances)
+        labels = None if self.labels is None else self.labels[index.to(self.labels.device, non_blocking=True)]
+        loss = self.objective(distance, outputs.output, reference.output, references.output_variance, labels)
+        if not loss.requires_grad:
+            raise OptionError(
+                "no trainable parameter has an effect on the compared outputs. Set logit_weight, or choose other layers"
+            )
+        return loss
+
+    def _read_losses(self) -> None:
+        """Move the losses since the last reading to the host, and check them."""
+        for value in torch.stack(self.unread_losses).tolist():
+            self.losses.append(value)
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"NaN or Inf in the loss at step {len(self.losses)} of {self.num_steps}, with lr={self.config.lr}. "
+                    "The model was not modified; try a smaller lr"
+                )
+        self.unread_losses.clear()
+
+    def _validate(self, step: int) -> bool:
+        """Evaluate the held-out images, and return True for the lowest objective yet."""
+        _set_training(self.model, False)
+        best = min(point.objective for point in self.validations)
+        self.validations.append(self.validator.evaluate(step))
+        return self.validations[-1].objective < best
 
 
-def _optimizers(small: nn.Module, lr: float) -> list[tuple[Optimizer, float]]:
-    """Each with its highest learning rate."""
-    matrices, rest = split_parameters(small)
-    found: list[tuple[Optimizer, float]] = []
-    if matrices:
-        found.append((OrthogonalMomentum(matrices, lr), lr))
-    if rest:
-        found.append((torch.optim.Adam(rest, BIAS_LR_FACTOR * lr, betas=ADAM_BETAS_SHORT_RUN), BIAS_LR_FACTOR * lr))
-    return found
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def _clone_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _called(model: nn.Module, batch: Any) -> Any:
+def _forward_images(model: nn.Module, batch: Any) -> Any:
     return model(get_inputs(batch))
 
 
-def _mode(model: nn.Module, training: bool) -> None:
+def _set_training(model: nn.Module, training: bool) -> None:
+    # Flags, not train(): models may override train()
     for module in model.modules():
         module.training = training

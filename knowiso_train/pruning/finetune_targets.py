@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,12 @@ from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.report import ValidationPoint
 from knowiso_train.utils.batch import batch_size, index_batch
 
-REFERENCE_BATCH_SIZE = 128  # images
-MIN_VARIANCE = 1e-12
-
+# Images of one forward pass without gradients
+REFERENCE_BATCH_SIZE = 128
+# Floor of a feature's variance, which divides squared distances
+MIN_FEATURE_VARIANCE = 1e-12
+# Decimals of reported values; smaller differences are rounding and must not select a checkpoint
 REPORTED_DIGITS = 6
-NONFINITE_HINTS = ("Look at the network and the images", "Try a smaller lr")
 LABEL_KEYS = ("label", "labels", "target", "targets")
 
 
@@ -34,87 +36,114 @@ class ModelOutputs:
 
 
 class ReferenceCache:
-    """The original's features and output for any of some images.
+    """Features and outputs of the original model for any of the calibration images.
 
     Args:
-        original: the network; in eval mode while this is used.
-        layers: whose outputs are wanted.
-        images: to look at.
-        batch: these images as one batch.
-        memory: bytes that may be kept; above them the original is run again each time.
+        original: Model before pruning; in eval mode while the cache is used.
+        layers: Names of the compared layers.
+        images: Calibration images.
+        batch: The same images as one batch.
+        memory_bytes: Largest size of the cached tensors. Above it the original runs again for each batch.
 
     Raises:
-        InputTypeError: an output that is not one tensor.
-        NonFiniteError: NaN or Inf, with the layer's name.
+        InputTypeError: The output is not one tensor.
+        NonFiniteError: NaN or Inf in a feature; the message names the layer.
 
     Example:
         >>> images = Calibration([torch.randn(8, 3)])
-        >>> targets = ReferenceCache(nn.Sequential(nn.Linear(3, 2)), ["0"], images, images.concatenate())
-        >>> given = targets.of(torch.tensor([4, 1]))
-        >>> torch.equal(given.features["0"], given.output), targets.kept
+        >>> references = ReferenceCache(nn.Sequential(nn.Linear(3, 2)), ["0"], images, images.concatenate())
+        >>> outputs = references.get(torch.tensor([4, 1]))
+        >>> torch.equal(outputs.features["0"], outputs.output), references.is_cached
         (True, True)
     """
 
     def __init__(
-        self, original: nn.Module, layers: Sequence[str], images: Calibration, batch: Any, memory: int = 2**30
+        self, original: nn.Module, layers: Sequence[str], images: Calibration, batch: Any, memory_bytes: int = 2**30
     ) -> None:
         self.images, self.batch, self.original, self.layers = images, batch, original, list(layers)
-        first = self._run(torch.arange(min(REFERENCE_BATCH_SIZE, images.count)))
-        self.scales = {name: feature_variance(name, feature) for name, feature in first.features.items()}
-        self.output_scale = feature_variance("the output", first.output)
-        size = sum(value[0].numel() * value.element_size() for value in (*first.features.values(), first.output))
-        self.kept = size * images.count <= memory
-        self._store: ModelOutputs | None = None
-        if self.kept:
-            parts = [self._run(index) for index in torch.split(torch.arange(images.count), REFERENCE_BATCH_SIZE)]
-            features = {name: torch.cat([part.features[name] for part in parts]) for name in self.layers}
-            self._store = ModelOutputs(features, torch.cat([part.output for part in parts]))
+        first = self._forward(self.select(torch.arange(min(REFERENCE_BATCH_SIZE, images.count))))
+        self.variances = {name: feature_variance(name, feature) for name, feature in first.features.items()}
+        self.output_variance = feature_variance("the output", first.output)
+        image_bytes = sum(value[0].numel() * value.element_size() for value in (*first.features.values(), first.output))
+        self.is_cached = image_bytes * images.count <= memory_bytes
+        self._cache: ModelOutputs | None = self._forward_all() if self.is_cached else None
 
-    def of(self, index: Tensor, seen: Any = None) -> ModelOutputs:
-        """For the images with these indices, or for `seen`, what became of them by augmentation."""
-        if seen is None and self._store is not None:
-            store, at = self._store, index.to(self._store.output.device, non_blocking=True)
-            return ModelOutputs(
-                {name: value[at.to(value.device)] for name, value in store.features.items()}, store.output[at]
-            )
-        return self._run(index, seen)
+    def select(self, index: Tensor) -> Any:
+        """Return the images with these indices, as one batch."""
+        return index_batch(self.batch, index)
+
+    def get(self, index: Tensor, augmented: Any = None) -> ModelOutputs:
+        """Return the original's outputs.
+
+        Args:
+            index: Indices of images.
+            augmented: Augmented batch of these images. Default: the images themselves.
+        """
+        if augmented is not None:
+            return self._forward(augmented)
+        if self._cache is None:
+            return self._forward(self.select(index))
+        index = index.to(self._cache.output.device, non_blocking=True)
+        features = {name: value[index.to(value.device)] for name, value in self._cache.features.items()}
+        return ModelOutputs(features, self._cache.output[index])
+
+    def _forward_all(self) -> ModelOutputs:
+        parts = [
+            self._forward(self.select(index))
+            for index in torch.split(torch.arange(self.images.count), REFERENCE_BATCH_SIZE)
+        ]
+        features = {name: torch.cat([part.features[name] for part in parts]) for name in self.layers}
+        return ModelOutputs(features, torch.cat([part.output for part in parts]))
 
     @torch.no_grad()
-    def _run(self, index: Tensor, seen: Any = None) -> ModelOutputs:
-        return forward_with_features(
-            self.images, self.original, self.layers, index_batch(self.batch, index) if seen is None else seen
-        )
+    def _forward(self, batch: Any) -> ModelOutputs:
+        return forward_with_features(self.images, self.original, self.layers, batch)
 
 
 def forward_with_features(images: Calibration, model: nn.Module, layers: Sequence[str], batch: Any) -> ModelOutputs:
-    """What a network emits for a batch, at some layers and at its end.
+    """Return the features of some layers and the output of a model for a batch.
 
     Raises:
-        InputTypeError: an output that is not one tensor.
+        InputTypeError: The output is not one tensor.
 
     Example:
         >>> batch = torch.ones(1, 2, 2)
-        >>> forward_with_features(Calibration([batch]), nn.Sequential(nn.ReLU(), nn.Flatten()), ["0"], batch).output.shape
+        >>> model = nn.Sequential(nn.ReLU(), nn.Flatten())
+        >>> forward_with_features(Calibration([batch]), model, ["0"], batch).output.shape
         torch.Size([1, 4])
     """
     if not layers:
-        return ModelOutputs({}, _tensor(images.forward(model, batch)))
+        return ModelOutputs({}, _check_tensor(images.forward(model, batch)))
     with FeatureTaps(model, list(layers)) as taps:
-        output = _tensor(images.forward(model, batch))
+        output = _check_tensor(images.forward(model, batch))
         return ModelOutputs(taps.collect(), output)
 
 
-def distance(made: ModelOutputs, given: ModelOutputs, targets: ReferenceCache) -> Tensor:
-    """Scalar: mean over the layers of the squared distance of two networks' features, relative to the original's variance; 0 without layers."""
+def _check_tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise InputTypeError(
+            f"expected a model whose output is one tensor, got {type(output).__name__}. Pass forward= that selects it"
+        )
+    return output
+
+
+def feature_distance(outputs: ModelOutputs, reference: ModelOutputs, variances: Mapping[str, float]) -> Tensor:
+    """Return the mean over the layers of ‖x - x_ref‖² / Var(x_ref), a scalar; 0 without layers.
+
+    Args:
+        outputs: Features of the pruned model.
+        reference: Features of the original for the same images.
+        variances: Variance of the original's features by layer, from `feature_variance`.
+    """
     terms = [
-        (made.features[name] - feature).square().mean() / targets.scales[name]
-        for name, feature in given.features.items()
+        (outputs.features[name] - feature).square().mean() / variances[name]
+        for name, feature in reference.features.items()
     ]
-    return torch.stack(terms).mean() if terms else made.output.new_zeros(())
+    return torch.stack(terms).mean() if terms else outputs.output.new_zeros(())
 
 
 def feature_variance(name: str, values: Tensor) -> float:
-    """Mean over all entries of their variance over the images, by which squared distances are divided.
+    """Return the variance over the images, averaged over all other axes.
 
     Raises:
         NonFiniteError: NaN or Inf.
@@ -124,174 +153,204 @@ def feature_variance(name: str, values: Tensor) -> float:
         0.5
     """
     centered = values.detach().float()
-    found = float((centered - centered.mean(0)).square().mean())
-    if not torch.isfinite(torch.tensor(found)):
-        raise NonFiniteError(f"NaN or Inf in the original, in what {name!r} emits")
-    return max(found, MIN_VARIANCE)
-
-
-def _tensor(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise InputTypeError(
-            f"expected a network that gives one tensor, got {type(output).__name__}; pass forward= that picks it"
-        )
-    return output
+    variance = float((centered - centered.mean(0)).square().mean())
+    if not math.isfinite(variance):
+        raise NonFiniteError(f"NaN or Inf in the original model, in the output of {name!r}")
+    return max(variance, MIN_FEATURE_VARIANCE)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of the features' distance, the logits' divergence and the cross-entropy; divergences of weight 0 are not computed.
+    """Weighted sum of feature distance, output divergence and cross-entropy; a divergence of weight 0 is not computed.
 
     Attributes:
-        features: weight of `distance`.
-        logits: weight of `divergence`.
-        labels: weight of the cross-entropy with the labels.
-        temperature: of the logits' divergence.
+        feature_weight: Weight of `feature_distance`.
+        logit_weight: Weight of `output_divergence`.
+        label_weight: Weight of the cross-entropy with the labels.
+        temperature: Temperature of the divergence of logits.
 
     Example:
-        >>> import torch
-        >>> objective, logits = Objective(labels=2.0), torch.zeros(1, 2)
-        >>> round(float(objective(torch.tensor(0.5), logits, logits, scale=1.0, truth=torch.tensor([1]))), 3)  # 0.5 + 2 ln 2
+        >>> objective, logits = Objective(label_weight=2.0), torch.zeros(1, 2)
+        >>> value = objective(torch.tensor(0.5), logits, logits, output_variance=1.0, labels=torch.tensor([1]))
+        >>> round(float(value), 3)  # 0.5 + 2 ln 2
         1.886
     """
 
-    features: float = 1.0
-    logits: float = 0.0
-    labels: float = 0.0
+    feature_weight: float = 1.0
+    logit_weight: float = 0.0
+    label_weight: float = 0.0
     temperature: float = 1.0
 
-    def __call__(self, apart: Tensor, made: Tensor, given: Tensor, scale: float, truth: Tensor | None = None) -> Tensor:
-        """Scalar, the mean over the images.
+    def __call__(
+        self, distance: Tensor, output: Tensor, reference: Tensor, output_variance: float, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the objective, a scalar, averaged over the images.
 
         Args:
-            apart: the features' `distance`.
-            made: (N, …) outputs of the network that is trained.
-            given: the original's for the same images.
-            scale: of `divergence`.
-            truth: (N,) labels; None where they have no weight.
+            distance: Value of `feature_distance`.
+            output: (N, …) outputs of the trained model.
+            reference: (N, …) outputs of the original for the same images.
+            output_variance: Divisor of squared distances, for outputs that are not logits.
+            labels: (N,) class indices. Default: no cross-entropy.
         """
-        total = self.features * apart
-        if self.logits:
-            total = total + self.logits * divergence(made, given, scale, self.temperature)
-        if self.labels and truth is not None:
-            total = total + self.labels * F.cross_entropy(made, truth.to(made.device))
+        total = self.feature_weight * distance
+        if self.logit_weight:
+            total = total + self.logit_weight * output_divergence(output, reference, output_variance, self.temperature)
+        if self.label_weight and labels is not None:
+            total = total + self.label_weight * F.cross_entropy(output, labels.to(output.device))
         return total
 
 
-def divergence(made: Tensor, given: Tensor, scale: float, temperature: float = 1.0) -> Tensor:
-    """KL of logits (N, classes) at a temperature; of other outputs their squared distance, divided by `scale`.
+def output_divergence(output: Tensor, reference: Tensor, variance: float, temperature: float = 1.0) -> Tensor:
+    """Return the KL divergence of logits (N, classes), or the relative squared distance of other outputs.
+
+    Args:
+        output: (N, …) outputs of the trained model.
+        reference: (N, …) outputs of the original.
+        variance: Divisor of the squared distance.
+        temperature: Temperature of the softmax.
 
     Example:
-        >>> import torch
-        >>> float(divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), 1.0))
+        >>> float(output_divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), 1.0))
         0.0
     """
-    return kd_loss(made, given, temperature) if are_logits(made) else (made - given).square().mean() / scale
+    if are_logits(output):
+        return kd_loss(output, reference, temperature)
+    return (output - reference).square().mean() / variance
 
 
 def are_logits(output: Tensor) -> bool:
-    """Whether it is (N, classes)."""
+    """Return True for an output of shape (N, classes) with two classes or more."""
     return output.ndim == 2 and output.shape[1] > 1
 
 
 class Validator:
-    """Compares a network with its original on images that do not train it.
+    """Comparison of a model with its original on held-out images.
 
     Args:
-        model: the network; the caller sees to its mode.
-        targets: what the original gives.
-        index: of the images.
-        objective: what chooses.
-        labels: of all images of the targets; None where the original alone is the measure.
+        model: Trained model; the caller sets its mode.
+        references: Outputs of the original.
+        index: Indices of the held-out images.
+        objective: Objective that selects the checkpoint.
+        labels: Class indices of all images. Default: no cross-entropy.
 
     Raises:
-        OptionError: labels, and outputs that are no logits.
+        OptionError: Labels are given and the outputs are not logits.
 
     Example:
-        >>> from knowiso_train.pruning.calibration import Calibration
         >>> model, images = nn.Linear(3, 2), Calibration([torch.randn(8, 3)])
-        >>> Validator(model, ReferenceCache(model, [], images, images.concatenate()), torch.arange(4), Objective(logits=1.0)).check(0).agreement
+        >>> references = ReferenceCache(model, [], images, images.concatenate())
+        >>> Validator(model, references, torch.arange(4), Objective(logit_weight=1.0)).evaluate(0).agreement
         1.0
     """
 
     def __init__(
         self,
         model: nn.Module,
-        targets: ReferenceCache,
+        references: ReferenceCache,
         index: Tensor,
         objective: Objective,
         labels: Tensor | None = None,
     ) -> None:
-        self.model, self.targets, self.index, self.objective = model, targets, index, objective
-        self.wanted = torch.cat([targets.of(part).output for part in torch.split(index, REFERENCE_BATCH_SIZE)])
-        if labels is not None and not are_logits(self.wanted):
+        self.model, self.references, self.index, self.objective = model, references, index, objective
+        self.expected = torch.cat([references.get(part).output for part in self._parts()])
+        if labels is not None and not are_logits(self.expected):
             raise OptionError(
-                f"label_weight: labels need logits (images, classes), and the network gives {tuple(self.wanted.shape)}; leave it at 0"
+                f"label_weight needs logits (images, classes), and the output has shape {tuple(self.expected.shape)}. "
+                "Leave it at 0"
             )
-        self.truth = None if labels is None else labels[index.to(labels.device)].to(self.wanted.device)
+        self.labels = None if labels is None else labels[index.to(labels.device)].to(self.expected.device)
+
+    def _parts(self) -> Iterator[Tensor]:
+        yield from torch.split(self.index, REFERENCE_BATCH_SIZE)
 
     @torch.no_grad()
-    def check(self, step: int) -> ValidationPoint:
-        """How it is now.
+    def evaluate(self, step: int) -> ValidationPoint:
+        """Compare the model in its present state with the original.
 
         Raises:
-            ShapeError: outputs of different shapes.
-            NonFiniteError: NaN or Inf in the network's output.
+            ShapeError: The outputs have different shapes.
+            NonFiniteError: NaN or Inf in the model's output.
         """
-        images, batch = self.targets.images, self.targets.batch
-        outputs: list[Tensor] = []
-        apart = torch.zeros(())
-        for part in torch.split(self.index, REFERENCE_BATCH_SIZE):
-            found, wanted = (
-                forward_with_features(images, self.model, self.targets.layers, index_batch(batch, part)),
-                self.targets.of(part),
-            )
-            outputs.append(found.output)
-            apart = apart + distance(found, wanted, self.targets).cpu() * len(part) / len(self.index)
-        made = torch.cat(outputs)
-        if made.shape != self.wanted.shape:
+        output, distance = self._forward()
+        if output.shape != self.expected.shape:
             raise ShapeError(
-                f"the pruned network gives {tuple(made.shape)}, the original {tuple(self.wanted.shape)} for the same images"
+                f"the output of the pruned model has shape {tuple(output.shape)}, and the original's has shape "
+                f"{tuple(self.expected.shape)} for the same images. Expected equal shapes"
             )
-        if not bool(made.isfinite().all()):
+        if not bool(output.isfinite().all()):
+            advice = "try a smaller lr" if step else "check its weights"
             raise NonFiniteError(
-                f"NaN or Inf in the pruned network's output after {step} steps; the weights are as they were. "
-                + NONFINITE_HINTS[step > 0]
+                f"NaN or Inf in the output of the pruned model after {step} steps. The model was not modified; {advice}"
             )
-        logits, scale = are_logits(made), self.targets.output_scale
+        variance, expected = self.references.output_variance, self.expected
+        objective = self.objective(distance.to(output.device), output, expected, variance, self.labels)
+        agreement = (output.argmax(1) == expected.argmax(1)).float().mean() if are_logits(output) else None
         return ValidationPoint(
             step,
-            divergence=_rounded(divergence(made, self.wanted, scale)),
-            agreement=float((made.argmax(1) == self.wanted.argmax(1)).float().mean()) if logits else None,
-            cross_entropy=None if self.truth is None else float(F.cross_entropy(made, self.truth)),
-            features=_rounded(apart) if self.targets.layers else None,
-            objective=_rounded(self.objective(apart.to(made.device), made, self.wanted, scale, self.truth)),
+            divergence=_rounded(output_divergence(output, expected, variance)),
+            agreement=None if agreement is None else float(agreement),
+            cross_entropy=None if self.labels is None else float(F.cross_entropy(output, self.labels)),
+            feature_distance=_rounded(distance) if self.references.layers else None,
+            objective=_rounded(objective),
         )
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        """Return the outputs (N, …) for the held-out images, and their mean feature distance."""
+        references, parts = self.references, []
+        distance = torch.zeros(())
+        for index in self._parts():
+            outputs = forward_with_features(references.images, self.model, references.layers, references.select(index))
+            part = feature_distance(outputs, references.get(index), references.variances)
+            distance = distance + part.cpu() * len(index) / len(self.index)
+            parts.append(outputs.output)
+        return torch.cat(parts), distance
 
 
 def _rounded(value: Tensor) -> float:
-    """What is less is rounding, and no reason to choose."""
     return max(0.0, round(float(value), REPORTED_DIGITS))
 
 
 def labels_of(batch: Any) -> Tensor:
-    """The labels of a batch: the second of a tuple or list, or what a mapping holds at "label", "labels", "target" or "targets".
+    """Return the labels of a batch, (N,) class indices.
+
+    They are the second entry of a tuple or list, or the first of `LABEL_KEYS` in a mapping.
 
     Raises:
-        InputTypeError: none there, or not one integer for each image.
+        InputTypeError: No labels there, or not one integer for each image.
 
     Example:
         >>> labels_of([torch.zeros(3, 4), torch.tensor([2, 0, 1])])
         tensor([2, 0, 1])
     """
-    found = None
+    labels = None
     if isinstance(batch, Mapping):
-        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
-    if not isinstance(found, Tensor) or found.is_floating_point() or found.shape != (batch_size(batch),):
+        labels = batch[1]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (batch_size(batch),):
         raise InputTypeError(
-            f"label_weight needs one integer for each image: (images, labels), or a mapping with one of {LABEL_KEYS}; got {type(batch).__name__} "
-            f"with {'none' if found is None else getattr(found, 'shape', type(found).__name__)}"
+            f"label_weight needs one integer for each image: (images, labels), or a mapping with one of {LABEL_KEYS}; "
+            f"got {type(batch).__name__} "
+            f"with {'none' if labels is None else getattr(labels, 'shape', type(labels).__name__)}"
         )
-    return found
+    return labels
+
+
+def shuffled_batches(index: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield batches of indices forever, each epoch in a new order and without its incomplete last batch.
+
+    Args:
+        index: (N,) indices.
+        size: Indices of a batch, at most N.
+        generator: Random generator of the order.
+
+    Example:
+        >>> batches = shuffled_batches(torch.arange(5), 2, torch.Generator())
+        >>> first, second, third = (set(next(batches).tolist()) for _ in range(3))
+        >>> len(first | second), len(third)
+        (4, 2)
+    """
+    while True:
+        order = index[torch.randperm(len(index), generator=generator)]
+        yield from torch.split(order, size)[: len(index) // size]

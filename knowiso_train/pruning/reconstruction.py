@@ -232,7 +232,7 @@ def reconstruct(
     def finished(name: str) -> Callable[..., Tensor]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             with mode.silent():
-                made = blocks.rebuild(name, block, args, kwargs, output)  # type: ignore[union-attr]
+                made = blocks.finetune(name, block, args, kwargs, output)  # type: ignore[union-attr]
             for number, value in streams.items():
                 if value is output:
                     streams[number] = made
@@ -405,11 +405,13 @@ def refit(
         if strange:
             raise ShapeError(f"layers {strange} of the pruned network are of another kind than the original's")
         target = record_reference_outputs(whole, dict(whole.named_modules()), found, images, rows, seed, progress)
-        blocks = BlockFinetuner.of(whole, small, list(found), images, block_steps, seed) if block_steps else None
+        blocks = (
+            BlockFinetuner.from_original(whole, small, list(found), images, block_steps, seed) if block_steps else None
+        )
         fits = reconstruct(
             small, layers, found, target, images, outputs=outputs, ridge=ridges, blocks=blocks, progress=progress
         )
-    return RefitReport(tuple(fits), tuple(blocks.fits) if blocks is not None else ())
+    return RefitReport(tuple(fits), tuple(blocks.results) if blocks is not None else ())
 
 
 def validate_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,34 +14,70 @@ from knowiso_train.utils.text_table import format_table
 
 @dataclass(frozen=True)
 class RefitReport:
-    """Per layer the unexplained share of what it should give, before and after the refit, on images that were not fitted.
+    """Unexplained share (1 - R²) of each layer's target before and after the refit, on held-out images.
 
     Attributes:
-        layers: in forward order.
-        blocks: that were tuned as a whole, with the unexplained share of what they give.
+        layers: Results of the refitted layers, in forward order.
+        blocks: Results of the fine-tuned blocks.
     """
 
     layers: tuple[LayerFit, ...]
     blocks: tuple[BlockResult, ...] = ()
 
     def __str__(self) -> str:
-        rows = [
-            [fit.name, str(fit.inputs), f"{100 * fit.before:.1f} %", f"{100 * fit.after:.1f} %"] for fit in self.layers
-        ]
-        text = format_table([["layer", "inputs", "unexplained", "refitted"], *rows])
+        layers = [[fit.name, str(fit.num_inputs), _percent(fit.before), _percent(fit.after)] for fit in self.layers]
+        text = format_table([["layer", "inputs", "unexplained", "refitted"], *layers])
         if not self.blocks:
             return text
-        tuned = [[fit.name, f"{100 * fit.before:.1f} %", f"{100 * fit.after:.1f} %"] for fit in self.blocks]
-        return text + "\n\n" + format_table([["block", "unexplained", "tuned"], *tuned])
+        blocks = [[block.name, _percent(block.before), _percent(block.after)] for block in self.blocks]
+        return text + "\n\n" + format_table([["block", "unexplained", "finetuned"], *blocks])
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Result of one refitted layer.
+
+    Attributes:
+        name: Name of the layer.
+        num_inputs: Input channels.
+        num_samples: Samples of its regression.
+        before: Unexplained share of the target with the remaining original weights, on held-out images. If a ReLU
+            follows, the share of what passes it.
+        after: The same with the refitted weights.
+    """
+
+    name: str
+    num_inputs: int
+    num_samples: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """Result of one fine-tuned block.
+
+    Attributes:
+        name: Name of the module.
+        before: Unexplained share of the output of the original's block on held-out images, after its layers were
+            refitted one by one.
+        after: The same after fine-tuning; never larger, since the block is restored otherwise.
+    """
+
+    name: str
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
 class GroupWidth:
-    """Attributes:
-    name: of the layer that writes the group.
-    kind: "channels" or "heads".
-    before: units of the original.
-    after: units that are left.
+    """Width of one channel group before and after pruning.
+
+    Attributes:
+        name: Name of the layer that produces the group.
+        kind: "channels" or "heads".
+        before: Units of the original.
+        after: Units of the pruned model.
     """
 
     name: str
@@ -51,18 +88,18 @@ class GroupWidth:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `ki.prune` did.
+    """Result of `ki.prune`.
 
     Attributes:
-        widths: of every channel group.
-        layers: of the refit, in forward order; empty where nothing was refitted.
-        blocks: that were tuned as a whole.
-        macs: multiply-adds of convolutions and linear layers for one image, before and after.
-        parameters: before and after.
-        latency: seconds for the batch that was timed, before and after; None where it was not asked for.
-        seconds: that it took.
-        images: that it looked at.
-        settings: of the call.
+        widths: Widths of every channel group.
+        layers: Results of the refit, in forward order; empty without a refit.
+        blocks: Results of the fine-tuned blocks.
+        macs: Multiply-adds of convolutions and linear layers for one image, before and after.
+        parameters: Number of parameters, before and after.
+        latency: Seconds for the timed batch, before and after; None without a latency budget.
+        seconds: Duration of the call.
+        images: Number of calibration images.
+        settings: Arguments of the call.
     """
 
     widths: tuple[GroupWidth, ...]
@@ -76,90 +113,73 @@ class PruneReport:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """As JSON, with the versions of what made it; also written to a file where a path is given."""
-        text = dump_json({**asdict(self), "versions": library_versions()}) + "\n"
-        if path is not None:
-            write_file(path, text)
-        return text
+        """Return the report as JSON with the versions of the libraries, and write it to a file if a path is given."""
+        return _to_json({**asdict(self), "versions": library_versions()}, path)
 
     def __str__(self) -> str:
-        fits = {fit.name: fit for fit in self.layers}
-        blocks = [
-            format_table(
-                [
-                    ["group", "", "before", "after"],
-                    *([w.name, w.kind, str(w.before), str(w.after)] for w in self.widths),
-                ]
-            )
-        ]
-        if fits:
-            blocks.append(str(RefitReport(self.layers, self.blocks)))
-        total = [
+        widths = [[width.name, width.kind, str(width.before), str(width.after)] for width in self.widths]
+        (macs, pruned_macs), (parameters, pruned_parameters) = self.macs, self.parameters
+        costs = [
             ["", "before", "after", ""],
             [
                 "multiply-adds",
-                f"{self.macs[0] / 1e6:.1f} M",
-                f"{self.macs[1] / 1e6:.1f} M",
-                f"{self.macs[0] / max(self.macs[1], 1):.2f}× fewer",
+                _millions(macs, 1),
+                _millions(pruned_macs, 1),
+                f"{macs / max(pruned_macs, 1):.2f}× fewer",
             ],
             [
                 "parameters",
-                f"{self.parameters[0] / 1e6:.3f} M",
-                f"{self.parameters[1] / 1e6:.3f} M",
-                f"{_times(self.parameters):.2f}× fewer",
+                _millions(parameters, 3),
+                _millions(pruned_parameters, 3),
+                f"{parameters / max(pruned_parameters, 1):.2f}× fewer",
             ],
         ]
         if self.latency is not None:
-            total.append(
-                [
-                    "latency",
-                    f"{1e3 * self.latency[0]:.1f} ms",
-                    f"{1e3 * self.latency[1]:.1f} ms",
-                    f"{self.latency[0] / self.latency[1]:.2f}× faster",
-                ]
+            before, after = self.latency
+            costs.append(
+                ["latency", f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", f"{before / after:.2f}× faster"]
             )
-        blocks.append(format_table(total))
-        blocks.append(f"{self.images} images, no labels, {self.seconds:.0f} s")
-        return "\n\n".join(blocks)
-
-
-def _times(pair: tuple[int, int]) -> float:
-    return pair[0] / max(pair[1], 1)
+        tables = [format_table([["group", "", "before", "after"], *widths])]
+        if self.layers:
+            tables.append(str(RefitReport(self.layers, self.blocks)))
+        return "\n\n".join([*tables, format_table(costs), f"{self.images} images, no labels, {self.seconds:.0f} s"])
 
 
 @dataclass(frozen=True)
 class ValidationPoint:
-    """Attributes:
-    step: updates before it.
-    divergence: KL from the original's classes to the network's, on the held-out images; of outputs that are no logits
-        the relative squared distance.
-    agreement: share of them with the same first guess; None where the outputs are no logits.
-    cross_entropy: with their labels; None where these are not read.
-    features: mean relative squared distance of the layers that are compared; None where none is.
-    objective: what is trained, the weighted sum; what chooses, less is better.
+    """Comparison with the original on the held-out images at one step of fine-tuning.
+
+    Attributes:
+        step: Number of updates before it.
+        divergence: KL divergence from the original's class probabilities, or the relative squared distance of outputs
+            that are not logits.
+        agreement: Fraction of images with the same top-1 class; None for outputs that are not logits.
+        cross_entropy: Cross-entropy with the labels; None without labels.
+        feature_distance: Relative squared distance, averaged over the compared layers; None without layers.
+        objective: Weighted sum that is trained and that selects the weights; lower is better.
     """
 
     step: int
     divergence: float
     agreement: float | None
     cross_entropy: float | None
-    features: float | None
+    feature_distance: float | None
     objective: float
 
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What `tune` returns.
+    """Result of `ki.finetune`.
 
     Attributes:
-        checks: on the held-out images, the first one before the training.
-        losses: of each step.
-        layers: whose features were compared.
-        images: that were looked at, held-out ones among them.
-        cached: whether the original ran once for each image.
+        validations: Comparisons on the held-out images, the first one before training.
+        losses: Loss of each step.
+        layers: Names of the compared layers.
+        images: Number of images, the held-out ones included.
+        cached: True if the original ran once for each image.
     """
 
-    checks: tuple[ValidationPoint, ...]
+    validations: tuple[ValidationPoint, ...]
     losses: tuple[float, ...]
     layers: tuple[str, ...]
     images: int
@@ -167,73 +187,45 @@ class FinetuneReport:
 
     @property
     def before(self) -> ValidationPoint:
-        """The network as it came."""
-        return self.checks[0]
+        """Comparison before the first step."""
+        return self.validations[0]
 
     @property
     def after(self) -> ValidationPoint:
-        """The network as it is handed back: the best one, the first of equal ones."""
-        return min(self.checks, key=lambda check: check.objective)
+        """Comparison of the returned weights: the lowest objective, the first of equal ones."""
+        return min(self.validations, key=lambda point: point.objective)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """As JSON; also written to a file where a path is given."""
-        text = dump_json(asdict(self)) + "\n"
-        if path is not None:
-            write_file(path, text)
-        return text
+        """Return the report as JSON, and write it to a file if a path is given."""
+        return _to_json(asdict(self), path)
 
     def __str__(self) -> str:
-        rows = [["step", "features", "divergence", "agreement", "cross-entropy", "objective", ""]]
-        for check in self.checks:
-            agreement = "" if check.agreement is None else f"{100 * check.agreement:.1f} %"
-            truth = "" if check.cross_entropy is None else f"{check.cross_entropy:.4f}"
-            features = "" if check.features is None else f"{check.features:.4f}"
-            rows.append(
-                [
-                    str(check.step),
-                    features,
-                    f"{check.divergence:.4f}",
-                    agreement,
-                    truth,
-                    f"{check.objective:.4f}",
-                    "kept" if check is self.after else "",
-                ]
-            )
-        return f"{format_table(rows)}\n\n{len(self.layers)} layers and the output, {self.images} images"
+        rows = [
+            [
+                str(point.step),
+                "" if point.feature_distance is None else f"{point.feature_distance:.4f}",
+                f"{point.divergence:.4f}",
+                "" if point.agreement is None else _percent(point.agreement),
+                "" if point.cross_entropy is None else f"{point.cross_entropy:.4f}",
+                f"{point.objective:.4f}",
+                "selected" if point is self.after else "",
+            ]
+            for point in self.validations
+        ]
+        header = ["step", "features", "divergence", "agreement", "cross-entropy", "objective", ""]
+        return f"{format_table([header, *rows])}\n\n{len(self.layers)} layers and the output, {self.images} images"
 
 
-@dataclass(frozen=True)
-class BlockResult:
-    """One block.
-
-    Attributes:
-        name: of the module.
-        before: unexplained share of what the original's block gives, by images that were not fitted, with its layers
-            solved one by one.
-        after: the same once the block was tuned; never more, for then it stays as it was.
-    """
-
-    name: str
-    before: float
-    after: float
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-@dataclass(frozen=True)
-class LayerFit:
-    """One refitted layer.
+def _millions(count: float, digits: int) -> str:
+    return f"{count / 1e6:.{digits}f} M"
 
-    Attributes:
-        name: of the layer.
-        inputs: channels that it reads.
-        rows: of its regression.
-        before: unexplained share of what it should give, with the surviving original weights, on images that were not
-            fitted; where a rectifier reads
-            it, of what passes that.
-        after: the same with refitted ones.
-    """
 
-    name: str
-    inputs: int
-    rows: int
-    before: float
-    after: float
+def _to_json(content: Mapping[str, Any], path: str | Path | None) -> str:
+    text = dump_json(content) + "\n"
+    if path is not None:
+        write_file(path, text)
+    return text

@@ -1,4 +1,4 @@
-"""`finetune`: a pruned network brought back to its original."""
+"""Fine-tuning: convergence to the original, selection of weights, labels, seeds, restored state and errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_disturbed_copy_finds_back(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_perturbed_copy_converges_to_the_original(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
     before, start = state(original), distance(disturbed, original)
     report = finetune(disturbed, original, images.split(32), **QUIET | {"steps": 80, "logit_weight": 0.1})
     assert same(state(original), before)
@@ -85,23 +85,27 @@ def test_a_disturbed_copy_finds_back(original: nn.Module, disturbed: nn.Module, 
     assert (disturbed.eval()(fresh) - original(fresh)).square().mean() < 0.1 * original(fresh).var()
 
 
-def test_nothing_to_gain_leaves_every_bit(original: nn.Module, images: Tensor) -> None:
+def test_an_exact_copy_keeps_every_bit(original: nn.Module, images: Tensor) -> None:
     copied = copy.deepcopy(original)
-    with torch.no_grad():  # the caller's business, not the training's
+    # Training enables gradients by itself
+    with torch.no_grad():
         report = finetune(copied, original, [images], **QUIET)
     assert report.after.step == 0  # the first of equal ones
     assert report.after.agreement == 1
     assert same(state(copied), state(original))
 
 
-def test_never_worse_than_it_came(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_weights_are_restored_if_training_makes_them_worse(
+    original: nn.Module, disturbed: nn.Module, images: Tensor
+) -> None:
     start = state(disturbed)
     report = finetune(disturbed, original, [images], **QUIET | {"lr": 1.0})
-    assert min(check.objective for check in report.checks[1:]) > report.before.objective
+    assert len(report.validations) == 9
+    assert min(point.objective for point in report.validations[1:]) > report.before.objective
     assert same(state(disturbed), start)
 
 
-def test_labels_are_not_read(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_labels_of_weight_zero_are_not_read(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
     class Poisoned(Tensor):
         @classmethod
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,42 +115,44 @@ def test_labels_are_not_read(original: nn.Module, disturbed: nn.Module, images: 
             return super().__torch_function__(function, types, args, kwargs or {})
 
     other = copy.deepcopy(disturbed)
-    # No class has that number
+    # No class has this number
     finetune(disturbed, original, [(images, torch.full((96,), 10**9).as_subclass(Poisoned))], **QUIET)
     finetune(other, original, [images], **QUIET)
     assert same(state(disturbed), state(other))
 
 
-def test_labels_that_the_original_knows_by_heart_do_not_hide_what_the_features_gain(
+def test_features_improve_although_the_labels_are_fitted_perfectly(
     original: nn.Module, disturbed: nn.Module, images: Tensor
 ) -> None:
-    """All classes are right with certainty from the start, so that the cross-entropy alone could only lose."""
+    """The cross-entropy is zero from the start, so that by itself it could only increase."""
     for model in (original, disturbed):
         with torch.no_grad():
             model[6].weight.zero_()  # type: ignore[index]
             model[6].bias.copy_(torch.tensor([0.0, 90.0, 0.0, 0.0, 0.0]))  # type: ignore[index]
     report = finetune(disturbed, original, [(images, torch.ones(96, dtype=torch.long))], **QUIET, label_weight=1.0)
     assert report.before.cross_entropy == 0
-    assert report.before.features is not None
-    assert report.after.features is not None
-    assert report.after.features < 0.7 * report.before.features
+    assert report.before.feature_distance is not None
+    assert report.after.feature_distance is not None
+    assert report.after.feature_distance < 0.7 * report.before.feature_distance
 
 
-def test_what_chooses_is_what_trains(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_validation_objective_is_the_weighted_sum_of_its_terms(
+    original: nn.Module, disturbed: nn.Module, images: Tensor
+) -> None:
     options: dict[str, Any] = {"feature_weight": 2.0, "logit_weight": 0.3, "label_weight": 0.5}
     truth = original(images).argmax(1)
     report = finetune(disturbed, original, [(images, truth)], **QUIET, **options)
-    for check in report.checks:
-        assert check.features is not None
-        assert check.cross_entropy is not None
-        assert check.objective == pytest.approx(
-            2 * check.features + 0.3 * check.divergence + 0.5 * check.cross_entropy, abs=1e-5
-        )
-    assert report.after.objective == min(check.objective for check in report.checks)
+    assert len(report.validations) == 9
+    for point in report.validations:
+        assert point.feature_distance is not None
+        assert point.cross_entropy is not None
+        expected = 2 * point.feature_distance + 0.3 * point.divergence + 0.5 * point.cross_entropy
+        assert point.objective == pytest.approx(expected, abs=1e-5)
+    assert report.after.objective == min(point.objective for point in report.validations)
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
-def test_labels_are_learned_where_asked(original: nn.Module, images: Tensor, form: str) -> None:
+def test_label_weight_lowers_the_cross_entropy(original: nn.Module, images: Tensor, form: str) -> None:
     truth = (images.mean((1, 2, 3)) > 0).long()
     batch = (images, truth) if form == "tuple" else {"image": images, "label": truth}
     options: dict[str, Any] = {
@@ -164,10 +170,12 @@ def test_labels_are_learned_where_asked(original: nn.Module, images: Tensor, for
     assert report.after.cross_entropy is not None
     assert report.after.cross_entropy < 0.7 * report.before.cross_entropy
     assert len(report.losses) == 8 * (84 // 16)
-    assert "kept" in str(report)
+    assert "selected" in str(report)
 
 
-def test_same_seed_same_bits_with_augmentation(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_equal_seeds_give_equal_bits_with_augmentation(
+    original: nn.Module, disturbed: nn.Module, images: Tensor
+) -> None:
     def noisy(x: Tensor) -> Tensor:
         return x + 0.1 * torch.randn_like(x)
 
@@ -182,14 +190,16 @@ def test_same_seed_same_bits_with_augmentation(original: nn.Module, disturbed: n
     assert ends[0][1] == ends[1][1] != ends[2][1]
 
 
-def test_cached_features_change_nothing(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_cached_features_give_the_same_result(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
     other = copy.deepcopy(disturbed)
-    a, b = finetune(disturbed, original, [images], **QUIET), finetune(other, original, [images], **QUIET, memory=0)
+    a, b = finetune(disturbed, original, [images], **QUIET), finetune(other, original, [images], **QUIET, cache_gib=0)
     assert (a.cached, b.cached) == (True, False)
     assert a.after.divergence == pytest.approx(b.after.divergence, rel=1e-2)
 
 
-def test_statistics_are_frozen_unless_asked(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_batch_norm_statistics_change_only_on_request(
+    original: nn.Module, disturbed: nn.Module, images: Tensor
+) -> None:
     before = {name: value.clone() for name, value in disturbed.named_buffers()}
     other = copy.deepcopy(disturbed)
     finetune(disturbed, original, [images], **QUIET)
@@ -199,7 +209,9 @@ def test_statistics_are_frozen_unless_asked(original: nn.Module, disturbed: nn.M
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_else_is_as_it_was(original: nn.Module, disturbed: nn.Module, images: Tensor, fails: bool) -> None:
+def test_modes_gradients_random_state_and_frozen_weights_are_restored(
+    original: nn.Module, disturbed: nn.Module, images: Tensor, fails: bool
+) -> None:
     disturbed.train()
     disturbed[1][0].eval()
     original[3].train()
@@ -236,7 +248,7 @@ def test_everything_else_is_as_it_was(original: nn.Module, disturbed: nn.Module,
     )
 
 
-def test_blocks_of_a_pruned_network(original: nn.Module, images: Tensor) -> None:
+def test_comparable_blocks_are_those_of_unchanged_shape(original: nn.Module, images: Tensor) -> None:
     pruned = network(inner=3)
 
     def run(model: nn.Module) -> Any:
@@ -249,13 +261,13 @@ def test_blocks_of_a_pruned_network(original: nn.Module, images: Tensor) -> None
     assert finetune(plain[1], plain[0], [images], **QUIET).layers == ()
 
 
-def test_outputs_without_classes(images: Tensor) -> None:
+def test_dense_outputs_are_compared_by_squared_distance(images: Tensor) -> None:
     original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
     pruned = copy.deepcopy(original)
     pruned[2].weight.data *= 1.5
     report = finetune(pruned, original, [images], **QUIET, layers=())
     assert report.after.agreement is None
-    with pytest.raises(OptionError, match=r"labels need logits .* gives \(12, 1, 2, 2\)"):
+    with pytest.raises(OptionError, match=r"label_weight needs logits .* shape \(12, 1, 2, 2\)"):
         finetune(pruned, original, [(images, torch.zeros(96, dtype=torch.long))], **QUIET, layers=(), label_weight=1.0)
     assert report.after.divergence < 0.5 * report.before.divergence
 
@@ -277,21 +289,24 @@ def head_alone(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("pruned", "more", "error", "message"),
     [
-        (lambda model: model, {}, OptionError, "same network"),
+        (lambda model: model, {}, OptionError, "same model"),
         (frozen, {}, OptionError, "frozen"),
-        (head_alone, {}, OptionError, "no part in what is compared"),
+        (head_alone, {}, OptionError, "has an effect on the compared outputs"),
         (widened, {"layers": ()}, ShapeError, r"\(12, 7\).*\(12, 5\)"),
-        (lambda model: network(3), {"layers": ["1.0.conv1"]}, ShapeError, r"'1.0.conv1' emits \(2, 3, 6, 6\)"),
+        (lambda model: network(3), {"layers": ["1.0.conv1"]}, ShapeError, r"'1.0.conv1' has shape \(2, 3, 6, 6\)"),
         (lambda model: "model", {}, InputTypeError, "pruned: expected"),
         (copy.deepcopy, {"epochs": 1}, OptionError, "not both"),
-        (copy.deepcopy, {"steps": 0}, OptionError, "at least one step"),
-        (copy.deepcopy, {"lr": 0}, OptionError, "lr > 0"),
-        (copy.deepcopy, {"held_out": 1.0}, OptionError, "held_out"),
+        (copy.deepcopy, {"steps": 0}, OptionError, "steps must be an integer at least 1"),
+        (copy.deepcopy, {"lr": 0}, OptionError, "lr must be a number above 0"),
+        (copy.deepcopy, {"lr": float("inf")}, OptionError, "lr: expected a finite number"),
+        (copy.deepcopy, {"lr": "fast"}, OptionError, "lr must be a number above 0, got the string 'fast'"),
+        (copy.deepcopy, {"label_weight": -1.0}, OptionError, "label_weight must be"),
+        (copy.deepcopy, {"validation_fraction": 1.0}, OptionError, "validation_fraction must be below 1"),
         (copy.deepcopy, {"batch_size": 90}, DataError, "12 of them held out"),
         (copy.deepcopy, {"label_weight": 1.0}, InputTypeError, "one integer for each image"),
     ],
 )
-def test_arguments_without_meaning(
+def test_invalid_arguments_raise(
     original: nn.Module,
     images: Tensor,
     pruned: Callable[[nn.Module], Any],
@@ -303,17 +318,19 @@ def test_arguments_without_meaning(
         finetune(pruned(original), original, [images], **QUIET | more)
 
 
-def test_two_prunings_are_one() -> None:
-    whole = torch.randn(6, 5, 3)
+def test_composed_indices_equal_two_prunings() -> None:
+    original = torch.randn(6, 5, 3)
     first: list[list[int] | None] = [[0, 2, 3, 5], None, [1, 2]]
-    then: list[list[int] | None] = [[3, 1], [4, 0], None]
-    kept = compose_kept_indices({"a": first, "b": [[1]]}, {"a": then, "added": [[0]]}, {"a": whole.shape, "b": (2,)})
-    assert torch.equal(index_kept(whole, kept["a"]), index_kept(index_kept(whole, first), then))
+    second: list[list[int] | None] = [[3, 1], [4, 0], None]
+    kept = compose_kept_indices(
+        {"a": first, "b": [[1]]}, {"a": second, "added": [[0]]}, {"a": original.shape, "b": (2,)}
+    )
+    assert torch.equal(index_kept(original, kept["a"]), index_kept(index_kept(original, first), second))
     assert kept["a"] == [[5, 2], [4, 0], [1, 2]]
     assert kept["b"] == [[1]]
 
 
-def test_patches_are_of_another_image_and_from_the_same_place() -> None:
+def test_cutmix_pastes_patches_of_other_images_at_their_own_position() -> None:
     images = torch.arange(64.0).view(64, 1, 1, 1) + torch.linspace(0, 0.9, 64).view(1, 1, 8, 8)
     mixed = cutmix(images)
     owner, place = mixed.floor(), mixed - mixed.floor()
@@ -326,3 +343,20 @@ def test_patches_are_of_another_image_and_from_the_same_place() -> None:
     assert 16 < int((mirrored[:, 0, 0, 0] % 1 > mirrored[:, 0, 0, 7] % 1).sum()) < 48
     with pytest.raises(ShapeError, match="expected images"):
         cutmix(torch.zeros(3, 4))
+
+
+def test_biases_take_a_twentieth_of_the_learning_rate(original: nn.Module, images: Tensor) -> None:
+    """Adam's first step moves every bias by its learning rate; of one step in all the schedule gives half."""
+    pruned = copy.deepcopy(original)
+    for name, parameter in pruned.named_parameters():
+        parameter.requires_grad_(name in ("1.0.conv1.bias", "1.1.conv2.bias"))
+    with torch.no_grad():
+        for parameter in (pruned[1][0].conv1.bias, pruned[1][1].conv2.bias):  # type: ignore[index]
+            parameter += 0.3
+    biases = {name: value.detach().clone() for name, value in pruned.named_parameters() if value.requires_grad}
+    report = finetune(pruned, original, [images], **QUIET | {"steps": 1, "lr": 0.1})
+    assert report.after.step == 1
+    assert len(biases) == 2
+    for name, value in biases.items():
+        change = (pruned.get_parameter(name) - value).detach().abs()
+        torch.testing.assert_close(change, torch.full_like(value, 0.5 * 0.05 * 0.1), rtol=1e-3, atol=0)
