@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops.im2col import conv_weight
 from knowiso_train.regression.moments import Moments, StreamingMoments
-from knowiso_train.regression.ridge import solve_ridge
+from knowiso_train.regression.ridge import Ridge, solve_ridge
 from knowiso_train.regression.sampling import Sample
 
 MAX_BATCH_POSITIONS = 16_384
@@ -131,7 +131,7 @@ def predicted(maps: ClosedFormMaps, order: int, sample: Sample) -> Tensor:
 
 
 @torch.no_grad()
-def solve_readout(maps: ClosedFormMaps, order: int, fit: Sample, select: Sample | None, ridge: float | str) -> float:
+def solve_readout(maps: ClosedFormMaps, order: int, fit: Sample, select: Sample | None, ridge: Ridge) -> float:
     """Set the readouts of an order ≥ 1 to `V_k ã_k` with V_k at its optimum for `fit.y`, what is left over.
 
     ã_k is a_k with all that x, a_1, …, a_{k-1} explain linearly taken out, so that at ridge 0 the component is

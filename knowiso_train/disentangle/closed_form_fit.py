@@ -15,7 +15,7 @@ from knowiso_train.disentangle.fitter import FitSpec, Fitter, MemoryEstimate
 from knowiso_train.disentangle.nonlinear import fit_order
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.regression.moments import StreamingMoments
-from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, Spectrum, solve_ridge
+from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, Ridge, Spectrum, solve_ridge
 from knowiso_train.regression.sampling import FeatureSample, Sample, sample_positions
 
 
@@ -123,7 +123,7 @@ class ClosedFormFitter(Fitter):
         maps: ClosedFormMaps,
         samples: list[Sample | None],
         scale: float,
-        ridge: float | str,
+        ridge: Ridge,
         *,
         progress: bool,
         label: str,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from knowiso_train.errors import OptionError
+from knowiso_train.regression.ridge import Ridge
 
 SOLVERS = ("closed_form", "paper")
 
@@ -27,7 +28,7 @@ class DisentangleConfig:
     kernel_size: int | None = None
     solver: str = "closed_form"
     hidden: int | None = None
-    ridge: float | str = "search"
+    ridge: Ridge = "search"
     max_rows: int = 131_072
     positions: int | None = None
     source_channels: int | None = None

@@ -18,6 +18,7 @@ from knowiso_train.disentangle.fitter import FitSpec, Fitter
 from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
 from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError
 from knowiso_train.features.extractor import align
+from knowiso_train.regression.ridge import Ridge
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import split_by_hash
 from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file
@@ -65,7 +66,7 @@ class Disentangler(nn.Module):
         kernel_size: int | None = None,
         solver: str = "closed_form",
         hidden: int | None = None,
-        ridge: float | str = "search",
+        ridge: Ridge = "search",
         max_rows: int = 131_072,
         source_channels: int | None = None,
         seed: int = 0,

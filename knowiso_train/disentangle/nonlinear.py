@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from knowiso_train.disentangle.closed_form import ClosedFormMaps, batches, interior, predicted, solve_readout
 from knowiso_train.disentangle.config import NonlinearConfig
 from knowiso_train.optim import Muon
+from knowiso_train.regression.ridge import Ridge
 from knowiso_train.regression.sampling import Sample
 
 CHECKS, PATIENCE, SELECT_ROWS = 12, 4, 16_384
@@ -20,7 +21,7 @@ def fit_order(
     fit: Sample,
     select: Sample | None,
     scale: float,
-    ridge: float | str,
+    ridge: Ridge,
     recipe: NonlinearConfig,
     *,
     seed: int,

@@ -207,7 +207,7 @@ class PaperFitter(Fitter):
     def __init__(self, task: FitSpec) -> None:
         super().__init__(task)
         self.recipe = parse_solver_options(PaperConfig, task.settings.solver_options, "paper's")
-        self.sample = FeatureSample(task.settings.max_rows, task.expected, 1, 0, task.settings.seed, whole=True)
+        self.sample = FeatureSample(task.settings.max_rows, task.expected, 1, 0, task.settings.seed, whole_images=True)
 
     @staticmethod
     def estimate_memory(

@@ -164,12 +164,12 @@ class ClosedFormMap(KeepPrecision):
             positions = (
                 torch.randperm(cells, generator=generator)[:taken].to(x.device, non_blocking=True).expand(len(y), -1)
             )
-        self.moments.observe(x, y, (1 - 1 / window) ** apart, positions)
+        self.moments.update(x, y, (1 - 1 / window) ** apart, positions)
 
     @torch.no_grad()
     def refresh(self, group: ProcessGroup) -> None:
         """Solve the map from the moments of all processes, where they hold rows enough. Collective."""
-        m = self.moments.share(group)
+        m = self.moments.all_reduce(group)
         if float(m.count) < MIN_SAMPLES_PER_FEATURE * self.columns:
             return
         spread, middle = float(m.xx.diagonal().mean() / m.count), float(m.mean_x.square().mean())
@@ -287,8 +287,8 @@ class LearnedMap(KeepPrecision):
         group.sum_(scale)
         if bool(scale.isfinite().all()):
             self.source_scale.copy_(scale[0] / scale[1])
-        self.target.observe(y[:, :1], y)
-        m = self.target.share(group)
+        self.target.update(y[:, :1], y)
+        m = self.target.all_reduce(group)
         variance = float(m.yy.mean() / m.count)
         if not variance > MIN_RELATIVE_SPREAD**2 * float(m.mean_y.square().mean()):
             warn_once(self, f"{self.name}: the teacher's feature is constant: the loss of this pair is 0")

@@ -17,13 +17,12 @@ from torch.utils.data.distributed import DistributedSampler
 from knowiso_train.errors import DataError, InputTypeError
 from knowiso_train.utils.batch import batch_size, check_loader, get_inputs
 from knowiso_train.utils.distributed import ProcessGroup
-from knowiso_train.utils.hashing import hash_unit, split_by_hash
+from knowiso_train.utils.hashing import Stream, hash_unit, split_by_hash
 
 SPLIT_NAMES = ("fit", "select", "report")
 REPORT = SPLIT_NAMES.index("report")
 UNUSED = -1  # part of images beyond max_images
 DEFAULT_BATCH_SIZE = 64  # if the loader's batch sampler has no batch_size
-SHUFFLE_STREAM = 6  # hash stream of the reading order, independent of the split's
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class SplitImageLoader:
         index = np.asarray(_dataset_indices(loader), dtype=np.int64)
         if len(index) == 0:
             raise DataError("the loader's dataset is empty")
-        order = np.argsort(hash_unit(index, self.seed, stream=SHUFFLE_STREAM), kind="stable")
+        order = np.argsort(hash_unit(index, self.seed, Stream.SUBSET), kind="stable")
         index = index[order][: self.max_images]
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or DEFAULT_BATCH_SIZE
         report = self.parts(index) == REPORT

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops.im2col import regression_weight
-from knowiso_train.ops.linalg import jittered_cholesky
 from knowiso_train.regression.moments import Moments
+from knowiso_train.regression.ridge import dampened_inverse
 
-RELATIVE_JITTER = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
 COMPACTION_RATIO = 0.75  # of the channels left: the rest goes on in smaller matrices
 # Candidates of one round where there are many channels; a quarter of them go, the greedy way, before all others are
 # brought up to date
@@ -145,7 +144,7 @@ class BackwardElimination:
         self.kept = torch.ones(len(consumers[0].columns), dtype=torch.bool, device=consumers[0].xx.device)
         self._columns = [consumer.columns.to(consumer.xx.device) for consumer in consumers]
         self._variances = [consumer.variance for consumer in consumers]
-        self._inverses = [_inverse(consumer.xx, ridge) for consumer in consumers]
+        self._inverses = [dampened_inverse(consumer.xx, ridge) for consumer in consumers]
         self._weights = [consumer.weight.clone() for consumer in consumers]
         self._candidates: Tensor | None = None
 
@@ -259,9 +258,3 @@ class BackwardElimination:
             part._inverses.append(inverse[at][:, at])
             part._weights.append(weight[at])
         return part
-
-
-def _inverse(xx: Tensor, ridge: float) -> Tensor:
-    scale = xx.diagonal().mean()
-    added = (ridge + RELATIVE_JITTER) * scale if scale > 0 else torch.ones_like(scale)
-    return torch.cholesky_inverse(jittered_cholesky(xx, added.expand(len(xx))))

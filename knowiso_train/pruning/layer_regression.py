@@ -113,7 +113,7 @@ class LayerRegression:
         def solved(ridge: float) -> tuple[float, float, Tensor]:
             weight = self.fitted.weight(original, keep, ridge)
             return (
-                self.unexplained(weight) if self.of_held is None else self.of_held.left(weight, self.total),
+                self.unexplained(weight) if self.of_held is None else self.of_held.unexplained(weight, self.total),
                 ridge,
                 weight,
             )

@@ -308,5 +308,5 @@ def _map(x: Tensor, y: Tensor, held: Tensor, ridge: float | str) -> LinearMap:
         return batch_moments(x[mask][:, :, None, None], y[mask][:, :, None, None])
 
     if ridge != "search":
-        return solve_ridge(batch_moments(x[:, :, None, None], y[:, :, None, None]), ridge)
+        return solve_ridge(batch_moments(x[:, :, None, None], y[:, :, None, None]), float(ridge))
     return solve_ridge(moments(~held), "search", moments(held))

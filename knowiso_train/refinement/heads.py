@@ -350,7 +350,7 @@ class ConsensusFeatures:
                 targets = pseudo_labels(scores, recipe.inverse_temperature, shares)
                 targets[index] = known
                 if left:
-                    scores = self._on_all().fitted(targets, recipe.pseudo_label_ridge)
+                    scores = self._on_all().predict(targets, recipe.pseudo_label_ridge)
         else:
             targets = torch.zeros_like(known).index_copy_(0, index, known)
         return _unscaled(*self.own.solve(targets, recipe.head_ridge), self.scaling, targets)

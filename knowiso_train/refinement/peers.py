@@ -18,7 +18,7 @@ from knowiso_train.features.hooks import call_input
 from knowiso_train.refinement.models import ClassifierModel
 from knowiso_train.regression.moments import Moments, batch_moments
 from knowiso_train.regression.ridge import solve_ridge
-from knowiso_train.utils.hashing import hash_unit, split_by_hash
+from knowiso_train.utils.hashing import Stream, hash_unit, split_by_hash
 
 MIN_SPLIT_IMAGES = 8  # images in each of the three parts
 
@@ -71,7 +71,9 @@ def score_peer(
         (True, False)
     """
     masks = split_masks(len(own), seed)
-    shuffled = peer[torch.from_numpy(np.argsort(hash_unit(np.arange(len(own), dtype=np.int64), seed, stream=3)))]
+    shuffled = peer[
+        torch.from_numpy(np.argsort(hash_unit(np.arange(len(own), dtype=np.int64), seed, Stream.PERMUTATION)))
+    ]
     explains, explained, floor = (explained_share(*pair, masks) for pair in ((peer, own), (own, peer), (shuffled, own)))
     useful = explains - max(floor, 0.0) >= min_explained
     reason = (

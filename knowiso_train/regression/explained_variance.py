@@ -10,14 +10,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knowiso_train.utils.distributed import ProcessGroup
-from knowiso_train.utils.hashing import hash_unit
+from knowiso_train.utils.hashing import Stream, hash_unit
 
+INTERVAL_QUANTILES = (0.025, 0.975)
+# P(X ≤ n) of Poisson(1) for n = 0 … 8; larger counts have probability 1e-6
 _POISSON_CDF = np.cumsum([np.exp(-1.0) / np.prod(np.arange(1, n + 1, dtype=float)) for n in range(9)])
 
 
 @dataclass(frozen=True)
 class ShareEstimate:
-    """Shares of one layer pair on the report images; `unexplained[k]` is U_k, after orders 0…k."""
+    """Shares of one layer pair on the report images, with 95 % intervals.
+
+    Attributes:
+        shares: Share of each order, U_{k-1} - U_k with U_{-1} = 1.
+        unexplained: U_k, the share that orders 0 … k leave unexplained (the fraction of variance unexplained, 1 - R²).
+        component_variances: Variance of each component, relative to the target's.
+        share_intervals: Interval of each share.
+        component_intervals: Interval of each component's variance.
+        interval: Interval of the last U_k.
+    """
 
     shares: tuple[float, ...]
     unexplained: tuple[float, ...]
@@ -28,52 +39,59 @@ class ShareEstimate:
 
 
 class ResidualStatistics:
-    """Accumulates, per image, the energy of the target, of every component and of what is left after every order.
+    """Energies of the target, of every residual and of every component, summed over images.
 
-    The bootstrap is Poisson's: image i enters replicate b with a weight drawn from Poisson(1) by a seeded hash of (i,
-    b), so that
-    replicates are sums, independent of order and of the number of processes, and no image is stored.
+    The intervals are those of a Poisson bootstrap. Image i enters replicate b with a weight drawn from Poisson(1) by a
+    seeded hash of (i, b). Replicates are therefore sums: no image is stored, and neither the order of the images nor the
+    number of processes matters.
 
     Args:
-        orders: number of components, K + 1.
-        center: (C,) mean of the target on the fitting images, about which energies are summed.
-        bootstrap: number of replicates; 0 for none.
-        seed: of the weights.
+        num_components: K + 1.
+        center: Mean of the target on the fitting images, (C,); energies are taken about it.
+        bootstrap: Number of replicates; 0 for no intervals.
+        seed: Seed of the weights.
     """
 
-    def __init__(self, orders: int, center: Tensor, bootstrap: int = 500, seed: int = 0) -> None:
-        channels, device = len(center), center.device
-        self.orders, self.bootstrap, self.seed = orders, bootstrap, seed
+    def __init__(self, num_components: int, center: Tensor, bootstrap: int = 500, seed: int = 0) -> None:
+        self.num_components, self.bootstrap, self.seed = num_components, bootstrap, seed
         self.center = center.double()
-        lines = 1 + 2 * orders  # target, residual after each order, each component
-        self.images = torch.zeros((), dtype=torch.float64, device=device)
-        self.rows = torch.zeros((), dtype=torch.float64, device=device)
-        self.sums = torch.zeros(lines, channels, dtype=torch.float64, device=device)
-        self.energy = torch.zeros(lines, dtype=torch.float64, device=device)
-        # Last column: weight of the images
-        self.replicates = torch.zeros(bootstrap, lines + 1, dtype=torch.float64, device=device)
+        # Rows: the target, the residual after each order, each component
+        num_rows = 1 + 2 * num_components
+        self.images = torch.zeros((), dtype=torch.float64, device=center.device)
+        self.rows = torch.zeros_like(self.images)
+        self.sums = torch.zeros(num_rows, len(center), dtype=torch.float64, device=center.device)
+        self.energy = torch.zeros(num_rows, dtype=torch.float64, device=center.device)
+        # Energies of each replicate, and in the last column the sum of the images' weights
+        self.replicates = torch.zeros(bootstrap, num_rows + 1, dtype=torch.float64, device=center.device)
 
     @torch.no_grad()
     def update(self, target: Tensor, components: list[Tensor], index: NDArray[np.int64]) -> None:
-        """Add images: target (N, C, H, W), K + 1 components of that shape, and the dataset index of each image (N,)."""
+        """Add a batch of images.
+
+        Args:
+            target: (N, C, H, W).
+            components: K + 1 tensors of that shape.
+            index: Dataset index of each image, (N,).
+        """
         target = target.double()
         center = self.center.view(1, -1, 1, 1)
-        lines, residual = [target - center], target
+        features, residual = [target - center], target
         for component in components:
             residual = residual - component.double()
-            lines.append(residual)
-        lines.extend(component.double() - center / len(components) for component in components)
-        per_image = torch.stack([line.square().sum((1, 2, 3)) for line in lines], 1)  # (N, lines)
+            features.append(residual)
+        # The components sum to about the target, so each is centered by an equal part of its mean
+        features.extend(component.double() - center / len(components) for component in components)
+        per_image = torch.stack([feature.square().sum((1, 2, 3)) for feature in features], 1)  # (N, num_rows)
         self.images += len(target)
         self.rows += len(target) * target.shape[2] * target.shape[3]
-        self.sums += torch.stack([line.sum((0, 2, 3)) for line in lines])
+        self.sums += torch.stack([feature.sum((0, 2, 3)) for feature in features])
         self.energy += per_image.sum(0)
         if self.bootstrap:
             weights = torch.from_numpy(poisson_weights(index, self.bootstrap, self.seed)).to(per_image)
             self.replicates += weights @ torch.cat([per_image, torch.ones_like(per_image[:, :1])], 1)
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
-        """Sum over the processes."""
+        """Sum over all processes."""
         group = group or ProcessGroup()
         if group.size > 1:
             tensors = [t.to(group.device) for t in (self.images, self.rows, self.sums, self.energy, self.replicates)]
@@ -82,51 +100,52 @@ class ResidualStatistics:
             self.images, self.rows, self.sums, self.energy, self.replicates = (t.to(device) for t in tensors)
 
     def estimate(self) -> ShareEstimate:
-        """Shares and 95 % intervals; a target without variance is explained by its mean: share of order 0 is 1."""
-        rows, images = self.rows.clamp(min=1), self.images.clamp(min=1)
-        mean_energy = self.sums.square().sum(1) / rows  # what the lines' own means contribute
-        variances = (self.energy - mean_energy).clamp(min=0)
-        ratios, spread = _ratios(variances), None
+        """Return shares and intervals; a target without variance has a share of order 0 of 1."""
+        # Σ (v - mean)² = Σ v² - (Σ v)² / n, per row and channel
+        mean_energy = self.sums.square().sum(1) / self.rows.clamp(min=1)
+        shares, unexplained, variances = self._split((self.energy - mean_energy).clamp(min=0)[None])
+        replicates = None
         if self.bootstrap and self.images > 1:
+            # A replicate's mean energy is that of all images times its total weight: the mean is not resampled
             weight = self.replicates[:, -1:]
-            spread = _ratios((self.replicates[:, :-1] - mean_energy * weight / images).clamp(min=0))[weight[:, 0] > 0]
-        after = ratios[1 : 1 + self.orders]
-        before = torch.cat([torch.ones_like(after[:1]), after[:-1]])
-
-        def interval(of: Tensor | None, point: Tensor) -> tuple[float, float]:
-            if of is None:
-                return (float("nan"), float("nan"))
-            low, high = torch.quantile(of, torch.tensor([0.025, 0.975], dtype=of.dtype, device=of.device)).tolist()
-            return (min(low, float(point)), max(high, float(point)))
-
-        share_spread = None
-        if spread is not None:
-            left = spread[:, 1 : 1 + self.orders]
-            share_spread = torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], 1) - left
-        shares = before - after
-        components = ratios[1 + self.orders :]
+            energies = (self.replicates[:, :-1] - mean_energy * weight / self.images.clamp(min=1)).clamp(min=0)
+            replicates = self._split(energies[weight[:, 0] > 0])
+        share_samples, unexplained_samples, variance_samples = replicates or (None, None, None)
         return ShareEstimate(
-            shares=tuple(shares.tolist()),
-            unexplained=tuple(after.tolist()),
-            component_variances=tuple(components.tolist()),
-            share_intervals=tuple(
-                interval(None if share_spread is None else share_spread[:, k], shares[k]) for k in range(self.orders)
-            ),
-            component_intervals=tuple(
-                interval(None if spread is None else spread[:, 1 + self.orders + k], components[k])
-                for k in range(self.orders)
-            ),
-            interval=interval(None if spread is None else spread[:, self.orders], after[-1]),
+            shares=tuple(shares[0].tolist()),
+            unexplained=tuple(unexplained[0].tolist()),
+            component_variances=tuple(variances[0].tolist()),
+            share_intervals=_intervals(share_samples, shares[0]),
+            component_intervals=_intervals(variance_samples, variances[0]),
+            interval=_intervals(unexplained_samples, unexplained[0])[-1],
         )
+
+    def _split(self, energies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return shares, unexplained shares and relative component variances of energies (R, num_rows), each (R, K + 1)."""
+        ratios = _relative_to_target(energies)
+        unexplained, variances = ratios[:, 1 : 1 + self.num_components], ratios[:, 1 + self.num_components :]
+        # U_{-1} = 1
+        before = torch.cat([torch.ones_like(unexplained[:, :1]), unexplained[:, :-1]], 1)
+        return before - unexplained, unexplained, variances
 
 
 def poisson_weights(index: NDArray[np.int64], replicates: int, seed: int) -> NDArray[np.float64]:
-    """(replicates, N) weights from Poisson(1), a function of dataset index, replicate and seed alone."""
+    """Return weights from Poisson(1), (replicates, N), a function of dataset index, replicate and seed alone."""
     pairs = index[None, :] * replicates + np.arange(replicates)[:, None]
-    return np.searchsorted(_POISSON_CDF, hash_unit(pairs, seed, stream=3)).astype(np.float64)
+    # Inverse transform sampling
+    return np.searchsorted(_POISSON_CDF, hash_unit(pairs, seed, Stream.BOOTSTRAP)).astype(np.float64)
 
 
-def _ratios(energy: Tensor) -> Tensor:
-    """Energies (…, lines) relative to the target's; 0 where the target has none."""
-    total = energy[..., :1]
-    return torch.where(total > 0, energy / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(energy))
+def _relative_to_target(energies: Tensor) -> Tensor:
+    """Divide energies (…, num_rows) by the target's in the first column; a target without energy gives 0."""
+    total = energies[..., :1]
+    return torch.where(total > 0, energies / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(energies))
+
+
+def _intervals(samples: Tensor | None, points: Tensor) -> tuple[tuple[float, float], ...]:
+    """Return the percentile interval of each column of samples (R, K + 1), widened to contain its point estimate (K + 1,)."""
+    if samples is None:
+        return ((float("nan"), float("nan")),) * len(points)
+    quantiles = torch.tensor(INTERVAL_QUANTILES, dtype=samples.dtype, device=samples.device)
+    low, high = torch.quantile(samples, quantiles, dim=0)
+    return tuple(zip(torch.minimum(low, points).tolist(), torch.maximum(high, points).tolist(), strict=True))

@@ -1,4 +1,15 @@
-"""Second moments of feature pairs: streamed, merged exactly and reduced over processes."""
+"""Second moments of feature pairs: computed from a batch, merged exactly, streamed, and reduced over processes.
+
+`Moments` is the container; everything else here produces one.
+
+- `batch_moments` computes it from one batch, with gradients.
+- `StreamingMoments` adds constant memory over any number of batches, and checks for NaN and Inf.
+- `RunningMoments` adds exponential forgetting, in-place updates and buffers that are saved with a module.
+- `RowSums` adds the second moments of one matrix of samples in its own precision, which is faster for the wide inputs of
+  pruned layers.
+
+`regression.ridge.PrimalMoments` holds averages over samples for each group of a layer, as the solver takes them.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +26,21 @@ from knowiso_train.ops.linalg import full_precision, gram
 from knowiso_train.ops.moments import moments
 from knowiso_train.utils.distributed import ProcessGroup
 
-PATCH_CHUNK_BYTES = 8 * 2**20  # of patch rows that are alive at once
-
-ROW_BUFFER_SIZE = 4096  # that wait until their product is added
+PATCH_CHUNK_BYTES = 8 * 2**20  # of patches written out at once
+ROW_BUFFER_SIZE = 4096  # samples collected before their product is added
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Centered moments of n rows (positions × images); sums, not averages.
+    """Centered moments of n samples (positions × images); sums, not averages.
 
     Attributes:
         count: n, a float64 scalar.
         mean_x: (d,) with d = C_A · k².
         mean_y: (c,).
         xx: (d, d), `Σ (x - mean)(x - mean)ᵀ`.
-        xy: (d, c).
-        yy: (c,), the diagonal: the target's own second moment per channel.
+        xy: (d, c), `Σ (x - mean)(y - mean)ᵀ`.
+        yy: (c,), the diagonal of the target's own second moment.
     """
 
     count: Tensor
@@ -40,31 +50,45 @@ class Moments:
     xy: Tensor
     yy: Tensor
 
+    @classmethod
+    def zeros(cls, num_features: int, num_targets: int, device: torch.device | str = "cpu") -> Moments:
+        """Return the moments of no samples, in float64.
+
+        Example:
+            >>> Moments.zeros(3, 2).xy.shape
+            torch.Size([3, 2])
+        """
+        d, c = num_features, num_targets
+        shapes = ((), (d,), (c,), (d, d), (d, c), (c,))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
     def targets(self, start: int, stop: int) -> Moments:
-        """The same source against target channels `start:stop`."""
+        """Return the moments of the same source with target channels `start:stop`."""
         return Moments(
             self.count, self.mean_x, self.mean_y[start:stop], self.xx, self.xy[:, start:stop], self.yy[start:stop]
         )
 
     def scaled(self, factor: float) -> Moments:
-        """The same rows, each counted `factor` times."""
+        """Return the moments with every sample counted `factor` times."""
         return Moments(
             self.count * factor, self.mean_x, self.mean_y, self.xx * factor, self.xy * factor, self.yy * factor
         )
 
     def to(self, device: torch.device) -> Moments:
-        """In float64 on a device."""
-        return Moments(**{field.name: getattr(self, field.name).to(device, torch.float64) for field in fields(Moments)})
+        """Return the moments in float64 on a device."""
+        return Moments(**{name: getattr(self, name).to(device, torch.float64) for name in FIELDS})
 
     def reduced(self, group: ProcessGroup) -> Moments:
-        """Moments of the rows of all processes, on this device; in two passes: the common mean first, then second moments about it."""
+        """Return the moments of the samples of all processes, on this device."""
         if group.size == 1:
             return self
         m = self.to(group.device)
+        # First pass: the common mean, Σ n_p mean_p / Σ n_p
         count, sum_x, sum_y = m.count.clone(), m.count * m.mean_x, m.count * m.mean_y
         group.sum_(count, sum_x, sum_y)
-        least = count.clamp(min=torch.finfo(count.dtype).tiny)
-        mean_x, mean_y = sum_x / least, sum_y / least
+        divisor = _positive(count)
+        mean_x, mean_y = sum_x / divisor, sum_y / divisor
+        # Second pass: second moments about it. With δ_p = mean_p - mean, S = Σ_p (S_p + n_p δ_p δ_pᵀ)
         dx, dy = m.mean_x - mean_x, m.mean_y - mean_y
         xx = m.xx + m.count * torch.outer(dx, dx)
         xy = m.xy + m.count * torch.outer(dx, dy)
@@ -73,7 +97,9 @@ class Moments:
         return Moments(count, mean_x, mean_y, xx, xy, yy).to(self.count.device)
 
     def merged(self, other: Moments) -> Moments:
-        """Moments of both sets of rows together (Chan, Golub & LeVeque 1979); exact to rounding.
+        """Return the moments of both sets of samples together, exact to rounding.
+
+        Source: Chan, Golub & LeVeque (1979), *Updating formulae and a pairwise algorithm for computing sample variances*.
 
         Example:
             >>> x, y = torch.randn(8, 3, 2, 2), torch.randn(8, 2, 2, 2)
@@ -81,10 +107,10 @@ class Moments:
             >>> torch.allclose(halves.xy, batch_moments(x, y).xy, atol=1e-5)
             True
         """
+        # With δ = mean_b - mean_a and n = n_a + n_b:
+        #   mean = mean_a + (n_b / n) δ,   S = S_a + S_b + (n_a n_b / n) δ δᵀ
         count = self.count + other.count
-        weight = torch.where(
-            count > 0, other.count / count.clamp(min=torch.finfo(count.dtype).tiny), torch.zeros_like(count)
-        )
+        weight = torch.where(count > 0, other.count / _positive(count), torch.zeros_like(count))
         dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
         between = self.count * weight
         return Moments(
@@ -97,17 +123,25 @@ class Moments:
         )
 
 
+FIELDS = tuple(field.name for field in fields(Moments))
+
+
+def _positive(count: Tensor) -> Tensor:
+    """Return a count that can be divided by."""
+    return count.clamp(min=torch.finfo(count.dtype).tiny)
+
+
 def batch_moments(x: Tensor, y: Tensor, kernel_size: int = 1, positions: Tensor | None = None) -> Moments:
-    """Moments of one batch; pure and differentiable with respect to both features.
+    """Compute the moments of one batch, differentiable with respect to both features.
 
     Args:
-        x: source, (N, C_A, H, W), floating; half precision is raised to float32.
-        y: target, (N, C_B, H, W), on the same grid.
-        kernel_size: k; the source enters as its zero-padded k×k patches, the target as its center.
-        positions: (N, P) indices into the grid, or None for all.
+        x: Source, (N, C_A, H, W), floating. Half precision is raised to float32.
+        y: Target, (N, C_B, H, W), on the same grid.
+        kernel_size: Side k of the zero-padded patches of the source; the target enters as their center.
+        positions: Indices into the grid, (N, P). Default: all positions.
 
     Raises:
-        ShapeError: the features do not share batch and grid.
+        ShapeError: The features do not share batch and grid.
 
     Example:
         >>> m = batch_moments(torch.randn(4, 3, 5, 5), torch.randn(4, 2, 5, 5), kernel_size=3)
@@ -116,13 +150,15 @@ def batch_moments(x: Tensor, y: Tensor, kernel_size: int = 1, positions: Tensor 
     """
     if x.ndim != 4 or y.ndim != 4 or x.shape[0] != y.shape[0] or x.shape[2:] != y.shape[2:]:
         raise ShapeError(
-            f"expected source and target as (N, C, H, W) with the same N, H, W; got {tuple(x.shape)} and {tuple(y.shape)}. "
-            "Bring the source to the target's grid with knowiso_train.features.align."
+            f"expected source and target as (N, C, H, W) with the same N, H, W; got {tuple(x.shape)} and "
+            f"{tuple(y.shape)}. Bring the source to the target's grid with knowiso_train.features.align."
         )
     with full_precision(x.device):
         if positions is not None:
-            x, y, kernel_size = (*(_as_images(patch_rows(f, k, positions)) for f, k in ((x, kernel_size), (y, 1))), 1)
-        # Filled there: a copy would wait
+            # Samples at single positions are images of one position, whose patches are already written out
+            x, y = _as_images(patch_rows(x, kernel_size, positions)), _as_images(patch_rows(y, 1, positions))
+            kernel_size = 1
+        # `full` runs on the device; a copy of a CPU scalar would synchronize
         count = torch.full((), float(y[:, 0].numel()), dtype=torch.float64, device=x.device)
         return Moments(count, *moments(x, y, kernel_size))
 
@@ -132,13 +168,13 @@ def _as_images(rows: Tensor) -> Tensor:
 
 
 class StreamingMoments:
-    """Moments over any number of batches in float64 and constant memory; detached, mergeable, all-reducible.
+    """Moments of any number of batches, in float64 and constant memory, without gradients.
 
     Args:
         source_channels: C_A.
         target_channels: C_B.
-        kernel_size: k, odd.
-        device: where the sums live; that of the features is best.
+        kernel_size: Odd k.
+        device: Device of the sums; that of the features is fastest.
 
     Example:
         >>> stream = StreamingMoments(3, 2)
@@ -151,20 +187,16 @@ class StreamingMoments:
     def __init__(
         self, source_channels: int, target_channels: int, kernel_size: int = 1, device: torch.device | str = "cpu"
     ) -> None:
-        d, c = source_channels * kernel_size**2, target_channels
         self.kernel_size = kernel_size
-        shapes = {"count": (), "mean_x": (d,), "mean_y": (c,), "xx": (d, d), "xy": (d, c), "yy": (c,)}
-        self.value = Moments(
-            **{name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-        )
+        self.value = Moments.zeros(source_channels * kernel_size**2, target_channels, device)
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor, positions: Tensor | None = None) -> None:
         """Add one batch; arguments as for `batch_moments`.
 
         Raises:
-            ShapeError: other channels than this state was made for.
-            NonFiniteError: NaN or Inf; the state stays as it was.
+            ShapeError: Other channels than these moments have.
+            NonFiniteError: NaN or Inf in the batch. The moments were not modified.
         """
         d = x.shape[1] * self.kernel_size**2
         if d != len(self.value.mean_x) or y.shape[1] != len(self.value.mean_y):
@@ -173,7 +205,8 @@ class StreamingMoments:
         if len(x) == 0:
             return
         step = len(x)
-        if positions is not None:  # chosen patches are written out; merging costs d², so at least 2d rows
+        if positions is not None:
+            # These patches are written out, P · d values an image. A merge costs d², so a chunk has at least 2d samples.
             step = max(1, max(PATCH_CHUNK_BYTES, 8 * d * d) // (positions.shape[1] * d * max(x.element_size(), 4)))
         total = self.value
         for start in range(0, len(x), step):
@@ -186,51 +219,27 @@ class StreamingMoments:
             )
         self.value = total
 
-    def merge(self, other: StreamingMoments) -> None:
-        """Add everything that another state has seen."""
-        self.value = self.value.merged(other.value.to(self.value.count.device))
-
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
-        """Merge the states of all processes, see `Moments.reduced`."""
+        """Merge the moments of all processes, see `Moments.reduced`."""
         self.value = self.value.reduced(group or ProcessGroup())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as float64 tensors."""
-        return {field.name: getattr(self.value, field.name) for field in fields(Moments)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            ShapeError: a state of other channels or kernel size.
-        """
-        for name, tensor in self.state_dict().items():
-            if name not in state or state[name].shape != tensor.shape:
-                got = tuple(state[name].shape) if name in state else "nothing"
-                raise ShapeError(f"saved moments do not fit: expected {name} of shape {tuple(tensor.shape)}, got {got}")
-        self.value = Moments(**{field.name: state[field.name] for field in fields(Moments)}).to(self.value.count.device)
-
-
-FIELDS = tuple(field.name for field in fields(Moments))
 
 
 class RunningMoments(nn.Module):
-    """Exponentially forgotten moments, part of a module's state.
+    """Exponentially forgotten moments as buffers of a module.
 
-    Always float64, whatever the module is cast to, and on the CPU where the device has no float64 (MPS).
-
-    Forgetting is linear in the rows, so the states of processes that see parts of every batch add up to the state of
-    one process that sees it whole.
+    They stay float64 when the module is cast, and on the CPU where the device has no float64 (MPS). Forgetting is linear
+    in the samples. The moments of processes that take parts of every batch therefore add up to those of one process that
+    takes it all.
 
     Args:
         source_channels: C_A.
         target_channels: C_B.
-        kernel_size: k, odd.
+        kernel_size: Odd k.
 
     Example:
         >>> running = RunningMoments(3, 2)
         >>> for _ in range(4):
-        ...     _ = running.observe(torch.randn(8, 3, 1, 1), torch.randn(8, 2, 1, 1), keep=0.5)
+        ...     _ = running.update(torch.randn(8, 3, 1, 1), torch.randn(8, 2, 1, 1), keep=0.5)
         >>> float(running.value.count)
         15.0
     """
@@ -244,28 +253,27 @@ class RunningMoments(nn.Module):
 
     def __init__(self, source_channels: int, target_channels: int, kernel_size: int = 1) -> None:
         super().__init__()
-        d, c = source_channels * kernel_size**2, target_channels
         self.kernel_size = kernel_size
-        for name, shape in zip(FIELDS, ((), (d,), (c,), (d, d), (d, c), (c,)), strict=True):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        for name, tensor in vars(Moments.zeros(source_channels * kernel_size**2, target_channels)).items():
+            self.register_buffer(name, tensor)
 
     @property
     def value(self) -> Moments:
-        """The moments that this process holds."""
+        """Moments of this process."""
         return Moments(**{name: getattr(self, name) for name in FIELDS})
 
     @torch.no_grad()
-    def observe(self, x: Tensor, y: Tensor, keep: float = 1.0, positions: Tensor | None = None) -> Tensor:
-        """Weigh what is there by `keep` and add one batch; a batch with NaN or Inf is left out.
+    def update(self, x: Tensor, y: Tensor, keep: float = 1.0, positions: Tensor | None = None) -> Tensor:
+        """Weight the past by `keep` and add one batch; skip a batch with NaN or Inf.
 
         Args:
-            x: source, as for `batch_moments`.
-            y: target.
-            keep: in (0, 1].
-            positions: (N, P) indices into the grid, or None for all.
+            x: Source, as for `batch_moments`.
+            y: Target.
+            keep: Weight of all former samples, in (0, 1].
+            positions: Indices into the grid, (N, P). Default: all positions.
 
         Returns:
-            Whether the batch was finite, a boolean scalar on the device of the moments.
+            True where the batch was finite, a boolean scalar on the device of the moments.
         """
         batch = {
             name: value.to(self.count.device)
@@ -274,38 +282,44 @@ class RunningMoments(nn.Module):
         finite: Tensor = (batch["xx"].sum() + batch["yy"].sum()).isfinite()
         if finite.device.type == "cpu":
             if bool(finite):
-                self._absorb(keep, **batch)
-        else:  # decided on the device: no synchronization in the step
+                self._merge_batch(keep, **batch)
+        else:
+            # Masking on the device avoids a synchronization in every training step
             for value in batch.values():
                 value.masked_fill_(~finite, 0)
-            self._absorb(torch.where(finite, keep, 1.0).to(self.count), **batch)
+            self._merge_batch(torch.where(finite, keep, 1.0).to(self.count), **batch)
         return finite
 
-    def _absorb(
+    def _merge_batch(
         self, keep: float | Tensor, count: Tensor, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor
     ) -> None:
-        """`value.scaled(keep).merged(batch)` in place: the sums of wide layers are large, and this happens where a step's memory is at its peak."""
+        """Compute `value.scaled(keep).merged(batch)` in place, without a second copy of the (d, d) sums.
+
+        A training step calls this where its memory is at its peak.
+        """
         before = self.count * keep
         self.count.copy_(before + count)
-        weight = count / self.count.clamp(min=torch.finfo(self.count.dtype).tiny)
+        weight = count / _positive(self.count)
         dx, dy = mean_x - self.mean_x, mean_y - self.mean_y
         between = before * weight
-        pulled = (between * dx).to(xx.dtype)
-        xx.addr_(pulled, dx.to(xx.dtype))
-        xy.addr_(pulled, dy.to(xy.dtype))
-        for kept, new in ((self.xx, xx), (self.xy, xy), (self.yy, yy + between * dy.square())):
+        # S_b += (n_a n_b / n) δ δᵀ, then S = keep · S_a + S_b
+        scaled_dx = (between * dx).to(xx.dtype)
+        xx.addr_(scaled_dx, dx.to(xx.dtype))
+        xy.addr_(scaled_dx, dy.to(xy.dtype))
+        for total, addend in ((self.xx, xx), (self.xy, xy), (self.yy, yy + between * dy.square())):
             if isinstance(keep, Tensor):
-                kept.mul_(keep).add_(new)
+                total.mul_(keep).add_(addend)
             else:
-                torch.add(new, kept, alpha=keep, out=kept)  # one pass
+                torch.add(addend, total, alpha=keep, out=total)  # one pass over memory
         self.mean_x.add_(weight * dx)
         self.mean_y.add_(weight * dy)
 
     @torch.no_grad()
-    def share(self, group: ProcessGroup) -> Moments:
-        """Moments over all processes. Each then holds an equal part of them, so that the state of any one of them can be saved and loaded into all.
+    def all_reduce(self, group: ProcessGroup) -> Moments:
+        """Return the moments of all processes, and leave an equal part of them in each.
 
-        Collective: every process calls it at the same step.
+        The state of any one process can then be saved and loaded into all. Collective: every process calls it at the same
+        step.
         """
         total = self.value.reduced(group)
         if group.size > 1:
@@ -314,19 +328,22 @@ class RunningMoments(nn.Module):
         return total
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Follow a move to another device, ignore a change of dtype
         device = fn(torch.empty(0, device=self.count.device)).device
-        place = torch.device("cpu") if device.type == "mps" else device
+        float64_device = torch.device("cpu") if device.type == "mps" else device
         for name in FIELDS:
-            self._buffers[name] = getattr(self, name).to(place)
+            self._buffers[name] = getattr(self, name).to(float64_device)
         return self
 
     def extra_repr(self) -> str:
-        """Sizes."""
-        return f"source_columns={len(self.get_buffer('mean_x'))}, target_channels={len(self.get_buffer('mean_y'))}, kernel_size={self.kernel_size}"
+        """Return the sizes for `repr`."""
+        return f"num_features={len(self.mean_x)}, target_channels={len(self.mean_y)}, kernel_size={self.kernel_size}"
 
 
 class RowSums:
-    """Mean and second moments of rows that come in parts; products are taken in the rows' precision and added up in float64.
+    """Mean and second moments of samples that arrive in parts.
+
+    Products are computed in the samples' precision and added in float64.
 
     Example:
         >>> sums, x = RowSums(), torch.randn(50, 3).double()
@@ -339,48 +356,42 @@ class RowSums:
 
     def __init__(self) -> None:
         self.count = 0
-        self._waiting: list[Tensor] = []
-        self._about = self._sum = self._product = torch.zeros(0)
+        self._buffer: list[Tensor] = []
+        self._origin = self._sum = self._product = torch.zeros(0)
 
     def add(self, rows: Tensor) -> None:
-        """Rows (R, d), R > 0.
+        """Add samples (R, d), R > 0.
 
         Raises:
-            NonFiniteError: NaN or Inf, or too large to square.
+            NonFiniteError: NaN or Inf, or values too large to square.
         """
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not bool(rows.square().sum().isfinite()):
             raise NonFiniteError("NaN or Inf, or too large to square")
         if not self.count:
-            self._about = rows.double().mean(0)  # near the mean, so that nothing cancels
-            self._sum, self._product = (
-                torch.zeros_like(self._about),
-                torch.zeros(len(self._about), len(self._about)).to(self._about),
-            )
+            # Sums are taken about the mean m of the first part, close to the final mean, so that little cancels
+            self._origin = rows.double().mean(0)
+            self._sum = torch.zeros_like(self._origin)
+            self._product = torch.zeros(len(self._origin), len(self._origin)).to(self._origin)
         self.count += len(rows)
-        self._waiting.append(rows - self._about.to(rows))
-        if sum(map(len, self._waiting)) >= ROW_BUFFER_SIZE:
+        self._buffer.append(rows - self._origin.to(rows))
+        if sum(map(len, self._buffer)) >= ROW_BUFFER_SIZE:
             self._flush()
 
     def moments(self) -> Moments:
-        """With the first column for a target."""
+        """Return the moments, with the first feature as the target."""
         self._flush()
-        off = self._sum / self.count
-        xx = self._product.addr(off, off, alpha=-self.count)
-        mean = self._about + off
-        return Moments(
-            torch.tensor(float(self.count), dtype=torch.float64, device=xx.device),
-            mean,
-            mean[:1],
-            xx,
-            xx[:, :1],
-            xx[0, :1],
-        )
+        # With δ = mean - m: Σ (x - mean)(x - mean)ᵀ = Σ (x - m)(x - m)ᵀ - n δ δᵀ
+        offset = self._sum / self.count
+        xx = self._product.addr(offset, offset, alpha=-self.count)
+        mean = self._origin + offset
+        count = torch.tensor(float(self.count), dtype=torch.float64, device=xx.device)
+        return Moments(count, mean, mean[:1], xx, xx[:, :1], xx[0, :1])
 
     def _flush(self) -> None:
-        if self._waiting:
-            rows = torch.cat(self._waiting)
-            self._waiting = []
+        if self._buffer:
+            rows = torch.cat(self._buffer)
+            self._buffer = []
             self._sum += rows.sum(0, dtype=torch.float64)
             with full_precision(rows.device):
                 gram([rows.T], self._product)

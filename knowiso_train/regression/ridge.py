@@ -1,30 +1,51 @@
-"""Ridge regression from second moments or from rows."""
+"""Ridge regression from second moments or from samples: the only ridge solvers of the library.
+
+All minimize `‖y - Bᵀx‖² + λ ‖B - A‖²` for centered x and y. The ridge ρ is relative: `λ = ρ · tr(S)/d`, a fraction of
+the mean diagonal of the Gram matrix S, called dampening in pruning (SparseGPT, GPTQ). The solutions are
+
+- primal: `B = A + (S + λI)⁻¹ (S_xy - S A)`,
+- dual, for more features than samples: `B = A + Xᵀ (X Xᵀ + λI)⁻¹ (Y - X A)`.
+
+Two factorizations serve them. `Spectrum` costs several times more than Cholesky, but then every further ρ is cheap, and
+ρ = 0 gives the solution of minimum norm: `solve_ridge` and `RidgeSolver`, with A = 0. `solve_dampened` is Cholesky with
+one ρ: `ridge_map`, `PrimalMoments` and `KernelMoments`, and `dampened_inverse` for backward elimination.
+`solve_ridge_cholesky` never raises the ridge, and refuses dependent features instead.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import NonFiniteError, OptionError
 from knowiso_train.ops.linalg import gram, jittered_cholesky
 from knowiso_train.regression.moments import Moments
 
-RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-FIXED_RIDGE = 1e-4  # above SEARCH_LIMIT columns, where an eigendecomposition takes minutes
-MAX_SEARCH_FEATURES = 4096
+Ridge = float | Literal["search"]
 
-DIAGONAL_JITTER = 1e-12  # of the mean variance, added to the diagonal: dependent columns stay solvable
-ROW_CHUNK_SIZE = 4096  # rows
-FLOAT32_MIN_PRODUCTS = 1e10  # products, from which on chunks are multiplied in float32 and added up in float64
+RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+MAX_SEARCH_FEATURES = 4096  # above, an eigendecomposition takes minutes
+FIXED_RIDGE = 1e-4  # relative; above MAX_SEARCH_FEATURES
+
+DIAGONAL_JITTER = 1e-12  # relative, added to every ridge: dependent features stay solvable
+ROW_CHUNK_SIZE = 4096  # samples
+FLOAT32_MIN_PRODUCTS = 1e10  # above, chunks are multiplied in float32 and added in float64
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """`y ≈ weightᵀ x + bias`: weight (d, c), bias (c,), float64; `ridge` relative to the mean eigenvalue of S_xx."""
+    """Affine map `y ≈ weightᵀ x + bias`.
+
+    Attributes:
+        weight: (d, c), float64.
+        bias: (c,), float64.
+        ridge: Relative ρ of the fit.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -33,34 +54,66 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigendecomposition of a source's `S_xx`, and the selection rows' `S_xx` in its eigenvectors: the costly part, shared by targets."""
+    """Eigendecomposition of a Gram matrix, the costly part of a ridge regression, shared by all targets and ridges.
+
+    Attributes:
+        values: (d,), ascending and clamped at 0.
+        vectors: (d, d), in columns.
+        select_gram: (d, d), the selection samples' Gram matrix in these eigenvectors, or None.
+    """
 
     values: Tensor
     vectors: Tensor
-    inner: Tensor | None
+    select_gram: Tensor | None = None
+
+    @classmethod
+    def of_gram(cls, matrix: Tensor) -> Spectrum:
+        """Decompose a Gram matrix (d, d), O(d³)."""
+        values, vectors = torch.linalg.eigh(matrix)
+        return cls(values.clamp(min=0), vectors)
 
     @classmethod
     def of(cls, fit: Moments, select: Moments | None = None) -> Spectrum:
-        """Of the fitting rows, O(d³)."""
+        """Decompose the fitting samples' Gram matrix, and rotate that of the selection samples."""
         values, vectors = torch.linalg.eigh(fit.xx)
         return cls(values.clamp(min=0), vectors, None if select is None else vectors.T @ select.xx @ vectors)
 
+    def rotate(self, matrix: Tensor) -> Tensor:
+        """Return `Vᵀ matrix`."""
+        return self.vectors.T @ matrix
+
+    def coefficients(self, rotated: Tensor, penalty: float | Tensor) -> Tensor:
+        """Return `(Λ + penalty)⁻¹ rotated`, with 0 in directions whose eigenvalue is rounding.
+
+        Args:
+            rotated: Right-hand side in eigenvectors, (d, c).
+            penalty: λ ≥ 0.
+        """
+        # An eigenvalue below ε d λ_max has no correct digit: the pseudo-inverse leaves its direction out
+        rounding = self.values[-1] * len(self.values) * torch.finfo(self.values.dtype).eps
+        inverse = torch.where(
+            self.values > rounding,
+            1 / (self.values + penalty).clamp(min=torch.finfo(self.values.dtype).tiny),
+            torch.zeros_like(self.values),
+        )
+        return inverse[:, None] * rotated
+
 
 def solve_ridge(
-    fit: Moments, ridge: float | str = "search", select: Moments | None = None, spectrum: Spectrum | None = None
+    fit: Moments, ridge: Ridge = "search", select: Moments | None = None, spectrum: Spectrum | None = None
 ) -> LinearMap:
-    """The linear map with least `Σ‖y - Wᵀx - b‖² + ρ·tr(S_xx)/d·‖W‖²` over the fitting rows.
+    """Return the linear map that minimizes `Σ‖y - Wᵀx - b‖² + ρ·tr(S_xx)/d·‖W‖²` over the fitting samples.
 
     Args:
-        fit: moments of the fitting rows.
-        ridge: relative ρ ≥ 0, or "search" for the ρ with the least unexplained energy on `select`. ρ = 0 is least
+        fit: Moments of the fitting samples.
+        ridge: Relative ρ ≥ 0, or "search" for the ρ of `RIDGE_GRID` with the least error on `select`. ρ = 0 is least
             squares of minimum norm.
-        select: moments of other rows, for "search".
-        spectrum: of the same rows, where it is known already.
+        select: Moments of other samples, for "search".
+        spectrum: Decomposition of `fit.xx`. Default: computed here.
 
     Raises:
-        OptionError: a negative ridge, "search" without selection rows, or (above SEARCH_LIMIT columns) dependent
-            regressors with no ridge.
+        OptionError: A negative ridge, "search" without selection samples, or (above MAX_SEARCH_FEATURES) dependent
+            features without a ridge.
 
     Example:
         >>> from knowiso_train.regression import batch_moments
@@ -68,7 +121,6 @@ def solve_ridge(
         >>> bool(torch.allclose(solve_ridge(batch_moments(x, 2 * x), 0.0).weight, 2 * torch.eye(3, dtype=torch.float64)))
         True
     """
-    d = len(fit.mean_x)
     search = ridge == "search"
     if search and (select is None or select.count < 1):
         raise OptionError('ridge="search" needs selection images; give some, or a number such as ridge=1e-4')
@@ -77,118 +129,115 @@ def solve_ridge(
             f'ridge must be "search" or a number >= 0 (relative to the mean variance of the source), got {ridge!r}'
         )
     scale = fit.xx.diagonal().mean()
-    if not scale > 0:  # a constant source explains nothing but the mean
+    if not scale > 0:
+        # A constant source explains nothing beyond the mean
         return LinearMap(torch.zeros_like(fit.xy), fit.mean_y.clone(), 0.0)
-    if d > MAX_SEARCH_FEATURES:
+    if len(fit.mean_x) > MAX_SEARCH_FEATURES:
         return solve_ridge_cholesky(fit, FIXED_RIDGE if search else float(ridge))
     spectrum = spectrum or Spectrum.of(fit, select if search else None)
-    values, vectors = spectrum.values, spectrum.vectors
-    rotated = vectors.T @ fit.xy
-    floor = values[-1] * d * torch.finfo(values.dtype).eps  # directions that are rounding
-
-    def coefficients(rho: float) -> Tensor:
-        inverse = torch.where(
-            values > floor,
-            1 / (values + rho * scale).clamp(min=torch.finfo(values.dtype).tiny),
-            torch.zeros_like(values),
-        )
-        result: Tensor = inverse[:, None] * rotated
-        return result
-
+    rotated = spectrum.rotate(fit.xy)
     if search and select is not None:
-        inner = vectors.T @ select.xx @ vectors if spectrum.inner is None else spectrum.inner
-        cross = vectors.T @ select.xy
-
-        def left_over(rho: float) -> float:
-            a = coefficients(rho)
-            return float((a * (inner @ a)).sum() - 2 * (a * cross).sum())
-
-        chosen = min(RIDGE_GRID, key=left_over)
+        rho = _search_ridge(spectrum, rotated, select, scale)
     else:
-        chosen = float(ridge)
-    weight = vectors @ coefficients(chosen)
-    return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, chosen)
+        rho = float(ridge)
+    weight = spectrum.vectors @ spectrum.coefficients(rotated, rho * scale)
+    return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, rho)
+
+
+def _search_ridge(spectrum: Spectrum, rotated: Tensor, select: Moments, scale: Tensor) -> float:
+    """Return the ridge of the grid with the least squared error on the selection samples."""
+    vectors = spectrum.vectors
+    select_gram = vectors.T @ select.xx @ vectors if spectrum.select_gram is None else spectrum.select_gram
+    select_cross = spectrum.rotate(select.xy)
+
+    def error(rho: float) -> float:
+        # ‖Y - X V a‖² = const + tr(aᵀ Vᵀ S_xx V a) - 2 tr(aᵀ Vᵀ S_xy), on centered selection samples
+        a = spectrum.coefficients(rotated, rho * scale)
+        return float((a * (select_gram @ a)).sum() - 2 * (a * select_cross).sum())
+
+    return min(RIDGE_GRID, key=error)
 
 
 def solve_ridge_cholesky(fit: Moments, ridge: float, floor: Tensor | float = 0.0) -> LinearMap:
-    """`solve_ridge` for one given ρ by a Cholesky factorization: much cheaper than its eigendecomposition, but without its tolerance for ρ = 0.
+    """Solve `solve_ridge` for one ρ by Cholesky: much cheaper, but without its tolerance for ρ = 0.
 
     Args:
-        fit: moments of the fitting rows.
-        ridge: relative ρ.
-        floor: added to the diagonal as it is.
+        fit: Moments of the fitting samples.
+        ridge: Relative ρ.
+        floor: Absolute addition to λ.
 
     Raises:
-        OptionError: regressors that are dependent to rounding.
+        OptionError: Features that are dependent to rounding.
     """
     d = len(fit.mean_x)
-    added = ridge * fit.xx.diagonal().mean() + floor
-    factor, failed = torch.linalg.cholesky_ex(fit.xx + added * torch.eye(d, dtype=fit.xx.dtype, device=fit.xx.device))
+    penalty = ridge * fit.xx.diagonal().mean() + floor
+    factor, failed = torch.linalg.cholesky_ex(fit.xx + penalty * torch.eye(d, dtype=fit.xx.dtype, device=fit.xx.device))
     if failed:
         raise OptionError(
-            f"{d} regressors on {int(fit.count)} rows are linearly dependent, and ridge={ridge:g} does not help; use ridge=1e-4 or more"
+            f"{d} features of {int(fit.count)} samples are linearly dependent at ridge={ridge:g}; use ridge=1e-4 or more"
         )
     weight = torch.cholesky_solve(fit.xy, factor)
     return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, ridge)
 
 
-def refit_weights(moments: Moments, weight: Tensor, ridge: float = 1e-4) -> LinearMap:
-    """Minimize `‖y - Bᵀx - b‖²/n + ρ·tr(S_xx)/d·‖B - A‖²`: what the rows do not decide stays as the surviving original weights A have it.
-
-    Args:
-        moments: source: the layer's input in the pruned network, in patches; target: its output in the original
-            network.
-        weight: A, (d, c): the original weights of the columns that are left.
-        ridge: relative ρ ≥ 0.
-
-    Returns:
-        Weight (d, c) and bias (c,) in float64.
-
-    Raises:
-        ShapeError: a weight that does not fit the moments.
-        OptionError: a negative ridge, or moments of no rows.
-        NonFiniteError: NaN or Inf in the moments.
+def dampening(mean_diagonal: Tensor, ridge: float) -> Tensor:
+    """Return the penalty λ = (ρ + ε) · s for mean diagonals s, which count as 1 where they are 0.
 
     Example:
-        >>> from knowiso_train.regression import batch_moments
-        >>> x = torch.randn(50, 3, 1, 1, dtype=torch.float64)
-        >>> weight = torch.randn(3, 2, dtype=torch.float64)
-        >>> y = torch.einsum("nchw,cd->ndhw", x, weight) + 1
-        >>> torch.allclose(refit_weights(batch_moments(x, y), torch.zeros(3, 2), ridge=0.0).weight, weight)
-        True
+        >>> dampening(torch.tensor([2.0, 0.0]), 0.5).tolist()
+        [1.0, 0.5]
     """
-    d, c = moments.xy.shape
-    if weight.shape != (d, c):
-        raise ShapeError(f"expected weight {(d, c)} as the moments have it, got {tuple(weight.shape)}")
-    if not float(moments.count) > 0:
-        raise OptionError("no rows were seen; give some images")
-    xx, xy = moments.xx.double() / moments.count, moments.xy.double() / moments.count
-    found = PrimalMoments(moments.mean_x.double()[None], moments.mean_y.double()[None], xx[None], xy[None])
-    solved = found.weight(weight.detach().to(xx.device, torch.float64)[None], ridge=ridge)
-    return LinearMap(solved[0], found.bias(solved)[0], ridge)
+    return (ridge + DIAGONAL_JITTER) * torch.where(mean_diagonal > 0, mean_diagonal, torch.ones_like(mean_diagonal))
+
+
+def solve_dampened(matrix: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:
+    """Return `(matrix + diag(penalty))⁻¹ cross` by Cholesky; the penalty grows where rounding makes the sum indefinite.
+
+    Args:
+        matrix: (…, d, d), positive semidefinite up to rounding.
+        cross: (…, d, c).
+        penalty: (…, d), positive.
+
+    Raises:
+        NonFiniteError: Values that are not finite.
+
+    Example:
+        >>> solve_dampened(torch.eye(2), torch.ones(2, 1), torch.ones(2)).flatten().tolist()
+        [0.5, 0.5]
+    """
+    return torch.cholesky_solve(cross, jittered_cholesky(matrix, penalty))
+
+
+def dampened_inverse(matrix: Tensor, ridge: float) -> Tensor:
+    """Return `(S + λI)⁻¹` for a Gram matrix S (d, d) and a relative ridge.
+
+    Example:
+        >>> dampened_inverse(torch.eye(2).double(), 1.0).diagonal().tolist()
+        [0.4999999999997501, 0.4999999999997501]
+    """
+    penalty = dampening(matrix.diagonal().mean(), ridge)
+    return torch.cholesky_inverse(jittered_cholesky(matrix, penalty.expand(len(matrix))))
 
 
 def ridge_map(x: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """`(XᵀX + ρ·tr(XᵀX)/d·I)⁻¹ XᵀY` for centered rows, (D_x, D_y).
+    """Return `(XᵀX + λI)⁻¹ XᵀY` for centered samples, (D_x, D_y).
 
     Example:
         >>> x = torch.randn(50, 4, dtype=torch.float64)
         >>> torch.allclose(ridge_map(x, x @ torch.ones(4, 2).double(), 1e-12), torch.ones(4, 2).double())
         True
     """
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
-    found: Tensor = torch.linalg.solve(gram, x.T @ y)
-    return found
+    matrix = x.T @ x
+    return solve_dampened(matrix, x.T @ y, dampening(matrix.diagonal().mean(), ridge).expand(len(matrix)))
 
 
 class RidgeSolver:
-    """Ridge regression with intercept of any targets on the same rows, from one eigendecomposition of the smaller Gram matrix.
+    """Ridge regression with intercept for any targets and ridges on the same samples.
 
-    Ridges are relative to the mean eigenvalue over `min(N, D)` directions.
+    One eigendecomposition of the smaller Gram matrix serves all. Ridges are relative to its mean eigenvalue.
 
     Args:
-        features: rows (N, D), float64.
+        features: Samples, (N, D), float64.
 
     Example:
         >>> x = torch.randn(40, 3, dtype=torch.float64)
@@ -200,36 +249,46 @@ class RidgeSolver:
     def __init__(self, features: Tensor) -> None:
         self.mean = features.mean(0)
         self.rows = features - self.mean
-        self.tall = len(features) >= features.shape[1]
-        gram = self.rows.T @ self.rows if self.tall else self.rows @ self.rows.T
-        values, self.vectors = torch.linalg.eigh(gram)
-        self.values = values.clamp(min=0)
-        self.scale = self.values.mean().clamp_min(torch.finfo(gram.dtype).tiny)
+        self.primal = len(features) >= features.shape[1]
+        self.spectrum = Spectrum.of_gram(self.rows.T @ self.rows if self.primal else self.rows @ self.rows.T)
+        self.scale = self.spectrum.values.mean().clamp_min(torch.finfo(self.rows.dtype).tiny)
 
     def solve(self, targets: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """Weight (D, C) and bias (C,) for targets (N, C)."""
-        center = targets.mean(0)
-        centered = targets - center
-        rotated = self.vectors.T @ (self.rows.T @ centered if self.tall else centered)
-        inner = self.vectors @ (rotated / (self.values + ridge * self.scale)[:, None])
-        weight = inner if self.tall else self.rows.T @ inner
-        return weight, center - self.mean @ weight
+        """Return weight (D, C) and bias (C,) for targets (N, C)."""
+        target_mean = targets.mean(0)
+        centered = targets - target_mean
+        # Primal: W = V (Λ + λ)⁻¹ Vᵀ XᵀY. Dual: W = Xᵀ V (Λ + λ)⁻¹ Vᵀ Y.
+        rotated = self.spectrum.rotate(self.rows.T @ centered if self.primal else centered)
+        solution = self.spectrum.vectors @ self.spectrum.coefficients(rotated, ridge * self.scale)
+        weight = solution if self.primal else self.rows.T @ solution
+        return weight, target_mean - self.mean @ weight
 
-    def fitted(self, targets: Tensor, ridge: float) -> Tensor:
-        """Predictions for the same rows, (N, C)."""
+    def predict(self, targets: Tensor, ridge: float) -> Tensor:
+        """Return the predictions for the same samples after a fit to targets (N, C)."""
         weight, _ = self.solve(targets, ridge)
         return self.rows @ weight + targets.mean(0)
 
 
+class _GroupMeans:
+    """Base of the regressions of a layer's G groups: means, and the intercept that follows from them."""
+
+    mean_x: Tensor
+    mean_y: Tensor
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """Return the optimal intercept for a weight, (G, o)."""
+        return self.mean_y - (weight.mT @ self.mean_x[..., None])[..., 0]
+
+
 @dataclass(frozen=True)
-class PrimalMoments:
-    """Means and second moments about them of what each of a layer's G groups reads and should give, per row, float64.
+class PrimalMoments(_GroupMeans):
+    """Average moments of the inputs and the targets of each of a layer's G groups, float64, for primal ridge regression.
 
     Attributes:
         mean_x: (G, d).
         mean_y: (G, o).
-        xx: (G, d, d).
-        xy: (G, d, o).
+        xx: (G, d, d), `Σ (x - mean)(x - mean)ᵀ / R` over R samples.
+        xy: (G, d, o), `Σ (x - mean)(y - mean)ᵀ / R`.
     """
 
     mean_x: Tensor
@@ -239,111 +298,114 @@ class PrimalMoments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> PrimalMoments:
-        """From rows (R, G, d) and (R, G, o).
+        """Compute the moments of samples (R, G, d) and (R, G, o).
 
         Raises:
-            NonFiniteError: NaN or Inf in the rows.
+            NonFiniteError: NaN or Inf in the samples.
 
         Example:
             >>> PrimalMoments.of(torch.randn(20, 2, 3), torch.randn(20, 2, 4)).xy.shape
             torch.Size([2, 3, 4])
         """
         mean_x, mean_y = x.mean(0, dtype=torch.float64), y.mean(0, dtype=torch.float64)
-        if not bool(mean_x.isfinite().all() and mean_y.isfinite().all()):
-            raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
-        rows, groups, d = x.shape
+        _check_finite(mean_x, mean_y)
+        count, groups, d = x.shape
         xx = x.new_zeros(groups, d, d, dtype=torch.float64)
         xy = x.new_zeros(groups, d, y.shape[2], dtype=torch.float64)
-        kind = torch.float32 if rows * groups * d * d > FLOAT32_MIN_PRODUCTS else torch.float64
+        product_dtype = torch.float32 if count * groups * d * d > FLOAT32_MIN_PRODUCTS else torch.float64
 
-        def parts() -> Iterator[Tensor]:
-            for of_x, of_y in zip(torch.split(x, ROW_CHUNK_SIZE), torch.split(y, ROW_CHUNK_SIZE), strict=True):
-                left, right = (
-                    (of_x - mean_x.to(x)).to(kind).permute(1, 2, 0),
-                    (of_y - mean_y.to(y)).to(kind).transpose(0, 1),
-                )
-                xy.add_(left @ right)
-                yield left
+        def centered_chunks() -> Iterator[Tensor]:
+            for x_chunk, y_chunk in zip(torch.split(x, ROW_CHUNK_SIZE), torch.split(y, ROW_CHUNK_SIZE), strict=True):
+                centered_x = (x_chunk - mean_x.to(x)).to(product_dtype).permute(1, 2, 0)
+                centered_y = (y_chunk - mean_y.to(y)).to(product_dtype).transpose(0, 1)
+                xy.add_(centered_x @ centered_y)
+                yield centered_x
 
-        gram(parts(), xx)
-        return cls(mean_x, mean_y, xx / rows, xy / rows)
+        gram(centered_chunks(), xx)
+        return cls(mean_x, mean_y, xx / count, xy / count)
 
-    def restricted(self, at: Tensor) -> PrimalMoments:
-        """Of these columns alone.
+    def restricted(self, columns: Tensor) -> PrimalMoments:
+        """Return the moments of these features alone.
 
         Example:
             >>> x, y = torch.randn(30, 1, 3), torch.randn(30, 1, 2)
-            >>> torch.allclose(PrimalMoments.of(x, y).restricted(torch.tensor([2, 0])).xx, PrimalMoments.of(x[:, :, [2, 0]], y).xx)
+            >>> a = PrimalMoments.of(x, y).restricted(torch.tensor([2, 0]))
+            >>> torch.allclose(a.xx, PrimalMoments.of(x[:, :, [2, 0]], y).xx)
             True
         """
-        return PrimalMoments(self.mean_x[:, at], self.mean_y, self.xx[:, at][:, :, at], self.xy[:, at])
+        return PrimalMoments(
+            self.mean_x[:, columns], self.mean_y, self.xx[:, columns][:, :, columns], self.xy[:, columns]
+        )
 
     def weight(self, original: Tensor, keep: Tensor | None = None, ridge: float = 1e-4) -> Tensor:
-        """(G, d, o): the weights that `refit_weights` describes.
+        """Return the weights that minimize `‖y - Bᵀx - b‖²/R + λ ‖B - A‖²`, (G, d, o).
+
+        Directions that the samples do not determine keep the original weights A.
 
         Args:
-            original: (G, d, o) float64, A.
-            keep: (G, d), the columns that are left; weights of the others become 0. None is all.
-            ridge: relative ρ ≥ 0; ∞ leaves A.
+            original: A, (G, d, o), float64.
+            keep: Nonzero for the features that remain, (G, d); weights of the others become 0. Default: all.
+            ridge: Relative ρ ≥ 0; ∞ returns A.
 
         Raises:
-            OptionError: a negative ridge.
-            NonFiniteError: moments that are not finite.
+            OptionError: A negative ridge.
+            NonFiniteError: Moments that are not finite.
+
+        Example:
+            >>> x, a = torch.randn(50, 1, 3).double(), torch.randn(1, 3, 2).double()
+            >>> y = torch.einsum("rgd,gdo->rgo", x, a) + 1
+            >>> torch.allclose(PrimalMoments.of(x, y).weight(torch.zeros_like(a), ridge=0.0), a)
+            True
         """
         if not ridge >= 0:
             raise OptionError(
-                f"ridge must be a number >= 0 (relative to the mean variance of what the layer reads), got {ridge!r}"
+                f"ridge must be a number >= 0 (relative to the mean variance of the layer's input), got {ridge!r}"
             )
-        # No entry is beyond the diagonal's
-        if not bool(self.xx.diagonal(dim1=1, dim2=2).isfinite().all() and self.xy.isfinite().all()):
-            raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
-        left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
-        start = original * left[..., None]
+        # |S_ij| ≤ √(S_ii S_jj), so the diagonal is enough
+        _check_finite(self.xx.diagonal(dim1=1, dim2=2), self.xy)
+        mask = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
+        start = original * mask[..., None]
         if math.isinf(ridge):
             return start
-        missing = (self.xy - self.xx @ start) * left[..., None]
-        scale = (self.xx.diagonal(dim1=1, dim2=2) * left).sum(1) / left.sum(1).clamp_min(1)  # (G,)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        # What is gone stands apart, with nothing to explain
-        diagonal = torch.where(left > 0, (ridge + DIAGONAL_JITTER) * scale[:, None], scale[:, None])
-        factor = jittered_cholesky(self.xx * left[:, :, None] * left[:, None], diagonal)
-        return start + torch.cholesky_solve(missing, factor)
-
-    def bias(self, weight: Tensor) -> Tensor:
-        """(G, o): the intercept that goes with a weight."""
-        return _intercept(self.mean_x, self.mean_y, weight)
+        residual = (self.xy - self.xx @ start) * mask[..., None]
+        mean_diagonal = (self.xx.diagonal(dim1=1, dim2=2) * mask).sum(1) / mask.sum(1).clamp_min(1)  # (G,)
+        mean_diagonal = torch.where(mean_diagonal > 0, mean_diagonal, torch.ones_like(mean_diagonal))[:, None]
+        # A removed feature becomes a block of its own: a positive diagonal, and 0 on the right-hand side
+        penalty = torch.where(mask > 0, dampening(mean_diagonal, ridge), mean_diagonal)
+        return start + solve_dampened(self.xx * mask[:, :, None] * mask[:, None], residual, penalty)
 
     def variance(self, weight: Tensor) -> Tensor:
-        """(G, o): variance of what a weight gives on the rows."""
+        """Return the variance of a weight's outputs, (G, o)."""
         return (weight * (self.xx @ weight)).sum(1)
 
-    def left(self, weight: Tensor, total: float) -> float:
-        """Share of the variance of what the layer should give that a weight leaves unexplained.
+    def unexplained(self, weight: Tensor, total: float) -> float:
+        """Return the share of the targets' variance that a weight leaves unexplained.
 
         Args:
             weight: (G, d, o).
-            total: variance of y, summed over outputs.
+            total: Variance of y, summed over outputs.
 
         Example:
-            >>> x, y, weight = torch.randn(30, 1, 3).double(), torch.randn(30, 1, 2).double(), torch.randn(1, 3, 2).double()
-            >>> total = y.var(0, correction=0).sum().item()
-            >>> missing = (y - torch.einsum("rgd,gdo->rgo", x, weight)).var(0, correction=0).sum().item()
-            >>> abs(PrimalMoments.of(x, y).left(weight, total) - missing / total) < 1e-9
+            >>> x, y = torch.randn(30, 1, 3).double(), torch.randn(30, 1, 2).double()
+            >>> weight, total = torch.randn(1, 3, 2).double(), y.var(0, correction=0).sum().item()
+            >>> residual = (y - torch.einsum("rgd,gdo->rgo", x, weight)).var(0, correction=0).sum().item()
+            >>> abs(PrimalMoments.of(x, y).unexplained(weight, total) - residual / total) < 1e-9
             True
         """
+        # Var(y - Bᵀx) = Var(y) - tr(Bᵀ (2 S_xy - S_xx B))
         explained = float((weight * (2 * self.xy - self.xx @ weight)).sum())
         return 1 - explained / total if total > 0 else 0.0
 
 
 @dataclass(frozen=True)
-class KernelMoments:
-    """What `PrimalMoments` is, for layers with more regressors than rows: the same weights from the rows' products with each other.
+class KernelMoments(_GroupMeans):
+    """Centered samples for dual ridge regression: the weights of `PrimalMoments` for more features than samples.
 
     Attributes:
         mean_x: (G, d).
         mean_y: (G, o).
-        x: (G, R, d), about the mean.
-        y: (G, R, o), about the mean.
+        x: (G, R, d), centered.
+        y: (G, R, o), centered.
     """
 
     mean_x: Tensor
@@ -353,49 +415,42 @@ class KernelMoments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> KernelMoments:
-        """From rows (R, G, d) and (R, G, o).
+        """Center samples (R, G, d) and (R, G, o).
 
         Raises:
-            NonFiniteError: NaN or Inf in the rows.
+            NonFiniteError: NaN or Inf in the samples.
 
         Example:
             >>> x, y, a = torch.randn(20, 1, 50).double(), torch.randn(20, 1, 2).double(), torch.zeros(1, 50, 2).double()
             >>> torch.allclose(KernelMoments.of(x, y).weight(a, ridge=0.1), PrimalMoments.of(x, y).weight(a, ridge=0.1))
             True
         """
-        of_x, of_y = x.double().transpose(0, 1), y.double().transpose(0, 1)
-        mean_x, mean_y = of_x.mean(1), of_y.mean(1)
-        if not bool(mean_x.isfinite().all() and mean_y.isfinite().all()):
-            raise NonFiniteError("NaN or Inf in what the layer reads, or in what it should give")
-        return cls(mean_x, mean_y, of_x - mean_x[:, None], of_y - mean_y[:, None])
+        x, y = x.double().transpose(0, 1), y.double().transpose(0, 1)
+        mean_x, mean_y = x.mean(1), y.mean(1)
+        _check_finite(mean_x, mean_y)
+        return cls(mean_x, mean_y, x - mean_x[:, None], y - mean_y[:, None])
 
-    def restricted(self, at: Tensor) -> KernelMoments:
-        """Of these columns alone."""
-        return KernelMoments(self.mean_x[:, at], self.mean_y, self.x[:, :, at], self.y)
+    def restricted(self, columns: Tensor) -> KernelMoments:
+        """Return the samples of these features alone."""
+        return KernelMoments(self.mean_x[:, columns], self.mean_y, self.x[:, :, columns], self.y)
 
     def weight(self, original: Tensor, keep: Tensor | None = None, ridge: float = 1e-4) -> Tensor:
-        """(G, d, o), see `RowMoments.weight`: `A + Xᵀ(XXᵀ + nλ)⁻¹(Y - XA)`."""
-        left = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
-        x, start = self.x * left[:, None], original * left[..., None]
+        """Return the weights of `PrimalMoments.weight`, (G, d, o)."""
+        mask = torch.ones_like(self.mean_x) if keep is None else keep.to(self.mean_x)
+        x, start = self.x * mask[:, None], original * mask[..., None]
         if math.isinf(ridge):
             return start
-        products = x @ x.mT
-        # Rows times the mean variance
-        trace = products.diagonal(dim1=1, dim2=2).sum(1) / left.sum(1).clamp_min(1)
-        diagonal = ((ridge + DIAGONAL_JITTER) * torch.where(trace > 0, trace, torch.ones_like(trace)))[:, None].expand(
-            -1, x.shape[1]
-        )
-        factor = jittered_cholesky(products, diagonal)
-        return start + x.mT @ torch.cholesky_solve(self.y - x @ start, factor)
-
-    def bias(self, weight: Tensor) -> Tensor:
-        """(G, o): the intercept that goes with a weight."""
-        return _intercept(self.mean_x, self.mean_y, weight)
+        # Dual form: B = A + Xᵀ (X Xᵀ + λI)⁻¹ (Y - X A), with λ from the same mean diagonal, tr(XᵀX) / d = tr(X Xᵀ) / d
+        kernel = x @ x.mT
+        mean_diagonal = kernel.diagonal(dim1=1, dim2=2).sum(1) / mask.sum(1).clamp_min(1)
+        penalty = dampening(mean_diagonal, ridge)[:, None].expand(-1, x.shape[1])
+        return start + x.mT @ solve_dampened(kernel, self.y - x @ start, penalty)
 
     def variance(self, weight: Tensor) -> Tensor:
-        """(G, o): variance of what a weight gives on the rows."""
+        """Return the variance of a weight's outputs, (G, o)."""
         return (self.x @ weight).square().mean(1)
 
 
-def _intercept(mean_x: Tensor, mean_y: Tensor, weight: Tensor) -> Tensor:
-    return mean_y - (weight.mT @ mean_x[..., None])[..., 0]
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise NonFiniteError("NaN or Inf in the input or the target of the layer")

@@ -143,7 +143,7 @@ class TestMomentForm:
         # No map in sight: the share itself
         through = 1 - (moments.xy * torch.linalg.solve(moments.xx, moments.xy)).sum() / moments.yy.sum()
         map_ = ClosedFormMap(3, 5, ridge=0.0).double()
-        map_.moments.observe(x, y)
+        map_.moments.update(x, y)
         map_.refresh(ALONE)
         constant = map_.unexplained(x, y)
         torch.testing.assert_close(constant, through)

@@ -76,7 +76,7 @@ def worker(rank: int, folder: str, kind: str) -> None:
             sample.add(x[mine], y[mine], np.arange(83)[mine])
             kept = sample.result()
             assert kept is not None
-            torch.save({"moments": stream.state_dict(), "x": kept.x, "y": kept.y}, Path(folder) / f"{rank}.pt")
+            torch.save({"moments": vars(stream.value), "x": kept.x, "y": kept.y}, Path(folder) / f"{rank}.pt")
         else:
             (Path(folder) / f"{rank}.json").write_text(json.dumps(figures(kind)))
     finally:
@@ -111,7 +111,7 @@ def test_all_reduced_moments_and_gathered_samples_equal_those_of_one(tmp_path: P
     assert kept is not None
     for rank in range(WORLD):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, value in whole.state_dict().items():
+        for name, value in vars(whole.value).items():
             torch.testing.assert_close(got["moments"][name], value, rtol=1e-10, atol=1e-8)
         assert torch.equal(got["x"], kept.x)
         assert torch.equal(got["y"], kept.y)

@@ -173,7 +173,7 @@ def test_the_smoother_is_ridge_regression_in_both_forms() -> None:
             centered.T @ centered + rho * torch.eye(d, dtype=torch.float64), centered.T @ (y - y.mean(0))
         )
         torch.testing.assert_close(weight, wanted)
-        torch.testing.assert_close(x @ weight + bias, smoother.fitted(y, 0.5))
+        torch.testing.assert_close(x @ weight + bias, smoother.predict(y, 0.5))
 
 
 def test_all_images_labeled_is_a_ridge_classifier() -> None:

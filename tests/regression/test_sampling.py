@@ -9,7 +9,7 @@ import torch
 from knowiso_train.disentangle.closed_form import ClosedFormMaps, order_moments, predicted
 from knowiso_train.regression import FeatureSample, ResidualStatistics, batch_moments, sample_positions
 from knowiso_train.regression.explained_variance import poisson_weights
-from knowiso_train.utils.hashing import hash_unit
+from knowiso_train.utils.hashing import Stream, hash_unit
 
 
 def offered(sample: FeatureSample, x: torch.Tensor, y: torch.Tensor, order: np.ndarray, step: int = 7) -> None:
@@ -79,7 +79,7 @@ def test_hidden_maps_on_crops_equal_those_on_whole_images(kernel_size: int, orde
 
 
 def test_positions_are_distinct_and_cover_the_grid() -> None:
-    positions = sample_positions(np.arange(400), cells=36, count=5, seed=2)
+    positions = sample_positions(np.arange(400), num_positions=36, count=5, seed=2)
     assert all(len(set(row)) == 5 for row in positions.tolist())
     counts = positions.flatten().bincount(minlength=36).double()
     assert 0.5 < float(counts.min() / counts.mean()) <= float(counts.max() / counts.mean()) < 1.6
@@ -87,7 +87,8 @@ def test_positions_are_distinct_and_cover_the_grid() -> None:
 
 def test_hash_is_uniform_and_seeds_and_streams_are_independent() -> None:
     index = np.arange(20_000)
-    draws = [hash_unit(index, seed, stream) for seed in range(4) for stream in (0, 1, 2, 3)]
+    draws = [hash_unit(index, seed, stream) for seed in range(4) for stream in Stream]
+    assert len(draws) == 28
     for draw in draws:
         assert abs(draw.mean() - 0.5) < 0.01
         np.testing.assert_allclose(np.histogram(draw, 10, (0, 1))[0] / 2000, 1, atol=0.12)
@@ -121,5 +122,54 @@ def test_residual_statistics_equal_numpy_and_do_not_depend_on_batches() -> None:
         )
     assert sum(estimates[0].shares) + estimates[0].unexplained[-1] == pytest.approx(1)
     np.testing.assert_allclose(estimates[0].interval, estimates[1].interval)
-    low, high = estimates[0].interval
-    assert low < estimates[0].unexplained[-1] < high
+
+
+def planted_statistics(images: int, bootstrap: int, seed: int = 0) -> ResidualStatistics:
+    """Accumulate two components of a target whose images have very different energies."""
+    energy = torch.logspace(-3, 3, images, dtype=torch.float64).view(-1, 1, 1, 1)
+    y = torch.randn(images, 2, 2, 2, dtype=torch.float64) * energy
+    components = [0.7 * y, 0.1 * torch.randn_like(y) * energy]
+    statistics = ResidualStatistics(2, y.mean((0, 2, 3)), bootstrap=bootstrap, seed=seed)
+    statistics.update(y, components, np.arange(images))
+    return statistics
+
+
+@pytest.mark.parametrize("bootstrap", [1, 2, 200])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_interval_contains_its_point_estimate(bootstrap: int, seed: int) -> None:
+    """Few replicates and a few dominant images: percentiles alone would miss the point estimate."""
+    estimate = planted_statistics(images=6, bootstrap=bootstrap, seed=seed).estimate()
+    points = [*estimate.shares, *estimate.component_variances, estimate.unexplained[-1]]
+    intervals = [*estimate.share_intervals, *estimate.component_intervals, estimate.interval]
+    assert len(points) == len(intervals) == 5
+    for point, (low, high) in zip(points, intervals, strict=True):
+        assert low <= point <= high
+
+
+def test_intervals_contain_the_planted_share_and_shrink_with_more_images() -> None:
+    widths = []
+    for images in (40, 4000):
+        y = torch.randn(images, 3, 2, 2, dtype=torch.float64)
+        statistics = ResidualStatistics(1, y.mean((0, 2, 3)), bootstrap=500)
+        statistics.update(y, [0.5 * y + 0.2 * torch.randn_like(y)], np.arange(images))
+        low, high = statistics.estimate().interval
+        widths.append(high - low)
+    # (1 - 0.5)² + 0.2²
+    assert low < 0.29 < high
+    # Ten times narrower, as 1 / √images
+    assert 5 < widths[0] / widths[1] < 20
+
+
+def test_without_a_bootstrap_intervals_are_nan() -> None:
+    estimate = planted_statistics(images=6, bootstrap=0).estimate()
+    assert np.isnan([*estimate.share_intervals, *estimate.component_intervals, estimate.interval]).all()
+    assert len(estimate.share_intervals) == len(estimate.component_intervals) == 2
+
+
+def test_a_target_without_variance_is_explained_by_its_mean() -> None:
+    statistics = ResidualStatistics(2, torch.ones(3), bootstrap=50)
+    y = torch.ones(8, 3, 2, 2)
+    statistics.update(y, [y, 0 * y], np.arange(8))
+    estimate = statistics.estimate()
+    assert estimate.shares == (1.0, 0.0)
+    assert estimate.unexplained == (0.0, 0.0)
