@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from knowiso_train import __version__
 from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError, OptionError
+from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
     from knowiso_train.experiment.processes import Processes
@@ -242,12 +243,7 @@ def _layer_table(lines: Sequence[LayerSummary], ends: set[str]) -> str:
         rows.append(
             (f"{line.name}{mark}", line.kind, "–" if line.channels is None else str(line.channels), grid, line.note)
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    out = [
-        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
-        for a, b, c, d, e in rows
-    ]
-    return "\n".join([out[0], "─" * (sum(widths[:4]) + 8), *out[1:]])
+    return format_table(rows, left=(0, 1, -1), rule=True, indent="  ")
 
 
 def _one_line(message: Warning | str, *where: Any, **more: Any) -> None:

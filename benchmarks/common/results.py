@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.text_table import format_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -60,5 +61,4 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Aligned columns; the keys of the first row are the header."""
     header = list(rows[0])
     cells = [header, *([f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in header] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return format_table(cells, left=())

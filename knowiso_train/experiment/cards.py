@@ -9,6 +9,7 @@ from torch import nn
 
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.loading.timm import input_transform
+from knowiso_train.utils.text_table import format_table
 
 
 def network_card(
@@ -84,7 +85,4 @@ def results_table(cards: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str,
                 f"{card['seconds']:.0f}" if "seconds" in card else "",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
+    return format_table(rows)

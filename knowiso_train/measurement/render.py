@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
+
+from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
     from knowiso_train.measurement.report import PairResult, Report
@@ -73,17 +74,13 @@ def render_text(report: Report) -> str:
     blocks = [
         (direction, [_text_row(pair, orders, floor) for pair in pairs]) for direction, pairs in directions(report)
     ]
-    widths = [max(map(len, column)) for column in zip(head, *(row for _, rows in blocks for row in rows), strict=True)]
-    rule = "─" * (sum(widths) + 2 * len(widths))
+    # One table for all directions, so that their columns have the same widths.
+    table = format_table([head, *(row for _, rows in blocks for row in rows)], left=(0, 1), rule=True, indent="  ")
+    header_line, rule, *body = table.split("\n")
     lines = [headline(report), ""]
     for direction, rows in blocks:
-        lines += [
-            block_title(report, direction),
-            _align_columns(head, widths),
-            rule,
-            *(_align_columns(row, widths) for row in rows),
-            "",
-        ]
+        lines += [block_title(report, direction), header_line, rule, *body[: len(rows)], ""]
+        body = body[len(rows) :]
     if not report.pairs:
         lines += ["no layer pairs", ""]
     lines += footnotes(report)
@@ -167,14 +164,6 @@ def _text_row(pair: PairResult, orders: int, floor: bool) -> list[str]:
         interval(pair.interval),
         *([percent(pair.noise_floor)] if floor else []),
     ]
-
-
-def _align_columns(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Names to the left, figures to the right."""
-    return "".join(
-        f"  {cell:<{width}}" if i < 2 else f"  {cell:>{width}}"
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
 
 
 def _how(report: Report) -> list[str]:

@@ -23,12 +23,11 @@ from knowiso_train.pruning.finetune_targets import (
     Validator,
     feature_distance,
     forward_with_features,
-    labels_of,
     shuffled_batches,
 )
 from knowiso_train.pruning.report import FinetuneReport, ValidationPoint
 from knowiso_train.pruning.tracing import comparable_blocks
-from knowiso_train.utils.batch import get_inputs, replace_inputs
+from knowiso_train.utils.batch import get_inputs, labels_of, replace_inputs
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, validate_fields
 
 DEFAULT_STEPS = 200
@@ -284,7 +283,7 @@ class _FinetuneRun:
     ) -> None:
         self.model, self.config, self.transform = model, config, transform
         batch = images.concatenate()
-        self.labels = labels_of(batch) if config.label_weight else None
+        self.labels = labels_of(batch, "label_weight") if config.label_weight else None
         num_held_out = config.num_validation_images(images.count)
         self.num_steps = config.num_steps(images.count - num_held_out)
         layers = resolve_compared_layers(model, original, images, config.layers) if config.feature_weight else []

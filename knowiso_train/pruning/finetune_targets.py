@@ -16,7 +16,7 @@ from knowiso_train.errors import InputTypeError, NonFiniteError, OptionError, Sh
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.report import ValidationPoint
-from knowiso_train.utils.batch import batch_size, index_batch
+from knowiso_train.utils.batch import index_batch
 
 # Images of one forward pass without gradients
 REFERENCE_BATCH_SIZE = 128
@@ -24,7 +24,6 @@ REFERENCE_BATCH_SIZE = 128
 MIN_FEATURE_VARIANCE = 1e-12
 # Decimals of reported values; smaller differences are rounding and must not select a checkpoint
 REPORTED_DIGITS = 6
-LABEL_KEYS = ("label", "labels", "target", "targets")
 
 
 @dataclass(frozen=True)
@@ -309,32 +308,6 @@ class Validator:
 
 def _rounded(value: Tensor) -> float:
     return max(0.0, round(float(value), REPORTED_DIGITS))
-
-
-def labels_of(batch: Any) -> Tensor:
-    """Return the labels of a batch, (N,) class indices.
-
-    They are the second entry of a tuple or list, or the first of `LABEL_KEYS` in a mapping.
-
-    Raises:
-        InputTypeError: No labels there, or not one integer for each image.
-
-    Example:
-        >>> labels_of([torch.zeros(3, 4), torch.tensor([2, 0, 1])])
-        tensor([2, 0, 1])
-    """
-    labels = None
-    if isinstance(batch, Mapping):
-        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        labels = batch[1]
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (batch_size(batch),):
-        raise InputTypeError(
-            f"label_weight needs one integer for each image: (images, labels), or a mapping with one of {LABEL_KEYS}; "
-            f"got {type(batch).__name__} "
-            f"with {'none' if labels is None else getattr(labels, 'shape', type(labels).__name__)}"
-        )
-    return labels
 
 
 def shuffled_batches(index: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:

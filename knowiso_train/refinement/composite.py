@@ -20,8 +20,8 @@ from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.measurement.config import Solver
 from knowiso_train.measurement.measure import measure
-from knowiso_train.refinement.models import ClassifierModel, labels_of
-from knowiso_train.utils.batch import get_inputs
+from knowiso_train.refinement.models import ClassifierModel
+from knowiso_train.utils.batch import get_inputs, labels_of
 
 
 class Composite(nn.Module):

@@ -16,10 +16,10 @@ from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.refinement.candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_classifier
 from knowiso_train.refinement.heads import ridge_head
 from knowiso_train.refinement.metrics import Score, best_temperature, classification_score
-from knowiso_train.refinement.models import ClassifierModel, PooledFeatures, extract_pooled_features, labels_of
+from knowiso_train.refinement.models import ClassifierModel, PooledFeatures, extract_pooled_features
 from knowiso_train.refinement.peers import explained_share, split_masks
 from knowiso_train.refinement.report import Row
-from knowiso_train.utils.batch import get_inputs
+from knowiso_train.utils.batch import get_inputs, labels_of
 
 PEER_HEAD_RIDGE = 1.0  # of the peers' classifiers in the report
 
@@ -195,5 +195,5 @@ def _run(model: nn.Module, loader: Iterable[Any], what: str, transform: Callable
         for batch in loader:
             images = get_inputs(batch).to(device_of(model) or "cpu")
             logits.append(model(images if transform is None else transform(images)).cpu())
-            labels.append(labels_of(batch, what))
+            labels.append(labels_of(batch, what).cpu())
     return classification_score(torch.cat(logits), torch.cat(labels))

@@ -19,9 +19,9 @@ from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.refinement.models import ClassifierModel, labels_of, pooled_layer
+from knowiso_train.refinement.models import ClassifierModel, pooled_layer
 from knowiso_train.refinement.peers import Logits, PeerEnsemble
-from knowiso_train.utils.batch import get_inputs
+from knowiso_train.utils.batch import get_inputs, labels_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +16,12 @@ from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import named_layers, unwrap_model
 from knowiso_train.features.state import device_of
-from knowiso_train.utils.batch import batch_size, get_inputs
+from knowiso_train.utils.batch import batch_size, get_inputs, labels_of
 
 TIMM_POOL_NAME = "global_pool"  # in most of timm's networks
 POOL_PROBE_IMAGES = 2  # images
 
 MAX_BATCH_DEPENDENCE = 1e-4  # relative: features of one image in two batches
-REFINE_LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 MAX_HEAD_DIFFERENCE = 1e-2  # relative: half precision rounds by less
 # Of the images that could be agreed on; where more of them are not, the classes stand in another order, or are others
@@ -227,39 +226,11 @@ def extract_pooled_features(
                     )
                 kept.append(feature[:room, :, 0, 0].float().cpu())
             if labels:
-                known.append(labels_of(batch, what)[:room])
+                known.append(labels_of(batch, what)[:room].cpu())
             count += room
     if not count:
         raise DataError(f"the loader of {what} gave no images")
     return PooledFeatures(tuple(torch.cat(kept) for kept in rows), torch.cat(known) if labels else None)
-
-
-def labels_of(batch: Any, what: str = "images") -> Tensor:
-    """Labels (N,) of a batch: its second item, or the entry under one of `REFINE_LABEL_KEYS`.
-
-    Raises:
-        DataError: no labels, or labels that are not one integer for each image.
-
-    Example:
-        >>> labels_of((torch.zeros(2, 3, 4, 4), torch.tensor([1, 0]))).tolist()
-        [1, 0]
-    """
-    found: Any = None
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in REFINE_LABEL_KEYS if key in batch), None)
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
-    if not isinstance(found, Tensor):
-        raise DataError(
-            f"the loader of {what} gives no labels: expected (images, labels), or a mapping with one of {REFINE_LABEL_KEYS}"
-        )
-    if found.ndim != 1 or found.is_floating_point() or len(found) != batch_size(batch):
-        raise DataError(
-            f"{what}: expected one integer label for each image, got {found.dtype} of shape {tuple(found.shape)}"
-        )
-    if bool((found < 0).any()):
-        raise DataError(f"{what}: an image has no label (its label is negative)")
-    return found.cpu().long()
 
 
 def classifier_models(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from knowiso_train.features.modules import network_name, unwrap_model
 from knowiso_train.refinement.metrics import Score
 from knowiso_train.refinement.peers import PeerScore
 from knowiso_train.utils.serialization import dump_json, replace_file, write_file
+from knowiso_train.utils.text_table import format_table
 
 REFINED_WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
 ROW_ROLES = ("before", "candidate", "after", "peer", "ensemble")
@@ -151,21 +152,21 @@ class RefineReport:
             [f"{row.name} ({row.role})" if row.role != "candidate" else row.name, *_cells(row), row.note]
             for row in self.rows
         ]
-        lines += _aligned([head, *body])
+        lines.append(format_table([head, *body], left=(0, -1)))
         if self.peers:
             table = [["peer", "explains", "is explained", "noise floor", ""]]
             table += [
                 [w.name, _share(w.r2_of_model), _share(w.r2_of_peer), _share(w.noise_floor), w.reason or "useful"]
                 for w in self.peers
             ]
-            lines += ["", *_aligned(table)]
+            lines += ["", format_table(table, left=(0, -1))]
         if self.explained:
             table = [["layer", "known to the peers before", "after"]]
             table += [
                 [name, _share(before), "–" if after is None else _share(after)]
                 for name, (before, after) in self.explained.items()
             ]
-            lines += ["", *_aligned(table)]
+            lines += ["", format_table(table, left=(0, -1))]
         if all(row.test is None for row in self.rows) and any(row.validation is not None for row in self.rows):
             lines += [
                 "",
@@ -252,13 +253,3 @@ def _cells(row: Row) -> list[str]:
 
 def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-    columns = [
-        [c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return ["  ".join(cells).rstrip() for cells in columns]

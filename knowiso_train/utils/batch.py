@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
-from knowiso_train.errors import InputTypeError, OptionError, ShapeError
+from knowiso_train.errors import DataError, InputTypeError, OptionError, ShapeError
 
 INPUT_KEYS = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 def check_loader(loader: Any, what: str = "loader", *, again: bool = True) -> None:
@@ -64,6 +65,45 @@ def get_inputs(batch: Any) -> Tensor:
             f"got {type(batch).__name__}{where}. Pass forward= to call the network on such batches."
         )
     return found
+
+
+def labels_of(batch: Any, description: str = "images") -> Tensor:
+    """Return the class labels of a batch.
+
+    Args:
+        batch: Tuple or list with the labels as its second element, or mapping with the labels at one of `LABEL_KEYS`.
+        description: Name of the images in error messages.
+
+    Returns:
+        (N,) int64 tensor on the device of the labels.
+
+    Raises:
+        DataError: No labels, labels that are not one integer per image, or negative labels.
+
+    Example:
+        >>> labels_of({"image": torch.zeros(2, 3, 4, 4), "y": torch.tensor([1, 0])})
+        tensor([1, 0])
+    """
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    if not isinstance(labels, Tensor):
+        content = "none" if labels is None else type(labels).__name__
+        raise DataError(
+            f"{description}: expected a tensor of labels as the second element of each batch or at one of {LABEL_KEYS}, "
+            f"got {content} in a {type(batch).__name__}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.shape != (batch_size(batch),):
+        raise DataError(
+            f"{description}: expected one integer label for each image, got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if bool((labels < 0).any()):
+        raise DataError(
+            f"{description}: expected labels of at least 0, got {int(labels.min())}; leave out images without a label"
+        )
+    return labels.long()
 
 
 def replace_inputs(batch: Any, inputs: Any) -> Any:

@@ -303,7 +303,7 @@ def head_alone(model: nn.Module) -> nn.Module:
         (copy.deepcopy, {"label_weight": -1.0}, OptionError, "label_weight must be"),
         (copy.deepcopy, {"validation_fraction": 1.0}, OptionError, "validation_fraction must be below 1"),
         (copy.deepcopy, {"batch_size": 90}, DataError, "12 of them held out"),
-        (copy.deepcopy, {"label_weight": 1.0}, InputTypeError, "one integer for each image"),
+        (copy.deepcopy, {"label_weight": 1.0}, DataError, "label_weight: expected a tensor of labels"),
     ],
 )
 def test_invalid_arguments_raise(

@@ -210,7 +210,7 @@ def test_batches_as_dictionaries_and_transforms() -> None:
         ({"method": "head", "labeled": None}, OptionError, "pass labeled="),
         ({"method": "paper"}, OptionError, "needs layer="),
         ({"method": "best"}, OptionError, "method must be one of"),
-        ({"labeled": batches(X[:20])}, DataError, "gives no labels"),
+        ({"labeled": batches(X[:20])}, DataError, "expected a tensor of labels"),
         ({"labeled": batches(X[:20], torch.full((20,), 7))}, ShapeError, "reset_classifier"),
         ({"head": "nothing"}, LayerNameError, "no layer 'nothing'"),
         ({"names": ["one"]}, InputTypeError, "names needs"),

@@ -12,9 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from knowiso_train.errors import InputTypeError, OptionError, ShapeError
+from knowiso_train.errors import DataError, InputTypeError, OptionError, ShapeError
 from knowiso_train.features import device_of, on_device, preserve_state
-from knowiso_train.utils.batch import batch_size, check_loader, get_inputs, index_batch, replace_inputs, to_device
+from knowiso_train.pruning import finetune
+from knowiso_train.refinement.models import ClassifierModel, extract_pooled_features
+from knowiso_train.utils.batch import (
+    LABEL_KEYS,
+    batch_size,
+    check_loader,
+    get_inputs,
+    index_batch,
+    labels_of,
+    replace_inputs,
+    to_device,
+)
 
 IMAGES, LABELS = torch.arange(24.0).view(4, 6), torch.arange(4)
 Pair = namedtuple("Pair", "image label")
@@ -65,6 +76,78 @@ def test_the_first_known_key_wins() -> None:
 def test_a_batch_without_images_says_what_it_is(batch: Any, says: str) -> None:
     with pytest.raises(InputTypeError, match=says):
         get_inputs(batch)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (IMAGES, LABELS),
+        [IMAGES, LABELS, torch.zeros(4)],
+        Pair(IMAGES, LABELS.int()),
+        *({"image": IMAGES, key: LABELS} for key in LABEL_KEYS),
+        UserDict(img=IMAGES, label=LABELS.to(torch.uint8)),
+    ],
+)
+def test_labels_of_returns_int64_labels_from_every_form_of_batch(batch: Any) -> None:
+    labels = labels_of(batch)
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (IMAGES, "tensor of labels as the second element.*got none in a Tensor"),
+        ((IMAGES,), "got none in a tuple"),
+        ({"image": IMAGES, "class": LABELS}, "got none in a dict"),
+        ((IMAGES, ["a", "b", "c", "d"]), "got list in a tuple"),
+        ((IMAGES, LABELS.float()), r"one integer label for each image, got torch.float32 of shape \(4,\)"),
+        ((IMAGES, LABELS[:3]), r"got torch.int64 of shape \(3,\)"),
+        ((IMAGES, LABELS[:, None]), r"got torch.int64 of shape \(4, 1\)"),
+        ((IMAGES, LABELS - 1), "labels of at least 0, got -1"),
+    ],
+)
+def test_labels_of_refuses_batches_without_one_class_per_image(batch: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"labeled images: .*{message}"):
+        labels_of(batch, "labeled images")
+
+
+def labels_seen_by_refine(batch: Any) -> list[int]:
+    """Return the labels that `refine` takes from a batch of vectors."""
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 4)).eval()
+    features = extract_pooled_features([ClassifierModel(model, "1", "model")], [batch], labels=True)
+    assert features.labels is not None
+    return features.labels.tolist()
+
+
+def cross_entropy_of_finetune(batch: Any) -> float | None:
+    """Return the cross-entropy with the labels before a fine-tuning step."""
+    torch.manual_seed(0)
+    original, pruned = nn.Linear(6, 4), nn.Linear(6, 4)
+    report = finetune(
+        pruned,
+        original,
+        [batch],
+        layers=(),
+        label_weight=1.0,
+        steps=1,
+        batch_size=4,
+        validation_fraction=0.5,
+        progress=False,
+    )
+    return report.before.cross_entropy
+
+
+@pytest.mark.parametrize("key", LABEL_KEYS)
+def test_refine_and_finetune_use_the_same_labels_of_a_batch(key: str) -> None:
+    images, labels = torch.randn(16, 6), torch.arange(16) % 4
+    batch = {"image": images, key: labels}
+    assert labels_seen_by_refine(batch) == labels.tolist()
+    assert cross_entropy_of_finetune(batch) == cross_entropy_of_finetune((images, labels))
+    assert cross_entropy_of_finetune(batch) != cross_entropy_of_finetune((images, labels.flip(0)))
+    for function in (labels_seen_by_refine, cross_entropy_of_finetune):
+        with pytest.raises(DataError, match="labels of at least 0, got -1"):
+            function({"image": images, key: labels - 1})
 
 
 def test_size_falls_back_to_the_first_tensor() -> None:
