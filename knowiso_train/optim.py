@@ -1,113 +1,133 @@
-"""Optimizers with orthogonalized momentum."""
+"""Muon: momentum whose matrices are orthogonalized, and Adam for the parameters that are no matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from knowiso_train.ops.linalg import MIN_NORM, orthogonalize, orthogonalize_all
+from knowiso_train.ops.linalg import MIN_NORM, orthogonalize_all
 
-MUON_MOMENTUM, ADAM_BETAS, BIAS_LR_FACTOR = 0.9, (0.9, 0.99), 0.2
+ADAM_BETAS = (0.9, 0.99)  # β₂ lower than usual: the second moment must settle within a short run
+ADAM_EPS = 1e-8
+BIAS_LR_FACTOR = 0.2  # Muon's learning rate of vectors, relative to that of matrices
 # Learning rate of norms and biases relative to that of matrices: a step of Adam is absolute, that of a matrix is
 # relative to its norm
 FINETUNE_BIAS_LR_FACTOR = 0.05
 FINETUNE_WARMUP_FRACTION = 0.05
 
-
-class Muon(torch.optim.Optimizer):
-    """One step changes a matrix (a convolution's weight as C_out × C_in·k²) by about `lr / √fan_in` an element, whatever the scale of the gradient.
-
-    Args:
-        parameters: weights of convolutions and biases.
-        lr: step, relative to the scale of a standard initialization.
-        weight_decay: decoupled, on matrices.
-        largest: matrices whose smaller side exceeds this take Adam's step instead, which is cheaper.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], lr: float, weight_decay: float, largest: int) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "largest": largest})
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.steps += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group["lr"], group["weight_decay"], group["largest"])
-
-    def _update(self, p: Tensor, gradient: Tensor, lr: float, weight_decay: float, largest: int) -> None:
-        state = self.state[p]
-        mean = state.setdefault("mean", torch.zeros_like(p)).lerp_(gradient, 1 - MUON_MOMENTUM)
-        fan_in = p[0].numel()
-        if p.ndim > 1 and min(len(p), fan_in) <= largest:
-            nesterov = torch.lerp(gradient, mean, MUON_MOMENTUM).flatten(1)
-            p.mul_(1 - lr * weight_decay)
-            p.add_(orthogonalize(nesterov).view(p.shape), alpha=-lr * (max(len(p), fan_in) / fan_in) ** 0.5)
-            return
-        square = state.setdefault("square", torch.zeros_like(p)).lerp_(gradient.square(), 1 - ADAM_BETAS[1])
-        deviation = (square / (1 - ADAM_BETAS[1] ** self.steps)).sqrt_().add_(1e-8)
-        p.addcdiv_(
-            mean / (1 - ADAM_BETAS[0] ** self.steps),
-            deviation,
-            value=-lr * (BIAS_LR_FACTOR if p.ndim == 1 else fan_in**-0.5),
-        )
+StepSize = Literal["fan_in", "relative"]
 
 
-class OrthogonalMomentum(Optimizer):
-    """Each matrix moves along its momentum with the singular values made one, by a share of its own norm.
+class Muon(Optimizer):
+    """Momentum with the singular values of every matrix set to one.
 
-    Directions that carry little gradient are learned as fast as the others, which is what a layer needs whose inputs
-    are correlated; and a relative
-    step means the same in every layer, whatever the scale of its weights. Source: Jordan et al., *Muon* (2024); the
-    relative step is ours.
+    Directions with small gradients are learned as fast as the others, which matters for layers with correlated inputs.
+    Weights with two axes or more count as matrices (outputs, everything else). A vector, or a matrix larger than
+    `max_side`, takes a step of Adam instead.
+
+    The step of a matrix (m, n) does not depend on the scale of its gradient. With the orthogonalized momentum O:
+
+    - "fan_in": `W ← (1 - lr · weight_decay) W - lr · √(max(m, n) / n) · O`, about `lr / √n` an element. It is relative to
+      the scale of a standard initialization.
+    - "relative": `W ← W - lr · ‖W‖ / ‖O‖ · O`. It is relative to the norm of trained weights.
+
+    Source: Jordan et al. (2024), *Muon*. The relative step is our own.
 
     Args:
-        params: weights with two axes or more, taken as matrices (outputs, everything else).
-        lr: length of a step, relative to the weight's norm.
-        momentum: share of the former momentum that stays.
+        params: Parameters or groups of parameters.
+        lr: Step size.
+        step_size: Unit of the step.
+        momentum: Fraction of the former momentum that remains, β₁.
+        weight_decay: Decoupled weight decay of matrices, relative to `lr`.
+        max_side: Maximum smaller side of an orthogonalized matrix. Default: no limit.
 
     Example:
         >>> weight = nn.Parameter(torch.eye(3))
-        >>> optimizer = OrthogonalMomentum([weight], lr=0.1)
+        >>> optimizer = Muon([weight], lr=0.1, step_size="relative")
         >>> (weight * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
         >>> optimizer.step()
         >>> round(((weight - torch.eye(3)).norm() / torch.eye(3).norm()).item(), 4)
         0.1
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        step_size: StepSize = "fan_in",
+        momentum: float = ADAM_BETAS[0],
+        weight_decay: float = 0.0,
+        max_side: int | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "max_side": max_side}
+        super().__init__(params, defaults | {"step_size": step_size})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not moved:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
                 continue
-            gradients = [parameter.grad for parameter in moved]
-            momenta = [self.state[parameter].setdefault("momentum", torch.zeros_like(parameter)) for parameter in moved]
+            gradients = [parameter.grad for parameter in parameters]
+            # M ← β₁ M + (1 - β₁) G
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            directions = orthogonalize_all([gradient.flatten(1) for gradient in ahead])
-            steps = [direction.reshape(parameter.shape) for direction, parameter in zip(directions, moved, strict=True)]
-            lengths, own = (torch.stack(torch._foreach_norm(tensors)) for tensors in (moved, steps))
-            torch._foreach_mul_(steps, list((lengths / own.clamp_min(MIN_NORM)).unbind()))
-            torch._foreach_sub_(moved, steps, alpha=group["lr"])
+            matrices = []
+            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+                if _is_orthogonalized(parameter, group["max_side"]):
+                    matrices.append((parameter, gradient, momentum))
+                else:
+                    self._adam_step(parameter, gradient, momentum, group)
+            if matrices:
+                self._matrix_step(matrices, group)
         return loss
+
+    def _matrix_step(self, matrices: list[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any]) -> None:
+        weights, gradients, momenta = (list(tensors) for tensors in zip(*matrices, strict=True))
+        # Nesterov: the momentum after one more step with the same gradient
+        lookahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        directions = orthogonalize_all([matrix.flatten(1) for matrix in lookahead])
+        steps = [direction.view(weight.shape) for direction, weight in zip(directions, weights, strict=True)]
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        if group["step_size"] == "relative":
+            weight_norms, step_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, steps))
+            torch._foreach_mul_(steps, list((weight_norms / step_norms.clamp_min(MIN_NORM)).unbind()))
+            torch._foreach_sub_(weights, steps, alpha=group["lr"])
+            return
+        for weight, step in zip(weights, steps, strict=True):
+            fan_in = weight[0].numel()
+            weight.add_(step, alpha=-group["lr"] * (max(len(weight), fan_in) / fan_in) ** 0.5)
+
+    def _adam_step(self, parameter: Tensor, gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
+        state, beta2 = self.state[parameter], ADAM_BETAS[1]
+        state["step"] = state.get("step", 0) + 1
+        square = state.setdefault("square", torch.zeros_like(parameter)).lerp_(gradient.square(), 1 - beta2)
+        # Bias correction, as both averages start at zero
+        deviation = (square / (1 - beta2 ** state["step"])).sqrt_().add_(ADAM_EPS)
+        mean = momentum / (1 - group["momentum"] ** state["step"])
+        factor = BIAS_LR_FACTOR if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        parameter.addcdiv_(mean, deviation, value=-group["lr"] * factor)
+
+
+def _is_orthogonalized(parameter: Tensor, max_side: int | None) -> bool:
+    return parameter.ndim > 1 and (max_side is None or min(len(parameter), parameter[0].numel()) <= max_side)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters: matrices of linear layers and convolutions, and the rest (norms, biases, depthwise and grouped convolutions).
+    """Split the trainable parameters into matrices of linear layers and convolutions, and the rest.
+
+    The rest is norms, biases, and the weights of depthwise, grouped and transposed convolutions.
 
     Example:
         >>> matrices, rest = split_parameters(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Linear(4, 2)))
@@ -120,16 +140,15 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
         if isinstance(layer, nn.Linear)
         or (isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == 1 and not layer.transposed)
     }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [parameter for parameter in trained if id(parameter) in matrices], [
-        parameter for parameter in trained if id(parameter) not in matrices
-    ]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in trainable if id(parameter) not in matrices]
+    return [parameter for parameter in trainable if id(parameter) in matrices], rest
 
 
 def build_optimizers(model: nn.Module, lr: float) -> list[tuple[Optimizer, float]]:
     """Return the optimizers of a short fine-tuning run, each with its peak learning rate.
 
-    Matrices take `OrthogonalMomentum`. Norms, biases, depthwise and grouped convolutions take Adam.
+    Matrices take `Muon`. Norms, biases, depthwise and grouped convolutions take Adam.
 
     Args:
         model: Model with at least one trainable parameter.
@@ -137,12 +156,12 @@ def build_optimizers(model: nn.Module, lr: float) -> list[tuple[Optimizer, float
 
     Example:
         >>> [(type(optimizer).__name__, lr) for optimizer, lr in build_optimizers(nn.Linear(4, 2), 1.0)]
-        [('OrthogonalMomentum', 1.0), ('Adam', 0.05)]
+        [('Muon', 1.0), ('Adam', 0.05)]
     """
     matrices, rest = split_parameters(model)
     optimizers: list[tuple[Optimizer, float]] = []
     if matrices:
-        optimizers.append((OrthogonalMomentum(matrices, lr), lr))
+        optimizers.append((Muon(matrices, lr, step_size="relative"), lr))
     if rest:
         bias_lr = FINETUNE_BIAS_LR_FACTOR * lr
         optimizers.append((torch.optim.Adam(rest, bias_lr, betas=ADAM_BETAS), bias_lr))

@@ -102,7 +102,7 @@ def _train(
     layer, readouts = maps.layers[order - 1], maps.readouts_of(order)
     trained: list[Tensor] = [*layer.parameters(), *(p for readout in readouts for p in readout.parameters())]
     lr = recipe.lr if order == 1 else recipe.lr / 2
-    optimizer = Muon(trained, lr, recipe.weight_decay, largest=max(512, 2 * batch * fit.rows // len(fit)))
+    optimizer = Muon(trained, lr, weight_decay=recipe.weight_decay, max_side=max(512, 2 * batch * fit.rows // len(fit)))
     keeper = _EarlyStopping(maps, order, trained, readouts, select, scale)
     check, step, order_of = max(1, steps // CHECKS), 0, torch.empty(0, dtype=torch.long)
     with (

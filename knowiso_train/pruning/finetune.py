@@ -123,7 +123,7 @@ def finetune(
     pruning did not change. Optional terms are the divergence of the logits and the cross-entropy with labels.
 
     Some images are held out for validation. The weights with the lowest loss on them are returned, those before the
-    first step included. Matrices are trained by `OrthogonalMomentum`, norms and biases by Adam.
+    first step included. Matrices are trained by `Muon`, norms and biases by Adam.
 
     Args:
         pruned: Model pruned from `original`, with the same layer names. Frozen parameters are not trained.
