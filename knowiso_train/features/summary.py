@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import LayoutError
+from knowiso_train.features.hooks import record_outputs
 from knowiso_train.features.layout import describe_feature
 from knowiso_train.features.modules import named_layers, unwrap_model
 from knowiso_train.features.state import preserve_state
@@ -38,19 +39,14 @@ def stage_grids(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int
         {'1': (8, 8), '2': (4, 4)}
     """
     layers, named = named_layers(model), named_stages(model)
-    wanted = [name for name in layers if name in named] or [name for name in layers if "." not in name]
-    emitted: dict[str, Any] = {}
-    handles = [
-        layers[name].register_forward_hook(lambda module, args, output, name=name: emitted.setdefault(name, output))
-        for name in wanted
-    ]
-    try:
-        with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    candidates = [name for name in layers if name in named] or [name for name in layers if "." not in name]
+    # A compiled network would not call hooks that are registered after its compilation.
+    with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with record_outputs({name: layers[name] for name in candidates}) as outputs:
             run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    grids = {name: grid for name in wanted if (grid := _grid(name, model, emitted.get(name))) is not None}
+    grids = {
+        name: grid for name in candidates if (grid := _grid(name, model, outputs.get(name, [None])[0])) is not None
+    }
     return grids if named else {name: grid for grid, name in {grid: name for name, grid in grids.items()}.items()}
 
 
@@ -92,23 +88,13 @@ def layer_summary(model: nn.Module, images: Tensor) -> list[LayerSummary]:
         [('0', 8, (4, 4)), ('1', 128, None)]
     """
     layers = named_layers(model)
-    emitted: dict[str, list[Any]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_hook(lambda module, inputs, output, name=name: emitted[name].append(_sized(output)))
-        for name, layer in layers.items()
-    ]
-    try:
-        with preserve_state(model), torch.no_grad():
-            model.eval()
-            model(images)
-            return [_line(name, layer, emitted[name], model, images) for name, layer in layers.items()]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with preserve_state(model), torch.no_grad(), record_outputs(layers, _without_memory) as outputs:
+        model(images)
+    return [_line(name, layer, outputs.get(name, []), model, images) for name, layer in layers.items()]
 
 
-def _sized(output: Any) -> Any:
-    """Shape and dtype are all that is asked of a tensor, so its memory is not kept."""
+def _without_memory(output: Any) -> Any:
+    """Return a tensor of the same shape and dtype without memory, or the class name of another value."""
     return (
         torch.empty(output.shape, dtype=output.dtype, device="meta")
         if isinstance(output, Tensor)

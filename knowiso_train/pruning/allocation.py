@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import OptionError
+from knowiso_train.features.hooks import record_outputs
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_groups import ChannelGroup
 
@@ -24,23 +25,10 @@ def count_positions(model: nn.Module, run: Callable[[], Any], images: int) -> di
         >>> count_positions(model, lambda: model(torch.zeros(5, 3, 4, 4)), 5)
         {'0': 4.0, '2': 1.0}
     """
-    found: dict[str, float] = {}
-
-    def counting(name: str) -> Callable[..., None]:
-        def hook(layer: Any, inputs: Any, output: Any) -> None:
-            found[name] = found.get(name, 0.0) + output.numel() / (images * len(layer.weight))
-
-        return hook
-
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    handles = [layer.register_forward_hook(counting(name)) for name, layer in layers]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    with torch.no_grad(), record_outputs(layers, Tensor.numel) as num_elements:
+        run()
+    return {name: sum(counts) / (images * len(layers[name].weight)) for name, counts in num_elements.items()}
 
 
 def count_macs(model: nn.Module, run: Callable[[], Any], images: int) -> float:

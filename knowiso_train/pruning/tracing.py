@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from knowiso_train.errors import OptionError
+from knowiso_train.features.hooks import record_outputs
 from knowiso_train.features.modules import named_layers
 from knowiso_train.features.state import preserve_state
 from knowiso_train.ops.im2col import is_plain_linear_op
@@ -289,18 +290,10 @@ def comparable_blocks(pruned: nn.Module, original: nn.Module, run: Callable[[nn.
 
 def _emitted(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, tuple[torch.Size, int]]:
     """By layer, in forward order: shape and identity of the output, of layers that run once and emit one tensor."""
-    seen: dict[str, list[Any]] = {}
-    handles = [
-        layer.register_forward_hook(lambda module, args, output, name=name: seen.setdefault(name, []).append(output))
-        for name, layer in named_layers(model).items()
-    ]
-    try:
-        with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with record_outputs(named_layers(model)) as outputs_by_layer:
             run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    once = {name: outputs[0] for name, outputs in seen.items() if len(outputs) == 1}
+    once = {name: outputs[0] for name, outputs in outputs_by_layer.items() if len(outputs) == 1}
     return {
         name: (output.shape, id(output))
         for name, output in once.items()
@@ -379,22 +372,10 @@ def trace_model(model: nn.Module, images: Calibration) -> dict[str, Epilogue]:
     }
     count = min(TRACE_IMAGES, images.count)
     few = images.first(count)
-    apart: set[str] = set()  # layers that do not see images, such as one that makes a position code
-
-    def looking(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or len(output) % count:
-                apart.add(name)
-
-        return hook
-
-    handles = [layer.register_forward_hook(looking(name)) for name, layer in layers.items()]
-    try:
-        found = trace_epilogues(model, layers, lambda: images.forward(model, few))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: tail for name, tail in found.items() if name not in apart}
+    with record_outputs(layers, lambda output: isinstance(output, Tensor) and len(output) % count == 0) as batched:
+        epilogues = trace_epilogues(model, layers, lambda: images.forward(model, few))
+    # Layers without a batch axis are left out, such as one that computes a position code.
+    return {name: epilogue for name, epilogue in epilogues.items() if all(batched[name])}
 
 
 def check_network(*networks: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import LayerNameError, LayoutError, OptionError, ShapeError
+from knowiso_train.features.hooks import record_outputs, remove_afterwards
 from knowiso_train.features.layout import infer_layout
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.refinement.heads import FeatureScaling
@@ -95,25 +96,17 @@ def _outputs(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, list[Any]]:
     """What the named layers and the network (under "") emit, every time they are called, with the output of one layer changed."""
-    found: dict[str, list[Any]] = {name: [] for name in names}
     handles = []
     if layer is not None and change is not None:
         handles.append(model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: change(output)))
-    for name in names:
-        handles.append(
-            model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, name=name: found[name].append(_kept(output))
-            )
-        )
-    try:
-        found[""] = [model(example)]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    # Registered before the recording hooks, which therefore record the changed output.
+    modules = {name: model.get_submodule(name) for name in names}
+    with remove_afterwards(handles), record_outputs(modules, _copy) as outputs:
+        network_output = model(example)
+    return {**{name: outputs.get(name, []) for name in names}, "": [network_output]}
 
 
-def _kept(output: Any) -> Any:
+def _copy(output: Any) -> Any:
     return output.clone() if isinstance(output, Tensor) else output
 
 

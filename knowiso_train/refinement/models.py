@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, OptionError, ShapeError
 from knowiso_train.features.extractor import Extractor
-from knowiso_train.features.hooks import call_input
+from knowiso_train.features.hooks import call_input, record_outputs, remove_afterwards
 from knowiso_train.features.modules import named_layers, unwrap_model
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import batch_size, get_inputs, labels_of
@@ -48,34 +48,28 @@ def pooled_layer(net: ClassifierModel, batch: Any) -> str:
     layers = named_layers(unwrap_model(net.model))
     if TIMM_POOL_NAME in layers:
         return TIMM_POOL_NAME
-    emitted: list[tuple[str, Tensor]] = []
-    found: list[str] = []
+    candidates: list[str] = []
 
-    def finished(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                emitted.append((name, output))
-
-        return hook
-
-    def read(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def compare(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = call_input(args, kwargs)
-        found.extend(name for name, output in emitted if output.shape == x.shape and output.data_ptr() == x.data_ptr())
+        # The same memory: the layer's output reached the classifier unchanged.
+        candidates.extend(
+            name
+            for name, outputs in outputs_by_layer.items()
+            for output in outputs
+            if isinstance(output, Tensor) and output.shape == x.shape and output.data_ptr() == x.data_ptr()
+        )
 
-    handles = [layer.register_forward_hook(finished(name)) for name, layer in layers.items()]
-    handles.append(net.classifier.register_forward_pre_hook(read, with_kwargs=True))
     images = get_inputs(batch)[:POOL_PROBE_IMAGES].to(device_of(net.model) or "cpu")
-    try:
+    handle = net.classifier.register_forward_pre_hook(compare, with_kwargs=True)
+    with remove_afterwards([handle]), record_outputs(layers) as outputs_by_layer:
         net.model(images if net.transform is None else net.transform(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
+    if not candidates:
         raise OptionError(
             f"{net.name} has no layer that emits what its classifier {net.head!r} reads; say with FineTuning(layers=[...]), and peer_layers for the "
             "peers, where it is to agree with them"
         )
-    return found[0]
+    return candidates[0]
 
 
 @dataclass(frozen=True)
@@ -339,13 +333,11 @@ def flag_mismatched_classes(
 
 @torch.no_grad()
 def _is_its_classifiers(net: ClassifierModel, batch: Any) -> bool:
-    made: list[Tensor] = []
-    handle = net.classifier.register_forward_hook(lambda _module, _inputs, output: made.append(output))
     images = get_inputs(batch)[:HEAD_PROBE_IMAGES].to(device_of(net.model) or "cpu")
-    try:
+    with record_outputs({net.head: net.classifier}) as outputs:
         output = net.model(images if net.transform is None else net.transform(images))
-    finally:
-        handle.remove()
-    if len(made) != 1 or not isinstance(output, Tensor) or output.shape != made[0].shape:
+    logits = outputs.get(net.head, [])
+    if len(logits) != 1 or not isinstance(output, Tensor) or output.shape != logits[0].shape:
         return False
-    return float((output - made[0]).abs().max()) <= MAX_HEAD_DIFFERENCE * float(made[0].abs().max().clamp_min(1e-12))
+    difference = float((output - logits[0]).abs().max())
+    return difference <= MAX_HEAD_DIFFERENCE * float(logits[0].abs().max().clamp_min(1e-12))

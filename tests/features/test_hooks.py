@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from knowiso_train.errors import CaptureError, LayerNameError, OptionError
 from knowiso_train.features import FeatureTaps
+from knowiso_train.features.hooks import record_outputs
 
 
 def convs(inplace: bool = False) -> nn.Sequential:
@@ -477,3 +478,22 @@ def test_options_without_meaning() -> None:
         FeatureTaps(model, "0", at={"2": "input"})
     with pytest.raises(LayerNameError):
         FeatureTaps(model, "9")
+
+
+def test_record_outputs_keeps_every_call_in_order_of_completion() -> None:
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared)
+    layers = {"unused": nn.ReLU(), "block": model[0], "shared": shared}
+    with record_outputs(layers) as outputs:
+        result = model(torch.ones(2, 3))
+    assert list(outputs) == ["shared", "block"]
+    assert len(outputs["shared"]) == 2
+    assert outputs["shared"][1] is result
+
+
+def test_record_outputs_removes_its_hooks_after_an_error() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 4))
+    with pytest.raises(RuntimeError), record_outputs(dict(model.named_children())) as outputs:
+        model(torch.ones(2, 3))
+    assert list(outputs) == ["0"]
+    assert not any(layer._forward_hooks for layer in model)
