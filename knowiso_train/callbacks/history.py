@@ -1,4 +1,4 @@
-"""Measurements of one training run."""
+"""History of the measurements of one training run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from knowiso_train.measurement.report import PairResult, Report
 
 
 class Measurement(NamedTuple):
-    """One measurement: the number of training steps before it, and its report (without the fitted maps).
+    """Training step and report of one measurement, without the fitted maps.
+
+    Attributes:
+        step: Number of training steps before the measurement.
+        report: Report of the measurement.
 
     Example:
         >>> from knowiso_train.measurement import Report
-        >>> Measurement(500, Report("a", "b", (), {}, {}, 0.1, {})).figures
+        >>> Measurement(500, Report("a", "b", (), {}, {}, 0.1, {})).metrics
         {}
     """
 
@@ -23,50 +27,64 @@ class Measurement(NamedTuple):
     report: Report
 
     @property
-    def figures(self) -> dict[str, float]:
-        """Flat, as trackers take them: `iso/val/<source>→<target>/share` (explained), `/noise_floor`, `/order_<k>` where there are several."""
-        return {f"{label(pair)}/{name}": value for pair in self.report for name, value in _of_pair(pair).items()}
+    def metrics(self) -> dict[str, float]:
+        """Flat metrics for experiment trackers.
+
+        Names are `iso/val/<source>→<target>/share` (explained by all orders), `…/noise_floor` and, for several orders,
+        `…/order_<k>`.
+        """
+        return {
+            f"{metric_prefix(pair)}/{name}": value
+            for pair in self.report
+            for name, value in _pair_metrics(pair).items()
+        }
 
 
-def label(pair: PairResult) -> str:
-    """Prefix of a pair's figures."""
+def metric_prefix(pair: PairResult) -> str:
+    """Return the prefix of the metric names of a pair."""
     return f"iso/val/{pair.source}→{pair.target}{'' if pair.direction == 'forward' else '/backward'}"
 
 
 def without_maps(report: Report) -> Report:
-    """The report alone; fitted maps of every measurement would fill the memory."""
+    """Return a report without the fitted maps, to limit the memory of the history."""
     return replace(report, pairs=tuple(replace(pair, disentangler=None) for pair in report))
 
 
 def to_plain(history: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Dicts, lists, numbers and text: what `torch.load(weights_only=True)` reads."""
-    return [{"step": measured.step, "report": measured.report.to_dict()} for measured in history]
+    """Return the history as dicts, lists, numbers and text, for `torch.load(weights_only=True)`."""
+    return [{"step": measurement.step, "report": measurement.report.to_dict()} for measurement in history]
 
 
 def from_plain(values: Any) -> list[Measurement]:
-    """The inverse of `to_plain`.
+    """Return the history of `to_plain`.
 
     Raises:
-        FormatError: other values.
+        FormatError: Other values.
     """
     if not isinstance(values, list) or not all(
         isinstance(entry, Mapping) and set(entry) == {"step", "report"} for entry in values
     ):
         raise FormatError(
-            "expected the history that IsomorphismCallback.state_dict gave, a list of {'step': …, 'report': …}; got something else"
+            "expected the history of IsomorphismCallback.state_dict, a list of {'step': …, 'report': …}, "
+            f"got {type(values).__name__} with other content"
         )
     return [Measurement(int(entry["step"]), Report.from_dict(entry["report"])) for entry in values]
 
 
 def to_rows(history: Sequence[Measurement]) -> list[dict[str, float]]:
+<<<<<<< HEAD
     """Return one flat row per measurement: its step and its figures."""
     return [{"step": measured.step, **measured.figures} for measured in history]
+=======
+    """Return one flat row of step and metrics per measurement."""
+    return [{"step": measurement.step, **measurement.metrics} for measurement in history]
+>>>>>>> 19a98c0 (Measurement, callbacks: field terms; reports are checked against the annotations of their fields)
 
 
-def _of_pair(pair: PairResult) -> dict[str, float]:
-    figures = {"share": pair.explained}
+def _pair_metrics(pair: PairResult) -> dict[str, float]:
+    metrics = {"share": pair.explained}
     if len(pair.shares) > 1:
-        figures |= {f"order_{order}": share for order, share in enumerate(pair.shares)}
+        metrics |= {f"order_{order}": share for order, share in enumerate(pair.shares)}
     if pair.noise_floor is not None:
-        figures["noise_floor"] = pair.noise_floor
-    return figures
+        metrics["noise_floor"] = pair.noise_floor
+    return metrics

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import inspect
+=======
+>>>>>>> 19a98c0 (Measurement, callbacks: field terms; reports are checked against the annotations of their fields)
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -14,72 +17,71 @@ from torch import Tensor, nn
 
 from knowiso_train.callbacks.curves import plot_curves
 from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, to_rows, without_maps
-from knowiso_train.disentangle.config import DisentangleConfig
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, KnowisoWarning, MissingDependencyError, OptionError
 from knowiso_train.features.modules import forward_override, pair_layers, unwrap_model
 from knowiso_train.features.state import isolated_eval, preserve_state
+from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
-from knowiso_train.measurement.measure import measure
+from knowiso_train.measurement.measure import Layers, run_measurement
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.serialization import write_json
 
-# Of measure's parameters, not passed through
-_OWN = {"source", "target", "loader", "layers", "order", "target_transform", "device"}
-OPTIONS = tuple(name for name in inspect.signature(measure).parameters if name not in _OWN)
+# Options of `measure` that the callback has as parameters of its own, or sets itself
+RESERVED_OPTIONS = {"order", "target_transform", "device"}
+MEASURE_OPTIONS = tuple(field.name for field in fields(MeasureConfig) if field.name not in RESERVED_OPTIONS)
 
 
-class Log(Protocol):
-    """What takes the figures: `accelerator.log`, or any function of values and `step=`."""
+class MetricLogger(Protocol):
+    """Function of metrics and `step=`, such as `accelerator.log`."""
 
-    def __call__(self, values: dict[str, float], /, *, step: int) -> Any: ...
+    def __call__(self, values: dict[str, float], /, *, step: int) -> Any:
+        """Log metrics at a training step."""
 
 
 class IsomorphismCallback:
-    """Measures every n training steps, on held-out images, how much of the teacher's features the student's explain.
+    """Measurement of the shares of the teacher's features that the student explains, every n training steps.
 
-    The training goes on as if nothing had happened: modes, buffers, gradients, random state and what an attached
-    `IsomorphismLoss` has captured are
-    as before. Networks are run bare, uncompiled and outside autocast, so a figure does not depend on where `step()` is
-    called, and equals what
-    `measure` gives (networks that accelerate prepared for mixed precision keep it). In several processes every process
-    calls the same methods
-    equally often; the first one logs and writes.
+    The measurement has no effect on the training: modes, buffers, gradients, random state and captured tensors of an
+    attached `IsomorphismLoss` are restored. Networks run unwrapped, uncompiled and without autocast, so the metrics
+    equal those of `measure`. (Networks that accelerate prepared for mixed precision keep it.) In several processes, all
+    processes must call the same methods equally often; rank 0 logs and writes.
 
     Args:
-        student: the network that is trained; bare or wrapped.
-        teacher: the network that is asked.
-        loader: held-out images as the student takes them; read as `measure` reads, and dealt to the processes.
-        layers: as for `measure`: {student layer: teacher layer}, names or globs, or tuples.
-        every: training steps between measurements.
-        order: K, the highest number of non-linear steps; orders above 0 train small maps, which takes longer.
-        log: called with flat figures, `log({"iso/val/<source>→<target>/share": 0.4, …}, step=500)`; `accelerator.log`
-            fits.
-        path: folder for `end()` to write to: `report.json` (the last report), `history.json` (figures of every
-            measurement) and, where matplotlib
-            is installed, `shares.png` (curves over steps).
-        teacher_transform: applied to the images before the teacher, where resolution or normalization differ.
-        teacher_forward: `teacher_forward(teacher, images)` in place of `teacher(images)`.
-        **options: of `measure`: `max_images`, `kernel_size`, `directions`, `noise_floor`, `layout`, … No progress is
-            shown unless `progress=True`.
+        student: Network in training, possibly wrapped.
+        teacher: Reference network.
+        loader: Held-out images for the student; read as by `measure`.
+        layers: {student layer: teacher layer}, names or globs for both networks, or tuples.
+        every: Number of training steps between measurements.
+        order: Highest number K of non-linear steps. Orders above 0 train small maps, which takes longer.
+        log: Function that receives `{"iso/val/<source>→<target>/share": 0.4, …}` and `step=500`. None: no logging.
+        path: Folder for the files of `end()`: `report.json` (last report), `history.json` (metrics of all measurements)
+            and, if matplotlib is installed, `shares.png` (curves over steps). None: no files.
+        teacher_transform: Transform of the images for the teacher (resolution, normalization).
+        teacher_forward: `teacher_forward(teacher, images)`, replaces `teacher(images)`.
+        **options: Further options of `measure`, such as `max_images`, `kernel_size`, `directions`, `noise_floor` or
+            `layout`. `progress` is False by default.
 
     Raises:
-        OptionError: an option without meaning.
-        LayerNameError: layers that do not exist or cannot be paired.
-        InputTypeError: a loader that can be read only once.
+        OptionError: An unknown option, or an invalid value.
+        LayerNameError: Layers that do not exist or cannot be paired.
+        InputTypeError: A loader that can be read only once.
 
     Example:
         >>> student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
-        >>> held_out = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(100, 3, 6, 6)), batch_size=25)
-        >>> callback = IsomorphismCallback(student, teacher, held_out, {"1": "1"}, every=2, log=lambda values, step: print(step, sorted(values)))
+        >>> validation = [torch.randn(100, 3, 6, 6)]
+        >>> log = lambda values, step: print(step, sorted(values))
+        >>> callback = IsomorphismCallback(student, teacher, validation, {"1": "1"}, every=2, log=log)
         >>> for _ in range(3):
         ...     _ = callback.step()  # after optimizer.step()
         2 ['iso/val/1→1/noise_floor', 'iso/val/1→1/share']
         >>> report = callback.end()
         3 ['iso/val/1→1/noise_floor', 'iso/val/1→1/share']
-        >>> [measured.step for measured in callback.history], report["1"].explained == callback.history[-1].figures["iso/val/1→1/share"]
-        ([2, 3], True)
+        >>> [measurement.step for measurement in callback.history]
+        [2, 3]
+        >>> report["1"].explained == callback.history[-1].metrics["iso/val/1→1/share"]
+        True
     """
 
     def __init__(
@@ -87,11 +89,11 @@ class IsomorphismCallback:
         student: nn.Module,
         teacher: nn.Module,
         loader: Iterable[Any],
-        layers: str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str],
+        layers: Layers,
         *,
         every: int = 500,
         order: int = 0,
-        log: Log | None = None,
+        log: MetricLogger | None = None,
         path: str | Path | None = None,
         teacher_transform: Callable[[Any], Any] | None = None,
         teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
@@ -111,70 +113,75 @@ class IsomorphismCallback:
                     "pass teacher_forward=, for the teacher alone, or forward=, for both networks, not both"
                 )
             options = options | {"forward": forward_override(teacher, teacher_forward)}
-        _check_options(loader, order, options)
+        unknown = next((name for name in options if name not in MEASURE_OPTIONS), None)
+        if unknown is not None:
+            near = get_close_matches(unknown, MEASURE_OPTIONS, n=3)
+            hint = f"nearest: {near}" if near else f"there are {list(MEASURE_OPTIONS)}"
+            raise OptionError(f"{unknown!r} is no option of measure that can be passed on; {hint}")
+        # Fails here, not at the first measurement
+        config: dict[str, Any] = {"progress": False} | options
+        self._config = MeasureConfig(order=order, target_transform=teacher_transform, **config)
+        with preserve_state():  # a sampler may draw random numbers
+            SplitImageLoader(loader, self._config.split, self._config.seed, self._config.max_images)
         self.student, self.teacher, self.loader = student, teacher, loader
         self.pairs = tuple(pair_layers(student, teacher, layers))
         self.every, self.order, self.log, self.path = every, order, log, None if path is None else Path(path)
         self.steps = 0
         self.history: list[Measurement] = []
-        self._options: dict[str, Any] = {"progress": False} | options | {"target_transform": teacher_transform}
 
     @classmethod
     def of(cls, iso: IsomorphismLoss, loader: Iterable[Any], **options: Any) -> Self:
-        """The callback that watches what a loss teaches: its networks, pairs, kernel size, transform, teacher's forward, layout and `repeated`.
+        """Create a callback for the networks, layer pairs and options of a loss.
 
         Args:
-            iso: the loss.
-            loader: held-out images.
-            **options: of `IsomorphismCallback`; they take precedence.
+            iso: Loss that provides networks, pairs, kernel size, transform, teacher's forward, layout and `repeated`.
+            loader: Held-out images.
+            **options: Options of `IsomorphismCallback`; they take precedence over those of the loss.
 
         Example:
             >>> student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
-            >>> callback = IsomorphismCallback.of(IsomorphismLoss(student, teacher, "1"), [torch.randn(100, 3, 6, 6)], every=100)
+            >>> iso = IsomorphismLoss(student, teacher, "1")
+            >>> callback = IsomorphismCallback.of(iso, [torch.randn(100, 3, 6, 6)], every=100)
             >>> 0 < callback.measure()["1"].explained < 1
             True
         """
-        given: dict[str, Any] = {
-            "kernel_size": iso.kernel_size, "teacher_transform": iso.teacher_transform, "layout": iso.layout, "repeated": iso.repeated,
-        }  # fmt: skip
+        loss_options: dict[str, Any] = {
+            "kernel_size": iso.kernel_size,
+            "teacher_transform": iso.teacher_transform,
+            "layout": iso.layout,
+            "repeated": iso.repeated,
+        }
         if options.get("forward") is None:
-            given["teacher_forward"] = iso.teacher_forward
-        return cls(
-            iso.student, iso.teacher, loader, [(pair.source, pair.target) for pair in iso.pairs], **given | options
-        )
+            loss_options["teacher_forward"] = iso.teacher_forward
+        layers = [(pair.source, pair.target) for pair in iso.pairs]
+        return cls(iso.student, iso.teacher, loader, layers, **loss_options | options)
 
     def step(self) -> Report | None:
-        """Count a training step; every n-th one is measured and logged. Call it once per step, after `optimizer.step()`.
+        """Count a training step, and measure at every n-th one; call it after each `optimizer.step()`.
 
         Returns:
-            The report where this step was measured.
+            The report, or None if this step was not measured.
 
         Raises:
-            KnowisoError: as `measure`; networks and hooks are as before, also then.
+            KnowisoError: As `measure`. Networks and hooks are restored also then.
         """
         self.steps += 1
         return self.measure() if self.steps % self.every == 0 else None
 
     def measure(self) -> Report:
-        """Measure now, whatever the step: before the first one, for the curve's beginning. A second measurement of a step replaces the first."""
+        """Measure at the present step and log the metrics; replace an earlier measurement of this step."""
+        student, teacher = unwrap_model(self.student), unwrap_model(self.teacher)
+        layers = [(pair.source, pair.target) for pair in self.pairs]
         with isolated_eval(self.student, self.teacher):
-            layers = [(pair.source, pair.target) for pair in self.pairs]
-            report = measure(
-                unwrap_model(self.student),
-                unwrap_model(self.teacher),
-                self.loader,
-                layers,
-                order=self.order,
-                **self._options,
-            )
-        measured = Measurement(self.steps, without_maps(report))
-        self.history = [earlier for earlier in self.history if earlier.step != self.steps] + [measured]
+            report = run_measurement(student, teacher, self.loader, layers, self._config)
+        measurement = Measurement(self.steps, without_maps(report))
+        self.history = [earlier for earlier in self.history if earlier.step != self.steps] + [measurement]
         if self.log is not None and ProcessGroup().rank == 0:
-            self.log(measured.figures, step=self.steps)
-        return measured.report
+            self.log(measurement.metrics, step=self.steps)
+        return measurement.report
 
     def end(self) -> Report:
-        """The last report; measured now, unless the last step was. Reports and curves are written where there is a `path`."""
+        """Measure the last step if it was not measured, write the files to `path`, and return the last report."""
         if not self.history or self.history[-1].step != self.steps:
             self.measure()
         if self.path is not None and ProcessGroup().rank == 0:
@@ -182,25 +189,24 @@ class IsomorphismCallback:
         return self.history[-1].report
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of steps, and everything measured, as plain values: for `accelerator.register_for_checkpointing`, loads with `weights_only=True`."""
+        """Return the number of steps and all measurements as plain values, loadable with `weights_only=True`."""
         return {"steps": self.steps, "history": to_plain(self.history)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore the state of `state_dict`.
 
         Raises:
-            FormatError: other values; then nothing has changed.
+            FormatError: Other values. The callback was not modified.
         """
         if not isinstance(state, Mapping) or set(state) != {"steps", "history"} or not isinstance(state["steps"], int):
-            got = (
-                {str(key): type(value).__name__ for key, value in state.items()}
-                if isinstance(state, Mapping)
-                else type(state).__name__
-            )
+            content: Any = type(state).__name__
+            if isinstance(state, Mapping):
+                content = {str(key): type(value).__name__ for key, value in state.items()}
             raise FormatError(
-                f"expected the state of an IsomorphismCallback, {{'steps': int, 'history': list}}; got {got}"
+                f"expected the state of an IsomorphismCallback, {{'steps': int, 'history': list}}; got {content}"
             )
-        self.steps, self.history = state["steps"], from_plain(state["history"])
+        self.history = from_plain(state["history"])
+        self.steps = state["steps"]
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,18 +216,3 @@ class IsomorphismCallback:
             plot_curves(self.history, folder / "shares.png")
         except MissingDependencyError as error:
             warnings.warn(f"{folder}: shares.png is not written: {error}", KnowisoWarning, stacklevel=3)
-
-
-def _check_options(loader: Iterable[Any], order: int, options: Mapping[str, Any]) -> None:
-    """Now, and not after the first 500 steps."""
-    for name in options:
-        if name not in OPTIONS:
-            near = get_close_matches(name, OPTIONS, n=3)
-            raise OptionError(
-                f"{name!r} is no option of measure that can be passed on; {f'nearest: {near}' if near else f'there are {list(OPTIONS)}'}"
-            )
-    DisentangleConfig(
-        order=order, **{field.name: options[field.name] for field in fields(DisentangleConfig) if field.name in options}
-    )
-    with preserve_state():  # a sampler may draw
-        SplitImageLoader(loader, **{name: options[name] for name in ("split", "seed", "max_images") if name in options})

@@ -175,7 +175,7 @@ class SplitImageLoader:
             elif self._fingerprints.get(key) != fingerprint:
                 raise DataError(
                     f"the loader gave another image {key} when it was read a second time (it shuffles or augments), so "
-                    "report images would be among the fitted ones. Pass a torch DataLoader over a map-style dataset, or "
+                    "report images would be among the fitted ones. Pass a DataLoader over a map-style dataset, or "
                     "an iterable with the same images in the same order each time."
                 )
 

@@ -29,10 +29,10 @@ def check_capacity(estimates: Mapping[str, MemoryEstimate], device: torch.device
         return
     label, largest = max(estimates.items(), key=lambda item: item[1].streaming + item[1].solving)
     raise CapacityError(
-        f"measuring {len(estimates)} layer pair(s) needs about {_format_bytes(total)} on {device}, but {_format_bytes(usable)} "
-        f"can be used; the largest is {label} with {largest.num_features} features "
-        f"({_format_bytes(largest.streaming + largest.solving)}). Use kernel_size=1, source_channels=256 (random projection "
-        "of the source), positions=16, a smaller max_rows, order=0, or fewer layers a call."
+        f"measuring {len(estimates)} layer pair(s) needs about {_format_bytes(total)} on {device}, "
+        f"but {_format_bytes(usable)} can be used; the largest is {label} with {largest.num_features} features "
+        f"({_format_bytes(largest.streaming + largest.solving)}). Use kernel_size=1, source_channels=256 (a random "
+        "projection of the source), positions=16, a smaller max_rows, order=0, or fewer layers a call."
     )
 
 

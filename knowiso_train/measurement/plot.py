@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from knowiso_train.errors import MissingDependencyError, OptionError
 from knowiso_train.measurement.render import (
+    EXPLAINED_COLOR,
     HATCH_COLOR,
     MUTED_COLOR,
     NOISE_FLOOR_COLOR,
@@ -22,19 +23,23 @@ from knowiso_train.measurement.render import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     from knowiso_train.measurement.report import PairResult, Report
 
-FIGURE_WIDTH_INCHES, REPORT_DPI = 9.0, 160
-BAR_HEIGHT = 0.62  # of the row
-MIN_LABEL_SHARE = 0.075  # narrower pieces carry no label
-MAX_NAME_CHARACTERS = 26  # characters of a layer name
+FIGURE_WIDTH_INCHES, FIGURE_DPI = 9.0, 160
+ROW_HEIGHT_INCHES, MARGIN_HEIGHT_INCHES, TITLE_HEIGHT_INCHES = 0.44, 1.6, 0.35
+BAR_HEIGHT_ROWS = 0.62
+MIN_LABEL_SHARE = 0.075  # segments narrower than this have no label, in a figure of two panels
+MAX_LABEL_CHARACTERS = 26  # of a layer name
+MAX_TITLE_CHARACTERS = 84  # over all panels, at the full font size
 
 
 def plot(report: Report, path: str | Path | None = None, *, title: str | None = None) -> Figure:
-    """Draw the report; see `Report.plot`."""
+    """Plot a report; see `Report.plot`."""
     try:
-        from matplotlib.figure import Figure  # not pyplot: no global state, no back-end chosen
+        # Not pyplot: it has global state and selects a back-end
+        from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise MissingDependencyError(
@@ -44,38 +49,34 @@ def plot(report: Report, path: str | Path | None = None, *, title: str | None = 
     panels = directions(report)
     if not panels:
         raise OptionError("the report has no layer pairs, so there is nothing to plot")
-    rows = max(len(pairs) for _, pairs in panels)
-    margins = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
-    figure = Figure(
-        figsize=(FIGURE_WIDTH_INCHES, 0.44 * rows + (1.6 if title is None else 1.95)),
-        dpi=REPORT_DPI,
-        layout=margins,
-        facecolor="white",
-    )
+    num_rows = max(len(pairs) for _, pairs in panels)
+    height = ROW_HEIGHT_INCHES * num_rows + MARGIN_HEIGHT_INCHES + (0 if title is None else TITLE_HEIGHT_INCHES)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
+    figure = Figure(figsize=(FIGURE_WIDTH_INCHES, height), dpi=FIGURE_DPI, layout=layout, facecolor="white")
     if title is not None:
         figure.suptitle(title, fontsize=12, color=TEXT_COLOR, fontweight="bold")
     colors = order_colors(max(len(pair.shares) for pair in report.pairs))
-    labels = [list(map(_label, pairs)) for _, pairs in panels]
+    labels = [[_label(pair) for pair in pairs] for _, pairs in panels]
+    same_labels = all(panel == labels[0] for panel in labels)
     panel_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (direction, pairs) in zip(panel_axes, panels, strict=True):
-        _title(axes, *report.roles(direction), room=84 // len(panels))
-        room = MIN_LABEL_SHARE * len(panels) / 2
-        for place, pair in enumerate(pairs):
-            _bar(axes, place, pair, colors, room)
-        repeated = axes is not panel_axes[0] and all(names == labels[0] for names in labels)
-        _frame(axes, pairs, [] if repeated else list(map(_label, pairs)))
-    _legend(figure, report, colors)
+    for i, (axes, (direction, pairs)) in enumerate(zip(panel_axes, panels, strict=True)):
+        _draw_title(axes, *report.roles(direction), max_characters=MAX_TITLE_CHARACTERS // len(panels))
+        for row, pair in enumerate(pairs):
+            _draw_pair(axes, row, pair, colors, min_label_share=MIN_LABEL_SHARE * len(panels) / 2)
+        _format_axes(axes, pairs, [] if i and same_labels else labels[i])
+    _draw_legend(figure, report, colors)
     if path is not None:
         _save(figure, Path(path))
     return figure
 
 
-def _bar(axes: Axes, place: int, pair: PairResult, colors: list[str], room: float) -> None:
+def _draw_pair(axes: Axes, row: int, pair: PairResult, colors: list[str], min_label_share: float) -> None:
+    """Draw the bar of one pair, its interval and its noise floor."""
     explained = _clip(pair.explained)
     axes.barh(
-        place,
+        row,
         1 - explained,
-        BAR_HEIGHT,
+        BAR_HEIGHT_ROWS,
         left=explained,
         color=UNEXPLAINED_COLOR,
         edgecolor=HATCH_COLOR,
@@ -83,60 +84,18 @@ def _bar(axes: Axes, place: int, pair: PairResult, colors: list[str], room: floa
         linewidth=0,
     )
     if pair.additive:
-        left = 0.0
-        for share, color in zip(pair.shares, colors, strict=False):
-            right = _clip(min(left + max(share, 0.0), explained) if not math.isnan(share) else left)
-            axes.barh(place, right - left, BAR_HEIGHT, left=left, color=color, edgecolor="white", linewidth=0.6)
-            if right - left >= room:
-                axes.text(
-                    _clear_of(pair.noise_floor, left, right),
-                    place,
-                    _figure(share),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color=text_color_on(color),
-                    zorder=6,
-                )
-            left = right
-    else:  # correlated components cannot be stacked: one bar, and a marker per component
-        axes.barh(place, explained, BAR_HEIGHT, color="#c9d8e6", linewidth=0)
-        for variance, color in zip(pair.component_variances, colors, strict=False):
-            axes.plot(
-                variance,
-                place,
-                marker="D",
-                markersize=5.5,
-                color=color,
-                markeredgecolor="white",
-                markeredgewidth=0.7,
-                linestyle="none",
-                zorder=5,
-            )
-    if 1 - explained >= room * 1.15 and not math.isnan(pair.unexplained):
-        label = axes.text(
-            (1 + explained) / 2,
-            place,
-            _figure(pair.unexplained),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=TEXT_COLOR,
-            zorder=6,
-        )
+        _draw_shares(axes, row, pair, colors, min_label_share)
+    else:
+        _draw_components(axes, row, pair, colors)
+    if 1 - explained >= min_label_share * 1.15 and not math.isnan(pair.unexplained):
+        label = _draw_number(axes, (1 + explained) / 2, row, pair.unexplained, TEXT_COLOR)
         label.set_bbox({"facecolor": UNEXPLAINED_COLOR, "edgecolor": "none", "pad": 1.2})
-    low, high = 1 - pair.interval[1], 1 - pair.interval[0]
-    if math.isfinite(low) and math.isfinite(high):
-        # Under the bar: never over a figure, nor dark on dark
-        low, high, below = _clip(low), _clip(high), place + BAR_HEIGHT / 2 + 0.1
-        axes.plot([low, high], [below, below], color=TEXT_COLOR, linewidth=1.1, solid_capstyle="butt", zorder=5)
-        for end in (low, high):
-            axes.plot([end, end], [below - 0.07, below + 0.07], color=TEXT_COLOR, linewidth=1.1, zorder=5)
+    _draw_interval(axes, row, pair)
     if pair.noise_floor is not None and math.isfinite(pair.noise_floor):
-        at = _clip(pair.noise_floor)
+        x, half_height = _clip(pair.noise_floor), BAR_HEIGHT_ROWS / 2 + 0.06
         axes.plot(
-            [at, at],
-            [place - BAR_HEIGHT / 2 - 0.06, place + BAR_HEIGHT / 2 + 0.06],
+            [x, x],
+            [row - half_height, row + half_height],
             color=NOISE_FLOOR_COLOR,
             linewidth=1.8,
             solid_capstyle="butt",
@@ -145,40 +104,86 @@ def _bar(axes: Axes, place: int, pair: PairResult, colors: list[str], room: floa
         )
 
 
-def _title(axes: Axes, explaining: str, explained: str, room: int) -> None:
-    """What is explained from what: smaller where it is long, and only then with shortened names."""
-    words = " explained from "
-    longest = (room * 5 // 4 - len(words)) // 2
-    whole = f"{explained}{words}{explaining}"
-    text = (
-        whole if len(whole) <= room * 5 // 4 else f"{_fitted(explained, longest)}{words}{_fitted(explaining, longest)}"
-    )
-    axes.set_title(text, fontsize=10.5 if len(text) <= room else 9.0, color=TEXT_COLOR, loc="left", pad=8)
+def _draw_shares(axes: Axes, row: int, pair: PairResult, colors: list[str], min_label_share: float) -> None:
+    """Draw shares that sum to the explained share as a stacked bar."""
+    explained, left = _clip(pair.explained), 0.0
+    for share, color in zip(pair.shares, colors, strict=False):
+        right = left if math.isnan(share) else _clip(min(left + max(share, 0.0), explained))
+        axes.barh(row, right - left, BAR_HEIGHT_ROWS, left=left, color=color, edgecolor="white", linewidth=0.6)
+        if right - left >= min_label_share:
+            x = _label_position(pair.noise_floor, left, right)
+            _draw_number(axes, x, row, share, text_color_on(color))
+        left = right
 
 
-def _clear_of(mark: float | None, left: float, right: float) -> float:
-    """Where a figure goes in a piece: its middle, or the middle of the wider part where the noise floor's mark would cross it."""
+def _draw_components(axes: Axes, row: int, pair: PairResult, colors: list[str]) -> None:
+    """Draw correlated components, which cannot be stacked: one bar, and a marker per component."""
+    axes.barh(row, _clip(pair.explained), BAR_HEIGHT_ROWS, color=EXPLAINED_COLOR, linewidth=0)
+    for variance, color in zip(pair.component_variances, colors, strict=False):
+        axes.plot(
+            variance,
+            row,
+            marker="D",
+            markersize=5.5,
+            color=color,
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            linestyle="none",
+            zorder=5,
+        )
+
+
+def _draw_interval(axes: Axes, row: int, pair: PairResult) -> None:
+    """Draw the interval of the explained share below the bar, where it covers no number."""
+    low, high = 1 - pair.interval[1], 1 - pair.interval[0]
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return
+    low, high, y = _clip(low), _clip(high), row + BAR_HEIGHT_ROWS / 2 + 0.1
+    axes.plot([low, high], [y, y], color=TEXT_COLOR, linewidth=1.1, solid_capstyle="butt", zorder=5)
+    for end in (low, high):
+        axes.plot([end, end], [y - 0.07, y + 0.07], color=TEXT_COLOR, linewidth=1.1, zorder=5)
+
+
+def _draw_number(axes: Axes, x: float, row: int, share: float, color: str) -> Text:
+    return axes.text(x, row, f"{100 * share:.1f}", ha="center", va="center", fontsize=8, color=color, zorder=6)
+
+
+def _draw_title(axes: Axes, explaining: str, explained: str, max_characters: int) -> None:
+    """Write the names of both networks, in a smaller font if they are long, and shortened beyond that."""
+    relation = " explained from "
+    max_small_characters = max_characters * 5 // 4
+    text = f"{explained}{relation}{explaining}"
+    if len(text) > max_small_characters:
+        max_name = (max_small_characters - len(relation)) // 2
+        text = f"{_shorten(explained, max_name)}{relation}{_shorten(explaining, max_name)}"
+    fontsize = 10.5 if len(text) <= max_characters else 9.0
+    axes.set_title(text, fontsize=fontsize, color=TEXT_COLOR, loc="left", pad=8)
+
+
+def _label_position(noise_floor: float | None, left: float, right: float) -> float:
+    """Return the x of a segment's number: its middle, or beside the mark of the noise floor if that would cross it."""
     middle = (left + right) / 2
-    if mark is None or math.isnan(mark) or abs(mark - middle) > MIN_LABEL_SHARE / 2:
+    if noise_floor is None or math.isnan(noise_floor) or abs(noise_floor - middle) > MIN_LABEL_SHARE / 2:
         return middle
-    return (mark + right) / 2 if mark <= middle else (left + mark) / 2
+    # The middle of the wider part
+    return (noise_floor + right) / 2 if noise_floor <= middle else (left + noise_floor) / 2
 
 
 def _label(pair: PairResult) -> str:
-    """In two lines where both layers together are long."""
+    """Return the layer names of a pair, in two lines if they are long."""
     name = pair_name(pair)
-    if pair.source == pair.target or len(name) <= MAX_NAME_CHARACTERS:
-        return _fitted(name, MAX_NAME_CHARACTERS)
-    return f"{_fitted(pair.source, MAX_NAME_CHARACTERS)}\n→ {_fitted(pair.target, MAX_NAME_CHARACTERS - 2)}"
+    if pair.source == pair.target or len(name) <= MAX_LABEL_CHARACTERS:
+        return _shorten(name, MAX_LABEL_CHARACTERS)
+    return f"{_shorten(pair.source, MAX_LABEL_CHARACTERS)}\n→ {_shorten(pair.target, MAX_LABEL_CHARACTERS - 2)}"
 
 
-def _frame(axes: Axes, pairs: tuple[PairResult, ...], names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=9, color=TEXT_COLOR, linespacing=1.05)
+def _format_axes(axes: Axes, pairs: tuple[PairResult, ...], labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels, fontsize=9, color=TEXT_COLOR, linespacing=1.05)
     axes.set_ylim(len(pairs) - 0.45, -0.55)  # the first layer on top
-    widest = max(
-        [1.0, *(v for pair in pairs if not pair.additive for v in pair.component_variances if math.isfinite(v))]
-    )
-    axes.set_xlim(0, 1.0 if widest == 1 else widest * 1.04)
+    # Variances of correlated components can exceed 1
+    variances = [v for pair in pairs if not pair.additive for v in pair.component_variances if math.isfinite(v)]
+    largest = max([1.0, *variances])
+    axes.set_xlim(0, 1.0 if largest == 1 else largest * 1.04)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25", "50", "75", "100 %"], fontsize=8, color=MUTED_COLOR)
     axes.tick_params(axis="both", length=0, pad=5)
     axes.set_xlabel("share of the explained layer's variance", fontsize=8.5, color=MUTED_COLOR)
@@ -186,27 +191,27 @@ def _frame(axes: Axes, pairs: tuple[PairResult, ...], names: list[str]) -> None:
         spine.set_visible(False)
 
 
-def _legend(figure: Figure, report: Report, colors: list[str]) -> None:
+def _draw_legend(figure: Figure, report: Report, colors: list[str]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    marks: list[Any] = []
+    handles: list[Any] = []
     if any(pair.additive for pair in report.pairs):
-        marks += [
+        handles += [
             Patch(facecolor=color, label=f"order {k}{' (linear)' if k == 0 else ''}") for k, color in enumerate(colors)
         ]
     if not all(pair.additive for pair in report.pairs):
-        marks.append(Patch(facecolor="#c9d8e6", label="explained"))
-        marks += [
+        handles.append(Patch(facecolor=EXPLAINED_COLOR, label="explained"))
+        handles += [
             Line2D([], [], marker="D", linestyle="none", color=color, markersize=5.5, label=f"Var(order {k})")
             for k, color in enumerate(colors)
         ]
-    marks.append(
+    handles.append(
         Patch(facecolor=UNEXPLAINED_COLOR, edgecolor=HATCH_COLOR, hatch="/////", linewidth=0, label="unexplained")
     )
-    marks.append(Line2D([], [], color=TEXT_COLOR, linewidth=1.1, marker="|", markersize=6, label="95 % interval"))
+    handles.append(Line2D([], [], color=TEXT_COLOR, linewidth=1.1, marker="|", markersize=6, label="95 % interval"))
     if any(pair.noise_floor is not None for pair in report.pairs):
-        marks.append(
+        handles.append(
             Line2D(
                 [],
                 [],
@@ -220,9 +225,9 @@ def _legend(figure: Figure, report: Report, colors: list[str]) -> None:
             )
         )
     legend = figure.legend(
-        handles=marks,
+        handles=handles,
         loc="outside lower center",
-        ncols=len(marks),
+        ncols=len(handles),
         frameon=False,
         fontsize=8.5,
         labelcolor=TEXT_COLOR,
@@ -233,31 +238,27 @@ def _legend(figure: Figure, report: Report, colors: list[str]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    kinds = sorted(figure.canvas.get_supported_filetypes())
-    kind = path.suffix.lstrip(".").lower() or "png"
-    if kind not in kinds:
-        raise OptionError(f"cannot write a picture as {path.suffix!r}; expected one of {', '.join(kinds)}")
+    file_types = sorted(figure.canvas.get_supported_filetypes())
+    file_type = path.suffix.lstrip(".").lower() or "png"
+    if file_type not in file_types:
+        raise OptionError(f"cannot write a picture as {path.suffix!r}; expected one of {', '.join(file_types)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=REPORT_DPI, format=kind)
-
-
-def _figure(share: float) -> str:
-    return f"{100 * share:.1f}"
+    figure.savefig(path, dpi=FIGURE_DPI, format=file_type)
 
 
 def _clip(share: float) -> float:
-    """Inside the bar; held-out shares may be slightly negative, and a failed fit leaves more than everything unexplained."""
+    """Return a share within the bar: held-out shares can be negative or, after a failed fit, above 1."""
     return 0.0 if math.isnan(share) else min(max(share, 0.0), 1.0)
 
 
-def _fitted(name: str, room: int) -> str:
-    """Long names lose their middle: both ends tell layers apart.
+def _shorten(name: str, max_characters: int) -> str:
+    """Return a name without its middle if it is too long, since both ends distinguish layers.
 
     Example:
-        >>> _fitted("encoder.stages.3.blocks.12.mlp.fc2", 20)
+        >>> _shorten("encoder.stages.3.blocks.12.mlp.fc2", 20)
         'encoder.s…12.mlp.fc2'
     """
-    if len(name) <= room:
+    if len(name) <= max_characters:
         return name
-    head = (room - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}"
+    head = (max_characters - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (max_characters - 1 - head) :]}"

@@ -1,4 +1,4 @@
-"""Text and HTML tables of a report."""
+"""Text and HTML tables of a report, and its colors."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
+<<<<<<< HEAD
 from knowiso_train.utils.text_table import format_table
+=======
+from knowiso_train.measurement.config import DIRECTIONS
+>>>>>>> 19a98c0 (Measurement, callbacks: field terms; reports are checked against the annotations of their fields)
 
 if TYPE_CHECKING:
     from knowiso_train.measurement.report import PairResult, Report
 
-DIRECTIONS = ("forward", "backward")
 
 ORDER_COLORS = ("#16325b", "#227b94", "#6cbf9c", "#d3e59b")
 UNEXPLAINED_COLOR = "#ececec"
+EXPLAINED_COLOR = "#c9d8e6"  # all orders together, where they cannot be stacked
 HATCH_COLOR = "#bdbdbd"
 NOISE_FLOOR_COLOR = "#d1495b"
 TEXT_COLOR = "#222222"
@@ -28,7 +32,7 @@ _HATCH = (
 
 
 def order_colors(count: int) -> list[str]:
-    """One color per order: the first of the sequence while they last, stretched over all of it for more.
+    """Return one color per order: the first of `ORDER_COLORS`, or an interpolation of them for more orders.
 
     Example:
         >>> order_colors(2)
@@ -39,20 +43,22 @@ def order_colors(count: int) -> list[str]:
     last = len(ORDER_COLORS) - 1
     colors = []
     for i in range(count):
-        at = i * last / (count - 1)
-        left = min(int(at), last - 1)
-        colors.append(_between(ORDER_COLORS[left], ORDER_COLORS[left + 1], at - left))
+        position = i * last / (count - 1)
+        left = min(int(position), last - 1)
+        colors.append(_interpolate(ORDER_COLORS[left], ORDER_COLORS[left + 1], position - left))
     return colors
 
 
 def text_color_on(color: str) -> str:
-    """Black or white, whichever reads better on a color."""
+    """Return the text color, black or white, with the better contrast on a color."""
     red, green, blue = _channels(color)
+    # Luma of ITU-R BT.601
     return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else TEXT_COLOR
 
 
-def _between(a: str, b: str, share: float) -> str:
-    return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in zip(_channels(a), _channels(b), strict=True))
+def _interpolate(a: str, b: str, weight: float) -> str:
+    channels = zip(_channels(a), _channels(b), strict=True)
+    return "#" + "".join(f"{round(x + (y - x) * weight):02x}" for x, y in channels)
 
 
 def _channels(color: str) -> tuple[int, int, int]:
@@ -60,19 +66,12 @@ def _channels(color: str) -> tuple[int, int, int]:
 
 
 def render_text(report: Report) -> str:
-    """Aligned table: one row per layer pair, one block per direction."""
-    orders = max((len(pair.shares) for pair in report.pairs), default=0)
-    floor = any(pair.noise_floor is not None for pair in report.pairs)
-    head = [
-        "source layer",
-        "target layer",
-        *(f"order {k}" for k in range(orders)),
-        "unexplained",
-        "95 % interval",
-        *(["noise floor"] if floor else []),
-    ]
+    """Return an aligned table with one row per layer pair and one block per direction."""
+    columns = _number_columns(report)
+    head = ["source layer", "target layer", *columns]
     blocks = [
-        (direction, [_text_row(pair, orders, floor) for pair in pairs]) for direction, pairs in directions(report)
+        (direction, [[pair.source, pair.target, *_number_cells(pair, columns)] for pair in pairs])
+        for direction, pairs in directions(report)
     ]
     # One table for all directions, so that their columns have the same widths.
     table = format_table([head, *(row for _, rows in blocks for row in rows)], left=(0, 1), rule=True, indent="  ")
@@ -84,58 +83,60 @@ def render_text(report: Report) -> str:
     if not report.pairs:
         lines += ["no layer pairs", ""]
     lines += footnotes(report)
-    noted = warnings_of(report)
-    return "\n".join(lines + ([""] + [f"! {note}" for note in noted] if noted else []))
+    notes = pair_warnings(report)
+    return "\n".join(lines + ([""] + [f"! {note}" for note in notes] if notes else []))
 
 
 def directions(report: Report) -> list[tuple[str, tuple[PairResult, ...]]]:
-    """The directions that were measured, with their pairs."""
+    """Return the measured directions with their pairs."""
     return [(name, pairs) for name in DIRECTIONS if (pairs := getattr(report, name))]
 
 
 def headline(report: Report) -> str:
-    """Networks, numbers of images, settings, time."""
+    """Return networks, numbers of images, settings and time in one line."""
     counts = ", ".join(f"{count:,} to {role}" for role, count in report.images.items())
-    parts = [f"{report.source} and {report.target}", f"images: {counts}", *_how(report), f"{report.seconds:.1f} s"]
+    parts = [f"{report.source} and {report.target}", f"images: {counts}", *_method(report), f"{report.seconds:.1f} s"]
     return " · ".join(parts)
 
 
 def block_title(report: Report, direction: str) -> str:
-    """What is explained from what."""
+    """Return the names of the explained and of the explaining network."""
     explaining, explained = report.roles(direction)
     return f"{explained} explained from {explaining}"
 
 
 def footnotes(report: Report) -> list[str]:
-    """What the figures mean, in plain words."""
+    """Return the definitions of the figures."""
     if not report.pairs:
         return []
     lines = []
     if any(pair.additive for pair in report.pairs):
         lines.append(
-            "Order k: what k non-linear steps explain beyond k − 1, on held-out images. Shares and unexplained sum to 100 %."
+            "Order k: share explained by k non-linear steps beyond k − 1, on held-out images. "
+            "Shares and unexplained sum to 100 %."
         )
     if not all(pair.additive for pair in report.pairs):
         lines.append(
-            "Order k: variance of that component over the target's, as published. Components are correlated: they do not add up to 100 %."
+            "Order k: variance of that component over the target's, as published. "
+            "Components are correlated: they do not add up to 100 %."
         )
     if any(pair.noise_floor is not None for pair in report.pairs):
-        lines.append("Noise floor: what still counts as explained when targets are shuffled between images.")
+        lines.append("Noise floor: share that is still explained after the targets are permuted between images.")
     return lines
 
 
-def warnings_of(report: Report) -> list[str]:
-    """Every warning with the pair that it is about."""
+def pair_warnings(report: Report) -> list[str]:
+    """Return all warnings, each with its layer pair."""
     return [f"{pair_name(pair)} ({pair.direction}): {note}" for pair in report.pairs for note in pair.warnings]
 
 
 def pair_name(pair: PairResult) -> str:
-    """One name where both layers have the same."""
+    """Return the layer names of a pair, once if they are equal."""
     return pair.source if pair.source == pair.target else f"{pair.source} → {pair.target}"
 
 
 def percent(share: float | None) -> str:
-    """One decimal, no minus before zero, a dash for what is not known.
+    """Format a share with one decimal; no minus before zero, a dash for None and NaN.
 
     Example:
         >>> percent(0.1234), percent(-0.0001), percent(None), percent(float("nan"))
@@ -147,98 +148,101 @@ def percent(share: float | None) -> str:
 
 
 def interval(bounds: tuple[float, float]) -> str:
-    """Both ends of an interval."""
+    """Format an interval of shares."""
     if any(map(math.isnan, bounds)):
         return "–"
     low, high = bounds
     return f"{percent(low).removesuffix(' %')} … {percent(high)}"
 
 
-def _text_row(pair: PairResult, orders: int, floor: bool) -> list[str]:
-    shares = [percent(share) for share in pair.shares] + [""] * (orders - len(pair.shares))
-    return [
-        pair.source,
-        pair.target,
-        *shares,
-        percent(pair.unexplained),
-        interval(pair.interval),
-        *([percent(pair.noise_floor)] if floor else []),
-    ]
+def _number_columns(report: Report) -> list[str]:
+    """Return the heads of the columns of numbers."""
+    num_orders = max((len(pair.shares) for pair in report.pairs), default=0)
+    has_noise_floor = any(pair.noise_floor is not None for pair in report.pairs)
+    orders = [f"order {k}" for k in range(num_orders)]
+    return [*orders, "unexplained", "95 % interval", *(["noise floor"] if has_noise_floor else [])]
 
 
+def _number_cells(pair: PairResult, columns: Sequence[str]) -> list[str]:
+    """Return the numbers of one pair in the given columns; orders beyond those of the pair are empty."""
+    cells = {f"order {k}": percent(share) for k, share in enumerate(pair.shares)} | {
+        "unexplained": percent(pair.unexplained),
+        "95 % interval": interval(pair.interval),
+        "noise floor": percent(pair.noise_floor),
+    }
+    return [cells.get(column, "") for column in columns]
+
+
+<<<<<<< HEAD
 def _how(report: Report) -> list[str]:
+=======
+def _align_columns(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return one row with the layer names aligned to the left and the numbers to the right."""
+    return "".join(
+        f"  {cell:<{width}}" if i < 2 else f"  {cell:>{width}}"
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+
+
+def _method(report: Report) -> list[str]:
+>>>>>>> 19a98c0 (Measurement, callbacks: field terms; reports are checked against the annotations of their fields)
     settings, parts = report.settings, []
-    if "solver" in settings:
-        parts.append(
-            {"closed_form": "closed form", "paper": "the paper's solver"}.get(
-                settings["solver"], str(settings["solver"])
-            )
-        )
+    if solver := settings.get("solver"):
+        parts.append({"closed_form": "closed form", "paper": "the paper's solver"}.get(solver, str(solver)))
     if kernel := settings.get("kernel_size"):
         parts.append(f"{kernel}×{kernel} maps")
     return parts
 
 
 def render_html(report: Report) -> str:
-    """The notebook view; colors of the text are the notebook's own, so it is readable in dark themes."""
-    orders = max((len(pair.shares) for pair in report.pairs), default=0)
-    floor = any(pair.noise_floor is not None for pair in report.pairs)
-    colors = order_colors(orders)
-    figures = [
-        *(f"order {k}" for k in range(orders)),
-        "unexplained",
-        "95 % interval",
-        *(["noise floor"] if floor else []),
-    ]
-    heads = ["source layer", "target layer", "", *figures]
+    """Return the table for notebooks; it sets no text color, so that it is readable in dark themes."""
+    columns = _number_columns(report)
+    colors = order_colors(sum(name.startswith("order ") for name in columns))
+    heads = ["source layer", "target layer", "", *columns]
     body = []
     for direction, pairs in directions(report):
         title = (
             f'<th colspan="{len(heads)}" style="{_LEFT}padding-top:12px;">{escape(block_title(report, direction))}</th>'
         )
         body.append(f"<tr>{title}</tr>")
-        body += [_html_row(pair, orders, colors, floor) for pair in pairs]
-    sides = [_LEFT] * 3 + [_RIGHT] * (len(heads) - 3)
+        body += [_html_row(pair, colors, columns) for pair in pairs]
+    styles = [_LEFT] * 3 + [_RIGHT] * (len(heads) - 3)
     top = "".join(
-        f'<th style="{side}font-weight:normal;">{_key(name, colors)}</th>'
-        for side, name in zip(sides, heads, strict=True)
+        f'<th style="{style}font-weight:normal;">{_html_head(name, colors)}</th>'
+        for style, name in zip(styles, heads, strict=True)
     )
     notes = "".join(f"<div>{escape(line)}</div>" for line in footnotes(report))
-    warned = "".join(f"<div>⚠ {escape(line)}</div>" for line in warnings_of(report))
+    warnings = "".join(f"<div>⚠ {escape(line)}</div>" for line in pair_warnings(report))
     return (
         '<div style="font-size:13px;line-height:1.45;">'
         f"<div>{escape(headline(report))}</div>"
-        f'<table style="border-collapse:collapse;border:0;margin:6px 0;"><thead><tr style="border-bottom:1px solid {HATCH_COLOR};">{top}</tr></thead>'
+        '<table style="border-collapse:collapse;border:0;margin:6px 0;">'
+        f'<thead><tr style="border-bottom:1px solid {HATCH_COLOR};">{top}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>"
-        f'<div style="opacity:.65;">{notes}</div>{warned}</div>'
+        f'<div style="opacity:.65;">{notes}</div>{warnings}</div>'
     )
 
 
-def _html_row(pair: PairResult, orders: int, colors: list[str], floor: bool) -> str:
-    shares = [percent(share) for share in pair.shares] + [""] * (orders - len(pair.shares))
-    figures = [
-        *shares,
-        percent(pair.unexplained),
-        interval(pair.interval),
-        *([percent(pair.noise_floor)] if floor else []),
-    ]
+def _html_row(pair: PairResult, colors: list[str], columns: Sequence[str]) -> str:
     names = "".join(f'<td style="{_LEFT}"><code>{escape(name)}</code></td>' for name in (pair.source, pair.target))
-    cells = "".join(f'<td style="{_RIGHT}">{cell}</td>' for cell in figures)
-    return f'<tr style="background:none;">{names}<td style="{_LEFT}">{_bar(pair, colors)}</td>{cells}</tr>'
+    cells = "".join(f'<td style="{_RIGHT}">{cell}</td>' for cell in _number_cells(pair, columns))
+    return f'<tr style="background:none;">{names}<td style="{_LEFT}">{_html_bar(pair, colors)}</td>{cells}</tr>'
 
 
-def _bar(pair: PairResult, colors: list[str]) -> str:
-    """Orders from the left, the rest hatched; correlated components cannot be stacked, so there all that is explained is one piece."""
-    pieces = list(zip(colors, pair.shares, strict=False)) if pair.additive else [(colors[0], pair.explained)]
-    widths = [(color, 100 * min(share, 1.0)) for color, share in pieces if share > 0]
+def _html_bar(pair: PairResult, colors: list[str]) -> str:
+    """Return a stacked bar of the orders, or one segment for correlated components, which cannot be stacked."""
+    segments = list(zip(colors, pair.shares, strict=False)) if pair.additive else [(colors[0], pair.explained)]
+    widths = [(color, 100 * min(share, 1.0)) for color, share in segments if share > 0]
     inner = "".join(f'<span style="width:{width:.2f}%;background:{color};"></span>' for color, width in widths)
-    return f'<span style="display:flex;width:160px;height:12px;border-radius:2px;overflow:hidden;background:{_HATCH};">{inner}</span>'
+    style = f"display:flex;width:160px;height:12px;border-radius:2px;overflow:hidden;background:{_HATCH};"
+    return f'<span style="{style}">{inner}</span>'
 
 
-def _key(name: str, colors: list[str]) -> str:
-    """Column heads carry the color, so no legend is needed."""
+def _html_head(name: str, colors: list[str]) -> str:
+    """Return a column head with its color in the bar, so that no legend is needed."""
     kind, _, number = name.partition(" ")
     background = colors[int(number)] if kind == "order" else _HATCH if name == "unexplained" else None
     if background is None:
         return escape(name)
-    return f'<span style="display:inline-block;width:9px;height:9px;margin-right:5px;border-radius:2px;background:{background};"></span>{name}'
+    style = f"display:inline-block;width:9px;height:9px;margin-right:5px;border-radius:2px;background:{background};"
+    return f'<span style="{style}"></span>{name}'

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from knowiso_train.errors import FormatError, LayerNameError
+from knowiso_train.measurement.config import DIRECTIONS, Direction
 from knowiso_train.measurement.plot import plot
-from knowiso_train.measurement.render import DIRECTIONS, render_html, render_text
+from knowiso_train.measurement.render import render_html, render_text
 from knowiso_train.utils.serialization import dump_json, parse_json, to_plain, write_file
 
 if TYPE_CHECKING:
@@ -21,32 +23,32 @@ REPORT_FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class PairResult:
-    """How much of one layer another layer explains, all figures on the report images.
+    """Figures of one layer pair in one direction, all measured on the report images.
 
     Attributes:
-        source: layer of the network explained from.
-        target: layer of the network explained.
+        source: Explaining layer.
+        target: Explained layer.
         direction: "forward" (source network → target network) or "backward".
-        shares: explained share of each order 0..K.
-        unexplained: share that no order explains.
-        interval: 95 % bootstrap interval over images, of `unexplained`.
-        share_intervals: the same for each of `shares`.
-        noise_floor: explained share that is left when targets are shuffled between images; None where it was not asked
-            for.
-        component_variances: Var(x^(k)) / Var(x_B) as the paper reports it; components are correlated, so these need not
-            add up.
-        additive: True where shares and unexplained sum to 1; False where `shares` are the paper's component variances.
-        source_channels, target_channels: widths of the two layers.
-        source_grid, target_grid: (height, width) of their positions.
-        ridge: relative ridge chosen, per order.
-        rows: positions × images that the order-0 map was fitted on.
-        warnings: what deserves a second look.
-        disentangler: the fitted maps; neither saved with the report nor compared.
+        shares: Explained share of each order 0…K.
+        unexplained: Share of the variance that no order explains (fraction of variance unexplained, 1 − R²).
+        interval: 95 % bootstrap interval of `unexplained` over images.
+        share_intervals: 95 % bootstrap intervals of `shares`.
+        noise_floor: Explained share after a permutation of the targets between images. None: not measured.
+        component_variances: Var(x^(k)) / Var(x_B) of arXiv 1908.01581. Components are correlated, so the sum is not 1.
+        additive: True if shares and unexplained sum to 1. False if `shares` are the paper's component variances.
+        source_channels: Channels of the explaining layer.
+        target_channels: Channels of the explained layer.
+        source_grid: (height, width) of the explaining layer.
+        target_grid: (height, width) of the explained layer.
+        ridge: Relative ridge of each order.
+        rows: Number of samples (positions × images) of the order-0 fit.
+        warnings: Conditions that limit the accuracy of the figures.
+        disentangler: Fitted maps; neither saved with the report nor compared.
     """
 
     source: str
     target: str
-    direction: str
+    direction: Direction
     shares: tuple[float, ...]
     unexplained: float
     interval: tuple[float, float]
@@ -65,25 +67,30 @@ class PairResult:
 
     @property
     def explained(self) -> float:
-        """What all orders explain together."""
+        """Share that all orders explain together."""
         return 1 - self.unexplained
 
 
 @dataclass(frozen=True)
 class Report:
-    """All layer pairs of one measurement; `print` it, index it by layer name, save it, plot it.
+    """Results of one measurement: printable, indexable by layer name, savable as JSON, plottable.
 
     Attributes:
-        source, target: names of the networks.
-        pairs: one result per layer pair and direction.
-        images: how many were used to fit, select and report.
-        settings: order, kernel_size, solver, seed, …
-        seconds: wall-clock time.
-        versions: of the packages that figures depend on.
+        source: Name of the source network.
+        target: Name of the target network.
+        pairs: One result per layer pair and direction.
+        images: Numbers of images to fit, select and report on.
+        settings: Options that determine the figures: order, kernel_size, solver, seed, …
+        seconds: Wall-clock time.
+        versions: Versions of the packages that affect the figures.
 
     Example:
-        >>> pair = PairResult("conv", "conv", "forward", (0.5, 0.25), 0.25, (0.24, 0.26), ((0.49, 0.51), (0.24, 0.26)), 0.01,
-        ...                   (0.5, 0.25), True, 8, 8, (4, 4), (4, 4), (0.0, 0.0), 960)
+        >>> pair = PairResult(
+        ...     source="conv", target="conv", direction="forward", shares=(0.5, 0.25), unexplained=0.25,
+        ...     interval=(0.24, 0.26), share_intervals=((0.49, 0.51), (0.24, 0.26)), noise_floor=0.01,
+        ...     component_variances=(0.5, 0.25), additive=True, source_channels=8, target_channels=8,
+        ...     source_grid=(4, 4), target_grid=(4, 4), ridge=(0.0, 0.0), rows=960,
+        ... )
         >>> report = Report("small", "large", (pair,), {"fit": 60, "select": 20, "report": 20}, {"order": 1}, 0.1, {})
         >>> report["conv"].explained
         0.75
@@ -101,16 +108,16 @@ class Report:
 
     @property
     def forward(self) -> tuple[PairResult, ...]:
-        """Pairs in which the target network is explained from the source network."""
+        """Pairs in which the source network explains the target network."""
         return tuple(pair for pair in self.pairs if pair.direction == "forward")
 
     @property
     def backward(self) -> tuple[PairResult, ...]:
-        """Pairs in which the source network is explained from the target network."""
+        """Pairs in which the target network explains the source network."""
         return tuple(pair for pair in self.pairs if pair.direction == "backward")
 
     def roles(self, direction: str) -> tuple[str, str]:
-        """Names of the network explained from and of the network explained."""
+        """Return the names of the explaining and of the explained network."""
         return (self.source, self.target) if direction == "forward" else (self.target, self.source)
 
     def __len__(self) -> int:
@@ -120,14 +127,13 @@ class Report:
         return iter(self.pairs)
 
     def __getitem__(self, key: str | tuple[str, str]) -> PairResult:
-        """The pair of a layer: `report["layer3"]`, or `report["layer3", "backward"]`.
+        """Return the pair of a layer: `report["layer3"]`, or `report["layer3", "backward"]`.
 
-        The name of the explained layer is looked for first, then that of the layer explained from. Without a direction
-        the forward pairs answer,
-        or the backward pairs where only those were measured.
+        Explained layers take precedence over explaining layers of the same name. The default direction is forward, or
+        backward if only that was measured.
 
         Raises:
-            LayerNameError: no such layer, or several pairs with it; the message lists them.
+            LayerNameError: No pair or several pairs have this layer; the message lists them.
         """
         name, direction = key if isinstance(key, tuple) else (key, "forward" if self.forward else "backward")
         if direction not in DIRECTIONS:
@@ -135,13 +141,13 @@ class Report:
                 f"expected report[layer] or report[layer, direction] with direction one of {DIRECTIONS}, got {key!r}"
             )
         pairs = self.forward if direction == "forward" else self.backward
-        found = [pair for pair in pairs if pair.target == name] or [pair for pair in pairs if pair.source == name]
-        if len(found) == 1:
-            return found[0]
-        listed = ", ".join(f"{pair.source} → {pair.target}" for pair in found or pairs) or "none"
-        if found:
+        matches = [pair for pair in pairs if pair.target == name] or [pair for pair in pairs if pair.source == name]
+        if len(matches) == 1:
+            return matches[0]
+        listed = ", ".join(f"{pair.source} → {pair.target}" for pair in matches or pairs) or "none"
+        if matches:
             raise LayerNameError(
-                f"{name!r} is in {len(found)} {direction} pairs: {listed}. Pick one from report.{direction}."
+                f"{name!r} is in {len(matches)} {direction} pairs: {listed}. Pick one from report.{direction}."
             )
         raise LayerNameError(f"no {direction} pair has a layer {name!r}; measured: {listed}")
 
@@ -152,214 +158,150 @@ class Report:
         return render_html(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, without the disentanglers; `from_dict` reads it."""
-
-        return to_dict(self)
+        """Return plain dicts, lists and numbers for `from_dict`, without the disentanglers."""
+        content = {"format": REPORT_FORMAT, "format_version": REPORT_FORMAT_VERSION} | _saved_values(self)
+        plain: dict[str, Any] = to_plain(content | {"pairs": [_saved_values(pair) for pair in self.pairs]})
+        return plain
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Strict JSON, NaN and Inf as strings; also written to `path` where one is given."""
+        """Return strict JSON, with NaN and infinities as strings.
 
-        return to_json(self, path)
+        Args:
+            path: File to write as well. None: no file.
+        """
+        text = dump_json(self.to_dict()) + "\n"
+        if path is not None:
+            write_file(path, text)
+        return text
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Report:
-        """The inverse of `to_dict`.
+    def from_dict(cls, values: Any) -> Report:
+        """Create a report from the values of `to_dict`.
 
         Raises:
-            FormatError: another format version, or values that are no report.
+            FormatError: Another format version, or values of another type than the fields.
         """
-
-        return from_dict(values)
+        if not isinstance(values, Mapping) or values.get("format") != REPORT_FORMAT:
+            raise FormatError(
+                f'expected a report of Report.to_json ("format": "{REPORT_FORMAT}"), got {_abbreviate(values)}'
+            )
+        if values.get("format_version") != REPORT_FORMAT_VERSION:
+            raise FormatError(
+                f"expected a report of format version {REPORT_FORMAT_VERSION}, got {values.get('format_version')!r}; "
+                "read it with the version of knowiso_train that wrote it, or measure again"
+            )
+        content = {name: value for name, value in values.items() if name not in ("format", "format_version")}
+        report: Report = _read_fields(content, Report, "the report")
+        return report
 
     @classmethod
     def from_json(cls, source: str | Path) -> Report:
-        """Read what `to_json` wrote.
+        """Create a report from the JSON of `to_json`.
 
         Args:
-            source: a path, or the JSON text itself.
+            source: Path of the file, or the JSON text itself.
 
         Raises:
-            FormatError: no such file, no JSON, another format version, or values that are no report.
+            FormatError: The file is missing, is not JSON, has another format version, or holds other values.
         """
-
-        return from_json(source)
+        if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
+            text, origin = source, "the text"
+        else:
+            origin = str(source)
+            try:
+                text = Path(source).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise FormatError(
+                    f"expected a report of Report.to_json, but {origin} cannot be read: {error}"
+                ) from error
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise FormatError(f"expected a report of Report.to_json, but {origin} is not JSON: {error}") from error
+        return cls.from_dict(values)
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Figure:
-        """Stacked bars per layer pair, one panel per direction; saved to `path` where one is given (.png, .pdf, .svg).
+        """Plot stacked bars per layer pair, with one panel per direction.
+
+        Args:
+            path: File to write (.png, .pdf, .svg). None: no file.
+            title: Title above the panels. None: no title.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
-            OptionError: a file type that matplotlib cannot write.
+            OptionError: A file type that matplotlib cannot write.
         """
         return plot(self, path, title=title)
 
 
-def to_dict(report: Report) -> dict[str, Any]:
-    """Plain dicts, lists and numbers."""
-    head: dict[str, Any] = {"format": REPORT_FORMAT, "format_version": REPORT_FORMAT_VERSION}
-    values = {field.name: getattr(report, field.name) for field in fields(Report)}
-    values["pairs"] = [{name: getattr(pair, name) for name in _PAIR} for pair in report.pairs]
-    plain: dict[str, Any] = to_plain(values)
-    return head | plain
+def _saved_values(result: Report | PairResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in _saved_fields(type(result))}
 
 
-def to_json(report: Report, path: str | Path | None) -> str:
-    """Text of the report, also written where a path is given."""
-    text = dump_json(to_dict(report)) + "\n"
-    if path is not None:
-        write_file(path, text)
-    return text
+def _saved_fields(kind: type[Any]) -> dict[str, Any]:
+    """Return the annotations of the fields that are saved: those that are compared."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind) if field.compare}
 
 
-def from_json(source: str | Path) -> Report:
-    """Report from a path or from the text itself."""
-    if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
-        text, where = source, "the text"
-    else:
-        where = str(source)
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FormatError(
-                f"expected a report that Report.to_json wrote; {where} cannot be read: {error}"
-            ) from error
-    try:
-        values = parse_json(text)
-    except ValueError as error:
-        raise FormatError(f"expected a report that Report.to_json wrote; {where} is not JSON: {error}") from error
-    return from_dict(values)
-
-
-def from_dict(values: Any) -> Report:
-    """Report from plain values, every one of them checked."""
-    if not isinstance(values, Mapping) or values.get("format") != REPORT_FORMAT:
-        raise FormatError(
-            f'expected a report that Report.to_json wrote ("format": "{REPORT_FORMAT}"), got {_short(values)}'
-        )
-    if values.get("format_version") != REPORT_FORMAT_VERSION:
-        raise FormatError(
-            f"this version of knowiso_train reads reports of format version {REPORT_FORMAT_VERSION}, got {values.get('format_version')!r}; "
-            "read it with the version that wrote it, or measure again"
-        )
-    rest = {name: value for name, value in values.items() if name not in ("format", "format_version")}
-    return Report(**_read(rest, _REPORT, "the report"))
-
-
-def _read(values: Any, readers: dict[str, Callable[[Any], Any]], where: str) -> dict[str, Any]:
+def _read_fields(values: Any, kind: type[Any], label: str) -> Any:
+    """Create a dataclass from plain values, each checked against the annotation of its field."""
     if not isinstance(values, Mapping):
-        raise FormatError(f"{where}: expected an object, got {_short(values)}")
-    missing, unknown = (
-        [name for name in readers if name not in values],
-        [name for name in values if name not in readers],
-    )
+        raise FormatError(f"{label}: expected an object, got {_abbreviate(values)}")
+    hints = _saved_fields(kind)
+    missing = [name for name in hints if name not in values]
+    unknown = [name for name in values if name not in hints]
     if missing or unknown:
-        lacks = f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
-        raise FormatError(f"{where}: {lacks}; the file is not what format version {REPORT_FORMAT_VERSION} writes")
-    found = {}
-    for name, reader in readers.items():
-        try:
-            found[name] = reader(values[name])
-        except FormatError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"{where}: {name!r} must be {error}, got {_short(values[name])}") from error
-    return found
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("text")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError("a whole number")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("true or false")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError("a number")
-    return float(value)
-
-
-def _maybe_number(value: Any) -> float | None:
-    return None if value is None else _number(value)
-
-
-def _direction(value: Any) -> str:
-    if value not in DIRECTIONS:
-        raise ValueError(f"one of {DIRECTIONS}")
-    return str(value)
-
-
-def _many(reader: Callable[[Any], Any], count: int | None = None) -> Callable[[Any], tuple[Any, ...]]:
-    def read(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple) or (count is not None and len(value) != count):
-            raise TypeError(f"a list{'' if count is None else f' of {count}'}")
-        return tuple(reader(item) for item in value)
-
-    return read
-
-
-def _named(reader: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
-    def read(value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise TypeError("an object")
-        return {_text(name): reader(item) for name, item in value.items()}
-
-    return read
-
-
-def _pair(value: Any) -> PairResult:
-    name = f"{value.get('source')} → {value.get('target')}" if isinstance(value, Mapping) else "a pair"
-    found = _read(value, _PAIR, f"pair {name}")
-    if not len(found["shares"]) == len(found["share_intervals"]) == len(found["component_variances"]):
         raise FormatError(
-            f"pair {name}: expected one share, interval and component variance per order, got different numbers of them"
+            f"{label}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; "
+            f"the file is not of format version {REPORT_FORMAT_VERSION}"
         )
-    return PairResult(**found)
+    result = kind(**{name: _read_value(values[name], hint, f"{label}: {name!r}") for name, hint in hints.items()})
+    if (
+        kind is PairResult
+        and len({len(result.shares), len(result.share_intervals), len(result.component_variances)}) > 1
+    ):
+        raise FormatError(
+            f"{label}: expected one share, interval and component variance per order, got different counts"
+        )
+    return result
 
 
-_PAIR: dict[str, Callable[[Any], Any]] = {
-    "source": _text,
-    "target": _text,
-    "direction": _direction,
-    "shares": _many(_number),
-    "unexplained": _number,
-    "interval": _many(_number, 2),
-    "share_intervals": _many(_many(_number, 2)),
-    "noise_floor": _maybe_number,
-    "component_variances": _many(_number),
-    "additive": _flag,
-    "source_channels": _whole,
-    "target_channels": _whole,
-    "source_grid": _many(_whole, 2),
-    "target_grid": _many(_whole, 2),
-    "ridge": _many(_number),
-    "rows": _whole,
-    "warnings": _many(_text),
-}
+def _read_value(value: Any, hint: Any, label: str) -> Any:
+    """Return a plain value as the type of its annotation, or raise an error that names the field."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if hint is PairResult:
+        layers = f"{value.get('source')} → {value.get('target')}" if isinstance(value, Mapping) else "of layers"
+        return _read_fields(value, PairResult, f"pair {layers}")
+    if origin in (Union, types.UnionType):  # of a type and None
+        return None if value is None else _read_value(value, arguments[0], label)
+    if origin is tuple and isinstance(value, list | tuple):
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) == len(value):
+            return tuple(_read_value(item, hint, label) for item, hint in zip(value, hints, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {_read_value(key, str, label): _read_value(item, arguments[1], label) for key, item in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise FormatError(f"{label} must be {_describe(hint)}, got {_abbreviate(value)}")
 
 
-_REPORT: dict[str, Callable[[Any], Any]] = {
-    "source": _text,
-    "target": _text,
-    "pairs": _many(_pair),
-    "images": _named(_whole),
-    "settings": _named(lambda value: value),
-    "seconds": _number,
-    "versions": _named(_text),
-}
+def _describe(hint: Any) -> str:
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple:
+        return "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
+    if get_origin(hint) is Literal:
+        return f"one of {arguments}"
+    words = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+    return words.get(hint, "an object")
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -75,7 +75,7 @@ class TestAccelerate:
         resumed, tracker, resumed_weights = self.run(tmp_path / "state", 4, resume=True)
         assert resumed.steps == 7
         assert [measured.step for measured in resumed.history] == [2, 4, 6]
-        assert [measured.figures for measured in resumed.history] == [measured.figures for measured in whole.history]
+        assert [measured.metrics for measured in resumed.history] == [measured.metrics for measured in whole.history]
         assert resumed.history[0] == first.history[0]  # as it was saved, seconds and all
         assert all(torch.equal(value, resumed_weights[name]) for name, value in weights.items())
         assert [step for step, _ in tracker.rows] == [4, 6]
@@ -84,7 +84,7 @@ class TestAccelerate:
 
     def test_trackers_get_the_figures(self, tmp_path: Path) -> None:
         callback, tracker, _ = self.run(tmp_path, 5)
-        assert tracker.rows == [(measured.step, measured.figures) for measured in callback.history]
+        assert tracker.rows == [(measured.step, measured.metrics) for measured in callback.history]
         assert [step for step, _ in tracker.rows] == [2, 4]
         assert all(0 < values[name] < 1 for _, values in tracker.rows for name in SHARES)
 

@@ -30,7 +30,7 @@ class TestFigures:
         callback.steps = 1
         with pytest.warns(KnowisoWarning, match=r"5 → 5.* 6 source channel\(s\) without variance"):
             callback.measure()
-        first, second = (measured.figures for measured in callback.history)
+        first, second = (measured.metrics for measured in callback.history)
         assert second[SHARES[0]] == first[SHARES[0]]
         assert second[SHARES[1]] == pytest.approx(0.0, abs=0.1)
 
@@ -56,7 +56,7 @@ class TestFigures:
             assert report is not None
             assert report.pairs == direct.pairs
             assert report.settings == direct.settings
-        figures = callback.history[0].figures
+        figures = callback.history[0].metrics
         assert figures["iso/val/2→2/share"] == direct["2"].explained
         assert figures["iso/val/5→5/order_1"] == direct["5"].shares[1]
         assert figures["iso/val/5→5/backward/share"] == direct["5", "backward"].explained
@@ -117,14 +117,14 @@ class TestFigures:
             callback.step()
         last = callback.end()  # step 6 is measured already
         assert [step for step, _ in logged] == [0, 3, 6] == [measured.step for measured in callback.history]
-        assert [values for _, values in logged] == [measured.figures for measured in callback.history]
+        assert [values for _, values in logged] == [measured.metrics for measured in callback.history]
         callback.step()
         assert callback.end().pairs == last.pairs  # the same networks
         assert [step for step, _ in logged] == [0, 3, 6, 7]
         assert all(pair.disentangler is None for measured in callback.history for pair in measured.report)
 
         rows = json.loads((tmp_path / "out" / "history.json").read_text())
-        assert rows == [{"step": measured.step, **measured.figures} for measured in callback.history]
+        assert rows == [{"step": measured.step, **measured.metrics} for measured in callback.history]
         assert type(last).from_json(tmp_path / "out" / "report.json") == callback.history[-1].report
         assert (tmp_path / "out" / "shares.png").read_bytes().startswith(b"\x89PNG")
 

@@ -28,7 +28,7 @@ class TestTrainingNoticesNothing:
         callback = IsomorphismCallback(student, teacher, loader, LAYERS, every=2)
         watched = train(student, teacher, 6, taught=taught, callback=callback.step, position=at)
         assert [measured.step for measured in callback.history] == [2, 4, 6]
-        assert callback.history[0].figures != callback.history[2].figures
+        assert callback.history[0].metrics != callback.history[2].metrics
         assert watched.keys() == alone.keys()
         assert [name for name, value in alone.items() if not torch.equal(value, watched[name])] == []
         assert count_hooks(student, teacher) == 0

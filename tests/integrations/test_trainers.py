@@ -168,7 +168,7 @@ class TestTransformers:
         shares = {row["step"]: row[SHARE.format(self.LAYER)] for row in history if SHARE.format(self.LAYER) in row}
         assert sorted(shares) == [2, 4, 5]
         assert shares == {
-            measured.step: measured.figures[SHARE.format(self.LAYER)] for measured in self.monitor(trainer).history
+            measured.step: measured.metrics[SHARE.format(self.LAYER)] for measured in self.monitor(trainer).history
         }
         now = measure(trainer.iso.student, trainer.iso.teacher, self.held_out(), self.LAYER, order=0, progress=False)
         assert shares[5] == now[self.LAYER].explained
@@ -192,8 +192,8 @@ class TestTransformers:
             assert torch.equal(second.model.state_dict()[name], value), name
         for name, value in whole.iso.state_dict().items():
             assert torch.equal(second.iso.state_dict()[name], value), name
-        figures = [(measured.step, measured.figures) for measured in self.monitor(whole).history]
-        assert figures == [(measured.step, measured.figures) for measured in self.monitor(second).history]
+        figures = [(measured.step, measured.metrics) for measured in self.monitor(whole).history]
+        assert figures == [(measured.step, measured.metrics) for measured in self.monitor(second).history]
         assert [step for step, _ in figures] == [2, 4, 6, 7]
 
     def test_a_trainer_of_ones_own_with_the_callback_alone(self, tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ class TestTransformers:
             )
             assert own_hooks(student, teacher) == 0
             assert monitor.steps == steps
-        assert [measured.figures for measured in monitor.history] == [
-            measured.figures for measured in self.monitor(first).history
+        assert [measured.metrics for measured in monitor.history] == [
+            measured.metrics for measured in self.monitor(first).history
         ]
         assert all(torch.equal(first.model.state_dict()[name], value) for name, value in student.state_dict().items())
 
@@ -352,7 +352,7 @@ class TestLightning:
         for name, value in student.state_dict().items():
             assert torch.equal(module.student.state_dict()[name], value), name
         now = measure(student, teacher, self.held_out(), "2", order=0, progress=False)
-        assert monitor.history[-1].figures[SHARE.format("2")] == now["2"].explained
+        assert monitor.history[-1].metrics[SHARE.format("2")] == now["2"].explained
 
     @pytest.mark.parametrize("registered", [True, False])
     def test_resumed_equals_uninterrupted(self, registered: bool, tmp_path: Path) -> None:
@@ -378,8 +378,8 @@ class TestLightning:
         for name, value in whole.held[0].state_dict().items():
             assert torch.equal(second.held[0].state_dict()[name], value), name
         assert [measured.step for measured in resumed.history] == [2, 3, 4, 6, 7]  # the first run ended at 3
-        kept = {measured.step: measured.figures for measured in resumed.history}
-        assert all(kept[measured.step] == measured.figures for measured in all_of_it.history)
+        kept = {measured.step: measured.metrics for measured in resumed.history}
+        assert all(kept[measured.step] == measured.metrics for measured in all_of_it.history)
 
     def test_the_figures_go_to_the_loggers(self, tmp_path: Path) -> None:
         from lightning.pytorch.loggers import CSVLogger
@@ -394,7 +394,7 @@ class TestLightning:
         trainer, monitor = self.trainer(module, tmp_path, 4, logger=Listed(tmp_path), accumulate_grad_batches=2)
         trainer.fit(module, self.images())
         measured = [(step, values) for step, values in rows if SHARE.format("2") in values]
-        assert measured == [(entry.step, entry.figures) for entry in monitor.history]
+        assert measured == [(entry.step, entry.metrics) for entry in monitor.history]
         assert [step for step, _ in measured] == [2, 4]
         # Optimizer steps, not batches
         assert [step for step, values in rows if "iso/2/loss" in values] == [1, 2, 3, 4]

@@ -183,7 +183,7 @@ def test_json_is_strict_and_keeps_what_json_cannot_say() -> None:
     ("change", "match"),
     [
         (lambda d: d.update(format_version=2), "format version 1, got 2"),
-        (lambda d: d.pop("format"), "to_json wrote"),
+        (lambda d: d.pop("format"), "Report.to_json"),
         (lambda d: d.pop("seconds"), "missing.*seconds"),
         (lambda d: d.update(more=1), "unknown.*more"),
         (lambda d: d["pairs"][0].pop("shares"), "pair a → x: missing.*shares"),
@@ -208,7 +208,7 @@ def test_files_that_are_no_report_are_refused(tmp_path: Path) -> None:
         Report.from_json(tmp_path / "half.json")
     with pytest.raises(FormatError, match="cannot be read"):
         Report.from_json(tmp_path / "none.json")
-    with pytest.raises(FormatError, match="to_json wrote"):
+    with pytest.raises(FormatError, match="Report.to_json"):
         Report.from_json("[1]")
 
 
