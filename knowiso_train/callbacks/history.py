@@ -72,13 +72,8 @@ def from_plain(values: Any) -> list[Measurement]:
 
 
 def to_rows(history: Sequence[Measurement]) -> list[dict[str, float]]:
-<<<<<<< HEAD
-    """Return one flat row per measurement: its step and its figures."""
-    return [{"step": measured.step, **measured.figures} for measured in history]
-=======
     """Return one flat row of step and metrics per measurement."""
     return [{"step": measurement.step, **measurement.metrics} for measurement in history]
->>>>>>> 19a98c0 (Measurement, callbacks: field terms; reports are checked against the annotations of their fields)
 
 
 def _pair_metrics(pair: PairResult) -> dict[str, float]:

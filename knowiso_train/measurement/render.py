@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-<<<<<<< HEAD
-from knowiso_train.utils.text_table import format_table
-=======
 from knowiso_train.measurement.config import DIRECTIONS
->>>>>>> 19a98c0 (Measurement, callbacks: field terms; reports are checked against the annotations of their fields)
+from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
     from knowiso_train.measurement.report import PairResult, Report
@@ -173,19 +171,7 @@ def _number_cells(pair: PairResult, columns: Sequence[str]) -> list[str]:
     return [cells.get(column, "") for column in columns]
 
 
-<<<<<<< HEAD
-def _how(report: Report) -> list[str]:
-=======
-def _align_columns(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Return one row with the layer names aligned to the left and the numbers to the right."""
-    return "".join(
-        f"  {cell:<{width}}" if i < 2 else f"  {cell:>{width}}"
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-
-
 def _method(report: Report) -> list[str]:
->>>>>>> 19a98c0 (Measurement, callbacks: field terms; reports are checked against the annotations of their fields)
     settings, parts = report.settings, []
     if solver := settings.get("solver"):
         parts.append({"closed_form": "closed form", "paper": "the paper's solver"}.get(solver, str(solver)))
