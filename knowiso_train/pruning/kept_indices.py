@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,19 +13,24 @@ from knowiso_train.errors import ShapeError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.pruning.tracing import Epilogue
 
+# Kept entries of one tensor: flat indices in the pruned tensor's shape, or one list of indices per axis, with None for
+# an axis that is complete
 KeptIndices = Tensor | Sequence[Sequence[int] | None]
 
-MATCH_SAMPLES = 8  # rows or columns that have to agree; more only cost time
+# Rows or columns that have to agree for a match; more only cost time
+MATCH_SAMPLES = 8
 
 
 def float_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and floating-point buffers by name, the ones that pruning cuts; a tied one under each of its names."""
+    """Return parameters and floating-point buffers by name, a tied one under each of its names."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter and floating-point buffer; taken before pruning in place, it stands for the original in `kept_entries`.
+    """Return the shape of every parameter and floating-point buffer.
+
+    Taken before pruning in place, the shapes can be passed instead of the original model.
 
     Example:
         >>> tensor_shapes(nn.Linear(3, 2))
@@ -35,112 +39,15 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in float_tensors(unwrap_model(model)).items()}
 
 
-def index_twin(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and floating-point buffers number their own entries, so that pruning the copy tells which entries stay.
-
-    Integer buffers (batch counts, relative positions) are as in the network. Inputs of the twin are float64.
-
-    Args:
-        model: the network, not pruned yet; it is left untouched.
-
-    Returns:
-        A deep copy, all numbers float64: exact for every tensor that fits in memory.
-
-    Example:
-        >>> twin = index_twin(nn.Linear(3, 2))
-        >>> twin.weight.tolist(), twin.bias.tolist()
-        ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], [0.0, 1.0])
-    """
-    twin = copy.deepcopy(unwrap_model(model))
-    for tensor in {id(tensor): tensor for tensor in float_tensors(twin).values()}.values():
-        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-        tensor.grad = None
-    return twin
-
-
-def kept_entries(twin: nn.Module, original: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """What a pruned twin has left, tensor by tensor.
-
-    Args:
-        twin: made by `index_twin`, then pruned as the network was.
-        original: the network before pruning, or its `tensor_shapes`.
-
-    Returns:
-        For each tensor of the original that changed: flat indices into the original's, int64, in the pruned tensor's
-        shape.
-
-    Raises:
-        ShapeError: values that are no indices, as after training the twin.
-
-    Example:
-        >>> model = nn.Linear(3, 2)
-        >>> twin = index_twin(model)
-        >>> twin.weight = nn.Parameter(twin.weight[:, [0, 2]])
-        >>> kept_entries(twin, model)
-        {'weight': tensor([[0, 2],
-                [3, 5]])}
-    """
-    shapes = tensor_shapes(original) if isinstance(original, nn.Module) else original
-    kept = {}
-    for name, tensor in float_tensors(twin).items():
-        if name not in shapes:  # a bias that pruning added
-            continue
-        numel, values = math.prod(shapes[name]), tensor.detach()
-        indices = values.long()
-        if (
-            not torch.equal(indices.to(values.dtype), values)
-            or len(torch.unique(indices)) != indices.numel()
-            or bool((indices >= numel).any())
-        ):
-            raise ShapeError(
-                f"{name!r} of the twin holds no indices into the original's {tuple(shapes[name])}: prune what index_twin returns, "
-                "and neither train nor refit it"
-            )
-        if tuple(indices.shape) != tuple(shapes[name]) or not torch.equal(
-            indices.flatten(), torch.arange(numel, device=indices.device)
-        ):
-            kept[name] = indices
-    return kept
-
-
-def to_axis_indices(
-    entries: Mapping[str, Tensor], original: nn.Module | Mapping[str, Sequence[int]]
-) -> dict[str, KeptIndices]:
-    """Flat indices as one list per dimension wherever they are an outer product, as they nearly always are.
-
-    Args:
-        entries: from `kept_entries` or `recording`.
-        original: the network before pruning, or its `tensor_shapes`.
-
-    Returns:
-        For each name a list with one entry per dimension, the kept indices, ascending or not, or None for a dimension
-        that is whole; the flat indices
-        as they came where groups of a convolution keep different inputs.
-
-    Example:
-        >>> to_axis_indices({"weight": torch.tensor([[0, 2], [3, 5]])}, {"weight": (2, 3)})
-        {'weight': [None, [0, 2]]}
-        >>> to_axis_indices({"weight": torch.tensor([[0, 2], [4, 5]])}, {"weight": (2, 3)})
-        {'weight': tensor([[0, 2],
-                [4, 5]])}
-    """
-    shapes = tensor_shapes(original) if isinstance(original, nn.Module) else original
-    found: dict[str, KeptIndices] = {}
-    for name, flat in entries.items():
-        by_axis = _axes(flat, shapes[name])
-        found[name] = flat if by_axis is None else by_axis
-    return found
-
-
 def index_kept(tensor: Tensor, kept: KeptIndices) -> Tensor:
-    """The kept entries of a tensor that has the original's shape; a copy, without gradient.
+    """Return the kept entries of a tensor of the original's shape: a copy without gradient.
 
     Args:
-        tensor: of the original's shape: its values, a momentum, an average of its weights.
-        kept: flat indices, or one list per dimension.
+        tensor: Values of the original's shape, such as a weight, its momentum or its moving average.
+        kept: Flat indices, or one list per axis.
 
     Raises:
-        ShapeError: indices that do not fit the tensor.
+        ShapeError: Indices that do not fit the tensor.
 
     Example:
         >>> index_kept(torch.tensor([[10, 11, 12], [13, 14, 15]]), [None, [0, 2]])
@@ -152,72 +59,133 @@ def index_kept(tensor: Tensor, kept: KeptIndices) -> Tensor:
         if isinstance(kept, Tensor):
             return tensor.flatten()[kept.to(tensor.device)]
         if len(kept) != tensor.ndim:
-            raise IndexError(f"{len(kept)} dimensions")
-        for dim, indices in enumerate(kept):
+            raise IndexError(f"{len(kept)} axes")
+        for axis, indices in enumerate(kept):
             if indices is not None:
-                tensor = tensor.index_select(dim, torch.tensor(indices, dtype=torch.long, device=tensor.device))
+                tensor = tensor.index_select(axis, torch.tensor(indices, dtype=torch.long, device=tensor.device))
     except (IndexError, RuntimeError) as error:
         raise ShapeError(f"kept indices do not fit a tensor of shape {tuple(tensor.shape)}: {error}") from error
     return tensor.clone()
 
 
-def flat_indices(lines: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """The outer product of one line of indices per dimension, as flat indices into a tensor of the shape.
+def to_axis_indices(
+    entries: Mapping[str, Tensor], original: nn.Module | Mapping[str, Sequence[int]]
+) -> dict[str, KeptIndices]:
+    """Convert flat indices to one list per axis, for every tensor whose indices are an outer product.
+
+    Args:
+        entries: Flat indices into the original's tensors by name, each in the pruned tensor's shape.
+        original: Model before pruning, or its `tensor_shapes`.
+
+    Returns:
+        One list of indices per axis, None for an axis that is complete. The flat indices of a grouped convolution
+        whose groups keep different inputs are returned unchanged.
+
+    Example:
+        >>> to_axis_indices({"weight": torch.tensor([[0, 2], [3, 5]])}, {"weight": (2, 3)})
+        {'weight': [None, [0, 2]]}
+        >>> to_axis_indices({"weight": torch.tensor([[0, 2], [4, 5]])}, {"weight": (2, 3)})
+        {'weight': tensor([[0, 2],
+                [4, 5]])}
+    """
+    shapes = tensor_shapes(original) if isinstance(original, nn.Module) else original
+    kept: dict[str, KeptIndices] = {}
+    for name, flat in entries.items():
+        axes = _factor_indices(flat, shapes[name])
+        kept[name] = flat if axes is None else axis_lists(axes, shapes[name])
+    return kept
+
+
+def flat_indices(axes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Return the outer product of one index tensor per axis, as flat indices into a tensor of the shape.
 
     Example:
         >>> flat_indices([torch.tensor([0, 1]), torch.tensor([0, 2])], (2, 3))
         tensor([[0, 2],
                 [3, 5]])
     """
-    total = torch.zeros((), dtype=torch.long, device=lines[0].device if len(lines) else None)
-    for dim, line in enumerate(lines):
-        total = total + (line * math.prod(shape[dim + 1 :])).view(
-            [-1 if other == dim else 1 for other in range(len(lines))]
-        )
-    return total
+    flat = torch.zeros((), dtype=torch.long, device=axes[0].device if len(axes) else None)
+    for axis, indices in enumerate(axes):
+        stride = math.prod(shape[axis + 1 :])
+        flat = flat + (indices * stride).view([-1 if other == axis else 1 for other in range(len(axes))])
+    return flat
 
 
-def by_dimension(lines: Sequence[Tensor], shape: Sequence[int]) -> list[list[int] | None]:
-    """Lines of indices as lists, None for a dimension that is whole.
+def axis_lists(axes: Sequence[Tensor], shape: Sequence[int]) -> list[list[int] | None]:
+    """Convert one index tensor per axis to lists, None for an axis that is complete and in order.
 
     Example:
-        >>> by_dimension([torch.tensor([0, 1]), torch.tensor([0, 2])], (2, 3))
+        >>> axis_lists([torch.tensor([0, 1]), torch.tensor([0, 2])], (2, 3))
         [None, [0, 2]]
     """
-    return [
-        None if (line := found.tolist()) == list(range(size)) else line
-        for found, size in zip(lines, shape, strict=True)
-    ]
+    lists = [indices.tolist() for indices in axes]
+    return [None if indices == list(range(size)) else indices for indices, size in zip(lists, shape, strict=True)]
 
 
-def _axes(flat: Tensor, shape: Sequence[int]) -> list[list[int] | None] | None:
+def _factor_indices(flat: Tensor, shape: Sequence[int]) -> list[Tensor] | None:
+    """Return one index tensor per axis, or None if the flat indices are no outer product."""
     if flat.ndim != len(shape) or not flat.numel():
         return None
-    lines = [
-        flat[tuple(slice(None) if other == dim else 0 for other in range(flat.ndim))]
-        // math.prod(shape[dim + 1 :])
-        % size
-        for dim, size in enumerate(shape)
-    ]
-    if not torch.equal(flat_indices(lines, shape), flat):
-        return None
-    return by_dimension(lines, shape)
+    # Along each axis, the coordinates of the entries whose other coordinates are 0
+    axes = []
+    for axis, size in enumerate(shape):
+        edge = flat[tuple(slice(None) if other == axis else 0 for other in range(flat.ndim))]
+        axes.append(edge // math.prod(shape[axis + 1 :]) % size)
+    return axes if torch.equal(flat_indices(axes, shape), flat) else None
+
+
+def compose_kept_indices(
+    first: Mapping[str, KeptIndices],
+    second: Mapping[str, KeptIndices],
+    original: nn.Module | Mapping[str, Sequence[int]],
+) -> dict[str, KeptIndices]:
+    """Compose the kept indices of two successive prunings into indices of the first original.
+
+    Args:
+        first: Indices kept by the first pruning, into the original.
+        second: Indices kept by the second pruning, into the result of the first.
+        original: Model before both, or its `tensor_shapes`.
+
+    Returns:
+        Kept indices as of `to_axis_indices`. Tensors that pruning added are left out.
+
+    Raises:
+        ShapeError: Indices of the second that do not fit the result of the first.
+
+    Example:
+        >>> compose_kept_indices({"weight": [None, [0, 2, 3]]}, {"weight": [[1], [0, 2]]}, {"weight": (2, 4)})
+        {'weight': [[1], [0, 3]]}
+    """
+    shapes = tensor_shapes(original) if isinstance(original, nn.Module) else original
+    entries = {}
+    for name in dict.fromkeys([*first, *second]):
+        if name not in shapes:
+            continue
+        # Number the original's entries, and prune the numbers twice
+        flat = torch.arange(math.prod(shapes[name])).view(tuple(shapes[name]))
+        for kept in (first, second):
+            flat = index_kept(flat, kept[name]) if name in kept else flat
+        entries[name] = flat
+    return to_axis_indices(entries, shapes)
 
 
 def infer_kept_outputs(
-    original: nn.Module, pruned: nn.Module, tails: Mapping[str, Epilogue], kept: Mapping[str, KeptIndices] | None = None
+    original: nn.Module,
+    pruned: nn.Module,
+    epilogues: Mapping[str, Epilogue],
+    kept: Mapping[str, KeptIndices] | None = None,
 ) -> dict[str, Tensor]:
-    """For each layer that lost output channels, the indices of those that it still has.
+    """Return the kept output channels of each layer that lost some.
 
     Args:
-        original: the network before pruning.
-        pruned: the network after it.
-        tails: the layers, and the norms that follow them.
-        kept: from `recording`; None reads the indices off the weights and norms, which are slices of the original's
-            before any training.
+        original: Model before pruning.
+        pruned: Model after pruning.
+        epilogues: Epilogues of the layers by name.
+        kept: Kept indices from `track_kept_indices`. Default: infer them from weights and norms, which are slices of
+            the original's before any training.
 
     Raises:
-        ShapeError: layers that are no slices of the original's, or a pruned network of other layers.
+        ShapeError: Layers that are no slices of the original's, or a pruned model without one of the layers.
 
     Example:
         >>> original, pruned = nn.Linear(3, 4), nn.Linear(3, 2)
@@ -226,140 +194,121 @@ def infer_kept_outputs(
         >>> infer_kept_outputs(nn.ModuleDict({"a": original}), nn.ModuleDict({"a": pruned}), {"a": Epilogue()})
         {'a': tensor([1, 3])}
     """
-    strange = sorted(set(kept or ()) - set(tensor_shapes(original)))
-    if strange:
-        raise ShapeError(f"kept names what the original has not: {', '.join(strange[:3])}; it is of another network")
-    found = {}
+    unknown = sorted(set(kept or ()) - set(tensor_shapes(original)))
+    if unknown:
+        raise ShapeError(
+            f"kept names {', '.join(unknown[:3])}, and the original has no such tensors. Pass the indices of this model"
+        )
+    outputs = {}
     before, after = dict(original.named_modules()), dict(pruned.named_modules())
-    for name, tail in tails.items():
+    for name, epilogue in epilogues.items():
         if name not in after:
             raise ShapeError(
-                f"the pruned network has no layer {name!r}; expected the original's layers with fewer channels"
+                f"the pruned model has no layer {name!r}; expected the original's layers with fewer channels"
             )
-        whole: Any = before[name]
-        part: Any = after[name]
-        if len(part.weight) == len(whole.weight):
+        weight: Tensor = before[name].weight
+        pruned_weight: Tensor = after[name].weight
+        if len(pruned_weight) == len(weight):
             continue
+        norm = epilogue.norm
         if kept is not None and f"{name}.weight" in kept:
-            found[name] = _first_axis(kept[f"{name}.weight"], whole.weight)
-        elif tail.norm is not None and (by_norm := _by_norm(before[tail.norm], after[tail.norm])) is not None:
-            found[name] = by_norm
+            outputs[name] = _first_axis(kept[f"{name}.weight"], weight)
+        elif norm is not None and (channels := _match_norms(before[norm], after[norm])) is not None:
+            outputs[name] = channels
         else:
-            found[name] = infer_kept_channels(name, whole.weight, part.weight)[0]
-        if len(found[name]) != len(part.weight):
+            outputs[name] = infer_kept_channels(name, weight, pruned_weight)[0]
+        if len(outputs[name]) != len(pruned_weight):
             raise ShapeError(
-                f"layer {name!r}: {len(part.weight)} output channels, but {len(found[name])} are said to be kept"
+                f"layer {name!r} has {len(pruned_weight)} output channels, but kept has {len(outputs[name])} indices"
             )
-    return found
+    return outputs
 
 
 def infer_kept_channels(name: str, original: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and input channels of the original that a pruned weight is made of.
+    """Return the kept output and input channels of a weight that is a slice of the original's.
 
     Args:
-        name: for messages.
-        original: (C_out, C_in, …), a linear layer's or a convolution's weight.
-        pruned: (c_out, c_in, …), `original[out][:, in]` with ascending indices.
+        name: Name of the layer, for error messages.
+        original: (C_out, C_in, …) weight of a linear layer or convolution.
+        pruned: (c_out, c_in, …) weight `original[outputs][:, inputs]` with ascending indices.
 
     Returns:
-        Indices (c_out,) and (c_in,). Of equal slices, the first that keeps the order.
+        Indices (c_out,) and (c_in,); of equal slices the first.
 
     Raises:
-        ShapeError: not a slice of the original, as after training.
+        ShapeError: Not a slice of the original, as after training.
 
     Example:
         >>> weight = torch.randn(8, 6, 3, 3)
-        >>> out, read = infer_kept_channels("conv", weight, weight[[0, 3, 7]][:, [1, 2, 5]])
-        >>> out.tolist(), read.tolist()
+        >>> outputs, inputs = infer_kept_channels("conv", weight, weight[[0, 3, 7]][:, [1, 2, 5]])
+        >>> outputs.tolist(), inputs.tolist()
         ([0, 3, 7], [1, 2, 5])
     """
-    whole, part = (weight.detach().cpu() for weight in (original, pruned))
-    whole, part = (weight[..., None] if weight.ndim == 2 else weight.flatten(2) for weight in (whole, part))
-    if whole.shape[2:] != part.shape[2:] or len(part) > len(whole) or part.shape[1] > whole.shape[1]:
+    # (C_out, C_in, k²) and (c_out, c_in, k²)
+    full, part = (weight.detach().cpu() for weight in (original, pruned))
+    full, part = (weight[..., None] if weight.ndim == 2 else weight.flatten(2) for weight in (full, part))
+    if full.shape[2:] != part.shape[2:] or len(part) > len(full) or part.shape[1] > full.shape[1]:
         raise ShapeError(
-            f"layer {name!r}: a weight of shape {tuple(pruned.shape)} is no slice of the original's {tuple(original.shape)}"
+            f"layer {name!r}: a weight of shape {tuple(pruned.shape)} is no slice of the original's "
+            f"{tuple(original.shape)}. Pass the model that was pruned as the original"
         )
-    if part.shape[1] == whole.shape[1]:
-        read = torch.arange(whole.shape[1])
-        out = _places(whole, part)
-    elif len(part) == len(whole):
-        out = torch.arange(len(whole))
-        read = _places(whole.transpose(0, 1), part.transpose(0, 1))
+    if part.shape[1] == full.shape[1]:
+        inputs = torch.arange(full.shape[1])
+        outputs = _match_rows(full, part)
+    elif len(part) == len(full):
+        outputs = torch.arange(len(full))
+        inputs = _match_rows(full.transpose(0, 1), part.transpose(0, 1))
     else:
-        rows = torch.stack([_row(whole, row) for row in part[:MATCH_SAMPLES]])
-        read = _places(whole[rows].transpose(0, 1), part[:MATCH_SAMPLES].transpose(0, 1))
-        out = _places(whole[:, read], part)
-    if len(out) != len(part) or len(read) != part.shape[1] or not torch.equal(whole[out][:, read], part):
+        # Both axes were cut: identify a few rows by their values, then the columns by these rows, then all rows
+        rows = torch.stack([_most_similar_row(full, row) for row in part[:MATCH_SAMPLES]])
+        inputs = _match_rows(full[rows].transpose(0, 1), part[:MATCH_SAMPLES].transpose(0, 1))
+        outputs = _match_rows(full[:, inputs], part)
+    complete = len(outputs) == len(part) and len(inputs) == part.shape[1]
+    if not complete or not torch.equal(full[outputs][:, inputs], part):
         raise ShapeError(
-            f"layer {name!r}: its weights {tuple(pruned.shape)} are no slice of the original's {tuple(original.shape)}. Refit before any training, "
-            "with the network that was pruned as the original; or prune within `recording(model)` and pass what it gives as kept="
+            f"layer {name!r}: weights {tuple(pruned.shape)} are no slice of the original's {tuple(original.shape)}. "
+            "Refit before any training, or prune within track_kept_indices(model) and pass its result as kept="
         )
-    return out, read
+    return outputs, inputs
 
 
-def _first_axis(kept: KeptIndices, whole: Tensor) -> Tensor:
+def _first_axis(kept: KeptIndices, weight: Tensor) -> Tensor:
     if isinstance(kept, Tensor):
-        return kept.flatten(1)[:, 0] // whole[0].numel()
-    return torch.arange(len(whole)) if kept[0] is None else torch.tensor(kept[0])
+        return kept.flatten(1)[:, 0] // weight[0].numel()
+    return torch.arange(len(weight)) if kept[0] is None else torch.tensor(kept[0])
 
 
-def _by_norm(whole: Any, part: Any) -> Tensor | None:
-    """Channels by a norm's four numbers, where they are all different."""
+def _match_norms(original: Any, pruned: Any) -> Tensor | None:
+    """Return the kept channels of a batch norm by its four numbers per channel, or None if they are ambiguous."""
     before, after = (
-        torch.stack([norm.weight, norm.bias, norm.running_mean, norm.running_var], 1).detach() for norm in (whole, part)
+        torch.stack([norm.weight, norm.bias, norm.running_mean, norm.running_var], 1).detach()
+        for norm in (original, pruned)
     )
     if len(torch.unique(before, dim=0)) != len(before):
         return None
-    same = (after[:, None] == before[None]).all(2)
-    return same.float().argmax(1) if bool((same.sum(1) == 1).all()) else None
+    matches = (after[:, None] == before[None]).all(2)
+    return matches.float().argmax(1) if bool((matches.sum(1) == 1).all()) else None
 
 
-def _places(whole: Tensor, part: Tensor) -> Tensor:
-    """Ascending places of the entries of `part` among those of `whole`, both (n, m, t); fewer than asked for where one is not found."""
-    at = torch.linspace(0, whole.shape[1] - 1, min(MATCH_SAMPLES, whole.shape[1])).long()
-    many, few = whole[:, at].flatten(1), part[:, at].flatten(1)
-    found: list[int] = []
-    start = 0
-    for entry in few:
-        same = (many[start:] == entry).all(1).nonzero().flatten()
-        if not len(same):
-            break
-        found.append(start + int(same[0]))
-        start = found[-1] + 1
-    return torch.tensor(found, dtype=torch.long)
+def _match_rows(full: Tensor, part: Tensor) -> Tensor:
+    """Return the ascending indices in `full` (N, m, t) of the rows of `part` (n, m, t).
 
-
-def _row(whole: Tensor, row: Tensor) -> Tensor:
-    return torch.isin(whole, row).all(2).sum(1).argmax()
-
-
-def compose_kept_indices(
-    first: Mapping[str, KeptIndices], then: Mapping[str, KeptIndices], original: nn.Module | Mapping[str, Sequence[int]]
-) -> dict[str, KeptIndices]:
-    """What two prunings, one after the other, kept of the original's entries.
-
-    Args:
-        first: kept by the first, of the original.
-        then: kept by the second, of what the first left.
-        original: the network before both, or its `tensor_shapes`.
-
-    Returns:
-        As of `to_axis_indices`. Tensors that pruning added are left out.
-
-    Raises:
-        ShapeError: a second pruning of something else than the first left.
-
-    Example:
-        >>> compose_kept_indices({"weight": [None, [0, 2, 3]]}, {"weight": [[1], [0, 2]]}, {"weight": (2, 4)})
-        {'weight': [[1], [0, 3]]}
+    Rows are compared at `MATCH_SAMPLES` columns. Each takes the first match after the previous one; the search ends at
+    the first row without a match.
     """
-    shapes = tensor_shapes(original) if isinstance(original, nn.Module) else original
-    flat = {}
-    for name in dict.fromkeys([*first, *then]):
-        if name not in shapes:
-            continue
-        left = torch.arange(math.prod(shapes[name])).view(tuple(shapes[name]))
-        for kept in (first, then):
-            left = index_kept(left, kept[name]) if name in kept else left
-        flat[name] = left
-    return to_axis_indices(flat, shapes)
+    columns = torch.linspace(0, full.shape[1] - 1, min(MATCH_SAMPLES, full.shape[1])).long()
+    candidates, rows = full[:, columns].flatten(1), part[:, columns].flatten(1)
+    indices: list[int] = []
+    start = 0
+    for row in rows:
+        matches = (candidates[start:] == row).all(1).nonzero().flatten()
+        if not len(matches):
+            break
+        indices.append(start + int(matches[0]))
+        start = indices[-1] + 1
+    return torch.tensor(indices, dtype=torch.long)
+
+
+def _most_similar_row(full: Tensor, row: Tensor) -> Tensor:
+    """Return the index of the row of `full` (N, M, t) that shares the most columns' values with `row` (m, t)."""
+    return torch.isin(full, row).all(2).sum(1).argmax()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import timm
@@ -35,8 +34,8 @@ def network(name: str, **more: Any) -> nn.Module:
     return model
 
 
-def prune(model: nn.Module, example: torch.Tensor | None = None) -> Callable[[nn.Module], None]:
-    """Cut about a third of the channels of a network in place, heads and their widths too; returns what does the same cuts to a copy from before."""
+def prune(model: nn.Module, example: torch.Tensor | None = None) -> None:
+    """Remove about a third of the channels of a model in place, attention heads and their widths included."""
     example = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) if example is None else example
     attentions = {name: module for name, module in model.named_modules() if hasattr(module, "num_heads")}
     heads = {module.qkv: module.num_heads for module in attentions.values()}
@@ -59,17 +58,6 @@ def prune(model: nn.Module, example: torch.Tensor | None = None) -> Callable[[nn
         pruner.step()
     widths = {name: (heads[module.qkv], module.qkv.out_features // 3) for name, module in attentions.items()}
     _patch(model, widths)
-    history = pruner.DG.pruning_history()
-
-    def again(other: nn.Module) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            like = next(other.parameters())
-            graph = tp.DependencyGraph().build_dependency(other, example.to(like.dtype))
-            graph.load_pruning_history(history)
-        _patch(other, widths)
-
-    return again
 
 
 def _patch(model: nn.Module, widths: dict[str, tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""Pruning between two steps: the next step is the one that the original would have made with its pruned channels masked."""
+"""Pruning between two steps of training: the next step equals that of the original with masked channels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.optim.lr_scheduler import StepLR
 
 from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError, ShapeError
 from knowiso_train.pruning.index_tracking import track_kept_indices
-from knowiso_train.pruning.kept_indices import index_kept, index_twin, kept_entries, to_axis_indices
+from knowiso_train.pruning.kept_indices import index_kept
 from knowiso_train.pruning.optimizer_state import preserve_optimizer_state, transfer_optimizer_state
 from tests.helpers.pruned_models import SIDE, network, prune
 
-GONE = [1, 4]
+PRUNED = [1, 4]
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True),
     "adamw": lambda groups: AdamW(groups, lr=0.01, weight_decay=0.1),
@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 class Net(nn.Module):
-    """Convolution, norm, convolution; `mask` is what pruning stands for."""
+    """Convolution, norm, convolution; pruning corresponds to a mask of the channels between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,20 +47,21 @@ def step(model: nn.Module, optimizer: Optimizer, seed: int, *mask: Tensor) -> No
     optimizer.step()
 
 
-def cut(model: nn.Module, gone: list[int] = GONE) -> None:
+def cut(model: nn.Module, channels: list[int] = PRUNED) -> None:
     trainable = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(True)  # torch-pruning follows gradients, and finds no layer without them
+    # torch-pruning traces gradients, and finds no layer without them
+    model.requires_grad_(True)
     example = torch.randn(1, 3, 8, 8, dtype=model.a.weight.dtype)
     graph = tp.DependencyGraph().build_dependency(model, example)
     for parameter, needed in zip(model.parameters(), trainable, strict=True):
         parameter.requires_grad_(needed)
-    graph.get_pruning_group(model.a, tp.prune_conv_out_channels, gone).prune()
+    graph.get_pruning_group(model.a, tp.prune_conv_out_channels, channels).prune()
 
 
 def mask() -> Tensor:
-    found = torch.ones(6, 1, 1)
-    found[GONE] = 0
-    return found
+    channels = torch.ones(6, 1, 1)
+    channels[PRUNED] = 0
+    return channels
 
 
 def groups(model: Net) -> list[dict[str, Any]]:
@@ -71,19 +72,19 @@ def groups(model: Net) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("way", ["in place", "copy", "names from before"])
-def test_steps_after_pruning_are_those_of_the_masked_original(name: str, way: str) -> None:
+@pytest.mark.parametrize("mode", ["in place", "copy", "names from before"])
+def test_steps_after_pruning_equal_those_of_the_masked_original(name: str, mode: str) -> None:
     original = Net()
     optimizer = OPTIMIZERS[name](groups(original))
     for seed in range(3):
         step(original, optimizer, seed)
     pruned = copy.deepcopy(original)
-    if way == "in place":
+    if mode == "in place":
         new = OPTIMIZERS[name](groups(pruned))
         new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         with preserve_optimizer_state(pruned, new) as kept:
             cut(pruned)
-    elif way == "copy":
+    elif mode == "copy":
         with track_kept_indices(pruned) as kept:
             cut(pruned)
         pruned.train()
@@ -91,13 +92,11 @@ def test_steps_after_pruning_are_those_of_the_masked_original(name: str, way: st
     else:
         old = OPTIMIZERS[name](groups(pruned))
         old.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        before, twin = dict(pruned.named_parameters()), index_twin(pruned)
-        cut(pruned)
-        cut(twin)
+        before = dict(pruned.named_parameters())
+        with track_kept_indices(pruned) as kept:
+            cut(pruned)
         pruned.train()
-        entries = kept_entries(twin, original)
-        new = transfer_optimizer_state(old, before, pruned, entries)
-        kept = to_axis_indices(entries, original)
+        new = transfer_optimizer_state(old, before, pruned, kept)
     assert type(new) is type(optimizer)
     for seed in range(3, 6):
         step(original, optimizer, seed, mask())
@@ -115,7 +114,7 @@ def test_steps_after_pruning_are_those_of_the_masked_original(name: str, way: st
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "regnetx_002"])
-def test_whole_networks_go_on(name: str) -> None:
+def test_momenta_of_whole_models_are_cut_and_training_continues(name: str) -> None:
     model = network(name)
     optimizer = AdamW(model.parameters(), lr=1e-3)
     model(torch.randn(2, 3, SIDE, SIDE)).square().sum().backward()
@@ -135,7 +134,7 @@ def test_whole_networks_go_on(name: str) -> None:
     assert all(not torch.equal(before[key], value) for key, value in model.named_parameters())
 
 
-class TestWhatStays:
+class TestPreservedState:
     def test_frozen_layers_stay_frozen(self) -> None:
         model = Net()
         model.a.requires_grad_(False)
@@ -144,7 +143,7 @@ class TestWhatStays:
         step(model, optimizer, 0)
         with preserve_optimizer_state(model, optimizer):
             cut(model)
-            assert model.a.weight.requires_grad  # torch-pruning makes it so
+            assert model.a.weight.requires_grad
             assert not model.training
         assert model.training
         assert model.norm.training
@@ -155,7 +154,7 @@ class TestWhatStays:
         assert torch.equal(before["a.weight"], model.a.weight)
         assert not torch.equal(before["b.weight"], model.b.weight)
 
-    def test_frozen_parameters_that_the_optimizer_holds(self) -> None:
+    def test_frozen_parameters_of_the_optimizer_are_not_stepped(self) -> None:
         model = Net()
         model.a.requires_grad_(False)
         optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -165,7 +164,7 @@ class TestWhatStays:
         step(model, optimizer, 0)
         assert torch.equal(before, model.a.weight)
 
-    def test_schedulers_go_on(self) -> None:
+    def test_schedulers_stay_valid(self) -> None:
         model = Net()
         optimizer = SGD(model.parameters(), lr=1.0, momentum=0.9)
         scheduler = StepLR(optimizer, 1, gamma=0.5)
@@ -192,41 +191,41 @@ class TestWhatStays:
             0.5,
         )
         before = copy.deepcopy(model.state_dict())
-        step(model, new, 2)  # a scheduler has wrapped `step` of the old one
+        step(model, new, 2)
         assert not torch.equal(before["a.weight"], model.a.weight)
 
-    def test_gradual_pruning(self) -> None:
+    def test_state_survives_gradual_pruning(self) -> None:
         model = Net()
         optimizer = AdamW(model.parameters(), lr=0.01)
         step(model, optimizer, 0)
-        for seed, left in enumerate((4, 2), start=1):
+        for seed, width in enumerate((4, 2), start=1):
             with preserve_optimizer_state(model, optimizer):
                 cut(model, [0, 1])
-            assert model.a.out_channels == left
+            assert model.a.out_channels == width
             step(model, optimizer, seed)
         assert optimizer.state[model.b.weight]["exp_avg"].shape == (4, 2, 3, 3)
         assert len(optimizer.state) == len(list(model.parameters()))
 
-    def test_a_context_in_which_nothing_is_pruned_says_so(self) -> None:
+    def test_a_context_without_pruning_warns(self) -> None:
         model = Net()
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
         step(model, optimizer, 0)
         momenta = [value["momentum_buffer"].clone() for value in optimizer.state.values()]
         with (
-            pytest.warns(KnowisoWarning, match="carry_optimizer") as caught,
+            pytest.warns(KnowisoWarning, match="call transfer_optimizer_state") as caught,
             preserve_optimizer_state(model, optimizer),
         ):
             cut(copy.deepcopy(model))
         assert caught[0].filename == __file__
         assert all(
-            torch.equal(optimizer.state[key]["momentum_buffer"], was)
-            for key, was in zip(model.parameters(), momenta, strict=True)
+            torch.equal(optimizer.state[key]["momentum_buffer"], momentum)
+            for key, momentum in zip(model.parameters(), momenta, strict=True)
         )
         assert all(
             mine is theirs for mine, theirs in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True)
         )
 
-    def test_a_loss_keeps_its_own_parameters_and_their_state(self) -> None:
+    def test_parameters_of_a_loss_keep_their_state(self) -> None:
         model, own = Net(), nn.Parameter(torch.ones(3))
         optimizer = Adam([{"params": model.parameters()}, {"params": [own], "lr": 0.5}], lr=0.1)
         own.grad = torch.ones(3)
@@ -243,7 +242,7 @@ class TestWhatStays:
         assert all(torch.equal(new.state[own][key], value) for key, value in state.items())
         assert new.state[own]["exp_avg"] is not old.state[own]["exp_avg"]
 
-    def test_the_old_optimizer_is_left_as_it_is(self) -> None:
+    def test_the_old_optimizer_is_not_modified(self) -> None:
         model = Net()
         optimizer = Adam(model.parameters(), lr=0.1)
         step(model, optimizer, 0)
@@ -277,14 +276,14 @@ class TestWhatStays:
         with pytest.warns(KnowisoWarning, match="scale beside no weight"):
             transfer_optimizer_state(optimizer, original, pruned, {})
 
-    def test_parameters_that_are_pruned_away(self) -> None:
+    def test_removed_parameters_leave_their_group(self) -> None:
         original = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         pruned = copy.deepcopy(original)
         pruned[0].bias = None
         new = transfer_optimizer_state(SGD(original.parameters(), lr=0.1), original, pruned, {})
         assert len(new.param_groups[0]["params"]) == 3
 
-    def test_accelerates_wrapper_and_values_swapped_in_place(self) -> None:
+    def test_accelerate_wrappers_and_replaced_data_are_supported(self) -> None:
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=True)
@@ -302,7 +301,7 @@ class TestWhatStays:
 
 
 class TestErrors:
-    def test_the_original_after_pruning(self) -> None:
+    def test_an_original_that_was_pruned_raises(self) -> None:
         model = Net()
         optimizer = SGD(model.parameters(), lr=0.1)
         with track_kept_indices(model) as kept:
@@ -310,7 +309,7 @@ class TestErrors:
         with pytest.raises(ShapeError, match=r"pass its named_parameters\(\) from before|do not fit"):
             transfer_optimizer_state(optimizer, model, model, kept)
 
-    def test_another_networks_optimizer(self) -> None:
+    def test_the_optimizer_of_another_model_raises(self) -> None:
         model = Net()
         with (
             pytest.raises(OptionError, match="none of the 6 parameters of SGD"),
@@ -318,12 +317,12 @@ class TestErrors:
         ):
             cut(model)
 
-    def test_kept_that_says_too_little(self) -> None:
+    def test_missing_kept_indices_raise(self) -> None:
         original, pruned = nn.Linear(3, 4), nn.Linear(3, 2)
         with pytest.raises(ShapeError, match=r"'weight' has shape \(4, 3\) in the original and \(2, 3\)"):
             transfer_optimizer_state(SGD(original.parameters(), lr=0.1), original, pruned, {})
 
-    def test_states_that_cannot_be_cut_leave_everything_as_it_was(self) -> None:
+    def test_a_state_that_cannot_be_cut_raises_before_any_change(self) -> None:
         model = Net()
         first, second = (
             SGD(model.norm.parameters(), lr=0.1, momentum=0.9),
@@ -336,7 +335,7 @@ class TestErrors:
             cut(model)
         assert all(mine is theirs for mine, theirs in zip(held, first.param_groups[0]["params"], strict=True))
 
-    def test_optimizers_with_parameters_of_their_own(self) -> None:
+    def test_optimizers_with_parameters_outside_their_groups_raise(self) -> None:
         model = nn.Linear(3, 2)
         with pytest.raises(InputTypeError, match="LBFGS keeps parameters or an optimizer of its own in '_params'"):
             transfer_optimizer_state(torch.optim.LBFGS(model.parameters()), model, model, {})
