@@ -30,7 +30,7 @@ def recompute_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def grams(
+def input_grams(
     model: nn.Module, layers: Sequence[str], batches: Sequence[Tensor], rows: int = 20, taps: bool = True, seed: int = 0
 ) -> dict[str, Tensor]:
     """(d, d) mean outer product, about the origin, of what each layer reads; d counts the taps of a kernel too, in the order of `weight.flatten(1)`.
@@ -49,7 +49,11 @@ def grams(
     images = sum(len(batch) for batch in batches)
 
     def add(name: str, layer: Any, x: Tensor) -> None:
-        found = _rows(layer, x, math.ceil(rows * layer.weight[0].numel() / images), generator) if taps else _channels(x)
+        found = (
+            _sample_patches(layer, x, math.ceil(rows * layer.weight[0].numel() / images), generator)
+            if taps
+            else _flatten_positions(x)
+        )
         total[name] = total[name] + (found.T @ found).double()
         seen[name] += len(found)
 
@@ -62,11 +66,11 @@ def grams(
     return {name: total[name] / seen[name] for name in layers}
 
 
-def _channels(x: Tensor) -> Tensor:
+def _flatten_positions(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)
 
 
-def _rows(layer: Any, x: Tensor, positions: int, generator: torch.Generator) -> Tensor:
+def _sample_patches(layer: Any, x: Tensor, positions: int, generator: torch.Generator) -> Tensor:
     if isinstance(layer, nn.Linear):
         return x
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (N, C·k·k, L)
@@ -74,7 +78,7 @@ def _rows(layer: Any, x: Tensor, positions: int, generator: torch.Generator) -> 
     return patches[:, :, at].movedim(1, 2).flatten(0, 1)
 
 
-def mixed(weight: Tensor, gram: Tensor, kept: Sequence[int], ridge: float = 1e-3) -> Tensor:
+def grail_weights(weight: Tensor, gram: Tensor, kept: Sequence[int], ridge: float = 1e-3) -> Tensor:
     """GRAIL's compensation (Tang et al. 2026, arXiv 2602.23795): what reads the channels reads their ridge reconstruction from the kept ones.
 
     Args:
@@ -93,7 +97,7 @@ def mixed(weight: Tensor, gram: Tensor, kept: Sequence[int], ridge: float = 1e-3
     return torch.einsum("oc...,ck->ok...", weight.double(), reconstruction).to(weight.dtype)
 
 
-class Regression:
+class OsscarRegression:
     """A consumer's output as a least-squares problem in a subset of its input channels, damped as OSSCAR does (Meng et al. 2024, 2403.12983).
 
     Args:

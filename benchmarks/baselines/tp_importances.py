@@ -12,11 +12,11 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.baselines.tp_pruner import Cutter
+from benchmarks.baselines.tp_pruner import BudgetPruner
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationData:
     """What a criterion may look at: images, and what the original network says of them."""
 
     images: Tensor
@@ -24,7 +24,7 @@ class Calibration:
     seed: int = 0
 
 
-def mean_gradient(model: nn.Module, data: Calibration, images: int = 512, batch: int = 64) -> None:
+def accumulate_gradient(model: nn.Module, data: CalibrationData, images: int = 512, batch: int = 64) -> None:
     """Leaves the gradient of the mean cross-entropy in the parameters."""
     model.zero_grad()
     chosen = data.images[:images]
@@ -32,12 +32,12 @@ def mean_gradient(model: nn.Module, data: Calibration, images: int = 512, batch:
         (F.cross_entropy(model(x), y, reduction="sum") / len(chosen)).backward()
 
 
-def taylor(model: nn.Module, data: Calibration) -> Any:
-    mean_gradient(model, data)
+def taylor(model: nn.Module, data: CalibrationData) -> Any:
+    accumulate_gradient(model, data)
     return tp.importance.TaylorImportance()
 
 
-def hessian(model: nn.Module, data: Calibration, images: int = 128) -> Any:
+def hessian(model: nn.Module, data: CalibrationData, images: int = 128) -> Any:
     """Squares of single images' gradients. Added up here: torch-pruning's own `accumulate_grad` keeps those of the last image only."""
     scorer = tp.importance.HessianImportance()
     squares: dict[nn.Parameter, Tensor] = {}
@@ -51,7 +51,7 @@ def hessian(model: nn.Module, data: Calibration, images: int = 128) -> Any:
     return scorer
 
 
-def obdc(model: nn.Module, data: Calibration, images: int = 128, batch: int = 32) -> Any:
+def obdc(model: nn.Module, data: CalibrationData, images: int = 128, batch: int = 32) -> Any:
     """EigenDamage's OBD-C as torch-pruning has it: labels drawn from what the network says; layers without bias and of one group only."""
     scorer = tp.importance.OBDCImportance(num_classes=len(model(data.images[:1])[0]))
     torch.manual_seed(data.seed)
@@ -70,7 +70,7 @@ def obdc(model: nn.Module, data: Calibration, images: int = 128, batch: int = 32
     return scorer
 
 
-def activation(model: nn.Module, data: Calibration, images: int = 256) -> Any:
+def activation(model: nn.Module, data: CalibrationData, images: int = 256) -> Any:
     """Mean absolute activation; torch-pruning's hook keeps one batch."""
     scorer = tp.importance.ActivationImportance()
     with scorer.compute_importance(model):
@@ -78,12 +78,12 @@ def activation(model: nn.Module, data: Calibration, images: int = 256) -> Any:
     return scorer
 
 
-def random(model: nn.Module, data: Calibration) -> Any:
+def random(model: nn.Module, data: CalibrationData) -> Any:
     torch.manual_seed(data.seed)
     return tp.importance.RandomImportance()
 
 
-IMPORTANCES: dict[str, Callable[[nn.Module, Calibration], Any]] = {
+IMPORTANCES: dict[str, Callable[[nn.Module, CalibrationData], Any]] = {
     "L1": lambda model, data: tp.importance.MagnitudeImportance(p=1),
     "L2": lambda model, data: tp.importance.MagnitudeImportance(p=2),
     "LAMP": lambda model, data: tp.importance.LAMPImportance(),
@@ -98,9 +98,9 @@ IMPORTANCES: dict[str, Callable[[nn.Module, Calibration], Any]] = {
 
 
 def prune_with(
-    cutter: Cutter,
-    prepare: Callable[[nn.Module, Calibration], Any],
-    data: Calibration,
+    cutter: BudgetPruner,
+    prepare: Callable[[nn.Module, CalibrationData], Any],
+    data: CalibrationData,
     target: float,
     scope: str = "global",
     steps: int = 1,

@@ -12,21 +12,21 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-READERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-WRITERS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
-MAKERS = (*WRITERS, tp.prune_depthwise_conv_out_channels)
-GOLDEN = (math.sqrt(5) - 1) / 2
-LAYERS = (nn.Conv2d, nn.Linear)
+CONSUMER_HANDLERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+PRODUCER_HANDLERS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+OUTPUT_HANDLERS = (*PRODUCER_HANDLERS, tp.prune_depthwise_conv_out_channels)
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+COUNTED_LAYERS = (nn.Conv2d, nn.Linear)
 
 
-class Macs:
+class MacCounter:
     """Multiply-adds of convolutions and linear layers for one image; one count for everybody."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.positions: dict[str, int] = {}
         with ExitStack() as stack, torch.no_grad():
             for name, layer in model.named_modules():
-                if isinstance(layer, LAYERS):
+                if isinstance(layer, COUNTED_LAYERS):
                     handle = layer.register_forward_hook(
                         lambda m, _x, y, name=name: self.positions.update(
                             {name: y.numel() // (len(y) * m.weight.shape[0])}
@@ -43,7 +43,13 @@ class Macs:
         made, read = {}, {}
         for group in groups:
             for item in group:
-                lost = made if item.dep.handler in MAKERS else read if item.dep.handler in READERS else None
+                lost = (
+                    made
+                    if item.dep.handler in OUTPUT_HANDLERS
+                    else read
+                    if item.dep.handler in CONSUMER_HANDLERS
+                    else None
+                )
                 if lost is not None:
                     lost.setdefault(item.dep.target.module, set()).update(item.idxs)
         total = 0.0
@@ -55,7 +61,7 @@ class Macs:
         return total
 
 
-class Scores:
+class CachedScores:
     """An importance that is asked once for each group."""
 
     def __init__(self, importance: Callable[[Any], Tensor | None]) -> None:
@@ -69,7 +75,7 @@ class Scores:
 
 
 @dataclass
-class Cutter:
+class BudgetPruner:
     """torch-pruning's pruner, brought to a number of multiply-adds by bisection on its pruning ratio.
 
     Attributes:
@@ -81,12 +87,12 @@ class Cutter:
 
     model: nn.Module
     example: Tensor
-    macs: Macs
+    macs: MacCounter
     roots: Sequence[str]
 
     def cut(self, importance: Callable[[Any], Tensor | None], target: float, scope: str) -> float:
         """Prune to at most `target` multiply-adds; returns what is left."""
-        scores = Scores(importance)
+        scores = CachedScores(importance)
         best, least = 0.0, -1.0
         low, high = 0.0, 1.0
         for _ in range(18):
@@ -106,7 +112,7 @@ class Cutter:
             layer = self.model.get_submodule(name)
             gone = sorted(set(range(layer.weight.shape[0])) - set(indices))
             if gone:
-                graph.get_pruning_group(layer, _writer(layer), gone).prune()
+                graph.get_pruning_group(layer, _output_pruning_function(layer), gone).prune()
 
     def consumers(self) -> dict[str, str]:
         """The one layer that reads each root's channels, in its channels' order; depthwise layers and norms in between."""
@@ -115,23 +121,23 @@ class Cutter:
         found = {}
         for name in self.roots:
             layer = self.model.get_submodule(name)
-            group = graph.get_pruning_group(layer, _writer(layer), list(range(layer.weight.shape[0])))
-            readers = [item for item in group if item.dep.handler in READERS]
+            group = graph.get_pruning_group(layer, _output_pruning_function(layer), list(range(layer.weight.shape[0])))
+            readers = [item for item in group if item.dep.handler in CONSUMER_HANDLERS]
             if len(readers) != 1 or list(readers[0].idxs) != list(range(layer.weight.shape[0])):
                 raise ValueError(f"{name} has {len(readers)} readers, or one that mixes its channels up")
             found[name] = names[readers[0].dep.target.module]
         return found
 
-    def _pruner(self, scores: Scores, ratio: float, scope: str) -> Any:
+    def _pruner(self, scores: CachedScores, ratio: float, scope: str) -> Any:
         ignored = [
             layer
             for name, layer in self.model.named_modules()
-            if isinstance(layer, LAYERS) and name not in self.roots and not _depthwise(layer)
+            if isinstance(layer, COUNTED_LAYERS) and name not in self.roots and not _is_depthwise(layer)
         ]
         options: dict[str, Any] = {"global_pruning": scope == "global", "pruning_ratio": ratio}
         if scope == "local":
             widths = {name: self.model.get_submodule(name).weight.shape[0] for name in self.roots}
-            kept = uniform(widths, ratio)
+            kept = scale_widths(widths, ratio)
             options["pruning_ratio_dict"] = {
                 self.model.get_submodule(name): 1 - (kept[name] + 1e-3) / width for name, width in widths.items()
             }
@@ -140,7 +146,7 @@ class Cutter:
         return tp.pruner.BasePruner(self.model, self.example, scores, ignored_layers=ignored, **options, **fresh)
 
 
-def uniform(widths: Mapping[str, int], ratio: float) -> dict[str, int]:
+def scale_widths(widths: Mapping[str, int], ratio: float) -> dict[str, int]:
     """What is left of each width when the same share goes everywhere.
 
     Of layers of one width some are rounded up and some down, so that the multiply-adds follow the ratio closely:
@@ -151,27 +157,27 @@ def uniform(widths: Mapping[str, int], ratio: float) -> dict[str, int]:
     kept = {}
     for name, width in widths.items():
         turn[width] = turn.get(width, 0) + 1
-        kept[name] = max(1, min(width, int(width * (1 - ratio) + turn[width] * GOLDEN % 1)))
+        kept[name] = max(1, min(width, int(width * (1 - ratio) + turn[width] * GOLDEN_RATIO % 1)))
     return kept
 
 
-def inner_roots(model: nn.Module, example: Tensor, ignored: Sequence[str]) -> list[str]:
+def inner_layers(model: nn.Module, example: Tensor, ignored: Sequence[str]) -> list[str]:
     """Layers that alone write channels which one layer alone reads: widths inside of blocks, no residual stream."""
     names = {module: name for name, module in model.named_modules()}
     graph = tp.DependencyGraph().build_dependency(model, example)
     found = []
     for group in graph.get_all_groups(ignored_layers=[model.get_submodule(name) for name in ignored]):
         handlers = [item.dep.handler for item in group]
-        if sum(h in WRITERS for h in handlers) == 1 and sum(h in READERS for h in handlers) == 1:
-            found.append(next(names[item.dep.target.module] for item in group if item.dep.handler in WRITERS))
+        if sum(h in PRODUCER_HANDLERS for h in handlers) == 1 and sum(h in CONSUMER_HANDLERS for h in handlers) == 1:
+            found.append(next(names[item.dep.target.module] for item in group if item.dep.handler in PRODUCER_HANDLERS))
     order = list(names.values())
     return sorted(found, key=order.index)
 
 
-def _depthwise(layer: nn.Module) -> bool:
+def _is_depthwise(layer: nn.Module) -> bool:
     """Goes with what writes its channels."""
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.out_channels
 
 
-def _writer(layer: nn.Module) -> Any:
+def _output_pruning_function(layer: nn.Module) -> Any:
     return tp.prune_linear_out_channels if isinstance(layer, nn.Linear) else tp.prune_conv_out_channels

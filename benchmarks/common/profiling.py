@@ -17,7 +17,7 @@ def quantile(values: list[float], q: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
-def highest(watched: profile) -> int:
+def peak_allocated_bytes(watched: profile) -> int:
     """The most that was allocated at one time under a profiler, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BOOTSTRAP = 2000
+BOOTSTRAP_SAMPLES = 2000
 
 
-def spread(values: Sequence[float], signed: bool = False) -> str:
+def mean_and_error(values: Sequence[float], signed: bool = False) -> str:
     """Mean ± standard error."""
     mean = sum(values) / len(values)
     error = (
@@ -24,17 +24,17 @@ def spread(values: Sequence[float], signed: bool = False) -> str:
     return f"{mean:+.2f} ± {error:.2f}" if signed else f"{mean:.2f} ± {error:.2f}"
 
 
-def over_images(gap: Tensor) -> float:
+def bootstrap_error(gap: Tensor) -> float:
     """Bootstrap standard error of the mean of (images,) when the images are drawn again."""
-    again = torch.randint(len(gap), (BOOTSTRAP, len(gap)), generator=torch.Generator().manual_seed(0))
+    again = torch.randint(len(gap), (BOOTSTRAP_SAMPLES, len(gap)), generator=torch.Generator().manual_seed(0))
     return float(gap[again].mean(1).std())
 
 
-def packed(right: Tensor) -> str:
+def pack_bits(right: Tensor) -> str:
     """Which images were got right, (images,), eight to a byte, in base 85."""
     return base64.b85encode(np.packbits(right.numpy().astype(bool)).tobytes()).decode()
 
 
-def unpacked(text: str, count: int) -> Tensor:
-    """(count,) zeros and ones, float64, from `packed`."""
+def unpack_bits(text: str, count: int) -> Tensor:
+    """(count,) zeros and ones, float64, from `pack_bits`."""
     return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b85decode(text), np.uint8), count=count)).double()

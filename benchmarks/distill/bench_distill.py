@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines.feature_kd import AttentionTransfer, FitNet
-from benchmarks.common.augment import crops_and_flips
+from benchmarks.common.augment import random_crops_and_flips
 from benchmarks.common.models import CifarResNet, cifar10, cifar_resnet
 from benchmarks.common.results import RESULTS, record, table
-from benchmarks.common.stats import spread
+from benchmarks.common.stats import mean_and_error
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import kd_loss
 from knowiso_train.errors import NonFiniteError
@@ -41,10 +41,10 @@ from knowiso_train.errors import NonFiniteError
 LAYERS = ("layer1", "layer2", "layer3")
 WIDTHS = (16, 32, 64)
 # Of the training images at hand
-JUDGED, TUNING, VALIDATION = slice(0, 9000), slice(9000, 13000), slice(13000, 15000)
+TRAIN_IMAGES, TUNING_IMAGES, VALIDATION_IMAGES = slice(0, 9000), slice(9000, 13000), slice(13000, 15000)
 TUNING_SEED = 1000
 # Of the grids: terms of about the size of the cross-entropy at the start
-MIDDLE = {"kd": 1.0, "fitnet": 1.0, "at": 1000.0, "moment": 1.0}
+CENTER_WEIGHTS = {"kd": 1.0, "fitnet": 1.0, "at": 1000.0, "moment": 1.0}
 SETTINGS_TRIED = ({"refresh": 1}, {"refresh": 50}, {"window": 5}, {"window": 100})
 
 
@@ -79,7 +79,7 @@ class Student:
         self.rivals = {"fitnet": FitNet(WIDTHS, WIDTHS), "at": AttentionTransfer()}
         self.rivals = {name: rival for name, rival in self.rivals.items() if name in arm.weights}
         if self.rivals:
-            keep(self.model, self.seen)
+            capture_features(self.model, self.seen)
         parameters = [*self.model.parameters(), *(p for rival in self.rivals.values() for p in rival.parameters())]
         self.optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
@@ -119,14 +119,14 @@ class Student:
         return 100 * right / len(images)
 
 
-def keep(model: nn.Module, features: dict[str, Tensor]) -> None:
+def capture_features(model: nn.Module, features: dict[str, Tensor]) -> None:
     for layer in LAYERS:
         getattr(model, layer).register_forward_hook(lambda _m, _x, out, layer=layer: features.update({layer: out}))
 
 
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Random crops of the image padded by 4, and flips."""
-    return crops_and_flips(F.pad(images, (4,) * 4), 32, generator)
+    return random_crops_and_flips(F.pad(images, (4,) * 4), 32, generator)
 
 
 def train(
@@ -155,7 +155,7 @@ def train(
         for epoch in range(args.epochs):
             order = chosen[torch.randperm(len(chosen), generator=generator)]
             for batch in order.split(args.batch_size):
-                images, labels = augmented(pool[0][batch], generator), pool[1][batch]
+                images, labels = augment(pool[0][batch], generator), pool[1][batch]
                 lr = args.lr * min(1.0, (done + 1) / args.warmup) * (1 + math.cos(math.pi * done / steps)) / 2
                 began = time.perf_counter()
                 with torch.no_grad():
@@ -174,7 +174,7 @@ def train(
     return rows
 
 
-class Book:
+class ResultsStore:
     """Rows that are done, in the results file; a run that is started again takes them up where the settings are the same."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -207,9 +207,9 @@ class Book:
         record(self.name, {**more, "rows": self.rows}, settings=self.settings)
 
 
-def tuned(run: Callable[[list[Arm]], list[float]]) -> dict[str, float]:
+def tune_weights(run: Callable[[list[Arm]], list[float]]) -> dict[str, float]:
     """The best weight of each method; the grid goes one step further where its edge is the best."""
-    grids = {name: [middle / 10, middle, middle * 10] for name, middle in MIDDLE.items()}
+    grids = {name: [middle / 10, middle, middle * 10] for name, middle in CENTER_WEIGHTS.items()}
 
     def best(scores: dict[tuple[str, float], float], name: str) -> float:
         return max(grids[name], key=lambda weight: scores[name, weight])
@@ -217,7 +217,7 @@ def tuned(run: Callable[[list[Arm]], list[float]]) -> dict[str, float]:
     def scored() -> dict[tuple[str, float], float]:
         points = [(name, weight) for name, grid in grids.items() for weight in grid]
         arms = [Arm({name: weight}) for name, weight in points] + [
-            Arm({"moment": MIDDLE["moment"]}, options) for options in SETTINGS_TRIED
+            Arm({"moment": CENTER_WEIGHTS["moment"]}, options) for options in SETTINGS_TRIED
         ]
         return dict(zip(points, run(arms), strict=False))
 
@@ -231,12 +231,12 @@ def tuned(run: Callable[[list[Arm]], list[float]]) -> dict[str, float]:
     return {name: best(scores, name) for name in grids}
 
 
-def judged(weights: dict[str, float]) -> list[Arm]:
+def final_arms(weights: dict[str, float]) -> list[Arm]:
     parts = [(), ("kd",), ("fitnet",), ("fitnet", "kd"), ("at",), ("at", "kd"), ("moment",), ("moment", "kd")]
     return [Arm({name: weights[name] for name in part}) for part in parts]
 
 
-def compared(arms: Sequence[Arm], accuracies: list[list[float]]) -> list[dict[str, Any]]:
+def comparison_table(arms: Sequence[Arm], accuracies: list[list[float]]) -> list[dict[str, Any]]:
     """Mean over seeds, and mean and standard error of the paired differences."""
     values = torch.tensor(accuracies, dtype=torch.float64).T  # (arms, seeds)
     rows = []
@@ -247,7 +247,7 @@ def compared(arms: Sequence[Arm], accuracies: list[list[float]]) -> list[dict[st
             "top-1 %": round(float(own.mean()), 2),
         }
         for name, other in (("cross-entropy", values[0]), ("KD", values[1])):
-            row[f"over {name}"] = spread((own - other).tolist(), signed=True)
+            row[f"over {name}"] = mean_and_error((own - other).tolist(), signed=True)
         rows.append(row)
     return rows
 
@@ -269,15 +269,17 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--name", default="bench_distill", help="of the results file")
     args = parser.parse_args()
-    book, teacher = Book(args), cifar_resnet(56)
+    book, teacher = ResultsStore(args), cifar_resnet(56)
     images, labels = cifar10("train")
 
     def part(which: slice) -> tuple[Tensor, Tensor]:
         return images[which], labels[which]
 
-    weights = tuned(
+    weights = tune_weights(
         lambda arms: book.accuracies(
-            arms, TUNING_SEED, lambda left: train(left, TUNING_SEED, part(TUNING), part(VALIDATION), teacher, args)
+            arms,
+            TUNING_SEED,
+            lambda left: train(left, TUNING_SEED, part(TUNING_IMAGES), part(VALIDATION_IMAGES), teacher, args),
         )
     )
     tuning = [row for row in book.rows if row["seed"] == TUNING_SEED]
@@ -288,12 +290,12 @@ def main() -> None:
         flush=True,
     )
 
-    arms, test = judged(weights), cifar10("test", args.test_images)
+    arms, test = final_arms(weights), cifar10("test", args.test_images)
     accuracies = [
-        book.accuracies(arms, seed, lambda left, s=seed: train(left, s, part(JUDGED), test, teacher, args))
+        book.accuracies(arms, seed, lambda left, s=seed: train(left, s, part(TRAIN_IMAGES), test, teacher, args))
         for seed in range(args.seeds)
     ]
-    rows = compared(arms, accuracies)
+    rows = comparison_table(arms, accuracies)
     print(table(rows))
     book.write(table=rows, chosen=weights)
 

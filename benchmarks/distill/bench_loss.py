@@ -42,27 +42,27 @@ from tqdm.auto import tqdm
 
 from benchmarks.baselines.feature_kd import AttentionTransfer, FitNet, ReviewKD
 from benchmarks.common.models import CifarResNet
-from benchmarks.common.profiling import CLOCKS, highest, quantile
+from benchmarks.common.profiling import CLOCKS, peak_allocated_bytes, quantile
 from benchmarks.common.results import record, table
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import kd_loss
 from knowiso_train.distillation.estimators import updates_moments
 
-REFRESH = 10  # the library's default
-IN_A_ROW, RUNS = 2 * REFRESH, 3
+REFRESH_INTERVAL = 10  # the library's default
+STEPS_PER_RUN, NUM_RUNS = 2 * REFRESH_INTERVAL, 3
 BASE, HINTS, OURS = "teacher + KD", "+ FitNet", "+ ours, moment"
-RIVALS: dict[str, Callable[[list[int], list[int]], nn.Module]] = {
+BASELINES: dict[str, Callable[[list[int], list[int]], nn.Module]] = {
     HINTS: FitNet,
     "+ attention transfer": lambda *_: AttentionTransfer(),
     "+ ReviewKD": ReviewKD,
 }
-FORMS: dict[str, dict[str, Any]] = {
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     OURS: {},
     "+ ours, learned, order 0": {"solver": "learned", "order": 0},
     "+ ours, learned, order 1": {"solver": "learned", "order": 1},
     "+ ours, consensus, one peer": {"target": "consensus"},
 }
-CONTENDERS = ["student alone", "student + teacher forward", BASE, *RIVALS, *FORMS]
+CONTENDERS = ["student alone", "student + teacher forward", BASE, *BASELINES, *LOSS_OPTIONS]
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,24 @@ class Contender:
         student, teacher, peer = case.networks
         self.student = student().to(device)
         self.frozen = [
-            settled(make().to(device), self.images) for make in ((teacher, peer) if "peer" in kind else (teacher,))
+            with_recomputed_statistics(make().to(device), self.images)
+            for make in ((teacher, peer) if "peer" in kind else (teacher,))
         ]
         self.teacher = self.frozen[0]
         self.iso: IsomorphismLoss | None = None
         self.rival: nn.Module | None = None
         self.of_student: dict[str, Tensor] = {}
         self.of_teacher: dict[str, Tensor] = {}
-        if kind in RIVALS:
+        if kind in BASELINES:
             self.rival = self._rival(case)
-        if kind in FORMS:
+        if kind in LOSS_OPTIONS:
             self.iso = IsomorphismLoss(
-                self.student, self.teacher, case.layers, refresh=REFRESH, peers=self.frozen[1:], **FORMS[kind]
+                self.student,
+                self.teacher,
+                case.layers,
+                refresh=REFRESH_INTERVAL,
+                peers=self.frozen[1:],
+                **LOSS_OPTIONS[kind],
             )
             self.iso.to(device).attach()
         self.optimizer = torch.optim.SGD(
@@ -130,7 +136,7 @@ class Contender:
         with torch.no_grad():
             self.student.eval()(self.images[:2]), self.student.train(), self.teacher(self.images[:2])
         widths = [[feature.shape[1] for feature in kept.values()] for kept in (self.of_student, self.of_teacher)]
-        return RIVALS[self.kind](*widths).to(self.device)
+        return BASELINES[self.kind](*widths).to(self.device)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -158,11 +164,11 @@ class Contender:
 
     def warm_up(self) -> None:
         """Until every map stands, and to a step at which closed forms are refreshed: all contenders are refreshed in the same rounds."""
-        while self.steps < REFRESH or self.steps % REFRESH or not self.on():
-            if self.steps >= 20 * REFRESH:
+        while self.steps < REFRESH_INTERVAL or self.steps % REFRESH_INTERVAL or not self.on():
+            if self.steps >= 20 * REFRESH_INTERVAL:
                 raise RuntimeError(f"{self.kind}: the loss is not on after {self.steps} steps")
             if self.iso is None and self.steps >= 3:
-                self.steps = REFRESH  # nothing to wait for
+                self.steps = REFRESH_INTERVAL  # nothing to wait for
             else:
                 self.step()
 
@@ -180,7 +186,7 @@ class Contender:
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def settled(model: nn.Module, images: Tensor) -> nn.Module:
+def with_recomputed_statistics(model: nn.Module, images: Tensor) -> nn.Module:
     """A frozen network whose batch norms know the images, so that its features are of ordinary size."""
     with torch.no_grad():
         for _ in range(3):
@@ -188,7 +194,7 @@ def settled(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def seconds(contender: Contender, clock: Callable[[], float], steps: int = 1) -> float:
+def time_steps(contender: Contender, clock: Callable[[], float], steps: int = 1) -> float:
     """Of one step among so many in a row."""
     synchronize(contender.device)
     began = clock()
@@ -203,7 +209,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak(contender: Contender) -> int:
+def peak_memory(contender: Contender) -> int:
     """Bytes at the peak of a refreshing step and a plain one, all that is held between steps included."""
     contender.optimizer.zero_grad()
     if contender.device.type == "cuda":
@@ -215,13 +221,13 @@ def peak(contender: Contender) -> int:
         return contender.held() + torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         contender.step(), contender.step()
-    return contender.held() + highest(watched)
+    return contender.held() + peak_allocated_bytes(watched)
 
 
-def rows_of(times: dict[str, list[float]], first: dict[str, int], peaks: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """`first` is the number of each contender's first timed step, a multiple of `REFRESH`."""
+def table_rows(times: dict[str, list[float]], first: dict[str, int], peaks: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """`first` is the number of each contender's first timed step, a multiple of `REFRESH_INTERVAL`."""
     rounds = range(len(times[BASE]))
-    refreshed, plain = [i for i in rounds if i % REFRESH == 0], [i for i in rounds if i % REFRESH]
+    refreshed, plain = [i for i in rounds if i % REFRESH_INTERVAL == 0], [i for i in rounds if i % REFRESH_INTERVAL]
 
     def ratios(kind: str, rounds: list[int]) -> list[float]:
         return [times[kind][i] / times[BASE][i] for i in rounds]
@@ -239,13 +245,13 @@ def rows_of(times: dict[str, list[float]], first: dict[str, int], peaks: dict[st
             f"of {BASE}": round(often, 3),
             "10 % .. 90 %": " .. ".join(f"{quantile(ratios(kind, plain), q):.3f}" for q in (0.1, 0.9)),
             "refreshing step": round(seldom, 3),
-            "with refresh": round(((REFRESH - 1) * often + seldom) / REFRESH, 3),
+            "with refresh": round(((REFRESH_INTERVAL - 1) * often + seldom) / REFRESH_INTERVAL, 3),
             "peak MiB": round(peaks[kind] / 2**20, 1),
             "memory": round(peaks[kind] / peaks[BASE], 3),
         }
 
 
-def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def compare_with_targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The targets: at most 5 % over teacher + KD in time, 10 % in memory, and less than FitNet with its adapters."""
     ours, hints = (next(row for row in rows if row["contender"] == kind) for kind in (OURS, HINTS))
     time_over, memory_over = ours["with refresh"] - 1, ours["memory"] - 1
@@ -293,13 +299,13 @@ def main() -> None:
         order = random.Random(0)
         for _ in tqdm(range(rounds), case.name):
             for contender in order.sample(contenders, len(contenders)):
-                times[contender.kind].append(seconds(contender, CLOCKS[args.clock]))
-        rows = list(rows_of(times, first, {contender.kind: peak(contender) for contender in contenders}))
+                times[contender.kind].append(time_steps(contender, CLOCKS[args.clock]))
+        rows = list(table_rows(times, first, {contender.kind: peak_memory(contender) for contender in contenders}))
         if gpu:
             runs: dict[str, list[float]] = {contender.kind: [] for contender in contenders}
-            for _ in range(RUNS):
+            for _ in range(NUM_RUNS):
                 for contender in order.sample(contenders, len(contenders)):
-                    runs[contender.kind].append(seconds(contender, CLOCKS[args.clock], IN_A_ROW))
+                    runs[contender.kind].append(time_steps(contender, CLOCKS[args.clock], STEPS_PER_RUN))
             medians = {kind: quantile(own, 0.5) for kind, own in runs.items()}
             for row in rows:
                 row["in a row, ms"] = round(1000 * medians[row["contender"]], 2)
@@ -313,7 +319,7 @@ def main() -> None:
             "seconds": {kind: [round(t, 5) for t in own] for kind, own in times.items()},
         }
         if not args.only:
-            figures[case.name]["target"] = verdict(rows)
+            figures[case.name]["target"] = compare_with_targets(rows)
             print(figures[case.name]["target"], flush=True)
         for contender in contenders:
             if contender.iso is not None:
@@ -324,7 +330,7 @@ def main() -> None:
         rounds=rounds,
         clock=args.clock,
         autocast=args.autocast,
-        refresh=REFRESH,
+        refresh=REFRESH_INTERVAL,
         load=os.getloadavg(),
     )
 

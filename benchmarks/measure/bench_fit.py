@@ -24,27 +24,27 @@ from benchmarks.common.models import cifar10, cifar_features
 from benchmarks.common.results import RESULTS, record, table
 from knowiso_train import Disentangler
 
-FIT, SELECT, HELD_OUT, RIVAL_EPOCHS = 2400, 300, 600, 1000
+FIT_IMAGES, SELECT_IMAGES, REPORT_IMAGES, PAPER_EPOCHS = 2400, 300, 600, 1000
 
 
 def features(stage: int) -> tuple[Tensor, Tensor]:
-    images, _ = cifar10("train", FIT + HELD_OUT)
+    images, _ = cifar10("train", FIT_IMAGES + REPORT_IMAGES)
     return cifar_features(32, images, stage), cifar_features(44, images, stage)
 
 
-def ours(order: int, x: Tensor, y: Tensor, seed: int) -> tuple[Disentangler, float]:
+def fit_closed_form(order: int, x: Tensor, y: Tensor, seed: int) -> tuple[Disentangler, float]:
     began = time.perf_counter()
-    inner = FIT - SELECT
+    inner = FIT_IMAGES - SELECT_IMAGES
     maps = Disentangler(order=order, kernel_size=3, max_rows=10**6, seed=seed).fit(
-        x[:inner], y[:inner], select=(x[inner:FIT], y[inner:FIT])
+        x[:inner], y[:inner], select=(x[inner:FIT_IMAGES], y[inner:FIT_IMAGES])
     )
     return maps, time.perf_counter() - began
 
 
-def rival_epochs(epochs: int, x: Tensor, y: Tensor, seed: int) -> float:
+def time_paper_epoch(epochs: int, x: Tensor, y: Tensor, seed: int) -> float:
     torch.manual_seed(seed)
     net, began = PublishedDisentangler(x.shape[1]), 0.0
-    for epoch in train_epochs(net, x[:FIT], y[:FIT], seed=seed):
+    for epoch in train_epochs(net, x[:FIT_IMAGES], y[:FIT_IMAGES], seed=seed):
         if epoch == 0:  # the first one warms up
             began = time.perf_counter()
         if epoch == epochs:
@@ -52,13 +52,13 @@ def rival_epochs(epochs: int, x: Tensor, y: Tensor, seed: int) -> float:
     return (time.perf_counter() - began) / epochs
 
 
-def rival_full(stage: int, x: Tensor, y: Tensor) -> dict[str, Any]:
+def train_paper_network(stage: int, x: Tensor, y: Tensor) -> dict[str, Any]:
     torch.manual_seed(0)
     net, curve, spent, began = PublishedDisentangler(x.shape[1]), [], 0.0, time.perf_counter()
-    for epoch in train_epochs(net, x[:FIT], y[:FIT], epochs=RIVAL_EPOCHS):
+    for epoch in train_epochs(net, x[:FIT_IMAGES], y[:FIT_IMAGES], epochs=PAPER_EPOCHS):
         spent += time.perf_counter() - began
         if epoch < 10 or epoch % 10 == 9:
-            curve.append([epoch + 1, held_out_unexplained(net, x[FIT:], y[FIT:]), round(spent, 1)])
+            curve.append([epoch + 1, held_out_unexplained(net, x[FIT_IMAGES:], y[FIT_IMAGES:]), round(spent, 1)])
             print(stage, *curve[-1], flush=True)
         began = time.perf_counter()
     return {
@@ -69,11 +69,11 @@ def rival_full(stage: int, x: Tensor, y: Tensor) -> dict[str, Any]:
     }
 
 
-def interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: int) -> list[dict[str, Any]]:
+def compare_interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: int) -> list[dict[str, Any]]:
     kinds: dict[str, Callable[[int], tuple[Disentangler | None, float]]] = {
-        f"closed form, K = {k}": lambda s, k=k: ours(k, x, y, s) for k in (0, 1, 2)
+        f"closed form, K = {k}": lambda s, k=k: fit_closed_form(k, x, y, s) for k in (0, 1, 2)
     }
-    kinds["paper, K = 2, one epoch"] = lambda s: (None, rival_epochs(epochs, x, y, s))
+    kinds["paper, K = 2, one epoch"] = lambda s: (None, time_paper_epoch(epochs, x, y, s))
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     left: dict[str, list[float]] = {kind: [] for kind in kinds}
     for seed in range(repeats):
@@ -81,8 +81,8 @@ def interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: int) -> 
             maps, seconds = run(seed)
             times[kind].append(seconds)
             if maps is not None:
-                left[kind].append(held_out_unexplained(maps, x[FIT:], y[FIT:]))
-    rival = torch.tensor(times["paper, K = 2, one epoch"]).median().item() * RIVAL_EPOCHS
+                left[kind].append(held_out_unexplained(maps, x[FIT_IMAGES:], y[FIT_IMAGES:]))
+    rival = torch.tensor(times["paper, K = 2, one epoch"]).median().item() * PAPER_EPOCHS
     rows = []
     for kind in list(kinds)[:-1]:
         seconds = torch.tensor(times[kind]).median().item()
@@ -126,9 +126,9 @@ def main() -> None:
     for stage in (2, 3):
         x, y = features(stage)
         if args.rival_full:
-            rows.append(rival_full(stage, x, y))
+            rows.append(train_paper_network(stage, x, y))
         else:
-            rows += interleaved(stage, x, y, args.repeats, args.epochs)
+            rows += compare_interleaved(stage, x, y, args.repeats, args.epochs)
             print(table([row for row in rows if row["stage"] == stage]), flush=True)
     record(
         "fit_rival_curve" if args.rival_full else "fit",

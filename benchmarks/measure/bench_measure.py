@@ -34,7 +34,7 @@ CASES = [
 TOO_LARGE = {**BASE, "kernel_size": 3, "channels": 4096, "grid": 7}
 
 
-class Random(Dataset[Tensor]):
+class NoiseImages(Dataset[Tensor]):
     """Correlated noise, made on the fly, so that the data take no memory."""
 
     def __init__(self, case: dict[str, int]) -> None:
@@ -50,7 +50,7 @@ class Random(Dataset[Tensor]):
         return x
 
 
-class Half(nn.Module):
+class ChannelSlice(nn.Module):
     """One half of the channels, tapped `pairs` times."""
 
     def __init__(self, part: slice, pairs: int) -> None:
@@ -64,7 +64,7 @@ class Half(nn.Module):
         return x
 
 
-def peak() -> float:
+def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
 
 
@@ -77,15 +77,17 @@ def run_ours(case: dict[str, int]) -> float:
         "noise_floor": False,
         "progress": False,
     }
-    source, target = Half(slice(0, c), case["pairs"]), Half(slice(c, None), case["pairs"])
-    return measure(source, target, DataLoader(Random(case), batch_size=64), "taps.*", **options).pairs[0].unexplained
+    source, target = ChannelSlice(slice(0, c), case["pairs"]), ChannelSlice(slice(c, None), case["pairs"])
+    return (
+        measure(source, target, DataLoader(NoiseImages(case), batch_size=64), "taps.*", **options).pairs[0].unexplained
+    )
 
 
-def run_naive(case: dict[str, int]) -> float:
+def run_stored_features(case: dict[str, int]) -> float:
     """Store, then solve: the ten lines that one writes first. Order 0 only."""
     c, k, left = case["channels"], case["kernel_size"], 0.0
     stored: list[list[Tensor]] = [[] for _ in range(2 * case["pairs"])]
-    for batch in DataLoader(Random(case), batch_size=64):
+    for batch in DataLoader(NoiseImages(case), batch_size=64):
         for pair in range(case["pairs"]):
             stored[2 * pair].append(
                 nn.functional.unfold(batch[:, :c], k, padding=k // 2).transpose(1, 2).reshape(-1, c * k * k)
@@ -100,19 +102,23 @@ def run_naive(case: dict[str, int]) -> float:
     return left
 
 
-def child(kind: str, case: dict[str, int]) -> None:
+def run_case(kind: str, case: dict[str, int]) -> None:
     torch.set_num_threads(2)
-    before, began = peak(), time.perf_counter()
+    before, began = peak_memory_mib(), time.perf_counter()
     try:
-        left: float | str = (run_ours if kind == "ours" else run_naive)(case)
+        left: float | str = (run_ours if kind == "ours" else run_stored_features)(case)
     except KnowisoError as error:
         left = f"{type(error).__name__}: {error}"
-    print(json.dumps({"seconds": time.perf_counter() - began, "MiB above start": peak() - before, "unexplained": left}))
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - began, "MiB above start": peak_memory_mib() - before, "unexplained": left}
+        )
+    )
 
 
 def main() -> None:
     if len(sys.argv) == 3:
-        child(sys.argv[1], json.loads(sys.argv[2]))
+        run_case(sys.argv[1], json.loads(sys.argv[2]))
         return
     rows = []
     for case in CASES:

@@ -55,7 +55,7 @@ class Photographs(Dataset[Tensor]):
         return (T.to_tensor(image) - 0.5) / 0.5
 
 
-def rows_of(report: Report, cka: list[float] | None = None) -> list[dict[str, Any]]:
+def table_rows(report: Report, cka: list[float] | None = None) -> list[dict[str, Any]]:
     rows = []
     for i, pair in enumerate(report.pairs):
         low, high = pair.interval
@@ -106,7 +106,7 @@ def main() -> None:
                 names=(f"ResNet-{a}", f"ResNet-{b}"),
             )
             print(report, flush=True)
-            rows += rows_of(report, linear_cka(*nets, images[:600], STAGES))
+            rows += table_rows(report, linear_cka(*nets, images[:600], STAGES))
             if (a, b) == (20, 56):
                 report.plot(args.picture, title="CIFAR-10: what ResNet-20 and ResNet-56 know of each other")
     lite = efficientnet_lite(0), efficientnet_lite(1)
@@ -121,7 +121,7 @@ def main() -> None:
         names=("lite0", "lite1"),
     )
     print(report, flush=True)
-    rows_lite = rows_of(report)
+    rows_lite = table_rows(report)
     print(table(rows))
     record("networks", {"cifar10": rows, "imagenet1k_sample": rows_lite}, settings=report.settings)
 

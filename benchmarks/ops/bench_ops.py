@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.profiling import CLOCKS, highest, quantile
+from benchmarks.common.profiling import CLOCKS, peak_allocated_bytes, quantile
 from benchmarks.common.results import RESULTS, record, table
 from knowiso_train import ops
 from knowiso_train.ops import reference as plain_gate
@@ -37,7 +37,7 @@ from knowiso_train.ops.reference import moments as plain_moments
 from knowiso_train.ops.reference import residual_energy as plain_energy
 
 MODES = ("forward", "backward", "both")
-CYCLES = 2e9  # of a GPU in a second, about
+GPU_CYCLES_PER_SECOND = 2e9  # of a GPU in a second, about
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,13 @@ def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]
         x, h = made(n, c, side, side), made(n, c, side, side)
         size = x.numel() * x.element_size()
         moved = {"forward": 3 * size, "backward": 3 * size, "both": 6 * size}
-        yield Case("gate", shown(x), (x, h, p), ops.gate, plain_gate.gate, moved, {}, MODES)
+        yield Case("gate", format_shape(x), (x, h, p), ops.gate, plain_gate.gate, moved, {}, MODES)
     orders = torch.stack([made(*((256, 256, 14, 14) if gpu else (16, 256, 14, 14))) for _ in range(3)])
     size = orders.numel() * orders.element_size()
     moved = {"forward": 2 * size, "backward": 3 * size, "both": 5 * size}
-    yield Case("gate_orders", shown(orders), (orders, p), ops.gate_orders, plain_gate.gate_orders, moved, {}, MODES)
+    yield Case(
+        "gate_orders", format_shape(orders), (orders, p), ops.gate_orders, plain_gate.gate_orders, moved, {}, MODES
+    )
 
     for n, c, d, side in (
         ((256, 256, 256, 14), (256, 128, 512, 28), (256, 512, 2048, 7))
@@ -84,7 +86,7 @@ def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]
         weight, bias = made(d, c, 1, 1, dtype=torch.float32) / c**0.5, made(d, dtype=torch.float32)
         matrix, mean_x, mean_y = weight[:, :, 0, 0].contiguous(), torch.zeros(c, device=device), bias
         one = 2 * n * side**2 * c * d
-        shape = f"{shown(x)} to {d}"
+        shape = f"{format_shape(x)} to {d}"
         yield Case(
             "residual_energy",
             shape,
@@ -129,7 +131,7 @@ def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]
         flops = 2 * n * side**2 * columns * (columns + d)
         yield Case(
             f"moments {k}x{k}",
-            f"{shown(x)} to {d}",
+            f"{format_shape(x)} to {d}",
             (x,),
             lambda x, y=y, k=k: ops.moments(x, y, k),
             lambda x, y=y, k=k: plain_moments(x, y, k),
@@ -139,7 +141,7 @@ def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]
         )
 
 
-def shown(x: Tensor) -> str:
+def format_shape(x: Tensor) -> str:
     return "×".join(map(str, x.shape))
 
 
@@ -177,7 +179,7 @@ class Run:
         return sum(t.numel() * t.element_size() for t in [*outs, *self.gradients])
 
 
-def timed(run: Run, mode: str, clock: Callable[[], float], wait: float | None) -> tuple[float, float]:
+def time_run(run: Run, mode: str, clock: Callable[[], float], wait: float | None) -> tuple[float, float]:
     """Seconds of the work and of launching it; a GPU sleeps for `wait` seconds before it begins."""
     run.prepare(mode)
     if wait is None:
@@ -186,7 +188,7 @@ def timed(run: Run, mode: str, clock: Callable[[], float], wait: float | None) -
         return (clock() - began,) * 2
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(wait * CYCLES))
+    torch.cuda._sleep(int(wait * GPU_CYCLES_PER_SECOND))
     first.record()
     began = clock()
     getattr(run, mode)()
@@ -196,7 +198,7 @@ def timed(run: Run, mode: str, clock: Callable[[], float], wait: float | None) -
     return first.elapsed_time(last) / 1000, launched
 
 
-def memory(run: Run, mode: str, gpu: bool) -> int:
+def peak_memory(run: Run, mode: str, gpu: bool) -> int:
     """Peak bytes above inputs and outputs."""
     run.prepare(mode)
     gc.collect()
@@ -210,11 +212,13 @@ def memory(run: Run, mode: str, gpu: bool) -> int:
     else:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             getattr(run, mode)()
-        most = highest(watched)
+        most = peak_allocated_bytes(watched)
     return max(0, most - run.results())
 
 
-def ceilings(device: torch.device, dtype: torch.dtype, clock: Callable[[], float], gpu: bool) -> dict[str, float]:
+def hardware_limits(
+    device: torch.device, dtype: torch.dtype, clock: Callable[[], float], gpu: bool
+) -> dict[str, float]:
     """GB/s of a copy (read and write counted) and GFLOP/s of a product, the best of ten."""
     large = torch.randn(2**28 if gpu else 2**24, device=device, dtype=dtype)
     into = torch.empty_like(large)
@@ -273,13 +277,14 @@ def main() -> None:
             for turn in range((args.rounds or (100 if gpu else 30)) + 3):
                 for name in order.sample(list(runs), len(runs)):
                     wait = 2e-4 + 2 * max(hosts[name][-3:], default=0.0) if gpu else None
-                    seconds, host = timed(runs[name], mode, clock, wait)
+                    seconds, host = time_run(runs[name], mode, clock, wait)
                     hosts[name] = [*hosts[name], host] if turn else []  # the first compiles
                     if turn >= 3:
                         times[name].append(seconds)
-            needed = {name: memory(run, mode, gpu) for name, run in runs.items()}
+            needed = {name: peak_memory(run, mode, gpu) for name, run in runs.items()}
             rows += [
-                row_of(case, mode, name, times, needed) | ({"host ms": 1e3 * quantile(hosts[name], 0.5)} if gpu else {})
+                table_row(case, mode, name, times, needed)
+                | ({"host ms": 1e3 * quantile(hosts[name], 0.5)} if gpu else {})
                 for name in runs
             ]
             print(
@@ -288,13 +293,13 @@ def main() -> None:
             )
         del runs
         gc.collect()
-    limits = ceilings(device, dtype, clock, gpu)
+    limits = hardware_limits(device, dtype, clock, gpu)
     for row in rows:
         seconds = row["ms"] / 1000
         row["of copy"] = round(row.pop("moved") / seconds / 1e9 / limits["copy GB/s"], 2)
         row["of product"] = round(row.pop("products") / seconds / 1e9 / limits["product GFLOP/s"], 2)
     print(table(rows), "\n", {name: round(value, 1) for name, value in limits.items()})
-    targets = verdict(rows, gpu)
+    targets = compare_with_targets(rows, gpu)
     print("\n".join(f"{name}: {value}" for name, value in targets.items()))
     name = args.name or ("bench_ops_gpu" if gpu else "bench_ops")
     driver = {"triton": _version("triton"), "cuda": torch.version.cuda, "tf32": args.tf32, "dtype": args.dtype}
@@ -309,7 +314,9 @@ def _version(module: str) -> str | None:
         return None
 
 
-def row_of(case: Case, mode: str, name: str, times: dict[str, list[float]], needed: dict[str, int]) -> dict[str, Any]:
+def table_row(
+    case: Case, mode: str, name: str, times: dict[str, list[float]], needed: dict[str, int]
+) -> dict[str, Any]:
     ms = 1e3 * quantile(times[name], 0.5)
     return {
         "operation": case.op,
@@ -326,7 +333,7 @@ def row_of(case: Case, mode: str, name: str, times: dict[str, list[float]], need
     }
 
 
-def verdict(rows: list[dict[str, Any]], gpu: bool) -> dict[str, str]:
+def compare_with_targets(rows: list[dict[str, Any]], gpu: bool) -> dict[str, str]:
     """What was to be reached beside what was found, the worst case of each."""
 
     def worst(op: str, key: str, mode: str = "", most: bool = True) -> float:

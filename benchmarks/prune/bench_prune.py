@@ -48,11 +48,27 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from benchmarks.baselines.grail_osscar import recompute_statistics
-from benchmarks.baselines.tp_importances import Calibration
+from benchmarks.baselines.tp_importances import CalibrationData
 from benchmarks.common.results import RESULTS
-from benchmarks.prune.finetune import AFTERWARDS
-from benchmarks.prune.methods import BLOCK_STEPS, FINISHES, OURS, SOLVED, Method, Setting, rivals
-from benchmarks.prune.results_store import ALGORITHM_VERSION, NAME, SEEDS, Book, chosen, fingerprint, report
+from benchmarks.prune.finetune import FINETUNINGS
+from benchmarks.prune.methods import (
+    BLOCK_STEPS,
+    FINISHES,
+    OURS,
+    REFIT_FINISHES,
+    Method,
+    MethodContext,
+    baseline_methods,
+)
+from benchmarks.prune.results_store import (
+    ALGORITHM_VERSION,
+    RESULTS_NAME,
+    SEEDS,
+    ResultsStore,
+    fingerprint,
+    report,
+    select_baselines,
+)
 from benchmarks.prune.tasks import CACHE, TASKS, Task, predict
 from knowiso_train.pruning import track_kept_indices
 
@@ -61,7 +77,13 @@ class Runner:
     """All methods of one seed, whatever is not in the book."""
 
     def __init__(
-        self, task: Task, seed: int, book: Book, screen: bool, finishes: Sequence[str], afterwards: Sequence[str] = ()
+        self,
+        task: Task,
+        seed: int,
+        book: ResultsStore,
+        screen: bool,
+        finishes: Sequence[str],
+        afterwards: Sequence[str] = (),
     ) -> None:
         self.task, self.seed, self.book, self.screen = task, seed, book, screen
         self.finishes, self.afterwards = finishes, afterwards
@@ -69,10 +91,10 @@ class Runner:
         self.failures: list[str] = []
 
     @cached_property
-    def data(self) -> Calibration:
+    def data(self) -> CalibrationData:
         images = self.task.calibration(self.seed)
         said = predict(self.task.original, images.split(self.task.batch)).argmax(1)
-        return Calibration(images, said, self.seed)
+        return CalibrationData(images, said, self.seed)
 
     @cached_property
     def judges(self) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
@@ -88,8 +110,8 @@ class Runner:
             "screen": self.screen,
         }
 
-    def setting(self, ratio: float) -> Setting:
-        return Setting(self.task, self.seed, ratio, self.data, self.memory)
+    def setting(self, ratio: float) -> MethodContext:
+        return MethodContext(self.task, self.seed, ratio, self.data, self.memory)
 
     def run(self, methods: Iterable[Method], ratio: float, finishes: Callable[[Method], Sequence[str]]) -> None:
         self.ours(ratio)
@@ -102,7 +124,7 @@ class Runner:
     def ours(self, ratio: float) -> None:
         """ki.prune, and what follows it."""
         finishes = (
-            *(finish for finish in SOLVED if finish in self.finishes),
+            *(finish for finish in REFIT_FINISHES if finish in self.finishes),
             *(
                 name
                 for name in self.afterwards
@@ -127,8 +149,8 @@ class Runner:
             model, began = copy.deepcopy(pruned.model), time.perf_counter()
             if finish.startswith("blocks"):  # as prune(block_steps=) does
                 self._refit(setting, model, pruned.kept, BLOCK_STEPS)
-            if finish in AFTERWARDS:
-                AFTERWARDS[finish](setting, model)
+            if finish in FINETUNINGS:
+                FINETUNINGS[finish](setting, model)
             more = {"widths": {name: model.get_submodule(name).weight.shape[0] for name in self.task.spaces["inner"]}}
             self._add(OURS, finish, ratio, model, seconds + time.perf_counter() - began, **more)
 
@@ -139,7 +161,7 @@ class Runner:
         self.memory["kept"] = kept
         seconds = time.perf_counter() - began
         for finish in missing:
-            plain = finish in SOLVED or method.weights is None
+            plain = finish in REFIT_FINISHES or method.weights is None
             more = {"kept": fingerprint(kept)} if plain else {}
             key = self.key(method.name, finish, ratio)
             same = (
@@ -154,15 +176,15 @@ class Runner:
             self._finish(setting, method, finish, model, kept)
             self._add(method.name, finish, ratio, model, seconds + time.perf_counter() - began, **more)
 
-    def _finish(self, setting: Setting, method: Method, finish: str, model: nn.Module, kept: Any) -> None:
-        if finish not in SOLVED and method.weights is not None:
+    def _finish(self, setting: MethodContext, method: Method, finish: str, model: nn.Module, kept: Any) -> None:
+        if finish not in REFIT_FINISHES and method.weights is not None:
             method.weights(setting, model)
         if finish == "statistics":
             recompute_statistics(model, setting.batches)
-        if finish in SOLVED:
+        if finish in REFIT_FINISHES:
             self._refit(setting, model, kept, BLOCK_STEPS if finish == "blocks" else 0)
 
-    def _refit(self, setting: Setting, model: nn.Module, kept: Any, block_steps: int) -> None:
+    def _refit(self, setting: MethodContext, model: nn.Module, kept: Any, block_steps: int) -> None:
         options = {
             "max_images": len(setting.data.images),
             "block_steps": block_steps,
@@ -201,36 +223,38 @@ class Runner:
             self.failures.append(f"{self.task.name}, seed {self.seed}: {name}")
 
 
-def screen(
-    task: Task, seed: int, book: Book, wanted: Callable[[Method], bool], finishes: Sequence[str], ratio: float
+def run_screening(
+    task: Task, seed: int, book: ResultsStore, wanted: Callable[[Method], bool], finishes: Sequence[str], ratio: float
 ) -> list[str]:
     runner = Runner(task, seed, book, True, finishes)
-    runner.run(filter(wanted, rivals(task)), ratio, lambda method: method.finishes)
+    runner.run(filter(wanted, baseline_methods(task)), ratio, lambda method: method.finishes)
     return runner.failures
 
 
-def full(
+def run_full(
     task: Task,
     seed: int,
-    book: Book,
+    book: ResultsStore,
     wanted: Callable[[Method], bool],
     ratios: Sequence[float],
     finishes: Sequence[str],
     afterwards: Sequence[str],
 ) -> list[str]:
     """Ours and the best rivals at every ratio."""
-    runner, pairs = Runner(task, seed, book, False, finishes, afterwards), chosen(task, book)
-    if not pairs and any(map(wanted, rivals(task))):
+    runner, pairs = Runner(task, seed, book, False, finishes, afterwards), select_baselines(task, book)
+    if not pairs and any(map(wanted, baseline_methods(task))):
         raise SystemExit(f"nothing of {task.name} is screened yet: run with --screen first")
     for ratio in ratios:
         methods = [
-            method for method in rivals(task) if wanted(method) and any(method.name == name for name, _ in pairs)
+            method
+            for method in baseline_methods(task)
+            if wanted(method) and any(method.name == name for name, _ in pairs)
         ]
         runner.run(methods, ratio, lambda method: [finish for name, finish in pairs if name == method.name])
     return runner.failures
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--screen", action="store_true", help="all rivals at one ratio and the first seed")
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -248,7 +272,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--afterwards",
         nargs="*",
-        choices=AFTERWARDS,
+        choices=FINETUNINGS,
         default=["tuned"],
         help="trainings after ki.prune; all, for ResNet-56: half an hour a seed",
     )
@@ -262,9 +286,13 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     warnings.filterwarnings("ignore", module="torch_pruning")
-    book = Book(CACHE / "rows_quick.jsonl") if args.quick else Book(CACHE / "rows.jsonl", RESULTS / f"{NAME}.json")
+    book = (
+        ResultsStore(CACHE / "rows_quick.jsonl")
+        if args.quick
+        else ResultsStore(CACHE / "rows.jsonl", RESULTS / f"{RESULTS_NAME}.json")
+    )
     tasks = [TASKS[name](args.quick) for name in args.networks]
     failures: list[str] = []
 
@@ -276,10 +304,10 @@ def main() -> None:
         seeds = args.seeds[:1] if args.quick else args.seeds
         if args.screen or args.quick:
             for ratio in args.ratios or [task.screened]:
-                failures += screen(task, seeds[0], book, wanted, args.finishes or FINISHES[:3], ratio)
+                failures += run_screening(task, seeds[0], book, wanted, args.finishes or FINISHES[:3], ratio)
         if not args.screen:
             for seed in seeds:
-                failures += full(
+                failures += run_full(
                     task,
                     seed,
                     book,

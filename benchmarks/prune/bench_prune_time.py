@@ -34,28 +34,30 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from benchmarks.baselines.grail_osscar import recompute_statistics
-from benchmarks.baselines.tp_pruner import Macs
+from benchmarks.baselines.tp_pruner import MacCounter
 from benchmarks.common.results import record, table
-from benchmarks.prune.tasks import TASKS, normalized
+from benchmarks.prune.tasks import TASKS, normalize
 
-BATCH, JUDGED, ROWS = 32, 96, 20
+BATCH_SIZE, EVALUATION_IMAGES, SAMPLES_PER_FEATURE = 32, 96, 20
 
 
-def network(name: str, images: Tensor) -> nn.Module:
+def build_network(name: str, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, zero_init_last=False).to(images.device)
     with torch.no_grad():
-        recompute_statistics(model, images[: 4 * BATCH].split(BATCH))
+        recompute_statistics(model, images[: 4 * BATCH_SIZE].split(BATCH_SIZE))
     return model.eval()
 
 
-def ours(model: nn.Module, images: Tensor) -> nn.Module:
-    return ki.prune(model, images.split(BATCH), macs=0.5, max_images=len(images), rows=ROWS, progress=False).model
+def prune_by_isomorphism(model: nn.Module, images: Tensor) -> nn.Module:
+    return ki.prune(
+        model, images.split(BATCH_SIZE), macs=0.5, max_images=len(images), rows=SAMPLES_PER_FEATURE, progress=False
+    ).model
 
 
-def rival(model: nn.Module, images: Tensor) -> nn.Module:
+def prune_by_l1(model: nn.Module, images: Tensor) -> nn.Module:
     """The largest ratio of thirty-two that keeps no more than half of the multiply-adds."""
-    macs, head = Macs(model, images[:2]), model.get_classifier()  # type: ignore[operator]
+    macs, head = MacCounter(model, images[:2]), model.get_classifier()  # type: ignore[operator]
     for part in range(8, 32):
         torch.manual_seed(0)
         small = copy.deepcopy(model)
@@ -67,23 +69,23 @@ def rival(model: nn.Module, images: Tensor) -> nn.Module:
         if macs(small) <= 0.5 * macs(model):
             break
     with torch.no_grad():
-        recompute_statistics(small, images.split(BATCH))
+        recompute_statistics(small, images.split(BATCH_SIZE))
     return small.eval()
 
 
 METHODS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
-    "ki.prune": ours,
-    "torch-pruning, L1, statistics": rival,
+    "ki.prune": prune_by_isomorphism,
+    "torch-pruning, L1, statistics": prune_by_l1,
 }
 
 
 def run(method: str, name: str, count: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    photographs = normalized(TASKS["lite0"](False).photographs[0][: count + JUDGED])
+    photographs = normalize(TASKS["lite0"](False).photographs[0][: count + EVALUATION_IMAGES])
     gpu = torch.cuda.is_available()
-    images, others = photographs.to("cuda" if gpu else "cpu").split([count, JUDGED])
-    model = network(name, images)
-    macs = Macs(model, images[:2])
+    images, others = photographs.to("cuda" if gpu else "cpu").split([count, EVALUATION_IMAGES])
+    model = build_network(name, images)
+    macs = MacCounter(model, images[:2])
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

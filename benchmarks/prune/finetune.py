@@ -27,19 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import knowiso_train as ki
-from benchmarks.common.augment import crops_and_flips
-from benchmarks.prune.methods import Setting
-from benchmarks.refine.data import shuffled
+from benchmarks.common.augment import random_crops_and_flips
+from benchmarks.prune.methods import MethodContext
+from benchmarks.refine.data import shuffled_epochs
 from knowiso_train.distillation import WeightSchedule
 from knowiso_train.pruning import cutmix
 
-EPOCHS, BATCH, PADDING, HELD_OUT = 5, 64, 4, 0.0625
-LONG_LR = 0.018
+TRAINING_EPOCHS, TRAINING_BATCH_SIZE, CROP_PADDING, VALIDATION_FRACTION = 5, 64, 4, 0.0625
+TRAINING_LR = 0.018
 CONTROL_LR, CONTROL_DECAY = 0.003, 5e-4
 
 
 @dataclass(frozen=True)
-class Tuning:
+class FinetuneSettings:
     """Updates, images of each, their length, and pixels by which crops move."""
 
     steps: int
@@ -48,66 +48,78 @@ class Tuning:
     padding: int
 
 
-TUNINGS = {"resnet56": Tuning(800, 32, 6.5e-3, PADDING), "lite0": Tuning(200, 16, 6.5e-3, 24)}
+FINETUNE_SETTINGS = {
+    "resnet56": FinetuneSettings(800, 32, 6.5e-3, CROP_PADDING),
+    "lite0": FinetuneSettings(200, 16, 6.5e-3, 24),
+}
 
 
-def tuned(setting: Setting, model: nn.Module) -> None:
-    _towards_original(setting, model, setting.data.images, TUNINGS[setting.task.name])
+def finetune(setting: MethodContext, model: nn.Module) -> None:
+    _finetune(setting, model, setting.data.images, FINETUNE_SETTINGS[setting.task.name])
 
 
-def tuned_longer(setting: Setting, model: nn.Module) -> None:
-    how = TUNINGS[setting.task.name]
-    _towards_original(setting, model, setting.data.images, replace(how, steps=4 * how.steps))
+def finetune_longer(setting: MethodContext, model: nn.Module) -> None:
+    how = FINETUNE_SETTINGS[setting.task.name]
+    _finetune(setting, model, setting.data.images, replace(how, steps=4 * how.steps))
 
 
-def with_original(setting: Setting, model: nn.Module) -> None:
+def finetune_on_training_images(setting: MethodContext, model: nn.Module) -> None:
     images, _ = setting.task.labeled
-    _towards_original(setting, model, images, Tuning(EPOCHS * len(images) // BATCH, BATCH, LONG_LR, PADDING))
+    _finetune(
+        setting,
+        model,
+        images,
+        FinetuneSettings(
+            TRAINING_EPOCHS * len(images) // TRAINING_BATCH_SIZE, TRAINING_BATCH_SIZE, TRAINING_LR, CROP_PADDING
+        ),
+    )
 
 
-def _towards_original(setting: Setting, model: nn.Module, images: Tensor, how: Tuning) -> None:
+def _finetune(setting: MethodContext, model: nn.Module, images: Tensor, how: FinetuneSettings) -> None:
     generator, steps = torch.Generator().manual_seed(setting.seed), 8 if setting.task.quick else how.steps
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
     def transform(batch: Tensor) -> Tensor:
-        return cutmix(changed(batch, generator, "reflect", how.padding).contiguous(memory_format=layout))
+        return cutmix(augment(batch, generator, "reflect", how.padding).contiguous(memory_format=layout))
 
     ki.finetune(
-        model, setting.task.original, [images], steps=steps, lr=how.lr, batch_size=how.batch, max_images=len(images), validation_fraction=HELD_OUT,
+        model, setting.task.original, [images], steps=steps, lr=how.lr, batch_size=how.batch, max_images=len(images), validation_fraction=VALIDATION_FRACTION,
         transform=transform, seed=setting.seed, progress=False,
     )  # fmt: skip
 
 
-def with_labels(setting: Setting, model: nn.Module, lr: float = CONTROL_LR) -> None:
+def train_with_labels(setting: MethodContext, model: nn.Module, lr: float = CONTROL_LR) -> None:
     """What a user would do: SGD with momentum in training mode, a warm-up and a cosine."""
     images, labels = setting.task.labeled
-    generator, total = torch.Generator().manual_seed(setting.seed), EPOCHS * len(images) // BATCH
+    generator, total = torch.Generator().manual_seed(setting.seed), TRAINING_EPOCHS * len(images) // TRAINING_BATCH_SIZE
     order, schedule = (
-        shuffled(torch.arange(len(images)), BATCH * total, setting.seed),
+        shuffled_epochs(torch.arange(len(images)), TRAINING_BATCH_SIZE * total, setting.seed),
         WeightSchedule(warmup=total // 20, total=total + 1),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=CONTROL_DECAY, nesterov=True)
     model.train()
     with torch.enable_grad():
         for step in range(total):
-            which = order[BATCH * step : BATCH * (step + 1)]
+            which = order[TRAINING_BATCH_SIZE * step : TRAINING_BATCH_SIZE * (step + 1)]
             optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
-            loss = F.cross_entropy(model(changed(images[which], generator)), labels[which])
+            loss = F.cross_entropy(model(augment(images[which], generator)), labels[which])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
     model.eval()
 
 
-def changed(images: Tensor, generator: torch.Generator, margin: str = "constant", padding: int = PADDING) -> Tensor:
+def augment(
+    images: Tensor, generator: torch.Generator, margin: str = "constant", padding: int = CROP_PADDING
+) -> Tensor:
     """Random crops of the images with a margin of the mean color, or as they are mirrored there; half of them flipped."""
-    return crops_and_flips(F.pad(images, (padding,) * 4, mode=margin), images.shape[-1], generator)
+    return random_crops_and_flips(F.pad(images, (padding,) * 4, mode=margin), images.shape[-1], generator)
 
 
-AFTERWARDS: dict[str, Callable[[Setting, nn.Module], None]] = {
-    "tuned": tuned,
-    "tuned, four times": tuned_longer,
-    "blocks, tuned": tuned,
-    "5 epochs, cross-entropy": with_labels,
-    "5 epochs, ki.finetune": with_original,
+FINETUNINGS: dict[str, Callable[[MethodContext, nn.Module], None]] = {
+    "tuned": finetune,
+    "tuned, four times": finetune_longer,
+    "blocks, tuned": finetune,
+    "5 epochs, cross-entropy": train_with_labels,
+    "5 epochs, ki.finetune": finetune_on_training_images,
 }

@@ -11,26 +11,26 @@ from typing import Any
 from torch import Tensor, nn
 
 import knowiso_train as ki
-from benchmarks.baselines.grail_osscar import Regression, grams, mixed, set_weights
-from benchmarks.baselines.tp_importances import IMPORTANCES, Calibration, prune_with
-from benchmarks.baselines.tp_pruner import Cutter, uniform
+from benchmarks.baselines.grail_osscar import OsscarRegression, grail_weights, input_grams, set_weights
+from benchmarks.baselines.tp_importances import IMPORTANCES, CalibrationData, prune_with
+from benchmarks.baselines.tp_pruner import BudgetPruner, scale_widths
 from benchmarks.prune.tasks import Task
 
 FINISHES = ("bare", "statistics", "refit", "blocks")
-SOLVED = ("refit", "blocks")  # by ki.refit, from the surviving original weights
+REFIT_FINISHES = ("refit", "blocks")  # by ki.refit, from the surviving original weights
 BLOCK_STEPS = 60
 OURS = "ki.prune"
-STEPS = 5
+ITERATIVE_STEPS = 5
 
 
 @dataclass
-class Setting:
+class MethodContext:
     """One task, seed and ratio: what a method may look at."""
 
     task: Task
     seed: int
     ratio: float
-    data: Calibration
+    data: CalibrationData
     memory: dict[str, Any] = field(default_factory=dict)  # of the seed
 
     @property
@@ -41,8 +41,8 @@ class Setting:
     def target(self) -> float:
         return self.task.macs(self.task.original) / self.ratio
 
-    def cutter(self, model: nn.Module, space: str = "inner") -> Cutter:
-        return Cutter(model, self.task.example, self.task.macs, self.task.spaces[space])
+    def cutter(self, model: nn.Module, space: str = "inner") -> BudgetPruner:
+        return BudgetPruner(model, self.task.example, self.task.macs, self.task.spaces[space])
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self.memory:
@@ -63,74 +63,78 @@ class Method:
     """
 
     name: str
-    cut: Callable[[Setting, nn.Module], None]
-    weights: Callable[[Setting, nn.Module], None] | None = None
+    cut: Callable[[MethodContext, nn.Module], None]
+    weights: Callable[[MethodContext, nn.Module], None] | None = None
     finishes: tuple[str, ...] = FINISHES
 
 
-def isomorphism(model: nn.Module, data: Calibration) -> Any:
+def isomorphism_importance(model: nn.Module, data: CalibrationData) -> Any:
     batches = list(data.images.split(64))
     return ki.IsomorphismImportance(model, batches, max_images=len(data.images), seed=data.seed, progress=False)
 
 
-def by_importance(name: str, scope: str, steps: int, space: str) -> Method:
-    prepare = IMPORTANCES.get(name, isomorphism)
+def importance_method(name: str, scope: str, steps: int, space: str) -> Method:
+    prepare = IMPORTANCES.get(name, isomorphism_importance)
 
-    def cut(setting: Setting, model: nn.Module) -> None:
+    def cut(setting: MethodContext, model: nn.Module) -> None:
         prune_with(setting.cutter(model, space), prepare, setting.data, setting.target, scope, steps)
 
     pace = "one-shot" if steps == 1 else "iterative"
     return Method(f"{name}, {scope}, {pace}" + ("" if space == "inner" else ", all channels"), cut)
 
 
-def inputs_of_consumers(setting: Setting, taps: bool) -> dict[str, Tensor]:
+def consumer_grams(setting: MethodContext, taps: bool) -> dict[str, Tensor]:
     """Gram matrices of what the consumers read in the original network."""
     original = setting.task.original
     consumers = list(consumers_of(setting).values())
     return setting.remembered(
-        f"grams {taps}", lambda: grams(original, consumers, setting.batches, taps=taps, seed=setting.seed)
+        f"grams {taps}", lambda: input_grams(original, consumers, setting.batches, taps=taps, seed=setting.seed)
     )
 
 
-def survivors(setting: Setting) -> dict[str, list[int]]:
+def kept_channels(setting: MethodContext) -> dict[str, list[int]]:
     """Channels that are left of each root, from the record of the cut."""
     kept = setting.memory["kept"]
     widths = {name: setting.task.original.get_submodule(name).weight.shape[0] for name in setting.task.spaces["inner"]}
     return {name: (kept.get(f"{name}.weight") or [None])[0] or list(range(width)) for name, width in widths.items()}
 
 
-def consumers_of(setting: Setting) -> dict[str, str]:
+def consumers_of(setting: MethodContext) -> dict[str, str]:
     return setting.remembered("consumers", lambda: setting.cutter(setting.task.original).consumers())
 
 
-def set_consumers(setting: Setting, model: nn.Module, of: Callable[[str, list[int]], Tensor]) -> None:
+def set_consumer_weights(setting: MethodContext, model: nn.Module, of: Callable[[str, list[int]], Tensor]) -> None:
     """`of(root, kept)` gives the weights of the root's consumer; a consumer that is a root itself has lost outputs too."""
-    kept, consumers = survivors(setting), consumers_of(setting)
+    kept, consumers = kept_channels(setting), consumers_of(setting)
     found = {name: of(root, kept[root]) for root, name in consumers.items()}
     set_weights(model, {name: weight[kept[name]] if name in kept else weight for name, weight in found.items()})
 
 
-def grail(setting: Setting, model: nn.Module) -> None:
+def set_grail_weights(setting: MethodContext, model: nn.Module) -> None:
     """Consumers' weights compensated by the ridge map from kept to all channels of the original network."""
     original, matrices, consumers = (
         setting.task.original,
-        inputs_of_consumers(setting, taps=False),
+        consumer_grams(setting, taps=False),
         consumers_of(setting),
     )
-    set_consumers(
+    set_consumer_weights(
         setting,
         model,
-        lambda root, kept: mixed(original.get_submodule(consumers[root]).weight, matrices[consumers[root]], kept),
+        lambda root, kept: grail_weights(
+            original.get_submodule(consumers[root]).weight, matrices[consumers[root]], kept
+        ),
     )
 
 
-def problems(setting: Setting) -> dict[str, Regression]:
-    original, matrices = setting.task.original, inputs_of_consumers(setting, taps=True)
+def osscar_regressions(setting: MethodContext) -> dict[str, OsscarRegression]:
+    original, matrices = setting.task.original, consumer_grams(setting, taps=True)
     consumers = consumers_of(setting)
-    return {root: Regression(original.get_submodule(name).weight, matrices[name]) for root, name in consumers.items()}
+    return {
+        root: OsscarRegression(original.get_submodule(name).weight, matrices[name]) for root, name in consumers.items()
+    }
 
 
-def uniform_widths(setting: Setting) -> dict[str, int]:
+def uniform_widths(setting: MethodContext) -> dict[str, int]:
     """Of every root, by bisection on the share that goes."""
     task = setting.task
     widths = {name: task.original.get_submodule(name).weight.shape[0] for name in task.spaces["inner"]}
@@ -143,43 +147,45 @@ def uniform_widths(setting: Setting) -> dict[str, int]:
     low, high = 0.0, 1.0
     for _ in range(12):
         ratio = (low + high) / 2
-        low, high = (low, ratio) if macs(uniform(widths, ratio)) <= setting.target else (ratio, high)
-    return uniform(widths, high)
+        low, high = (low, ratio) if macs(scale_widths(widths, ratio)) <= setting.target else (ratio, high)
+    return scale_widths(widths, high)
 
 
-def our_widths(setting: Setting) -> dict[str, int]:
+def recorded_widths(setting: MethodContext) -> dict[str, int]:
     key = f"widths {setting.ratio}"
     if key not in setting.memory:
         raise LookupError(f"there is no row of {OURS} at this ratio and seed to take widths from")
     return setting.memory[key]
 
 
-def osscar(widths: Callable[[Setting], dict[str, int]], setting: Setting, model: nn.Module) -> None:
+def prune_by_osscar(
+    widths: Callable[[MethodContext], dict[str, int]], setting: MethodContext, model: nn.Module
+) -> None:
     """Channels by the local search, at given widths."""
     chosen = widths(setting)
-    found = setting.remembered("problems", lambda: problems(setting))
+    found = setting.remembered("problems", lambda: osscar_regressions(setting))
     setting.cutter(model).remove({root: found[root].search(chosen[root]) for root in found})
 
 
-def osscar_weights(setting: Setting, model: nn.Module) -> None:
+def set_osscar_weights(setting: MethodContext, model: nn.Module) -> None:
     """The closed form on the original network's inputs."""
-    found = setting.remembered("problems", lambda: problems(setting))
-    set_consumers(setting, model, lambda root, kept: found[root].weights(kept))
+    found = setting.remembered("problems", lambda: osscar_regressions(setting))
+    set_consumer_weights(setting, model, lambda root, kept: found[root].weights(kept))
 
 
-def rivals(task: Task) -> list[Method]:
+def baseline_methods(task: Task) -> list[Method]:
     """All that is screened, ours inside of torch-pruning's pruners too."""
     grid = [
         (name, scope, steps, space)
         for space in task.spaces
         for name in [*task.importances(), "Isomorphism"]
         for scope in ("local", "global")
-        for steps in (1, STEPS)
+        for steps in (1, ITERATIVE_STEPS)
         if name != "Random" or steps == 1
     ]
     closed = [
-        Method("GRAIL", by_importance("L2", "local", 1, "inner").cut, grail, ("bare", "statistics")),
-        Method("OSSCAR", partial(osscar, uniform_widths), osscar_weights),
-        Method(f"OSSCAR, {OURS}'s widths", partial(osscar, our_widths), osscar_weights),
+        Method("GRAIL", importance_method("L2", "local", 1, "inner").cut, set_grail_weights, ("bare", "statistics")),
+        Method("OSSCAR", partial(prune_by_osscar, uniform_widths), set_osscar_weights),
+        Method(f"OSSCAR, {OURS}'s widths", partial(prune_by_osscar, recorded_widths), set_osscar_weights),
     ]
-    return closed + [by_importance(*point) for point in grid]
+    return closed + [importance_method(*point) for point in grid]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.tp_importances import IMPORTANCES
-from benchmarks.baselines.tp_pruner import Macs, inner_roots
+from benchmarks.baselines.tp_pruner import MacCounter, inner_layers
 from benchmarks.common.models import DATA, cifar10, cifar_resnet, efficientnet_lite
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "bench_prune"
@@ -44,8 +44,8 @@ class Task:
         return self.build().requires_grad_(True)
 
     @cached_property
-    def macs(self) -> Macs:
-        return Macs(self.original, self.example)
+    def macs(self) -> MacCounter:
+        return MacCounter(self.original, self.example)
 
     @cached_property
     def spaces(self) -> dict[str, list[str]]:
@@ -75,7 +75,7 @@ class Task:
         return list(IMPORTANCES)
 
 
-class Cifar(Task):
+class CifarTask(Task):
     """ResNet-56 on CIFAR-10."""
 
     name, ratios, screened, chosen = "resnet56", (1.5, 2.0, 2.5, 3.0), 2.0, "select"
@@ -100,20 +100,20 @@ class Cifar(Task):
 
     @cached_property
     def labeled(self) -> tuple[Tensor, Tensor]:
-        images, labels = kept_on_disk("cifar10_train", lambda: cifar10("train"))
+        images, labels = cache_tensors("cifar10_train", lambda: cifar10("train"))
         return (images[:128], labels[:128]) if self.quick else (images, labels)
 
     @cached_property
     def train(self) -> Tensor:
-        return kept_on_disk("cifar10_train", lambda: cifar10("train"))[0]
+        return cache_tensors("cifar10_train", lambda: cifar10("train"))[0]
 
     @cached_property
     def test(self) -> tuple[Tensor, Tensor]:
-        return kept_on_disk("cifar10_test", lambda: cifar10("test"))
+        return cache_tensors("cifar10_test", lambda: cifar10("test"))
 
     @cached_property
     def logits(self) -> Tensor:
-        return kept_on_disk("resnet56_logits", lambda: (predict(self.original, self.test[0].split(self.batch)),))[0]
+        return cache_tensors("resnet56_logits", lambda: (predict(self.original, self.test[0].split(self.batch)),))[0]
 
     def calibration(self, seed: int) -> Tensor:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
@@ -129,7 +129,7 @@ class Cifar(Task):
         return list(images[:n].split(self.batch)), labels[:n], self.logits[:n], parts
 
 
-class Lite(Task):
+class LiteTask(Task):
     """EfficientNet-Lite0 on ImageNet photographs."""
 
     name, ratios, screened = "lite0", (1.3, 1.5, 2.0), 1.5
@@ -145,7 +145,7 @@ class Lite(Task):
     @cached_property
     def spaces(self) -> dict[str, list[str]]:
         classifier = next(name for name, module in self.original.named_modules() if isinstance(module, nn.Linear))
-        inner = inner_roots(self.original, self.example, [classifier])
+        inner = inner_layers(self.original, self.example, [classifier])
         layers = {
             name: module
             for name, module in self.original.named_modules()
@@ -156,13 +156,13 @@ class Lite(Task):
     @cached_property
     def photographs(self) -> tuple[Tensor, Tensor]:
         """As bytes, and class numbers."""
-        return kept_on_disk("photographs", photographs)
+        return cache_tensors("photographs", load_photographs)
 
     @cached_property
     def logits(self) -> Tensor:
-        return kept_on_disk(
+        return cache_tensors(
             "lite0_logits",
-            lambda: (predict(self.original, list(map(normalized, self.photographs[0].split(self.batch)))),),
+            lambda: (predict(self.original, list(map(normalize, self.photographs[0].split(self.batch)))),),
         )[0]
 
     def halves(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -171,13 +171,13 @@ class Lite(Task):
         return order[:half], order[half : 2 * half]
 
     def calibration(self, seed: int) -> Tensor:
-        return normalized(self.photographs[0][self.halves(seed)[0]])
+        return normalize(self.photographs[0][self.halves(seed)[0]])
 
     def judges(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
         at = self.halves(seed)[1]
         images, labels = self.photographs
         return (
-            list(map(normalized, images[at].split(self.batch))),
+            list(map(normalize, images[at].split(self.batch))),
             labels[at],
             self.logits[at],
             {"judged": slice(0, len(at))},
@@ -187,10 +187,10 @@ class Lite(Task):
         return [name for name in IMPORTANCES if name != "OBD-C"]  # knows no depthwise layers
 
 
-TASKS = {task.name: task for task in (Cifar, Lite)}
+TASKS = {task.name: task for task in (CifarTask, LiteTask)}
 
 
-def photographs() -> tuple[Tensor, Tensor]:
+def load_photographs() -> tuple[Tensor, Tensor]:
     """`imagenet1k_sample`, short side 256, center crop 224."""
     import csv
 
@@ -207,12 +207,12 @@ def photographs() -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor([int(row["class_index"]) for row in rows])
 
 
-def normalized(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     # Depthwise layers run twice as fast
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def kept_on_disk(name: str, make: Callable[[], tuple[Tensor, ...]]) -> Any:
+def cache_tensors(name: str, make: Callable[[], tuple[Tensor, ...]]) -> Any:
     path = CACHE / f"{name}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,28 +37,33 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.results import RESULTS, record, table
-from benchmarks.common.stats import over_images, packed, spread, unpacked
-from benchmarks.refine.cifar import FEW, cifar, cifar_table
-from benchmarks.refine.data import CLASSES, EVERY, draw, features
-from benchmarks.refine.full import full, full_table, in_proportion, with_shares
-from benchmarks.refine.negative_controls import harm, harm_table, paper, paper_table
-from benchmarks.refine.tasks import CIFAR10, CIFAR10_AS_IT_IS, CIFAR100, CLOTHES
+from benchmarks.common.stats import bootstrap_error, mean_and_error, pack_bits, unpack_bits
+from benchmarks.refine.cifar import CIFAR_TASKS, cifar_table, compare_on_cifar
+from benchmarks.refine.data import ALL_LABELS, NUM_CLASSES, draw_labeled, features
+from benchmarks.refine.full import align_to_class_prior, compare_finetuning, finetuning_table, with_class_prior
+from benchmarks.refine.negative_controls import (
+    compare_composites,
+    compare_useless_peers,
+    composites_table,
+    useless_peers_table,
+)
+from benchmarks.refine.tasks import CIFAR10, CIFAR10_PLAIN, CIFAR100, CLOTHES
 from knowiso_train.refinement.heads import ConsensusFeatures, FeatureScaling, Head, HeadConfig, ridge_head
 from knowiso_train.refinement.peers import score_peer
 from knowiso_train.regression.ridge import ridge_map
 
 LABELS = (3, 5, 10, 20, 50)
-JUDGED = (3, 5, 10, 20)  # that the targets speak of
-PROPORTION = ", in proportion"  # of the classes among the validation images, as ours
+REPORTED_LABELS = (3, 5, 10, 20)  # that the targets speak of
+CLASS_PRIOR_SUFFIX = ", in proportion"  # of the classes among the validation images, as ours
 RIDGES = tuple(10.0**e for e in range(-3, 3))
-RECIPES = [
+HEAD_CONFIGS = [
     HeadConfig(label_ridge=few, inverse_temperature=sharp, num_rounds=rounds, head_ridge=ridge)
     for few in (0.1, 1.0)
     for sharp in (12.0, math.inf)
     for rounds in (1, 3)
     for ridge in (1.0, 3.0)
 ]
-USELESS = (
+USELESS_PEERS = (
     "untrained lite1",
     "untrained lite1, its statistics set",
     "ResNet-20 of CIFAR-10",
@@ -69,17 +74,17 @@ TEST_IMAGES = 372
 TASKS = {
     "full": CLOTHES,
     "transfer": CIFAR10,
-    "transfer, as it is": CIFAR10_AS_IT_IS,
+    "transfer, as it is": CIFAR10_PLAIN,
     "transfer to CIFAR-100": CIFAR100,
 }
-SECTIONS = ["peers", "head", "harm", *FEW, *TASKS, "paper"]
+SECTIONS = ["peers", "head", "harm", *CIFAR_TASKS, *TASKS, "paper"]
 
 
-def peers() -> list[dict[str, Any]]:
+def score_peers() -> list[dict[str, Any]]:
     """Label-free verdict on good and bad peers."""
     own, rows = features("lite0")["train"], []
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
-    for name in ("lite1", "lite2", *USELESS):
+    for name in ("lite1", "lite2", *USELESS_PEERS):
         found = score_peer(own[order], features(name)["train"][order], name)
         rows.append(
             {
@@ -94,11 +99,11 @@ def peers() -> list[dict[str, Any]]:
     return rows
 
 
-class Arms:
+class Methods:
     """Every method's candidates for a set of labels, as classifiers or scores; what does not depend on the labels is made once."""
 
     def __init__(self) -> None:
-        self.data = {name: features(name) for name in ("lite0", "lite1", "lite2", "lite0, mirrored", USELESS[1])}
+        self.data = {name: features(name) for name in ("lite0", "lite1", "lite2", "lite0, mirrored", USELESS_PEERS[1])}
         x = {name: part["train"] for name, part in self.data.items()}
         own, mirrored = x["lite0"], x["lite0, mirrored"]
         view = FeatureScaling.fit(own)(own)
@@ -110,7 +115,7 @@ class Arms:
             "lite1": ["lite1"],
             "lite2": ["lite2"],
             "lite1, lite2": ["lite1", "lite2"],
-            "untrained, not left out": [USELESS[1]],
+            "untrained, not left out": [USELESS_PEERS[1]],
         }
         self.ours = {
             name: [
@@ -120,8 +125,8 @@ class Arms:
             for name, names in self.groups.items()
         }
         self.labels = features("lite0")["labels"]
-        self.recipes = with_shares(RECIPES, self.labels["validation"], CLASSES)
-        self.shipped = with_shares([HeadConfig()], self.labels["validation"], CLASSES)[-1]
+        self.recipes = with_class_prior(HEAD_CONFIGS, self.labels["validation"], NUM_CLASSES)
+        self.shipped = with_class_prior([HeadConfig()], self.labels["validation"], NUM_CLASSES)[-1]
 
     @staticmethod
     def _alike(rows: Tensor) -> Tensor:
@@ -147,7 +152,7 @@ class Arms:
             rows = [{s: scaling(own[s]) @ matrix for s in ("train", "validation", "test")} for scaling, matrix in maps]
             found[name] = [scores for part in rows for scores in self._ridges(part, index, labels)]
             if name == "raw features":
-                found[f"{name}{PROPORTION}"] = [
+                found[f"{name}{CLASS_PRIOR_SUFFIX}"] = [
                     scores for part in rows for scores in self._ridges(part, index, labels, self.shipped)
                 ]
         for name, names in {
@@ -159,22 +164,26 @@ class Arms:
                 for s in ("train", "validation", "test")
             }
             found[name] = self._ridges(part, index, labels)
-            found[f"{name}{PROPORTION}"] = self._ridges(part, index, labels, self.shipped)
+            found[f"{name}{CLASS_PRIOR_SUFFIX}"] = self._ridges(part, index, labels, self.shipped)
         return found
 
     def guessing(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
         """The same of the methods that fit guesses on the other images."""
         found = {
             "self-training, no peer": [
-                self._scores(c.head(index, labels, CLASSES, r)) for c in self.single for r in self.recipes
+                self._scores(c.head(index, labels, NUM_CLASSES, r)) for c in self.single for r in self.recipes
             ]
         }
-        found["self-training as shipped"] = [self._scores(self.single[0].head(index, labels, CLASSES, self.shipped))]
+        found["self-training as shipped"] = [
+            self._scores(self.single[0].head(index, labels, NUM_CLASSES, self.shipped))
+        ]
         for name, consensus in self.ours.items():
             found[f"ours, {name}"] = [
-                self._scores(c.head(index, labels, CLASSES, r)) for c in consensus for r in self.recipes
+                self._scores(c.head(index, labels, NUM_CLASSES, r)) for c in consensus for r in self.recipes
             ]
-            found[f"ours as shipped, {name}"] = [self._scores(consensus[0].head(index, labels, CLASSES, self.shipped))]
+            found[f"ours as shipped, {name}"] = [
+                self._scores(consensus[0].head(index, labels, NUM_CLASSES, self.shipped))
+            ]
         return found
 
     def _scores(self, head: Head) -> dict[str, Tensor]:
@@ -187,17 +196,17 @@ class Arms:
         """With a recipe, a bias for each class brings the guesses on all training images to its proportions."""
         found = []
         for ridge in RIDGES:
-            classifier = ridge_head(part["train"][index], labels, CLASSES, ridge)
+            classifier = ridge_head(part["train"][index], labels, NUM_CLASSES, ridge)
             if recipe is not None:
-                classifier = in_proportion(classifier, part["train"], recipe)
+                classifier = align_to_class_prior(classifier, part["train"], recipe)
             found.append({split: classifier(part[split]) for split in ("validation", "test")})
         return found
 
 
-def head(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+def compare_heads(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """One row for each number of labels and seed: accuracy of every method, and which test images it got right."""
-    points = [*((k, s) for s in range(seeds) for k in LABELS), (EVERY, 0)]  # once, since nothing is drawn
-    arms: Arms | None = None
+    points = [*((k, s) for s in range(seeds) for k in LABELS), (ALL_LABELS, 0)]  # once, since nothing is drawn
+    arms: Methods | None = None
     for k, seed in points:
         row = next((row for row in kept if (row["labels"], row["seed"]) == (k, seed)), None)
         if row is None:
@@ -205,11 +214,11 @@ def head(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, An
                 row := {"labels": k, "seed": seed, "accuracy": {}, "validation": {}, "right": {}, "settings": {}}
             )
         # What is added later is judged then
-        for part, name in (("linear", f"raw features{PROPORTION}"), ("guessing", "self-training, no peer")):
+        for part, name in (("linear", f"raw features{CLASS_PRIOR_SUFFIX}"), ("guessing", "self-training, no peer")):
             if name in row["accuracy"]:
                 continue
-            arms = arms or Arms()
-            index = draw(arms.labels["train"], k, seed)
+            arms = arms or Methods()
+            index = draw_labeled(arms.labels["train"], k, seed)
             for method, tried in getattr(arms, part)(index, arms.labels["train"][index]).items():
                 on_validation = [
                     float((t["validation"].argmax(1) == arms.labels["validation"]).double().mean()) for t in tried
@@ -218,7 +227,7 @@ def head(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, An
                 right = tried[best]["test"].argmax(1) == arms.labels["test"]
                 row["accuracy"][method] = 100 * float(right.double().mean())
                 row["validation"][method] = 100 * on_validation[best]
-                row["right"][method] = packed(right)
+                row["right"][method] = pack_bits(right)
                 row["settings"][method] = len(tried)
             save()
             print(
@@ -239,12 +248,14 @@ def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     by = {(row["labels"], row["seed"]): row for row in rows}
     controls = [
-        f"raw features{PROPORTION}",
+        f"raw features{CLASS_PRIOR_SUFFIX}",
         "own → own, own → mirrored",
         "self-training, no peer",
         "self-training as shipped",
     ]
-    means = {n: torch.tensor([[by[k, s]["accuracy"][n] for k in JUDGED] for s in seeds]).mean(1) for n in names}
+    means = {
+        n: torch.tensor([[by[k, s]["accuracy"][n] for k in REPORTED_LABELS] for s in seeds]).mean(1) for n in names
+    }
     control = max(controls, key=lambda n: float(means[n].mean()))
     found = []
     for name in names:
@@ -253,19 +264,21 @@ def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             f"{k} labels": round(float(torch.tensor([by[k, s]["accuracy"][name] for s in seeds]).mean()), 1)
             for k in LABELS
         }
-        line["all labels"] = round(by[EVERY, 0]["accuracy"][name], 1)
+        line["all labels"] = round(by[ALL_LABELS, 0]["accuracy"][name], 1)
         for title, other in (("over raw", "raw features"), ("over control", control)):
-            line[title] = spread((means[name] - means[other]).tolist(), signed=True)
-            line[f"{title}, over images"] = f"± {over_images(gap_of_images(by, seeds, name, other)):.2f}"
+            line[title] = mean_and_error((means[name] - means[other]).tolist(), signed=True)
+            line[f"{title}, over images"] = f"± {bootstrap_error(difference_per_image(by, seeds, name, other)):.2f}"
         found.append(line)
     return found
 
 
-def gap_of_images(by: dict[tuple[int, int], dict[str, Any]], seeds: list[int], name: str, other: str) -> Tensor:
+def difference_per_image(by: dict[tuple[int, int], dict[str, Any]], seeds: list[int], name: str, other: str) -> Tensor:
     """(images,) difference of two methods in points, mean over the judged labels and the seeds."""
 
     def right(method: str) -> Tensor:
-        return torch.stack([unpacked(by[k, s]["right"][method], TEST_IMAGES) for k in JUDGED for s in seeds]).mean(0)
+        return torch.stack(
+            [unpack_bits(by[k, s]["right"][method], TEST_IMAGES) for k in REPORTED_LABELS for s in seeds]
+        ).mean(0)
 
     return 100 * (right(name) - right(other))
 
@@ -284,27 +297,29 @@ def main() -> None:
         record(args.name, figures)
 
     if "peers" in args.sections:
-        figures["peers"] = figures.get("peers") or peers()
+        figures["peers"] = figures.get("peers") or score_peers()
         print(table(figures["peers"]))
     if "head" in args.sections:
-        figures["head"] = head(args.seeds, figures.setdefault("head", []), save)
+        figures["head"] = compare_heads(args.seeds, figures.setdefault("head", []), save)
         figures["head table"] = head_table(figures["head"])
         print(table(figures["head table"]))
     if "harm" in args.sections:
-        figures["harm"] = harm(args.seeds_trained, USELESS, figures.setdefault("harm", []), save)
-        figures["harm table"] = harm_table(figures["harm"])
+        figures["harm"] = compare_useless_peers(args.seeds_trained, USELESS_PEERS, figures.setdefault("harm", []), save)
+        figures["harm table"] = useless_peers_table(figures["harm"])
         print(table(figures["harm table"]))
-    for name in (section for section in FEW if section in args.sections):
-        figures[name] = cifar(FEW[name], args.seeds_trained, figures.setdefault(name, []), save)
-        figures[f"{name} table"] = cifar_table(FEW[name], figures[name])
+    for name in (section for section in CIFAR_TASKS if section in args.sections):
+        figures[name] = compare_on_cifar(CIFAR_TASKS[name], args.seeds_trained, figures.setdefault(name, []), save)
+        figures[f"{name} table"] = cifar_table(CIFAR_TASKS[name], figures[name])
         print(table(figures[f"{name} table"]))
     for name in (section for section in TASKS if section in args.sections):
-        figures[name] = full(TASKS[name], args.seeds_trained, RECIPES, figures.setdefault(name, []), save)
-        figures[f"{name} table"] = full_table(TASKS[name], figures[name])
+        figures[name] = compare_finetuning(
+            TASKS[name], args.seeds_trained, HEAD_CONFIGS, figures.setdefault(name, []), save
+        )
+        figures[f"{name} table"] = finetuning_table(TASKS[name], figures[name])
         print(table(figures[f"{name} table"]))
     if "paper" in args.sections:
-        figures["paper"] = paper(args.seeds_trained, figures.setdefault("paper", []), save)
-        figures["paper table"] = paper_table(figures["paper"])
+        figures["paper"] = compare_composites(args.seeds_trained, figures.setdefault("paper", []), save)
+        figures["paper table"] = composites_table(figures["paper"])
         print(table(figures["paper table"]))
     save()
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.augment import crops_and_flips
+from benchmarks.common.augment import random_crops_and_flips
 from benchmarks.common.models import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -24,34 +24,34 @@ TRAIN, VALIDATION, TEST, PADDING = 10_000, 1_000, 5_000, 4
 _BYTES: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
 
-def small_network(images: str, depth: str) -> nn.Module:
+def transfer_network(images: str, depth: str) -> nn.Module:
     """Trained on CIFAR-100 where the images are CIFAR-10's, and the other way round."""
     return cifar100_resnet(int(depth)) if images == "cifar10" else cifar_resnet(int(depth))
 
 
-def small_normalized(images: str, pixels: Tensor) -> Tensor:
+def transfer_normalize(images: str, pixels: Tensor) -> Tensor:
     """As the networks want it."""
     mean, std = (CIFAR100_MEAN, CIFAR100_STD) if images == "cifar10" else (CIFAR10_MEAN, CIFAR10_STD)
     shift, scale = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
     return (pixels.float() / 255 - shift) / scale
 
 
-def small_changed(images: str, pixels: Tensor, generator: torch.Generator) -> Tensor:
+def transfer_augment(images: str, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Random crops of the image padded with gray, and flips."""
-    return crops_and_flips(F.pad(small_normalized(images, pixels), (PADDING,) * 4), 32, generator)
+    return random_crops_and_flips(F.pad(transfer_normalize(images, pixels), (PADDING,) * 4), 32, generator)
 
 
-def small_pixels(images: str, split: str) -> Tensor:
+def transfer_pixels(images: str, split: str) -> Tensor:
     """(N, 3, 32, 32) bytes."""
     return _split(images)[split][0]
 
 
-def small_features(images: str, depth: str) -> dict[str, Any]:
+def transfer_features(images: str, depth: str) -> dict[str, Any]:
     """(N, channels) before the classifier, by split; and "labels", by split."""
     path = CACHE / f"{images}, ResNet-{depth} of the other.pt"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
-        torch.save({split: _pooled(images, small_network(images, depth), split) for split in SPLITS}, path)
+        torch.save({split: _pooled(images, transfer_network(images, depth), split) for split in SPLITS}, path)
     kept: dict[str, Any] = torch.load(path, weights_only=True)
     return kept | {"labels": {split: _split(images)[split][1] for split in SPLITS}}
 
@@ -71,6 +71,6 @@ def _split(images: str) -> dict[str, tuple[Tensor, Tensor]]:
 def _pooled(images: str, model: nn.Module, split: str) -> Tensor:
     kept: list[Tensor] = []
     model.get_submodule("linear").register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
-    for x in small_pixels(images, split).split(250):
-        model(small_normalized(images, x))
+    for x in transfer_pixels(images, split).split(250):
+        model(transfer_normalize(images, x))
     return torch.cat(kept)

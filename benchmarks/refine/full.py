@@ -1,4 +1,4 @@
-"""Sections `full` and `transfer` of bench_refine.py: every weight trained on few labeled images, from classifiers in closed form.
+"""Sections `compare_finetuning` and `transfer` of bench_refine.py: every weight trained on few labeled images, from classifiers in closed form.
 
 Some images per class with labels, the rest of the training images without (tasks in refine_tasks.py; where all have
 labels, they are all of them once
@@ -43,8 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.stats import over_images, packed, spread, unpacked
-from benchmarks.refine.data import EVERY, SPLITS, draw, shuffled
+from benchmarks.common.stats import bootstrap_error, mean_and_error, pack_bits, unpack_bits
+from benchmarks.refine.data import ALL_LABELS, SPLITS, draw_labeled, shuffled_epochs
 from benchmarks.refine.tasks import LABELS_ONLY, Task
 from knowiso_train.distillation import WeightSchedule
 from knowiso_train.refinement.finetune import RefineFinetuneConfig, finetune_classifier
@@ -60,24 +60,24 @@ from knowiso_train.refinement.metrics import best_temperature
 from knowiso_train.refinement.models import classifier_model
 
 TUNING_LABELS, TUNING_SEED = 10, 1000  # other numbers of labels per class are trained with the settings of ten
-HALF, CLIP, DECAY = 16, 1.0, 1e-4
+HALF_BATCH, CLIP, DECAY = 16, 1.0, 1e-4
 # As they are and in proportion: as many as there are recipes and ALONE
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 9))
-ALONE = (0.1, 1.0, 10.0)  # ridges of the labels' own classifiers, where nothing else of these is chosen
-AUTO, CHOSEN = ("ours, labels", "ours, features"), "as auto chooses"
-WAYS = ("plain", "self-distillation", "ensemble", "self-training", "ours", *AUTO)
-SLOW, SLOW_LABELS = "ours, features", (10, 5)  # three networks run in every step of it
+LABEL_RIDGES = (0.1, 1.0, 10.0)  # ridges of the labels' own classifiers, where nothing else of these is chosen
+AUTO_METHODS, AUTO_COLUMN = ("ours, labels", "ours, features"), "as auto chooses"
+METHODS = ("plain", "self-distillation", "ensemble", "self-training", "ours", *AUTO_METHODS)
+SLOW_METHOD, SLOW_LABELS = "ours, features", (10, 5)  # three networks run in every step of it
 CONSENSUS = "consensus head"
-WITHOUT = ("ridge head", "self-training head", CONSENSUS, "three ridge heads", "three consensus heads")
+UNTRAINED_METHODS = ("ridge head", "self-training head", CONSENSUS, "three ridge heads", "three consensus heads")
 
 
-def with_shares(recipes: Sequence[HeadConfig], labels: Tensor, classes: int) -> list[HeadConfig]:
+def with_class_prior(recipes: Sequence[HeadConfig], labels: Tensor, classes: int) -> list[HeadConfig]:
     """Each with guesses as they are, and in the proportions of the validation images."""
     shares = tuple(estimate_class_prior(labels, classes).tolist())
     return [replace(recipe, class_prior=known) for recipe in recipes for known in (None, shares)]
 
 
-def in_proportion(head: Head, features: Tensor, recipe: HeadConfig) -> Head:
+def align_to_class_prior(head: Head, features: Tensor, recipe: HeadConfig) -> Head:
     """The classifier with a bias for each class that brings its guesses on `features` to the recipe's shares."""
     scores = head(features)
     alike = pseudo_labels(scores, recipe.inverse_temperature, torch.tensor(recipe.class_prior))
@@ -86,15 +86,15 @@ def in_proportion(head: Head, features: Tensor, recipe: HeadConfig) -> Head:
     return Head(recipe.inverse_temperature * head.weight, recipe.inverse_temperature * head.bias + bias, head.targets)
 
 
-class Bench:
+class FinetuneBenchmark:
     """Images, features and the network; what does not depend on the labels is made once."""
 
     def __init__(self, task: Task, recipes: Sequence[HeadConfig]) -> None:
         self.task, self.own = task, task.names[0]
         self.x = {name: task.features(name) for name in task.names}
         self.labels: dict[str, Tensor] = self.x[self.own]["labels"]
-        self.recipes = with_shares(recipes, self.labels["validation"], task.classes)
-        self.shipped = with_shares([HeadConfig()], self.labels["validation"], task.classes)[-1]
+        self.recipes = with_class_prior(recipes, self.labels["validation"], task.classes)
+        self.shipped = with_class_prior([HeadConfig()], self.labels["validation"], task.classes)[-1]
         train = {name: self.x[name]["train"] for name in task.names}
         self.consensus = {
             name: ConsensusFeatures.from_views([train[name], *(train[other] for other in task.names if other != name)])
@@ -115,14 +115,14 @@ class Bench:
         if kind == "consensus":
             return self._guessing(self.consensus[name], name, index, labels)
         plain = self._ridges(name, index, labels, RIDGES)
-        return [*plain, *(in_proportion(head, self.x[name]["train"], self.shipped) for head in plain)]
+        return [*plain, *(align_to_class_prior(head, self.x[name]["train"], self.shipped) for head in plain)]
 
     def _ridges(self, name: str, index: Tensor, labels: Tensor, ridges: Sequence[float]) -> list[Head]:
         return [ridge_head(self.x[name]["train"][index], labels, self.task.classes, ridge) for ridge in ridges]
 
     def _guessing(self, consensus: ConsensusFeatures, name: str, index: Tensor, labels: Tensor) -> list[Head]:
         fitted = [consensus.head(index, labels, self.task.classes, recipe) for recipe in self.recipes]
-        return [*self._ridges(name, index, labels, ALONE), *fitted]
+        return [*self._ridges(name, index, labels, LABEL_RIDGES), *fitted]
 
     def _best(self, heads: list[Head], name: str) -> Head:
         x, y = self.x[name]["validation"], self.labels["validation"]
@@ -158,13 +158,16 @@ class Bench:
                 module.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY, nesterov=True)
         schedule = WeightSchedule(warmup=steps // 10, total=steps + 1)
-        known, others = shuffled(index, 2 * HALF * steps, seed), shuffled(self.others(index), HALF * steps, seed + 1)
-        generator, few = torch.Generator().manual_seed(seed), 2 * HALF if way in LABELS_ONLY else HALF
+        known, others = (
+            shuffled_epochs(index, 2 * HALF_BATCH * steps, seed),
+            shuffled_epochs(self.others(index), HALF_BATCH * steps, seed + 1),
+        )
+        generator, few = torch.Generator().manual_seed(seed), 2 * HALF_BATCH if way in LABELS_ONLY else HALF_BATCH
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
-            which = torch.cat([known[few * step : few * (step + 1)], others[HALF * step : HALF * (step + 1)]])[
-                : 2 * HALF
-            ]
+            which = torch.cat(
+                [known[few * step : few * (step + 1)], others[HALF_BATCH * step : HALF_BATCH * (step + 1)]]
+            )[: 2 * HALF_BATCH]
             logits = model(self.task.changed(self.images["train"][which], generator))
             loss = F.cross_entropy(logits[:few], self.labels["train"][which[:few]]) + weight * F.cross_entropy(
                 logits, targets[which]
@@ -193,14 +196,14 @@ class Bench:
 
     def with_features(self, heads: dict[str, Head], index: Tensor, seed: int, *, lr: float, weight: float) -> nn.Module:
         """The library's own training, on as many batches of as many images."""
-        count = HALF * (self.task.steps + 1)  # fine_tune looks at one batch more, to learn the shapes
-        known, others = shuffled(index, count, seed), shuffled(self.others(index), count, seed + 1)
+        count = HALF_BATCH * (self.task.steps + 1)  # fine_tune looks at one batch more, to learn the shapes
+        known, others = shuffled_epochs(index, count, seed), shuffled_epochs(self.others(index), count, seed + 1)
         generator = torch.Generator().manual_seed(seed)
         few = [
             (self.task.changed(self.images["train"][part], generator), self.labels["train"][part])
-            for part in known.split(HALF)
+            for part in known.split(HALF_BATCH)
         ]
-        many = [self.task.changed(self.images["train"][part], generator) for part in others.split(HALF)]
+        many = [self.task.changed(self.images["train"][part], generator) for part in others.split(HALF_BATCH)]
         start, peers = (
             self.with_head(heads[self.own]),
             [classifier_model(self.networks[name], name) for name in self.task.names[1:]],
@@ -227,11 +230,11 @@ class Bench:
         return guessed == self.labels[split]
 
 
-def full(
+def compare_finetuning(
     task: Task, seeds: int, recipes: Sequence[HeadConfig], kept: list[dict[str, Any]], save: Any
 ) -> list[dict[str, Any]]:
     """A row for the tuning, and one for each number of labels and seed; kept after every training."""
-    bench: Bench | None = None
+    bench: FinetuneBenchmark | None = None
     if not kept:
         kept.append({"labels": TUNING_LABELS, "seed": TUNING_SEED, "tried": {}})
     for k, seed in [(TUNING_LABELS, TUNING_SEED), *((k, s) for k in task.labels for s in range(seeds))]:
@@ -242,26 +245,26 @@ def full(
             )
         if _complete(task, row):
             continue
-        bench = bench or Bench(task, recipes)
-        index = draw(bench.labels["train"], k, seed, task.classes)
+        bench = bench or FinetuneBenchmark(task, recipes)
+        index = draw_labeled(bench.labels["train"], k, seed, task.classes)
         heads = bench.heads(index)
         if seed == TUNING_SEED:
             _tune(bench, heads, index, row, save)
             continue
-        _without(bench, heads, row)
-        for way in _ways(task, k):
+        _record_untrained(bench, heads, row)
+        for way in _trained_methods(task, k):
             if way not in row["accuracy"]:
                 began = time.perf_counter()
                 settings = {**kept[0]["chosen"][way], "three": kept[0]["three"]}
                 done = bench.trained(way, heads, index, seed, **settings)
-                _keep(row, way, bench.right(done, "test"))
+                _record(row, way, bench.right(done, "test"))
                 row["validation"][way] = 100 * float(bench.right(done, "validation").double().mean())
                 row["seconds"][way] = round(time.perf_counter() - began)
                 save()
         if task.auto:
             # Of equal ones the first, which is the simplest
-            best = max((CONSENSUS, *AUTO), key=row["validation"].__getitem__)
-            row["accuracy"][CHOSEN], row["right"][CHOSEN], row["chosen"] = (
+            best = max((CONSENSUS, *AUTO_METHODS), key=row["validation"].__getitem__)
+            row["accuracy"][AUTO_COLUMN], row["right"][AUTO_COLUMN], row["chosen"] = (
                 row["accuracy"][best],
                 row["right"][best],
                 best,
@@ -279,26 +282,30 @@ def full(
 def _complete(task: Task, row: dict[str, Any]) -> bool:
     """A way that is added later is tuned and judged then."""
     if row["seed"] == TUNING_SEED:
-        return set(row.get("chosen", ())) >= set(_ways(task, TUNING_LABELS))
+        return set(row.get("chosen", ())) >= set(_trained_methods(task, TUNING_LABELS))
     return set(row["accuracy"]) >= set(_columns(task, row["labels"]))
 
 
-def _ways(task: Task, labels: int) -> list[str]:
-    return [way for way in WAYS if (way != SLOW or labels in SLOW_LABELS) and (way != "ours, labels" or task.auto)]
+def _trained_methods(task: Task, labels: int) -> list[str]:
+    return [
+        way for way in METHODS if (way != SLOW_METHOD or labels in SLOW_LABELS) and (way != "ours, labels" or task.auto)
+    ]
 
 
 def _columns(task: Task, labels: int) -> list[str]:
-    return [*WITHOUT, *_ways(task, labels), *([CHOSEN] if task.auto else [])]
+    return [*UNTRAINED_METHODS, *_trained_methods(task, labels), *([AUTO_COLUMN] if task.auto else [])]
 
 
-def _tune(bench: Bench, heads: dict[str, dict[str, Head]], index: Tensor, row: dict[str, Any], save: Any) -> None:
+def _tune(
+    bench: FinetuneBenchmark, heads: dict[str, dict[str, Head]], index: Tensor, row: dict[str, Any], save: Any
+) -> None:
     y, consensus = bench.labels["validation"], heads["consensus"]
     sure = [
         int((bench.told(part, "validation").argmax(1) == y).sum())
         for part in ({bench.own: consensus[bench.own]}, consensus)
     ]
     row["three"] = sure[1] > sure[0]
-    for way in _ways(bench.task, TUNING_LABELS):
+    for way in _trained_methods(bench.task, TUNING_LABELS):
         tried = row["tried"].setdefault(way, [])
         for settings in bench.task.grid(way)[len(tried) :]:
             done = bench.trained(way, heads, index, TUNING_SEED, **settings, three=row["three"])
@@ -309,22 +316,22 @@ def _tune(bench: Bench, heads: dict[str, dict[str, Head]], index: Tensor, row: d
     save()
 
 
-def _without(bench: Bench, heads: dict[str, dict[str, Head]], row: dict[str, Any]) -> None:
+def _record_untrained(bench: FinetuneBenchmark, heads: dict[str, dict[str, Head]], row: dict[str, Any]) -> None:
     ridge, consensus = heads["ridge"], heads["consensus"]
     parts = ({bench.own: ridge[bench.own]}, heads["alone"], {bench.own: consensus[bench.own]}, ridge, consensus)
-    for name, part in zip(WITHOUT, parts, strict=True):
-        _keep(row, name, bench.told(part, "test").argmax(1) == bench.labels["test"])
+    for name, part in zip(UNTRAINED_METHODS, parts, strict=True):
+        _record(row, name, bench.told(part, "test").argmax(1) == bench.labels["test"])
         row["validation"][name] = 100 * float(
             (bench.told(part, "validation").argmax(1) == bench.labels["validation"]).double().mean()
         )
 
 
-def _keep(row: dict[str, Any], name: str, right: Tensor) -> None:
+def _record(row: dict[str, Any], name: str, right: Tensor) -> None:
     row["accuracy"][name] = 100 * float(right.double().mean())
-    row["right"][name] = packed(right)
+    row["right"][name] = pack_bits(right)
 
 
-def full_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def finetuning_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and paired differences to three of the rivals: mean ± standard error over seeds, and over test images drawn again."""
     found = []
     for k in task.labels:
@@ -332,19 +339,19 @@ def full_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(judged) < 2:
             continue
         right = {
-            name: torch.stack([unpacked(row["right"][name], task.tested) for row in judged])
+            name: torch.stack([unpack_bits(row["right"][name], task.tested) for row in judged])
             for name in _columns(task, k)
         }
         for name, own in right.items():
             line: dict[str, Any] = {
-                "labels": "all" if k == EVERY else k,
+                "labels": "all" if k == ALL_LABELS else k,
                 "method": name,
                 "seeds": len(own),
                 "top-1 %": round(100 * float(own.mean()), 2),
             }
             for other in ("plain", "ensemble", "self-training"):
                 gap = 100 * (own - right[other])
-                line[f"over {other}"] = spread(gap.mean(1).tolist(), signed=True)
-                line[f"over {other}, over images"] = f"± {over_images(gap.mean(0)):.2f}"
+                line[f"over {other}"] = mean_and_error(gap.mean(1).tolist(), signed=True)
+                line[f"over {other}, over images"] = f"± {bootstrap_error(gap.mean(0)):.2f}"
             found.append(line)
     return found

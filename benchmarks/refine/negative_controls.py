@@ -1,4 +1,4 @@
-"""Sections `harm` and `paper` of bench_refine.py: useless peers through `refine` itself, and the published composite in its own regime."""
+"""Sections `compare_useless_peers` and `compare_composites` of bench_refine.py: useless peers through `refine` itself, and the published composite in its own regime."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.models import cifar10
-from benchmarks.common.stats import spread
-from benchmarks.refine.cifar import LABELED, Batches, accuracy, trained
-from benchmarks.refine.data import CLASSES, draw, features
+from benchmarks.common.stats import mean_and_error
+from benchmarks.refine.cifar import LABELED, Batches, accuracy, train_network
+from benchmarks.refine.data import NUM_CLASSES, draw_labeled, features
 from knowiso_train import measure
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.refinement.api import refine
 from knowiso_train.refinement.composite import Composite, train_after
 
 LAYERS, ORDER, PAPER_STEPS, PAPER_LR = ("layer2", "layer3"), 2, 100, 0.003
-HARM_LABELS = 5
+LABELS_PER_CLASS = 5
 
 
-class Kept(nn.Module):
+class FeatureSlice(nn.Module):
     """A network whose pooled features are kept: it is called on the features of all networks side by side."""
 
     def __init__(self, start: int, width: int) -> None:
         super().__init__()
         self.start, self.width = start, width
-        self.fc = nn.Linear(width, CLASSES)
+        self.fc = nn.Linear(width, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x[:, self.start : self.start + self.width])
 
 
-def harm(seeds: int, useless: tuple[str, ...], kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+def compare_useless_peers(
+    seeds: int, useless: tuple[str, ...], kept: list[dict[str, Any]], save: Any
+) -> list[dict[str, Any]]:
     """`refine(method="auto")` with lite1, with lite1 and a useless peer, and with the useless peer alone: accuracy of what it gives back."""
     names = ("lite0", "lite1", *useless)
     data = {name: features(name) for name in names}
@@ -43,11 +45,11 @@ def harm(seeds: int, useless: tuple[str, ...], kept: list[dict[str, Any]], save:
     starts, nets = 0, {}
     for name in names:
         torch.manual_seed(0)
-        nets[name] = Kept(starts, data[name]["train"].shape[1])
+        nets[name] = FeatureSlice(starts, data[name]["train"].shape[1])
         starts += nets[name].width
     groups = [("lite1",), *((bad,) for bad in useless), *(("lite1", bad) for bad in useless)]
     for seed in range(seeds):
-        few = draw(labels["train"], HARM_LABELS, seed)
+        few = draw_labeled(labels["train"], LABELS_PER_CLASS, seed)
         for peers in groups:
             if any(row["seed"] == seed and row["peers"] == list(peers) for row in kept):
                 continue
@@ -67,7 +69,7 @@ def harm(seeds: int, useless: tuple[str, ...], kept: list[dict[str, Any]], save:
     return kept
 
 
-def harm_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def useless_peers_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy by group of peers, and the paired difference to lite1 alone."""
     base = {row["seed"]: row["accuracy"] for row in rows if row["peers"] == ["lite1"]}
     found = []
@@ -79,13 +81,13 @@ def harm_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "peers": " + ".join(peers),
                 "found useful": ", ".join(own[0]["useful"]) or "none",
                 "top-1 %": round(sum(row["accuracy"] for row in own) / len(own), 2),
-                "over lite1 alone": spread(gaps, signed=True),
+                "over lite1 alone": mean_and_error(gaps, signed=True),
             }
         )
     return found
 
 
-def paper(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+def compare_composites(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """ResNet-8 without augmentation: its layer rebuilt from another seed's, orders 0, 0+1, 0+1+2; and the same training on its own features."""
     images, labels = cifar10("train")
     test = cifar10("test", 5000)
@@ -94,7 +96,7 @@ def paper(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, A
             continue
         order = torch.randperm(10000, generator=torch.Generator().manual_seed(seed))
         known = images[order[:LABELED]], labels[order[:LABELED]]
-        nets = [trained(known, 10 * seed + i, False) for i in range(2)]
+        nets = [train_network(known, 10 * seed + i, False) for i in range(2)]
         row: dict[str, Any] = {"seed": seed, "start": accuracy(nets[0], *test)}
         for layer in LAYERS:
             report = measure(
@@ -116,7 +118,7 @@ def paper(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, A
     return kept
 
 
-def paper_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def composites_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean accuracy, and the paired difference to the same training on the network's own features."""
     found = []
     for layer in LAYERS:
@@ -126,7 +128,7 @@ def paper_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append(
                 line
                 | {
-                    "over own features": spread(
+                    "over own features": mean_and_error(
                         [row[f"{layer}, {name}"] - row[f"{layer}, own features"] for row in rows], signed=True
                     )
                 }

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from benchmarks.common.models import efficientnet_lite
 from benchmarks.refine.cifar_transfer_data import (
     TEST,
-    small_changed,
-    small_features,
-    small_network,
-    small_normalized,
-    small_pixels,
+    transfer_augment,
+    transfer_features,
+    transfer_network,
+    transfer_normalize,
+    transfer_pixels,
 )
-from benchmarks.refine.data import EVERY, changed, features, normalized, pixels
+from benchmarks.refine.data import ALL_LABELS, augment, features, normalize, pixels
 
 LABELS_ONLY = ("plain", "ours, labels")  # ways that see no unlabeled image, so that there is nothing to weigh
 
@@ -76,26 +76,26 @@ CLOTHES = Task(
     names=("lite0", "lite1", "lite2"),
     features=features,
     pixels=pixels,
-    normalized=normalized,
-    changed=changed,
+    normalized=normalize,
+    changed=augment,
     network=lambda name: efficientnet_lite(int(name[4])).to(memory_format=torch.channels_last),
     classifier="classifier",
     steps=40,
     rates=(0.001, 0.003, 0.01, 0.03),
     tested=372,
-    labels=(10, 5, 3, 20, 50, EVERY),
+    labels=(10, 5, 3, 20, 50, ALL_LABELS),
 )
 
 
-def small(images: str, names: tuple[str, ...], classes: int) -> Task:
+def transfer_task(images: str, names: tuple[str, ...], classes: int) -> Task:
     """ResNets by their depths, trained on the other of the two CIFARs."""
     return Task(
         names=names,
-        features=partial(small_features, images),
-        pixels=partial(small_pixels, images),
-        normalized=partial(small_normalized, images),
-        changed=partial(small_changed, images),
-        network=partial(small_network, images),
+        features=partial(transfer_features, images),
+        pixels=partial(transfer_pixels, images),
+        normalized=partial(transfer_normalize, images),
+        changed=partial(transfer_augment, images),
+        network=partial(transfer_network, images),
         classifier="linear",
         steps=120,
         rates=(0.003, 0.01, 0.03, 0.1),
@@ -105,6 +105,6 @@ def small(images: str, names: tuple[str, ...], classes: int) -> Task:
     )
 
 
-CIFAR10 = small("cifar10", ("20", "32", "8"), 10)
-CIFAR10_AS_IT_IS = replace(CIFAR10, changed=lambda x, _: small_normalized("cifar10", x), auto=True)
-CIFAR100 = replace(small("cifar100", ("20", "32", "44"), 100), auto=True)
+CIFAR10 = transfer_task("cifar10", ("20", "32", "8"), 10)
+CIFAR10_PLAIN = replace(CIFAR10, changed=lambda x, _: transfer_normalize("cifar10", x), auto=True)
+CIFAR100 = replace(transfer_task("cifar100", ("20", "32", "44"), 100), auto=True)

@@ -10,9 +10,15 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.baselines.grail_osscar import Regression, grams, mixed, recompute_statistics, set_weights
-from benchmarks.baselines.tp_importances import IMPORTANCES, Calibration, hessian, mean_gradient, prune_with
-from benchmarks.baselines.tp_pruner import Cutter, Macs, inner_roots, uniform
+from benchmarks.baselines.grail_osscar import (
+    OsscarRegression,
+    grail_weights,
+    input_grams,
+    recompute_statistics,
+    set_weights,
+)
+from benchmarks.baselines.tp_importances import IMPORTANCES, CalibrationData, accumulate_gradient, hessian, prune_with
+from benchmarks.baselines.tp_pruner import BudgetPruner, MacCounter, inner_layers, scale_widths
 from benchmarks.common.models import CifarResNet
 
 
@@ -26,14 +32,14 @@ def resnet() -> tuple[nn.Module, Tensor, list[str]]:
     return model, torch.randn(1, 3, 32, 32), [f"layer{i}.0.conv1" for i in (1, 2, 3)]
 
 
-def calibration(model: nn.Module, n: int = 24) -> Calibration:
+def calibration(model: nn.Module, n: int = 24) -> CalibrationData:
     images = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-    return Calibration(images, model(images).argmax(1))
+    return CalibrationData(images, model(images).argmax(1))
 
 
 def test_multiply_adds_are_those_of_the_paper_and_of_torch_pruning() -> None:
     model, example = CifarResNet(56).eval(), torch.randn(1, 3, 32, 32)
-    assert Macs(model, example)(model) == pytest.approx(125.49e6, rel=1e-3)  # He et al.'s ResNet-56: 0.13 G
+    assert MacCounter(model, example)(model) == pytest.approx(125.49e6, rel=1e-3)  # He et al.'s ResNet-56: 0.13 G
     small = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1),
         nn.Conv2d(8, 8, 3, groups=8),
@@ -41,18 +47,18 @@ def test_multiply_adds_are_those_of_the_paper_and_of_torch_pruning() -> None:
         nn.Flatten(),
         nn.Linear(8, 5),
     )
-    assert Macs(small, torch.randn(2, 3, 8, 8))(small) == 16 * 8 * 27 + 4 * 8 * 9 + 40
+    assert MacCounter(small, torch.randn(2, 3, 8, 8))(small) == 16 * 8 * 27 + 4 * 8 * 9 + 40
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_cut_reaches_the_target_from_below_and_cuts_inner_widths_only(scope: str, steps: int) -> None:
     model, example, roots = resnet()
-    macs = Macs(model, example)
+    macs = MacCounter(model, example)
     target = macs(model) / 1.5
-    prune_with(Cutter(model, example, macs, roots), IMPORTANCES["L2"], calibration(model), target, scope, steps)
+    prune_with(BudgetPruner(model, example, macs, roots), IMPORTANCES["L2"], calibration(model), target, scope, steps)
     assert 0.97 * target <= macs(model) <= target  # three layers: one channel is up to 2 %
-    assert Macs(model, example)(model) == macs(model)  # counted again from nothing
+    assert MacCounter(model, example)(model) == macs(model)  # counted again from nothing
     assert model(example).shape == (1, 10)
     assert [model.get_submodule(name.replace("conv1", "conv2")).out_channels for name in roots] == [16, 32, 64]
 
@@ -66,9 +72,9 @@ def test_planned_multiply_adds_are_those_after_the_cut_with_depthwise_layers_too
         nn.Conv2d(12, 6, 1),
     ).eval()
     example = torch.randn(1, 3, 6, 6)
-    macs = Macs(model, example)
-    assert inner_roots(model, example, ["4"]) == ["0", "1"]
-    cutter = Cutter(model, example, macs, ["0", "1"])
+    macs = MacCounter(model, example)
+    assert inner_layers(model, example, ["4"]) == ["0", "1"]
+    cutter = BudgetPruner(model, example, macs, ["0", "1"])
     assert cutter.consumers() == {"0": "1", "1": "4"}
     groups = [
         tp.DependencyGraph()
@@ -82,7 +88,7 @@ def test_planned_multiply_adds_are_those_after_the_cut_with_depthwise_layers_too
 
 
 def test_uniform_widths_follow_the_ratio_and_differ_by_one_channel() -> None:
-    kept = uniform({str(i): 16 for i in range(100)}, 0.45)
+    kept = scale_widths({str(i): 16 for i in range(100)}, 0.45)
     assert set(kept.values()) == {8, 9}
     assert sum(kept.values()) == pytest.approx(100 * 16 * 0.55, abs=4)
 
@@ -90,9 +96,9 @@ def test_uniform_widths_follow_the_ratio_and_differ_by_one_channel() -> None:
 @pytest.mark.parametrize("name", IMPORTANCES)
 def test_every_importance_prunes(name: str) -> None:
     model, example, roots = resnet()
-    data, macs = calibration(model), Macs(model, example)
-    prune_with(Cutter(model, example, macs, roots), IMPORTANCES[name], data, macs(model) * 0.6, "global")
-    assert 0.58 <= macs(model) / Macs(*resnet()[:2])(resnet()[0]) <= 0.6
+    data, macs = calibration(model), MacCounter(model, example)
+    prune_with(BudgetPruner(model, example, macs, roots), IMPORTANCES[name], data, macs(model) * 0.6, "global")
+    assert 0.58 <= macs(model) / MacCounter(*resnet()[:2])(resnet()[0]) <= 0.6
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -115,7 +121,7 @@ def test_gradients_are_means_over_the_images_and_squares_count_every_image() -> 
     data = calibration(model, 6)
     loss = nn.functional.cross_entropy(model(data.images), data.said)
     expected = torch.autograd.grad(loss, model.conv1.weight)[0]
-    mean_gradient(model, data, batch=4)
+    accumulate_gradient(model, data, batch=4)
     torch.testing.assert_close(model.conv1.weight.grad, expected, rtol=1e-3, atol=1e-6)
     pairs = zip(data.images.split(1), data.said.split(1), strict=True)
     single = [torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.conv1.weight)[0] for x, y in pairs]
@@ -142,22 +148,22 @@ def test_grail_gives_the_output_back_where_the_lost_channels_are_mixtures_of_the
     x = torch.randn(16, 6, 5, 5, dtype=torch.float64)
     x[:, 4], x[:, 1] = 2 * x[:, 0] - x[:, 2], 0.5 * x[:, 3]
     layer = nn.Conv2d(6, 4, 3).double()
-    gram = grams(nn.Sequential(layer), ["0"], [x], taps=False)["0"]
+    gram = input_grams(nn.Sequential(layer), ["0"], [x], taps=False)["0"]
     torch.testing.assert_close(gram, torch.einsum("nchw,ndhw->cd", x, x) / (16 * 25))
     kept = [0, 2, 3, 5]
-    weight = mixed(layer.weight, gram, kept, ridge=1e-10)
+    weight = grail_weights(layer.weight, gram, kept, ridge=1e-10)
     torch.testing.assert_close(nn.functional.conv2d(x[:, kept], weight, layer.bias), layer(x), rtol=1e-6, atol=1e-6)
     eye = torch.eye(6, dtype=torch.float64)
     # Nothing to mix: plain pruning
-    torch.testing.assert_close(mixed(layer.weight, eye, kept, ridge=0.0), layer.weight[:, kept])
+    torch.testing.assert_close(grail_weights(layer.weight, eye, kept, ridge=0.0), layer.weight[:, kept])
 
 
 def test_the_regression_is_that_of_brute_force() -> None:
     torch.manual_seed(4)
     x = torch.randn(200, 5, 4, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64)
     layer = nn.Conv2d(5, 3, 2, bias=False).double()
-    gram = grams(nn.Sequential(layer), ["0"], [x], rows=10**4)["0"]
-    problem = Regression(layer.weight, gram, ridge=0.0)
+    gram = input_grams(nn.Sequential(layer), ["0"], [x], rows=10**4)["0"]
+    problem = OsscarRegression(layer.weight, gram, ridge=0.0)
     patches = nn.functional.unfold(x, 2).movedim(1, 2).flatten(0, 1)
     y = patches @ layer.weight.detach().flatten(1).T
 
@@ -190,11 +196,11 @@ def test_the_search_gives_exact_weights_where_channels_are_copies() -> None:
             block.bn1.running_var,
         ):
             tensor[8:] = tensor[:8]
-    before, macs = copy.deepcopy(model), Macs(model, example)
-    cutter = Cutter(model, example, macs, roots)
+    before, macs = copy.deepcopy(model), MacCounter(model, example)
+    cutter = BudgetPruner(model, example, macs, roots)
     images = torch.randn(8, 3, 32, 32)
     name = cutter.consumers()["layer1.0.conv1"]
-    problem = Regression(block.conv2.weight, grams(model, [name], [images])[name], ridge=1e-9)
+    problem = OsscarRegression(block.conv2.weight, input_grams(model, [name], [images])[name], ridge=1e-9)
     kept = problem.search(8)
     assert problem.error(kept) < 1e-6 * problem.error(kept[:1])
     weights = problem.weights(kept)
