@@ -1,4 +1,4 @@
-"""Construction of unpruned networks from their recorded factory."""
+"""Construction of unpruned models from their recorded factory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from knowiso_train.features.state import preserve_state
 from knowiso_train.loading.timm import load_model
 from knowiso_train.pruning.structure import state_shapes
 
+# Name and keyword arguments of `timm.create_model`
 Factory = tuple[str, dict[str, Any]]
-READ_FILES = {
+# Arguments of `timm.create_model` that read weights or other files
+FILE_ARGUMENTS = {
     "checkpoint",
     "checkpoint_path",
     "pretrained",
@@ -25,54 +27,50 @@ READ_FILES = {
 }
 
 
-def find_factory(original: nn.Module, given: Any) -> Factory | None:
-    """The timm name and arguments that make a network; None for one that is said to come from elsewhere.
+def resolve_factory(original: nn.Module, factory: Any) -> Factory | None:
+    """Return the timm name and arguments that build a model, or None for "external".
 
     Args:
-        original: the network before pruning.
-        given: (name, arguments), "external", or None to read them off the network.
+        original: Model before pruning.
+        factory: (name, arguments), "external", or None to infer them from the model.
 
     Raises:
-        OptionError: not to be read off, or of no meaning.
+        OptionError: Another value, or a model that does not record its timm architecture.
 
     Example:
-        >>> find_factory(load_model("test_resnet", pretrained=False, num_classes=4), None)
+        >>> resolve_factory(load_model("test_resnet", pretrained=False, num_classes=4), None)
         ('test_resnet.r160_in1k', {'num_classes': 4})
     """
-    if isinstance(given, str) and given == "external":
+    if isinstance(factory, str) and factory == "external":
         return None
-    if given is not None:
-        if not (
-            isinstance(given, (tuple, list))
-            and len(given) == 2
-            and isinstance(given[0], str)
-            and isinstance(given[1], Mapping)
-        ):
-            raise OptionError(f'factory must be (name in timm, arguments), "external" or None, got {given!r}')
-        return given[0], dict(given[1])
-    config = getattr(original, "pretrained_cfg", None) or getattr(original, "default_cfg", None) or {}
-    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if factory is not None:
+        match factory:
+            case (str(architecture), Mapping() as arguments):
+                return architecture, dict(arguments)
+        raise OptionError(f'factory must be (name in timm, arguments), "external" or None, got {factory!r}')
+    config = _timm_config(original)
+    name = config.get("architecture")
     if not isinstance(name, str) or not name:
         raise OptionError(
-            f"{type(original).__name__} does not say which timm architecture it is; pass factory=(name, arguments) as for timm.create_model, "
-            'or factory="external" and give load_pruned a fresh network'
+            f"{type(original).__name__} does not record its timm architecture. Pass factory=(name, arguments) as for "
+            'timm.create_model, or factory="external" and a fresh model to load_pruned'
         )
-    classes = getattr(original, "num_classes", None)
-    tag = config.get("tag")
-    return f"{name}.{tag}" if tag else name, {"num_classes": classes} if isinstance(classes, int) else {}
+    num_classes, tag = getattr(original, "num_classes", None), config.get("tag")
+    return f"{name}.{tag}" if tag else name, {"num_classes": num_classes} if isinstance(num_classes, int) else {}
 
 
-def build_network(factory: Factory) -> nn.Module:
-    """A timm network with random weights, made without reading any file; the random state stays as it was.
+def build_model(factory: Factory) -> nn.Module:
+    """Return a timm model with random weights, without reading any file; the random state is preserved.
 
     Raises:
-        OptionError: no such network, or arguments that it does not take, among them all that would read weights.
+        OptionError: Unknown name or arguments, or arguments that would read weights.
     """
     name, arguments = factory
-    if ":" in name or (reading := READ_FILES & set(arguments)):
-        found = "a name with ':'" if ":" in name else ", ".join(sorted(reading))
+    forbidden = ["a name with ':'"] if ":" in name else sorted(FILE_ARGUMENTS & set(arguments))
+    if forbidden:
         raise OptionError(
-            f"the factory of a pruned network makes random weights and reads no file; {found} has no place in it ({name!r})"
+            f"the factory of a pruned model reads no file, but {name!r} was given with {', '.join(forbidden)}. "
+            "Pass the architecture's name, and arguments of its structure alone"
         )
     try:
         with preserve_state():
@@ -84,33 +82,37 @@ def build_network(factory: Factory) -> nn.Module:
 
 
 def input_shape(model: nn.Module) -> tuple[int, ...]:
-    """Shape of one image for a timm network, at the size that it was made for.
+    """Return the shape (1, C, H, W) of one input of a timm model.
 
     Raises:
-        OptionError: the network does not say.
+        OptionError: The model does not record its input size.
     """
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = config.get("input_size") if isinstance(config, Mapping) else None
+    size = _timm_config(model).get("input_size")
     if not size:
         raise OptionError(
-            f"{type(model).__name__} does not say which input it takes; pass example=, an input or its shape"
+            f"{type(model).__name__} does not record its input size. Pass example=, an input or its shape"
         )
     sides = getattr(getattr(model, "patch_embed", None), "img_size", None) or size[1:]
     return (1, int(size[0]), int(sides[0]), int(sides[1]))
 
 
-def structure_difference(model: nn.Module, expected: Mapping[str, Sequence[int]]) -> str | None:
-    """The first tensor of a network's state that is not of the expected shape, in words; None where all are.
+def _timm_config(model: nn.Module) -> Mapping[str, Any]:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def first_shape_difference(model: nn.Module, expected: Mapping[str, Sequence[int]]) -> str | None:
+    """Return a description of the first tensor of a model's state without the expected shape, or None.
 
     Example:
-        >>> structure_difference(nn.Linear(3, 2), {"weight": (2, 4), "bias": (2,)})
+        >>> first_shape_difference(nn.Linear(3, 2), {"weight": (2, 4), "bias": (2,)})
         "'weight' was expected with shape (2, 4), got (2, 3)"
     """
-    own = state_shapes(model)
-    for name in [*expected, *own]:
-        wanted, found = (tuple(shapes[name]) if name in shapes else None for shapes in (expected, own))
-        if wanted != found:
-            return f"{name!r} was " + (
-                f"expected with shape {wanted}, got {found}" if wanted is not None else f"not expected, got {found}"
-            )
+    shapes = state_shapes(model)
+    for name in [*expected, *shapes]:
+        if name not in expected:
+            return f"{name!r} was not expected, got {tuple(shapes[name])}"
+        shape = shapes.get(name)
+        if shape != tuple(expected[name]):
+            return f"{name!r} was expected with shape {tuple(expected[name])}, got {shape}"
     return None

@@ -1,4 +1,4 @@
-"""Pruned networks are saved as safetensors and JSON, and come back without a pruning library; what cannot come back says why."""
+"""Saved pruned models: round trips without a pruning library, damaged files, wrong models, fingerprints."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from knowiso_train.errors import (
     OptionError,
     ShapeError,
 )
-from knowiso_train.pruning import serialization as pruned_format
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.model_factory import input_shape
-from knowiso_train.pruning.serialization import load_kept_indices, load_pruned, save_pruned
+from knowiso_train.pruning.serialization import PRUNED_DESCRIPTION_FILE, load_kept_indices, load_pruned, save_pruned
 from knowiso_train.pruning.structure import OutputFingerprint, weights_hash
 from tests.helpers.pruned_models import NETWORKS, SIDE, network, prune
 
@@ -57,13 +56,13 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / pruned_format.PRUNED_DESCRIPTION_FILE
+    path = folder / PRUNED_DESCRIPTION_FILE
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
-def test_families_come_back_in_a_process_without_torch_pruning(tmp_path: Path) -> None:
+def test_all_families_load_in_a_process_without_torch_pruning(tmp_path: Path) -> None:
     x = torch.randn(2, 3, SIDE, SIDE)
     for name, options in NETWORKS.items():
         model = network(name)
@@ -86,16 +85,16 @@ def test_families_come_back_in_a_process_without_torch_pruning(tmp_path: Path) -
         "    print(name, type(model).__module__)\n"
         "assert 'torch_pruning' not in sys.modules\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), *NETWORKS], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == list(NETWORKS)
-    assert all("timm" in line for line in done.stdout.splitlines())
+    assert process.returncode == 0, process.stderr
+    assert [line.split()[0] for line in process.stdout.splitlines()] == list(NETWORKS)
+    assert all("timm" in line for line in process.stdout.splitlines())
 
 
 class TestRoundTrip:
-    def test_architecture_and_tag_are_read_off(self, saved: Path) -> None:
+    def test_architecture_and_tag_are_inferred(self, saved: Path) -> None:
         state = torch.get_rng_state()
         model = load_pruned(saved)
         assert torch.equal(state, torch.get_rng_state())
@@ -108,7 +107,7 @@ class TestRoundTrip:
         assert {"timm", "torch", "knowiso_train"} <= content["versions"].keys()
         assert sorted(path.name for path in saved.iterdir()) == ["model.safetensors", "pruned.json"]
 
-    def test_again_into_the_same_folder(self, saved: Path) -> None:
+    def test_a_second_save_replaces_the_first(self, saved: Path) -> None:
         (saved / "notes.txt").write_text("mine")
         model = load_pruned(saved)
         with torch.no_grad():
@@ -118,7 +117,7 @@ class TestRoundTrip:
         assert all(torch.equal(value, before[name]) for name, value in load_pruned(saved).state_dict().items())
         assert (saved / "notes.txt").read_text() == "mine"
 
-    def test_a_network_of_ones_own(self, tmp_path: Path) -> None:
+    def test_external_models(self, tmp_path: Path) -> None:
         pruned = small(2).train()
         save_pruned(tmp_path, pruned, small(8), factory="external", example=(1, 3))
         assert pruned.training
@@ -157,7 +156,7 @@ class TestRoundTrip:
         assert torch.equal(loaded[1].weight, untied[1].weight)
         assert torch.equal(loaded[0].weight, untied[0].weight)
 
-    def test_groups_that_keep_different_inputs(self, tmp_path: Path) -> None:
+    def test_groups_with_different_inputs(self, tmp_path: Path) -> None:
         original = nn.Sequential(nn.Conv2d(8, 4, 1, groups=2, bias=False))
         pruned = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2, bias=False))
         flat = torch.tensor([[0, 1], [4, 5], [9, 11], [13, 15]])[..., None, None]
@@ -182,13 +181,13 @@ class TestRoundTrip:
 
 
 class TestDamage:
-    def test_weights_cut_short(self, saved: Path) -> None:
+    def test_truncated_weights_raise(self, saved: Path) -> None:
         path = saved / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(FormatError, match="damaged, it is no complete safetensors file"):
             load_pruned(saved)
 
-    def test_one_byte_of_the_weights(self, saved: Path) -> None:
+    def test_one_changed_byte_of_the_weights_raises(self, saved: Path) -> None:
         path = saved / "model.safetensors"
         content = bytearray(path.read_bytes())
         content[-7] ^= 1
@@ -197,7 +196,7 @@ class TestDamage:
             load_pruned(saved)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "pruned.json"])
-    def test_missing_files(self, saved: Path, name: str) -> None:
+    def test_missing_files_raise(self, saved: Path, name: str) -> None:
         (saved / name).unlink()
         with pytest.raises(DataError, match="is not there"):
             load_pruned(saved)
@@ -219,7 +218,7 @@ class TestDamage:
             ('{"format_version": 7, "versions": 3}', "version 7, written by knowiso_train a later version"),
         ],
     )
-    def test_descriptions(self, saved: Path, content: str, message: str) -> None:
+    def test_invalid_descriptions_raise(self, saved: Path, content: str, message: str) -> None:
         (saved / "pruned.json").write_text(content)
         with pytest.raises(FormatError, match=message):
             load_pruned(saved)
@@ -246,12 +245,12 @@ class TestDamage:
             lambda c: c["added"].append("fc.forward"),
             lambda c: c["added"].append(4),
             lambda c: c["tied"].update({"fc.weight": "nowhere"}),
-            lambda c: c["probe"].pop("seed"),
-            lambda c: c["probe"].update(shape=[1, 5]),
-            lambda c: c["probe"].update(norm=2 * c["probe"]["norm"]),
-            lambda c: c["probe"]["projections"].reverse(),
-            lambda c: c["probe"].update(projections=[]),
-            lambda c: c["probe"].update(seed=1),
+            lambda c: c["fingerprint"].pop("seed"),
+            lambda c: c["fingerprint"].update(shape=[1, 5]),
+            lambda c: c["fingerprint"].update(norm=2 * c["fingerprint"]["norm"]),
+            lambda c: c["fingerprint"]["projections"].reverse(),
+            lambda c: c["fingerprint"].update(projections=[]),
+            lambda c: c["fingerprint"].update(seed=1),
         ],
     )
     def test_every_field_is_checked(self, saved: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -270,12 +269,12 @@ class TestDamage:
         ],
         ids=str,
     )
-    def test_factories_that_read_files_or_are_unknown(self, saved: Path, factory: dict[str, Any]) -> None:
+    def test_unknown_factories_and_those_that_read_files_raise(self, saved: Path, factory: dict[str, Any]) -> None:
         edit(saved, lambda c: c.update(factory=factory))
         with pytest.raises(OptionError):
             load_pruned(saved)
 
-    def test_versions_are_named(self, saved: Path) -> None:
+    def test_errors_name_versions_that_differ(self, saved: Path) -> None:
         edit(saved, lambda c: (c["versions"].update(timm="0.1"), c["original_shapes"].update({"fc.bias": [9]})))
         with pytest.raises(
             FormatError, match=r"'fc.bias' was expected with shape \(9,\), got \(5,\).*saved with timm 0.1 \(here "
@@ -283,8 +282,8 @@ class TestDamage:
             load_pruned(saved)
 
 
-class TestWrongNetworks:
-    def test_of_another_structure(self, saved: Path, tiny: Path) -> None:
+class TestWrongModels:
+    def test_another_structure_raises(self, saved: Path, tiny: Path) -> None:
         with pytest.raises(
             FormatError,
             match=r"not built as the original of .*'0.weight' was expected with shape \(8, 3\), got \(9, 3\)",
@@ -295,31 +294,40 @@ class TestWrongNetworks:
         with pytest.raises(FormatError, match=r"was not expected, got"):
             load_pruned(tiny, model=nn.Sequential(*small(8), nn.Linear(2, 2)))
 
-    def test_of_another_function(self, tiny: Path) -> None:
+    def test_another_function_raises(self, tiny: Path) -> None:
         model = small(8)
         model[1] = nn.Tanh()
-        with pytest.raises(FormatError, match="does not compute what the pruned network computed"):
+        with pytest.raises(FormatError, match="does not compute what the pruned model computed"):
             load_pruned(tiny, model=model)
 
-    def test_none_where_one_is_needed(self, tiny: Path) -> None:
-        with pytest.raises(OptionError, match="pass model="):
+    def test_a_missing_external_model_raises(self, tiny: Path) -> None:
+        with pytest.raises(OptionError, match="Pass model="):
             load_pruned(tiny)
         with pytest.raises(InputTypeError, match="got str"):
             load_pruned(tiny, model="resnet")  # type: ignore[arg-type]
 
 
 class TestSaving:
-    def refused(self, folder: Path, error: type[KnowisoError], message: str, *args: Any, **options: Any) -> None:
+    def assert_rejected(
+        self, folder: Path, error: type[KnowisoError], message: str, *args: Any, **options: Any
+    ) -> None:
         with pytest.raises(error, match=message):
             save_pruned(folder, *args, **options)
         assert not list(folder.iterdir())
 
-    def test_no_architecture(self, tmp_path: Path) -> None:
-        self.refused(
-            tmp_path, OptionError, 'Sequential does not say .* factory="external"', small(2), small(8), example=(1, 3)
+    def test_invalid_factories(self, tmp_path: Path) -> None:
+        self.assert_rejected(
+            tmp_path,
+            OptionError,
+            'Sequential does not record .* factory="external"',
+            small(2),
+            small(8),
+            example=(1, 3),
         )
-        self.refused(tmp_path, OptionError, "factory must be", small(2), small(8), example=(1, 3), factory="timm")
-        self.refused(
+        self.assert_rejected(
+            tmp_path, OptionError, "factory must be", small(2), small(8), example=(1, 3), factory="timm"
+        )
+        self.assert_rejected(
             tmp_path,
             OptionError,
             "'resnet_of_tomorrow'",
@@ -328,7 +336,7 @@ class TestSaving:
             example=(1, 3),
             factory=("resnet_of_tomorrow", {}),
         )
-        self.refused(
+        self.assert_rejected(
             tmp_path,
             OptionError,
             "reads no file",
@@ -338,12 +346,12 @@ class TestSaving:
             factory=("test_resnet", {"pretrained": True}),
         )
 
-    def test_arguments_that_are_not_told(self, tmp_path: Path) -> None:
+    def test_missing_arguments_of_the_factory(self, tmp_path: Path) -> None:
         model = network("vit_tiny_patch16_224")
         message = r"does not make the original: 'pos_embed' was expected with shape \(1, 5, 192\), got \(1, 197, 192\)"
-        self.refused(tmp_path, OptionError, message, model, model)
+        self.assert_rejected(tmp_path, OptionError, message, model, model)
         options: dict[str, Any] = {"num_classes": 5, **NETWORKS["vit_tiny_patch16_224"], "norm_layer": nn.LayerNorm}
-        self.refused(
+        self.assert_rejected(
             tmp_path,
             OptionError,
             "'norm_layer' of the factory is",
@@ -353,13 +361,13 @@ class TestSaving:
             example=SHAPE,
         )
 
-    def test_inputs(self, tmp_path: Path) -> None:
+    def test_example_shapes(self, tmp_path: Path) -> None:
         assert input_shape(network("vit_tiny_patch16_224")) == (1, 3, 32, 32)
         assert input_shape(network("test_resnet")) == (1, 3, 160, 160)
-        self.refused(
-            tmp_path, OptionError, "Sequential does not say which input", small(2), small(8), factory="external"
+        self.assert_rejected(
+            tmp_path, OptionError, "Sequential does not record its input size", small(2), small(8), factory="external"
         )
-        self.refused(
+        self.assert_rejected(
             tmp_path,
             OptionError,
             r"shape \(1, 4\).*with example=",
@@ -369,7 +377,7 @@ class TestSaving:
             example=(1, 4),
         )
 
-    def test_what_json_cannot_hold_is_found_by_the_probe(self, tmp_path: Path) -> None:
+    def test_changes_that_json_cannot_hold_fail_the_fingerprint(self, tmp_path: Path) -> None:
         class Gained(nn.Module):
             def __init__(self, width: int) -> None:
                 super().__init__()
@@ -380,7 +388,7 @@ class TestSaving:
 
         pruned = Gained(2)
         pruned.gain = torch.full((1,), 2.0)
-        self.refused(
+        self.assert_rejected(
             tmp_path,
             FormatError,
             "does not compute .* changed by hand",
@@ -390,16 +398,18 @@ class TestSaving:
             example=(1, 3),
         )
 
-    def test_other_modules_and_wrong_indices(self, tmp_path: Path) -> None:
+    def test_other_modules_and_wrong_kept_indices(self, tmp_path: Path) -> None:
         other = small(2)
         other[1] = nn.GELU()
         options: dict[str, Any] = {"factory": "external", "example": (1, 3)}
-        self.refused(tmp_path, ShapeError, "widths only", other, small(8), **options)
-        self.refused(
-            tmp_path, ShapeError, "kept leaves a shape of", small(2), small(8), kept={"0.bias": [[0, 1, 2]]}, **options
+        self.assert_rejected(tmp_path, ShapeError, "widths only", other, small(8), **options)
+        self.assert_rejected(
+            tmp_path, ShapeError, "kept leads to shape", small(2), small(8), kept={"0.bias": [[0, 1, 2]]}, **options
         )
-        self.refused(tmp_path, ShapeError, "do not fit", small(2), small(8), kept={"0.bias": [[0, 9]]}, **options)
-        self.refused(
+        self.assert_rejected(
+            tmp_path, ShapeError, "do not fit", small(2), small(8), kept={"0.bias": [[0, 9]]}, **options
+        )
+        self.assert_rejected(
             tmp_path,
             ShapeError,
             "'9.bias', which is no tensor",
@@ -409,17 +419,19 @@ class TestSaving:
             **options,
         )
 
-    def test_outputs_that_are_not_finite(self, tmp_path: Path) -> None:
+    def test_nonfinite_outputs(self, tmp_path: Path) -> None:
         pruned = small(2)
         with torch.no_grad():
             pruned[0].bias.fill_(float("nan"))
-        self.refused(tmp_path, NonFiniteError, "not finite", pruned, small(8), factory="external", example=(1, 3))
+        self.assert_rejected(
+            tmp_path, NonFiniteError, "not finite", pruned, small(8), factory="external", example=(1, 3)
+        )
 
-    def test_a_disk_that_fails_leaves_the_last_save(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(*_: Any, **__: Any) -> None:
+    def test_a_full_disk_leaves_the_last_save(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def raise_full(*_: Any, **__: Any) -> None:
             raise OSError("No space left on device")
 
-        monkeypatch.setattr("safetensors.torch.save_file", full)
+        monkeypatch.setattr("safetensors.torch.save_file", raise_full)
         with pytest.raises(OSError, match="No space"):
             save_pruned(tiny, small(3), small(8), factory="external", example=(1, 3))
         assert sorted(path.name for path in tiny.iterdir()) == ["model.safetensors", "pruned.json"]
@@ -427,17 +439,17 @@ class TestSaving:
 
 
 class TestFingerprint:
-    def test_rounding_passes_and_a_changed_weight_does_not(self) -> None:
+    def test_rounding_passes_and_a_changed_weight_fails(self) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        probe = OutputFingerprint.of(model, (1, 64))
-        probe.check(OutputFingerprint.of(copy.deepcopy(model).double(), (1, 64)), "it")
+        fingerprint = OutputFingerprint.compute(model, (1, 64))
+        fingerprint.check_equal(OutputFingerprint.compute(copy.deepcopy(model).double(), (1, 64)), "it")
         with torch.no_grad():
             model[0].weight[3, 4] += 0.1
         with pytest.raises(FormatError, match="it does not compute"):
-            probe.check(OutputFingerprint.of(model, (1, 64)), "it")
+            fingerprint.check_equal(OutputFingerprint.compute(model, (1, 64)), "it")
 
-    def test_projections_know_signs_and_order(self) -> None:
+    def test_projections_depend_on_signs_order_and_seed(self) -> None:
         class Fixed(nn.Module):
             def __init__(self, values: Tensor) -> None:
                 super().__init__()
@@ -447,23 +459,23 @@ class TestFingerprint:
                 return {"out": self.values[:4], "rest": (self.values[4:],)}
 
         values = torch.arange(1.0, 9.0)
-        probe = OutputFingerprint.of(Fixed(values), (1,))
-        assert probe.norm == pytest.approx(float(values.norm()))
+        fingerprint = OutputFingerprint.compute(Fixed(values), (1,))
+        assert fingerprint.norm == pytest.approx(float(values.norm()))
         for other in (-values, values.flip(0)):
-            assert OutputFingerprint.of(Fixed(other), (1,)).norm == pytest.approx(probe.norm)
+            assert OutputFingerprint.compute(Fixed(other), (1,)).norm == pytest.approx(fingerprint.norm)
             with pytest.raises(FormatError):
-                probe.check(OutputFingerprint.of(Fixed(other), (1,)), "it")
-        assert OutputFingerprint.of(Fixed(values), (1,), seed=1).projections != probe.projections
+                fingerprint.check_equal(OutputFingerprint.compute(Fixed(other), (1,)), "it")
+        assert OutputFingerprint.compute(Fixed(values), (1,), seed=1).projections != fingerprint.projections
 
-    def test_outputs_that_are_no_tensors(self) -> None:
+    def test_outputs_without_tensors_raise(self) -> None:
         class Words(nn.Module):
             def forward(self, x: Tensor) -> str:
                 return "cat"
 
         with pytest.raises(InputTypeError, match="got str"):
-            OutputFingerprint.of(Words(), (1,))
+            OutputFingerprint.compute(Words(), (1,))
 
-    def test_every_part_of_a_weight_counts(self) -> None:
+    def test_the_hash_depends_on_names_types_shapes_and_values(self) -> None:
         base = {
             "a": torch.zeros(2, 3),
             "b": torch.tensor(0),

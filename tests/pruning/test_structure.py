@@ -243,5 +243,5 @@ class TestStructure:
     def test_models_of_other_modules_raise(self) -> None:
         with pytest.raises(ShapeError, match="module '1' is ReLU in the original and GELU in the pruned"):
             structure_diff(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), nn.Sequential(nn.Linear(3, 2), nn.GELU()))
-        with pytest.raises(ShapeError, match="module '1' is nothing in the original"):
+        with pytest.raises(ShapeError, match="module '1' is absent in the original"):
             structure_diff(nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2), nn.GELU()))
