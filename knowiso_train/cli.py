@@ -135,14 +135,14 @@ def measure(args: argparse.Namespace) -> None:
 def layers(args: argparse.Namespace) -> None:
     """List the layers of a timm network with the shapes that they emit: names for --layers."""
     import torch
-    from timm.data import resolve_model_data_config
 
     from knowiso_train.features import named_stages, resolve_layers
     from knowiso_train.features.summary import layer_summary
-    from knowiso_train.loading.timm import load_model
+    from knowiso_train.loading.timm import input_config, load_model
 
     model = load_model(args.model, pretrained=False)
-    channels, height, width = resolve_model_data_config(model)["input_size"]
+    config = input_config(model)
+    channels, height, width = (3, 224, 224) if config is None else config.size
     size = (height, width) if args.image_size is None else (args.image_size, args.image_size)
     wanted = set(resolve_layers(model, args.match)) if args.match else None
     try:

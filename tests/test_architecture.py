@@ -30,7 +30,7 @@ ORDER = [
 ]
 # Files that may import a third-party library when they are loaded or called
 THIRD_PARTY = {
-    "timm": ("loading/timm.py", "loading/datasets.py", "cli.py"),
+    "timm": ("loading/timm.py", "loading/datasets.py"),
     "accelerate": ("experiment/processes.py",),
     "torch_pruning": ("pruning/channel_groups.py", "pruning/importance.py"),
     "transformers": ("integrations/transformers.py",),

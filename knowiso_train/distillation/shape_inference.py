@@ -14,6 +14,7 @@ from knowiso_train.features.extractor import FeatureReader
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.loading.timm import input_config
 from knowiso_train.utils.batch import image_size
 
 PROBE_SIDES = (64, 224, 32, 128)  # tried where a network does not say what it was made for
@@ -98,17 +99,6 @@ def _guesses(models: Sequence[nn.Module]) -> Iterator[Tensor]:
     if isinstance(first, nn.Linear):
         yield torch.zeros(PROBE_IMAGES, first.in_features, dtype=dtype)
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
-    named = [size for model in models for size in _named_sizes(unwrap_model(model))]
+    named = [config.size[1:] for model in models if (config := input_config(model)) is not None]
     for height, width in dict.fromkeys([*named, *((side, side) for side in PROBE_SIDES)]):
         yield torch.zeros(PROBE_IMAGES, channels, height, width, dtype=dtype)
-
-
-def _named_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)  # timm's transformers insist on it
-    if isinstance(patches, (tuple, list)) and len(patches) == 2:
-        yield int(patches[0]), int(patches[1])
-    for name in ("pretrained_cfg", "default_cfg"):
-        config = getattr(model, name, None)
-        size = dict(config).get("input_size") if config else None
-        if isinstance(size, (tuple, list)) and len(size) == 3:
-            yield int(size[1]), int(size[2])

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.loading.timm import input_transform
+from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.utils.text_table import format_table
 
 
@@ -27,19 +27,14 @@ def network_card(
         >>> from knowiso_train.loading.timm import load_model
         >>> card = network_card(load_model("test_resnet", pretrained=False, num_classes=4), "test_resnet", {"num_classes": 4}, (3, 32, 32))
         >>> card["load"]
-        "timm.create_model('test_resnet', num_classes=4, checkpoint_path=FILE)"
+        "timm.create_model('test_resnet', num_classes=4, checkpoint_path='FILE')"
     """
-    inner, transform = unwrap_model(model), input_transform(unwrap_model(model), size="image")
-    words = "".join(f"{name}={value!r}, " for name, value in options.items())
+    inner, config = unwrap_model(model), input_config(model)
     return {
         "architecture": architecture,
         "options": dict(options),
-        "load": f"timm.create_model({architecture!r}, {words}checkpoint_path=FILE)",
-        "input": {
-            "size": list(image_size),
-            "mean": transform.mean.flatten().tolist(),
-            "std": transform.std.flatten().tolist(),
-        },
+        "load": loading_snippet(architecture, options, inner.state_dict(), "FILE"),
+        "input": {} if config is None else {**config._asdict(), "size": tuple(image_size)},
         "parameters": sum(parameter.numel() for parameter in inner.parameters()),
     }
 

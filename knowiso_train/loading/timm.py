@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.errors import DataError, InputTypeError, OptionError, ShapeError
+from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, OptionError, ShapeError
+from knowiso_train.features.modules import unwrap_model
 from knowiso_train.loading.checkpoints import load_checkpoint
 
 INTERPOLATION_MODES = ("bicubic", "bilinear")
+# timm's defaults for models whose configuration has no normalization.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class InputTransform(nn.Module):
@@ -203,17 +207,107 @@ def input_transform(
         >>> transform(torch.rand(2, 3, 100, 80)).shape
         torch.Size([2, 3, 64, 64])
     """
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
+    config = input_config(model)
+    if config is None:
+        raise OptionError(
+            f"expected a timm model with an input configuration, got {type(model).__name__}; "
+            "build InputTransform(size, mean, std) for it"
+        )
     if isinstance(size, str) and size not in ("model", "image"):
         raise OptionError(f'size must be "model", "image", a side or (height, width), got {size!r}')
     sides: tuple[int, int] | None = None
     if size == "model":
-        sides = (int(config["input_size"][1]), int(config["input_size"][2]))
+        sides = config.size[1:]
     elif not isinstance(size, str):
         sides = (size, size) if isinstance(size, int) else (size[0], size[1])
-    return InputTransform(sides, config["mean"], config["std"], interpolation or config["interpolation"])
+    return InputTransform(sides, config.mean, config.std, interpolation or config.interpolation)
+
+
+class InputConfig(NamedTuple):
+    """Input that a timm model was configured for.
+
+    Attributes:
+        size: (C, H, W) of one image.
+        mean: Mean of each channel, for images in [0, 1].
+        std: Standard deviation of each channel.
+        interpolation: Name of the resampling filter.
+    """
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+def input_config(model: nn.Module) -> InputConfig | None:
+    """Return the input size, normalization and interpolation of a timm model; None for other models.
+
+    The size is that of the position embedding where the model has one of fixed size, else that of the pretrained
+    weights. timm itself is not imported.
+
+    Args:
+        model: Network, wrapped or not.
+
+    Example:
+        >>> config = input_config(load_model("test_vit", pretrained=False, img_size=32))
+        >>> config.size, config.mean
+        ((3, 32, 32), (0.5, 0.5, 0.5))
+        >>> input_config(nn.Linear(2, 2)) is None
+        True
+    """
+    inner: Any = unwrap_model(model)
+    config = getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if not isinstance(size, (tuple, list)) or len(size) != 3:
+        return None
+    # A transformer built with img_size= accepts only that size; its configuration still names the published one.
+    embedded = getattr(getattr(inner, "patch_embed", None), "img_size", None)
+    height, width = embedded if isinstance(embedded, (tuple, list)) and len(embedded) == 2 else size[1:]
+    return InputConfig(
+        (int(size[0]), int(height), int(width)),
+        tuple(config.get("mean") or IMAGENET_MEAN),
+        tuple(config.get("std") or IMAGENET_STD),
+        config.get("interpolation") or "bicubic",
+    )
+
+
+def loading_snippet(architecture: str, options: Mapping[str, Any], state: Mapping[str, Tensor], file: str) -> str:
+    """Return the line of code that loads a saved state dict without this library.
+
+    Warns when timm builds a network of another structure from this name and these options.
+
+    Args:
+        architecture: Name in timm, or class name of another network.
+        options: Keyword arguments of `timm.create_model`.
+        state: State dict that the built network must fit.
+        file: Name of the weight file.
+
+    Example:
+        >>> state = load_model("test_resnet", pretrained=False, num_classes=4).state_dict()
+        >>> loading_snippet("test_resnet", {"num_classes": 4}, state, "model.safetensors")
+        "timm.create_model('test_resnet', num_classes=4, checkpoint_path='model.safetensors')"
+    """
+    import timm
+
+    fallback = f"build the network as it was built, then model.load_state_dict(safetensors.torch.load_file({file!r}))"
+    if not timm.is_model(architecture):
+        return fallback
+    with torch.random.fork_rng():
+        built = timm.create_model(architecture, pretrained=False, **options)
+    expected = {name: tuple(value.shape) for name, value in state.items()}
+    shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    different = next((name for name in (*expected, *shapes) if expected.get(name) != shapes.get(name)), None)
+    arguments = "".join(f"{key}={value!r}, " for key, value in options.items())
+    if different is None:
+        return f"timm.create_model({architecture!r}, {arguments}checkpoint_path={file!r})"
+    warnings.warn(
+        f"timm.create_model({architecture!r}, {arguments.rstrip(', ')}) builds another network: {different!r} has shape "
+        f"{shapes.get(different)} there and {expected.get(different)} here. Pass the options that built this network, "
+        "such as options={'in_chans': 1}; save a pruned network with save_pruned",
+        KnowisoWarning,
+        stacklevel=3,
+    )
+    return fallback
 
 
 def _check_name(spec: str) -> None:

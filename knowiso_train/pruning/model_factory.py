@@ -9,7 +9,7 @@ from torch import nn
 
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import preserve_state
-from knowiso_train.loading.timm import load_model
+from knowiso_train.loading.timm import input_config, load_model
 from knowiso_train.pruning.structure import state_shapes
 
 # Name and keyword arguments of `timm.create_model`
@@ -87,13 +87,12 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     Raises:
         OptionError: The model does not record its input size.
     """
-    size = _timm_config(model).get("input_size")
-    if not size:
+    config = input_config(model)
+    if config is None:
         raise OptionError(
             f"{type(model).__name__} does not record its input size. Pass example=, an input or its shape"
         )
-    sides = getattr(getattr(model, "patch_embed", None), "img_size", None) or size[1:]
-    return (1, int(size[0]), int(sides[0]), int(sides[1]))
+    return (1, *config.size)
 
 
 def _timm_config(model: nn.Module) -> Mapping[str, Any]:

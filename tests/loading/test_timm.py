@@ -21,7 +21,7 @@ from knowiso_train.experiment.processes import Processes
 from knowiso_train.features import named_stages
 from knowiso_train.features.summary import layer_summary
 from knowiso_train.loading.datasets import image_loader
-from knowiso_train.loading.timm import InputTransform, input_transform, load_model
+from knowiso_train.loading.timm import InputTransform, input_config, input_transform, load_model
 
 TINY = "test_resnet"
 
@@ -160,6 +160,30 @@ def test_transform_sizes() -> None:
         + torch.tensor(model.default_cfg["mean"]).view(3, 1, 1),
         images,
     )
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "mobilenetv3_small_100"])
+def test_the_input_configuration_is_that_of_timm(name: str) -> None:
+    model = timm.create_model(name)
+    expected = timm.data.resolve_model_data_config(model)
+    config = input_config(torch.compile(model))
+    assert config is not None
+    assert config == (expected["input_size"], expected["mean"], expected["std"], expected["interpolation"])
+
+
+def test_the_input_size_of_a_transformer_is_the_one_it_was_built_for() -> None:
+    model = timm.create_model("test_vit", img_size=(32, 48))
+    config = input_config(model)
+    assert config is not None
+    assert config.size == (3, 32, 48)
+    with torch.no_grad():
+        assert len(model(input_transform(model)(torch.rand(2, 3, 40, 40)))) == 2
+
+
+def test_models_without_a_timm_configuration_have_no_input_transform() -> None:
+    assert input_config(torch.nn.Conv2d(3, 4, 3)) is None
+    with pytest.raises(OptionError, match="got Conv2d; build InputTransform"):
+        input_transform(torch.nn.Conv2d(3, 4, 3))
 
 
 def test_transform_crops_the_center_and_does_not_overshoot() -> None:

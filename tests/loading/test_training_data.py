@@ -295,14 +295,15 @@ class TestCards:
         model = timm.create_model("test_resnet", **options)
         card = network_card(model, "test_resnet", options, (3, 20, 20))
         RunFolder(tmp_path).write_network("last", model, card)
-        again = eval(card["load"], {"timm": timm, "FILE": tmp_path / "last.safetensors"})
+        again = eval(card["load"].replace("FILE", str(tmp_path / "last.safetensors")), {"timm": timm})
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
         assert card["parameters"] == sum(parameter.numel() for parameter in again.parameters())
         transform = input_transform(model)
         assert card["input"] == {
-            "size": [3, 20, 20],
-            "mean": transform.mean.flatten().tolist(),
-            "std": transform.std.flatten().tolist(),
+            "size": (3, 20, 20),
+            "mean": tuple(transform.mean.flatten().tolist()),
+            "std": tuple(transform.std.flatten().tolist()),
+            "interpolation": transform.interpolation,
         }
 
     def test_table_is_aligned_and_leaves_out_what_is_not_known(self) -> None:

@@ -242,7 +242,7 @@ def test_what_is_saved_is_checked_against_what_timm_builds(tmp_path: Path) -> No
         min_explained=-1.0,
         progress=False,
     )
-    with pytest.warns(KnowisoWarning, match=r"'conv1.0.weight' is .* options=\{'in_chans': 1\}"):
+    with pytest.warns(KnowisoWarning, match=r"'conv1.0.weight' has shape .* options=\{'in_chans': 1\}"):
         result.save(tmp_path)
     assert json.loads((tmp_path / "card.json").read_text())["load"].startswith("build the network as it was built")
     result.save(tmp_path, options={"num_classes": 3, "in_chans": 1})
