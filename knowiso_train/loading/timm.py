@@ -257,7 +257,9 @@ def input_config(model: nn.Module) -> InputConfig | None:
     """
     inner: Any = unwrap_model(model)
     config = getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if not isinstance(config, Mapping):
+        return None
+    size = config.get("input_size")
     if not isinstance(size, (tuple, list)) or len(size) != 3:
         return None
     # A transformer built with img_size= accepts only that size; its configuration still names the published one.
