@@ -9,116 +9,130 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from knowiso_train.disentangle.closed_form import ClosedFormMaps, predicted, write_conv
-from knowiso_train.disentangle.config import DisentangleConfig, NonlinearConfig, parse_solver_options
+from knowiso_train.disentangle.closed_form import ClosedFormMaps, predict_component
+from knowiso_train.disentangle.config import DisentangleConfig
 from knowiso_train.disentangle.fitter import FitSpec, Fitter, MemoryEstimate
 from knowiso_train.disentangle.nonlinear import fit_order
 from knowiso_train.errors import KnowisoWarning
-from knowiso_train.regression.moments import StreamingMoments
+from knowiso_train.ops.im2col import write_weight
+from knowiso_train.regression.moments import Moments, StreamingMoments
 from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, Ridge, Spectrum, solve_ridge
 from knowiso_train.regression.sampling import FeatureSample, Sample, sample_positions
 
+MIN_HIDDEN, MAX_DEFAULT_HIDDEN = 4, 512  # channels of the hidden maps
+MIN_ROWS_PER_FEATURE = 2  # fewer positions per feature are reported with a warning
+MIN_TARGET_SCALE = 1e-30
+
 
 class ClosedFormFitter(Fitter):
-    """Order 0 from moments of all positions; higher orders from a bounded sample."""
+    """Order 0 from moments of all positions, higher orders from a bounded sample."""
 
-    def __init__(self, task: FitSpec) -> None:
-        super().__init__(task)
-        settings = task.settings
-        self.settings, self.kernel_size = settings, settings.kernel_size or 1
-        self.recipe = parse_solver_options(NonlinearConfig, settings.solver_options, "closed-form")
-        self.projection = _projection(task.source_channels, settings)
-        inner = task.source_channels if self.projection is None else len(self.projection)
-        self.moments = [
-            StreamingMoments(inner, task.targets * task.target_channels, self.kernel_size, task.device)
-            for _ in range(2)
-        ]
-        halo = (settings.order + 1) * (self.kernel_size // 2)
-        self.samples = [
-            FeatureSample(rows, images, self.kernel_size, halo, settings.seed)
-            for rows, images in (
-                (settings.max_rows, task.expected),
-                (max(1, settings.max_rows // 4), max(1, task.expected // 4)),
-            )
-        ]
+    def __init__(self, spec: FitSpec) -> None:
+        super().__init__(spec)
+        config = spec.config
+        self.config, self.kernel_size = config, config.kernel_size or 1
+        self.projection = _projection(spec.source_channels, config)
+        inner = spec.source_channels if self.projection is None else len(self.projection)
+        num_targets = spec.num_targets * spec.target_channels
+        # One for the fitting and one for the selection images
+        self.moments = [StreamingMoments(inner, num_targets, self.kernel_size, spec.device) for _ in range(2)]
+        self.samples = _feature_samples(spec, self.kernel_size) if config.order else []
 
     @staticmethod
     def estimate_memory(
-        settings: DisentangleConfig,
+        config: DisentangleConfig,
         source_channels: int,
         target_channels: int,
-        targets: int,
+        num_targets: int,
         expected_rows: int | None,
     ) -> MemoryEstimate:
-        kernel_area = (settings.kernel_size or 1) ** 2
-        num_features = min(source_channels, settings.source_channels or source_channels) * kernel_area
-        hidden = (settings.hidden or default_hidden(target_channels)) * kernel_area
-        sample = Fitter.sample_bytes(settings, source_channels, target_channels, targets, expected_rows)
+        kernel_area = (config.kernel_size or 1) ** 2
+        num_features = min(source_channels, config.source_channels or source_channels) * kernel_area
+        hidden = (config.hidden or default_hidden(target_channels)) * kernel_area
+        sample = Fitter.sample_bytes(config, source_channels, target_channels, num_targets, expected_rows)
         # S_xx and S_xy in float64, for the fitting and for the selection images
-        moments = 2 * 8 * (num_features**2 + num_features * targets * target_channels)
+        moments = 2 * 8 * (num_features**2 + num_features * num_targets * target_channels)
         # Order 0: copies of S_xx in the eigendecomposition, or in a Cholesky factorization where no ridge is searched
         solving = 8 * (5 if num_features <= MAX_SEARCH_FEATURES else 2) * num_features**2
-        if not settings.order:
+        if not config.order:
             return MemoryEstimate(num_features, moments, solving)
         # Orders >= 1: square matrices over the features of all orders together
-        solving += 8 * 8 * (num_features + settings.order * hidden) ** 2
+        solving += 8 * 8 * (num_features + config.order * hidden) ** 2
         return MemoryEstimate(num_features, moments + sample, solving)
 
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
         if self.projection is not None:
             x = torch.einsum("pc,nchw->nphw", self.projection.to(x), x)
-        cells = y.shape[2] * y.shape[3]
         for role, mask in enumerate((~select, select)):
             if not mask.any():
                 continue
-            chosen = torch.from_numpy(np.flatnonzero(mask)).to(x.device)
-            xs, ys, ids = x[chosen], y[chosen], index[mask]
-            few = self.settings.positions is not None and self.settings.positions < cells
-            positions = (
-                sample_positions(ids, cells, self.settings.positions or cells, self.settings.seed).to(x.device)
-                if few
-                else None
-            )
-            self.moments[role].update(xs, ys, positions)
-            if self.settings.order:
-                self.samples[role].add(xs, ys, ids)
+            images = torch.from_numpy(np.flatnonzero(mask)).to(x.device)
+            role_x, role_y, role_index = x[images], y[images], index[mask]
+            self.moments[role].update(role_x, role_y, self._positions(role_index, role_y))
+            if self.samples:
+                self.samples[role].add(role_x, role_y, role_index)
+
+    def _positions(self, index: NDArray[np.int64], y: Tensor) -> Tensor | None:
+        """Return the positions (N, P) that enter the moments, or None for all."""
+        num_positions, count = y.shape[2] * y.shape[3], self.config.positions
+        if count is None or count >= num_positions:
+            return None
+        return sample_positions(index, num_positions, count, self.config.seed).to(y.device)
 
     def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
+        group = self.spec.group
         for moments in self.moments:
-            moments.all_reduce(self.task.group)
-        fit, select = (m.value for m in self.moments)
+            moments.all_reduce(group)
+        fit, select = self.moments[0].value, self.moments[1].value if self.moments[1].value.count > 0 else None
         self.rows = int(fit.count)
         if self.rows == 0:
-            raise self.nothing_to_fit(label)
-        held = select if select.count > 0 else None
-        ridge = self.settings.ridge
-        if ridge == "search" and held is None:
-            ridge = FIXED_RIDGE
-            self.notes.append("no image fell to the selection set: ridge fixed at 1e-4")
-        if ridge == "search" and len(fit.mean_x) > MAX_SEARCH_FEATURES:
-            self.notes.append(
-                f"{len(fit.mean_x)} columns: ridge fixed at 1e-4, searched only up to {MAX_SEARCH_FEATURES}"
-            )
-        self._look_at(label)
-        samples = [sample.result(self.task.group) for sample in self.samples] if self.settings.order else [None, None]
-        shared = Spectrum.of(fit, held) if self.task.targets > 1 and len(fit.mean_x) <= MAX_SEARCH_FEATURES else None
+            raise self.empty_fit_error(label)
+        ridge = self._available_ridge(fit, select)
+        self._collect_warnings(fit, label)
+        samples = [sample.result(group) for sample in self.samples]
+        # Several targets share the eigendecomposition of the source
+        share_spectrum = self.spec.num_targets > 1 and len(fit.mean_x) <= MAX_SEARCH_FEATURES
+        spectrum = Spectrum.of(fit, select) if share_spectrum else None
         results: list[nn.Module] = []
-        for target in range(self.task.targets):
-            part = self.part(target)
-            other = None if held is None else held.targets(part.start, part.stop)
-            linear = solve_ridge(fit.targets(part.start, part.stop), ridge, other, shared)
-            maps = self._empty()
-            write_conv(maps.linear, linear.weight, linear.bias)
-            own = [None if s is None else s.with_target(s.y[:, part]) for s in samples]
-            scale = max(float(fit.yy[part].sum() / (fit.count * self.task.target_channels)) ** 0.5, 1e-30)
-            used = self._orders(maps, own, scale, ridge, progress=progress and target == 0, label=label)
-            self.task.group.broadcast_(list(maps.state_dict().values()))
-            self.ridges.append((linear.ridge, *self.task.group.gather(used)[0]))
-            self.centers.append(fit.mean_y[part])
+        for target in range(self.spec.num_targets):
+            channels = self.channels_of(target)
+            target_fit, target_select = (
+                None if m is None else m.targets(channels.start, channels.stop) for m in (fit, select)
+            )
+            assert target_fit is not None
+            linear = solve_ridge(target_fit, ridge, target_select, spectrum)
+            maps = self._build_maps()
+            write_weight(maps.linear, linear.weight, linear.bias)
+            target_samples = [None if s is None else s.with_target(s.y[:, channels]) for s in samples]
+            scale = float(target_fit.yy.sum() / (fit.count * self.spec.target_channels)) ** 0.5
+            order_ridges = self._fit_orders(
+                maps,
+                target_samples,
+                max(scale, MIN_TARGET_SCALE),
+                ridge,
+                progress=progress and target == 0,
+                label=label,
+            )
+            group.broadcast_(list(maps.state_dict().values()))
+            self.ridges.append((linear.ridge, *group.gather(order_ridges)[0]))
+            self.centers.append(target_fit.mean_y)
             results.append(maps.eval())
         return results
 
-    def _orders(
+    def _available_ridge(self, fit: Moments, select: Moments | None) -> Ridge:
+        """Return the ridge option, or a fixed ridge where a search is impossible; note it."""
+        if self.config.ridge != "search":
+            return self.config.ridge
+        if select is None:
+            self.notes.append(f"no image fell to the selection set: ridge fixed at {FIXED_RIDGE:g}")
+            return FIXED_RIDGE
+        if len(fit.mean_x) > MAX_SEARCH_FEATURES:
+            self.notes.append(
+                f"{len(fit.mean_x)} features: ridge fixed at {FIXED_RIDGE:g}, searched only up to {MAX_SEARCH_FEATURES}"
+            )
+        return "search"
+
+    def _fit_orders(
         self,
         maps: ClosedFormMaps,
         samples: list[Sample | None],
@@ -128,15 +142,20 @@ class ClosedFormFitter(Fitter):
         progress: bool,
         label: str,
     ) -> list[float]:
-        """Fit orders 1…K one after the other; by rank 0, which broadcasts."""
-        used: list[float] = []
-        left = samples
-        for order in range(1, self.settings.order + 1):
-            left = [None if s is None else s.with_target(s.y - predicted(maps, order - 1, s)) for s in left]
-            fit, select = left
-            if fit is None or self.task.group.rank:
+        """Fit orders 1 … K one after the other in process 0, which broadcasts them; return their ridges."""
+        if not self.config.order:
+            return []
+        config, ridges = self.config.nonlinear_config(), []
+        residuals = samples
+        for order in range(1, self.config.order + 1):
+            # Each order is fitted to the residual of the orders below
+            residuals = [
+                None if s is None else s.with_target(s.y - predict_component(maps, order - 1, s)) for s in residuals
+            ]
+            fit, select = residuals
+            if fit is None or self.spec.group.rank:
                 return []
-            used.append(
+            ridges.append(
                 fit_order(
                     maps,
                     order,
@@ -144,56 +163,62 @@ class ClosedFormFitter(Fitter):
                     select,
                     scale,
                     ridge,
-                    self.recipe,
-                    seed=self.settings.seed,
+                    config,
+                    seed=self.config.seed,
                     progress=progress,
                     label=label,
                 )
             )
-        return used
+        return ridges
 
-    def _empty(self) -> ClosedFormMaps:
-        hidden = self.settings.hidden or default_hidden(self.task.target_channels)
-        projection = None if self.projection is None else self.projection.to(self.task.dtype)
+    def _build_maps(self) -> ClosedFormMaps:
+        projection = None if self.projection is None else self.projection.to(self.spec.dtype)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
+            torch.manual_seed(self.config.seed)
             maps = ClosedFormMaps(
-                self.task.source_channels,
-                self.task.target_channels,
-                self.settings.order,
+                self.spec.source_channels,
+                self.spec.target_channels,
+                self.config.order,
                 self.kernel_size,
-                hidden,
+                self.config.hidden or default_hidden(self.spec.target_channels),
                 projection,
             )
-        return maps.to(self.task.device, self.task.dtype)
+        return maps.to(self.spec.device, self.spec.dtype)
 
-    def _look_at(self, label: str) -> None:
-        """Say what is defined but deserves a second look."""
-        m = self.moments[0].value
-        c, columns = self.task.target_channels, len(m.mean_x)
-        dead = int((m.xx.diagonal() <= 0).sum()) // self.kernel_size**2
+    def _collect_warnings(self, fit: Moments, label: str) -> None:
+        """Note and issue warnings on degenerate features."""
+        c, num_features = self.spec.target_channels, len(fit.mean_x)
+        dead = int((fit.xx.diagonal() <= 0).sum()) // self.kernel_size**2
         if dead:
             self.notes.append(f"{dead} source channel(s) without variance on the fitting images")
-        dead = int((m.yy[:c] <= 0).sum())
+        dead = int((fit.yy[:c] <= 0).sum())
         if dead:
             self.notes.append(f"{dead} of {c} target channel(s) without variance on the fitting images")
-        if self.rows < 2 * columns:
-            self.notes.append(f"only {self.rows} rows for {columns} regressors: the order-0 map rests on its ridge")
+        if self.rows < MIN_ROWS_PER_FEATURE * num_features:
+            self.notes.append(f"only {self.rows} rows for {num_features} features: the order-0 map rests on its ridge")
         for note in self.notes:
             warnings.warn(f"{label}: {note}", KnowisoWarning, stacklevel=5)
 
 
 def default_hidden(target_channels: int) -> int:
-    """Width of the hidden maps where it is not given: twice the target's channels, 512 at most, so that wide layers stay affordable."""
-    return min(max(4, 2 * target_channels), 512)
+    """Return the default width of the hidden maps: twice the target's channels, limited for wide layers."""
+    return min(max(MIN_HIDDEN, 2 * target_channels), MAX_DEFAULT_HIDDEN)
 
 
-def _projection(channels: int, settings: DisentangleConfig) -> Tensor | None:
-    """Random orthonormal rows, so that the unexplained share after projection is an upper bound of the one without."""
-    if settings.source_channels is None or settings.source_channels >= channels:
+def _feature_samples(spec: FitSpec, kernel_size: int) -> list[FeatureSample]:
+    """Return the samples of fitting and selection images for orders ≥ 1, the latter a quarter as large."""
+    halo = (spec.config.order + 1) * (kernel_size // 2)
+    return [
+        FeatureSample(max(1, spec.config.max_rows // part), images, kernel_size, halo, spec.config.seed)
+        for part, images in ((1, spec.expected_images), (4, max(1, spec.expected_images // 4)))
+    ]
+
+
+def _projection(channels: int, config: DisentangleConfig) -> Tensor | None:
+    """Draw random orthonormal rows; the unexplained share after a projection is an upper bound of the one without."""
+    if config.source_channels is None or config.source_channels >= channels:
         return None
-    generator = torch.Generator().manual_seed(settings.seed)
-    basis: Tensor = torch.linalg.qr(
-        torch.randn(channels, settings.source_channels, generator=generator, dtype=torch.float64)
-    )[0]
+    generator = torch.Generator().manual_seed(config.seed)
+    gaussian = torch.randn(channels, config.source_channels, generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(gaussian)[0]
     return basis.T.contiguous()

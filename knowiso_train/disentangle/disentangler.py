@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knowiso_train.disentangle.closed_form import ClosedFormMaps
 from knowiso_train.disentangle.closed_form_fit import ClosedFormFitter
-from knowiso_train.disentangle.config import DisentangleConfig
+from knowiso_train.disentangle.config import DisentangleConfig, Solver
 from knowiso_train.disentangle.fitter import FitSpec, Fitter
 from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
 from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError
@@ -24,29 +25,30 @@ from knowiso_train.utils.hashing import split_by_hash
 from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file
 
 DISENTANGLER_FORMAT_VERSION = 1
+FIT_BATCH_IMAGES = 256
 CONFIG_FILE, TENSORS_FILE = "disentangler.json", "disentangler.safetensors"
 
 
 class Disentangler(nn.Module):
-    """Splits a target feature exactly: `x_B = x^(0) + … + x^(K) + residual`, where x^(k) is reproduced from the source with k non-linear steps.
+    """Exact split of a target feature by non-linear order: `x_B = x^(0) + … + x^(K) + residual`.
 
-    Source: arXiv 1908.01581. The default solver is closed-form (order 0 by ridge regression, higher orders by stages
-        fitted to what is left);
-    `solver="paper"` is the published network and recipe.
+    x^(k) is reproduced from the source with k non-linear steps (arXiv 1908.01581). The default solver fits order 0 by ridge
+    regression and every further order to the residual of those below. `solver="paper"` trains the published network.
 
     Args:
-        order: K ≥ 0.
-        kernel_size: odd; None is 1, or 3 for the paper's solver on grids.
+        order: K ≥ 0, the number of non-linear steps.
+        kernel_size: Odd kernel of the maps. Default: 1, or 3 for the paper's solver on grids.
         solver: "closed_form" or "paper".
-        hidden: width of the hidden maps of orders ≥ 1 (closed form); None is twice the target's channels, 512 at most.
-        ridge: relative ridge ρ ≥ 0, or "search" on selection images (closed form).
-        max_rows: most positions kept for orders ≥ 1, or for training the paper's network.
-        source_channels: project the source on this many random orthonormal directions first (closed form).
-        seed: of everything random.
-        solver_options: fields of `StageRecipe` (closed form) or `PaperRecipe`.
+        hidden: Width of the hidden maps of orders ≥ 1 (closed form). Default: twice the target's channels, at most 512.
+        ridge: Relative ridge ρ ≥ 0, or "search" on selection images (closed form).
+        max_rows: Maximum number of positions kept for orders ≥ 1, or for training the paper's network.
+        source_channels: Number of random orthonormal directions to project the source on (closed form). Default: no
+            projection.
+        seed: Seed of all random numbers.
+        solver_options: Fields of `NonlinearConfig` (closed form) or `PaperConfig`.
 
     Raises:
-        OptionError: a value without meaning.
+        OptionError: An invalid value.
 
     Example:
         >>> x = torch.randn(64, 4, 6, 6)
@@ -64,7 +66,7 @@ class Disentangler(nn.Module):
         *,
         order: int = 2,
         kernel_size: int | None = None,
-        solver: str = "closed_form",
+        solver: Solver = "closed_form",
         hidden: int | None = None,
         ridge: Ridge = "search",
         max_rows: int = 131_072,
@@ -73,16 +75,24 @@ class Disentangler(nn.Module):
         solver_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.settings = DisentangleConfig(
-            order, kernel_size, solver, hidden, ridge, max_rows, None, source_channels, seed, solver_options
+        self.config = DisentangleConfig(
+            order=order,
+            kernel_size=kernel_size,
+            solver=solver,
+            hidden=hidden,
+            ridge=ridge,
+            max_rows=max_rows,
+            source_channels=source_channels,
+            seed=seed,
+            solver_options=solver_options,
         )
         self.maps = None
 
     @classmethod
-    def of(cls, maps: nn.Module, settings: DisentangleConfig) -> Disentangler:
-        """Wrap maps that are already fitted."""
+    def of(cls, maps: nn.Module, config: DisentangleConfig) -> Disentangler:
+        """Wrap fitted maps."""
         result = cls()
-        result.settings = settings
+        result.config = config
         result.maps = maps  # type: ignore[assignment]
         return result
 
@@ -93,58 +103,46 @@ class Disentangler(nn.Module):
 
         Args:
             x_source: (N, C_A, H, W) or (N, C_A).
-            x_target: (N, C_B, H', W') or (N, C_B), of the same N images; the source is resampled to its grid.
-            select: fraction of the images held out to choose ridge and stopping on, or a (source, target) pair of other
-                images;
-                0 selects on none and needs a fixed `ridge`.
-            progress: show a progress bar.
+            x_target: (N, C_B, H', W') or (N, C_B), of the same N images. The source is resampled to its grid.
+            select: Fraction of the images for choosing the ridge and stopping, or a (source, target) pair of other images.
+                0 uses none and needs a fixed `ridge`.
+            progress: Show a progress bar.
 
         Returns:
             This disentangler.
 
         Raises:
-            ShapeError: other numbers of images, or features that are neither (N, C, H, W) nor (N, C).
+            ShapeError: Different numbers of images, or features that are neither (N, C, H, W) nor (N, C).
             OptionError: `select=0` with `ridge="search"`.
             NonFiniteError: NaN or Inf in the features.
         """
         x, y = _pair(x_source, x_target)
-        settings = self.settings.on_grid((y.shape[2], y.shape[3]))
-        index = np.arange(len(x), dtype=np.int64)
-        if isinstance(select, tuple):
-            others = _pair(*select)
-            parts = [(x, y, index, False), (*others, np.arange(len(x), len(x) + len(others[0]), dtype=np.int64), True)]
-        else:
-            if not 0 <= select < 1:
-                raise OptionError(
-                    f"select must be a fraction in [0, 1) or a (source, target) pair of features, got {select}"
-                )
-            held = split_by_hash(index, (select, 1 - select), settings.seed) == 0
-            parts = [
-                (x[torch.from_numpy(m).to(x.device)], y[torch.from_numpy(m).to(y.device)], index[m], flag)
-                for m, flag in ((~held, False), (held, True))
-            ]
-        if settings.solver == "closed_form" and settings.ridge == "search" and not len(parts[1][0]):
+        config = self.config.on_grid((y.shape[2], y.shape[3]))
+        parts = _split(x, y, select, config.seed)
+        if config.solver == "closed_form" and config.ridge == "search" and not len(parts[1][0]):
             raise OptionError(
-                'ridge="search" needs selection images: use select=0.2, a (source, target) pair, or a fixed ridge such as ridge=1e-4'
+                'ridge="search" needs selection images: use select=0.2, a (source, target) pair, or a fixed ridge such as '
+                "ridge=1e-4"
             )
-        fitter = make_fitter(settings, x, y, len(parts[0][0]))
-        for xs, ys, ids, flag in parts:
-            for start in range(0, len(ids), 256):
-                chunk = slice(start, start + 256)
-                fitter.update(xs[chunk], ys[chunk], ids[chunk], np.full(len(ids[chunk]), flag))
+        fitter = make_fitter(config, x, y, len(parts[0][0]))
+        for is_select, (part_x, part_y, index) in enumerate(parts):
+            for start in range(0, len(index), FIT_BATCH_IMAGES):
+                chunk = slice(start, start + FIT_BATCH_IMAGES)
+                mask = np.full(len(index[chunk]), bool(is_select))
+                fitter.update(part_x[chunk], part_y[chunk], index[chunk], mask)
         self.maps = fitter.finish(progress=progress, label="disentangler")[0]  # type: ignore[assignment]
         return self
 
     def forward(self, x_source: Tensor) -> Tensor:
-        """g(x): everything of the target that the source reproduces; (N, C_B, H, W), or (N, C_B) for vectors."""
-        return self._shaped(self._maps()(_grid(x_source)), x_source)
+        """Return g(x), the part of the target that the source reproduces; (N, C_B, H, W), or (N, C_B) for vectors."""
+        return _shaped_like(self._maps()(_grid(x_source)), x_source)
 
     def components(self, x_source: Tensor) -> list[Tensor]:
-        """x^(0), …, x^(K), which sum to g(x)."""
-        return [self._shaped(part, x_source) for part in self._maps().components(_grid(x_source))]
+        """Return x^(0), …, x^(K), which sum to g(x)."""
+        return [_shaped_like(part, x_source) for part in self._maps().components(_grid(x_source))]
 
     def split(self, x_source: Tensor, x_target: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Components and residual, which sum exactly to the target (to rounding).
+        """Return components and residual, which sum to the target up to rounding.
 
         Args:
             x_source: (N, C_A, H, W) or (N, C_A).
@@ -154,7 +152,7 @@ class Disentangler(nn.Module):
             K + 1 components and the residual, each of the target's shape.
 
         Raises:
-            ShapeError: features that do not fit the fitted maps.
+            ShapeError: Features that do not fit the fitted maps.
         """
         x, y = _pair(x_source, x_target)
         maps = self._maps()
@@ -162,14 +160,14 @@ class Disentangler(nn.Module):
             raise ShapeError(f"expected a target with {maps.target_channels} channels, got {tuple(x_target.shape)}")
         parts = maps.components(x)
         residual = y - torch.stack(parts).sum(0)
-        return [self._shaped(part, x_target) for part in parts], self._shaped(residual, x_target)
+        return [_shaped_like(part, x_target) for part in parts], _shaped_like(residual, x_target)
 
     def save(self, folder: str | Path) -> None:
-        """Write tensors (safetensors) and settings (JSON) into a folder."""
+        """Write tensors (safetensors) and configuration (JSON) into a folder."""
         maps = self._maps()
-        projected = getattr(maps, "projection", None)
+        projection = getattr(maps, "projection", None)
         config = {
-            "settings": self.settings.to_dict(),
+            "config": self.config.to_dict(),
             "maps": {
                 "kind": "paper" if isinstance(maps, PaperMaps) else "closed_form",
                 "source_channels": maps.source_channels,
@@ -178,7 +176,7 @@ class Disentangler(nn.Module):
                 "kernel_size": maps.kernel_size,
                 "hidden": getattr(maps, "hidden", None),
                 "tied": getattr(maps, "tied", None),
-                "projected_channels": None if projected is None else len(projected),
+                "projected_channels": None if projection is None else len(projection),
                 "dtype": str(next(maps.parameters()).dtype).removeprefix("torch."),
             },
         }
@@ -186,25 +184,24 @@ class Disentangler(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Disentangler:
-        """Read what `save` wrote; nothing is unpickled.
+        """Read a folder written by `save`; nothing is unpickled.
 
         Raises:
-            FormatError: missing files, another format version, or tensors that do not fit.
+            FormatError: Missing files, another format version, or tensors that do not fit.
         """
-        config, tensors = _read_files(folder)
+        saved, tensors = _read_files(folder)
         try:
-            kind = config["maps"]
-            shape = (kind["source_channels"], kind["target_channels"], kind["order"], kind["kernel_size"])
+            sizes = saved["maps"]
+            shape = (sizes["source_channels"], sizes["target_channels"], sizes["order"], sizes["kernel_size"])
             maps: ClosedFormMaps | PaperMaps
-            if kind["kind"] == "paper":
-                maps = PaperMaps(*shape, tied=kind["tied"]).requires_grad_(False)
+            if sizes["kind"] == "paper":
+                maps = PaperMaps(*shape, tied=sizes["tied"]).requires_grad_(False)
             else:
-                count = kind["projected_channels"]
-                maps = ClosedFormMaps(
-                    *shape, kind["hidden"], None if count is None else torch.zeros(count, kind["source_channels"])
-                )
-            maps.to(getattr(torch, kind["dtype"])).load_state_dict(tensors)
-            return cls.of(maps.eval(), DisentangleConfig(**config["settings"]))
+                count = sizes["projected_channels"]
+                projection = None if count is None else torch.zeros(count, sizes["source_channels"])
+                maps = ClosedFormMaps(*shape, sizes["hidden"], projection)
+            maps.to(getattr(torch, sizes["dtype"])).load_state_dict(tensors)
+            return cls.of(maps.eval(), DisentangleConfig(**saved["config"]))
         except KnowisoError:
             raise
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -217,15 +214,18 @@ class Disentangler(nn.Module):
             )
         return self.maps
 
-    @staticmethod
-    def _shaped(part: Tensor, like: Tensor) -> Tensor:
-        return part.flatten(1) if like.ndim == 2 else part
+
+def _shaped_like(part: Tensor, feature: Tensor) -> Tensor:
+    """Return a grid of one position as vectors if the feature has vectors."""
+    return part.flatten(1) if feature.ndim == 2 else part
 
 
 def _grid(x: Tensor) -> Tensor:
+    """Return vectors as a grid of one position."""
     if x.ndim not in (2, 4):
         raise ShapeError(
-            f"expected a feature of shape (N, C, H, W) or (N, C), got {tuple(x.shape)}; knowiso_train.features.to_nchw converts other layouts"
+            f"expected a feature of shape (N, C, H, W) or (N, C), got {tuple(x.shape)}; "
+            "knowiso_train.features.to_nchw converts other layouts"
         )
     return x[:, :, None, None] if x.ndim == 2 else x
 
@@ -237,39 +237,60 @@ def _pair(x_source: Tensor, x_target: Tensor) -> tuple[Tensor, Tensor]:
     return align(x, (y.shape[2], y.shape[3])), y
 
 
-def fitter_type(settings: DisentangleConfig) -> type[Fitter]:
+def _split(
+    x: Tensor, y: Tensor, select: float | tuple[Tensor, Tensor], seed: int
+) -> list[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+    """Return source, target and index of the fitting images, and those of the selection images."""
+    index = np.arange(len(x), dtype=np.int64)
+    if isinstance(select, tuple):
+        select_x, select_y = _pair(*select)
+        return [(x, y, index), (select_x, select_y, np.arange(len(x), len(x) + len(select_x), dtype=np.int64))]
+    if not 0 <= select < 1:
+        raise OptionError(f"select must be a fraction in [0, 1) or a (source, target) pair of features, got {select}")
+    is_select = split_by_hash(index, (select, 1 - select), seed) == 0
+    masks = [(mask, torch.from_numpy(mask)) for mask in (~is_select, is_select)]
+    return [(x[images.to(x.device)], y[images.to(y.device)], index[mask]) for mask, images in masks]
+
+
+def fitter_type(config: DisentangleConfig) -> type[Fitter]:
     """Return the fitter class of the solver."""
-    return PaperFitter if settings.solver == "paper" else ClosedFormFitter
+    return PaperFitter if config.solver == "paper" else ClosedFormFitter
 
 
 def make_fitter(
-    settings: DisentangleConfig,
+    config: DisentangleConfig,
     x: Tensor,
     y: Tensor,
-    expected: int,
+    expected_images: int,
     *,
-    targets: int = 1,
+    num_targets: int = 1,
     group: ProcessGroup | None = None,
 ) -> Fitter:
-    """A fitter for features like these.
+    """Return a fitter for features of these shapes.
 
     Args:
-        settings: kernel decided (`Settings.on_grid`).
-        x: a source feature, (N, C_A, H, W).
-        y: its target, (N, targets · C_B, H, W).
-        expected: images that will come, as far as is known.
-        targets: number of targets stacked along the channels of `y`.
-        group: the processes that share the fit.
+        config: Configuration with the kernel size decided (`DisentangleConfig.on_grid`).
+        x: A source feature, (N, C_A, H, W).
+        y: Its targets, (N, num_targets · C_B, H, W).
+        expected_images: Approximate number of images to come.
+        num_targets: Number of targets stacked along the channels of `y`.
+        group: Processes that share the fit.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    task = FitSpec(
-        settings, x.shape[1], y.shape[1] // targets, targets, expected, dtype, y.device, group or ProcessGroup()
+    spec = FitSpec(
+        config=config,
+        source_channels=x.shape[1],
+        target_channels=y.shape[1] // num_targets,
+        num_targets=num_targets,
+        expected_images=expected_images,
+        dtype=torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32),
+        device=y.device,
+        group=group or ProcessGroup(),
     )
-    return fitter_type(settings)(task)
+    return fitter_type(config)(spec)
 
 
 def _write_files(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write `disentangler.json` and `disentangler.safetensors` into a folder, made if it is not there."""
+    """Write `disentangler.json` and `disentangler.safetensors` into a folder, which is created if necessary."""
     folder = Path(folder)
     text = dump_json({"format_version": DISENTANGLER_FORMAT_VERSION, **config}) + "\n"
     with replace_file(folder / TENSORS_FILE) as partial:
@@ -278,10 +299,10 @@ def _write_files(folder: str | Path, config: dict[str, Any], tensors: dict[str, 
 
 
 def _read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `_write_files` wrote.
+    """Read the files of `_write_files`.
 
     Raises:
-        FormatError: no such files, or a format that this version does not read.
+        FormatError: No such files, or an unknown format version.
     """
     folder = Path(folder)
     try:

@@ -17,24 +17,24 @@ from knowiso_train.utils.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class FitSpec:
-    """What is to be fitted.
+    """Shapes and options of one fit.
 
     Attributes:
-        settings: kernel decided (`Settings.on_grid`).
+        config: Configuration with the kernel size decided (`DisentangleConfig.on_grid`).
         source_channels: C_A.
         target_channels: C_B of one target.
-        targets: number of targets stacked along the channels of `y`, fitted from one pass over the source.
-        expected: images that will come, as far as is known.
-        dtype: of the maps.
-        device: of the features.
-        group: the processes that share the fit.
+        num_targets: Number of targets stacked along the channels of `y`, fitted from one pass over the source.
+        expected_images: Approximate number of images to come.
+        dtype: Type of the maps.
+        device: Device of the features.
+        group: Processes that share the fit.
     """
 
-    settings: DisentangleConfig
+    config: DisentangleConfig
     source_channels: int
     target_channels: int
-    targets: int
-    expected: int
+    num_targets: int
+    expected_images: int
     dtype: torch.dtype
     device: torch.device
     group: ProcessGroup
@@ -56,17 +56,17 @@ class MemoryEstimate:
 
 
 class Fitter(ABC):
-    """Takes features batch by batch, then gives one module of maps per target.
+    """Fit of maps to features that arrive batch by batch; one module of maps for each target.
 
     Attributes:
-        ridges: relative ridge per order, for each target; empty where there is none.
-        centers: mean of each target, (C_B,).
-        notes: what deserves a second look.
-        rows: positions × images that order 0 (or the network) was fitted on.
+        ridges: Relative ridge of each order, for each target; empty for solvers without one.
+        centers: Mean of each target, (C_B,).
+        notes: Warnings for the report.
+        rows: Number of positions × images fitted by order 0 (or by the network).
     """
 
-    def __init__(self, task: FitSpec) -> None:
-        self.task = task
+    def __init__(self, spec: FitSpec) -> None:
+        self.spec = spec
         self.ridges: list[tuple[float, ...]] = []
         self.centers: list[Tensor] = []
         self.notes: list[str] = []
@@ -74,47 +74,58 @@ class Fitter(ABC):
 
     @abstractmethod
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
-        """Add images: x (N, C_A, H, W), y (N, targets · C_B, H, W), their dataset indices, and which of them are to select on."""
+        """Add images.
+
+        Args:
+            x: Source, (N, C_A, H, W).
+            y: Targets, (N, num_targets · C_B, H, W).
+            index: Dataset index of each image, (N,).
+            select: True for selection images, False for fitting images, (N,).
+        """
 
     @abstractmethod
     def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
-        """Fit, in all processes together."""
+        """Fit the maps, in all processes together."""
 
     @staticmethod
     @abstractmethod
     def estimate_memory(
-        settings: DisentangleConfig,
+        config: DisentangleConfig,
         source_channels: int,
         target_channels: int,
-        targets: int,
+        num_targets: int,
         expected_rows: int | None,
     ) -> MemoryEstimate:
         """Estimate the memory of a fit before any of it is allocated.
 
         Args:
-            settings: Configuration with the kernel size decided.
+            config: Configuration with the kernel size decided.
             source_channels: Channels of the source feature.
             target_channels: Channels of one target.
-            targets: Number of targets fitted in one pass.
-            expected_rows: Expected images × positions. None: at least `max_rows`.
+            num_targets: Number of targets fitted in one pass.
+            expected_rows: Expected images × positions. Default: at least `max_rows`.
         """
 
     @staticmethod
     def sample_bytes(
-        settings: DisentangleConfig, source_channels: int, target_channels: int, targets: int, expected_rows: int | None
+        config: DisentangleConfig,
+        source_channels: int,
+        target_channels: int,
+        num_targets: int,
+        expected_rows: int | None,
     ) -> int:
         """Return the bytes of the sample of features that `max_rows` bounds."""
-        rows = min(settings.max_rows, expected_rows or settings.max_rows)
+        rows = min(config.max_rows, expected_rows or config.max_rows)
         # 4 bytes per float32, and a quarter more for the selection sample
-        return 5 * rows * (source_channels + targets * target_channels)
+        return 5 * rows * (source_channels + num_targets * target_channels)
 
-    def part(self, target: int) -> slice:
-        """Channels of one target."""
-        return slice(target * self.task.target_channels, (target + 1) * self.task.target_channels)
+    def channels_of(self, target: int) -> slice:
+        """Return the channels of one target in `y`."""
+        return slice(target * self.spec.target_channels, (target + 1) * self.spec.target_channels)
 
     @staticmethod
-    def nothing_to_fit(label: str) -> DataError:
-        """The error for an empty fitting set."""
+    def empty_fit_error(label: str) -> DataError:
+        """Return the error for an empty fitting set."""
         return DataError(
             f"{label}: no image fell to the fitting set; give more images or a larger first fraction in split="
         )

@@ -91,7 +91,7 @@ class PairMeasurement:
             y = torch.cat([y, self._permute(y, torch.from_numpy(batch.part))], 1)
         if self._fitter is None:
             expected = self.expected_images or DEFAULT_EXPECTED_IMAGES
-            self._fitter = make_fitter(self.settings, x, y, expected, targets=self.num_targets, group=self.group)
+            self._fitter = make_fitter(self.settings, x, y, expected, num_targets=self.num_targets, group=self.group)
         select = batch.mask("select")
         mask = batch.mask("fit") | select
         images = torch.from_numpy(mask).to(y.device)

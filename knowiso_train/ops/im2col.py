@@ -1,4 +1,9 @@
-"""Rows of a regression from the inputs of convolutions and linear layers."""
+"""Layers as regressions: im2col of their inputs, and their weights as matrices.
+
+The columns of a sample run over the row of the patch, then the column of the patch, then the channel. Patches can then be
+copied in runs of C values. Weight matrices have the same order. `patch_rows` serves all positions of square zero-padded
+patches; `gather_patches` serves single positions of any convolution.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +18,15 @@ from knowiso_train.errors import InputTypeError, ShapeError
 
 
 def patch_rows(x: Tensor, kernel_size: int, positions: Tensor | None = None) -> Tensor:
-    """Rows of k×k patches with zero padding; columns go by row of the patch, column of the patch, channel.
-
-    That order lets every patch be copied in runs of C values. `conv_weight` brings a solution back to a convolution's
-    order.
+    """Return zero-padded k×k patches as samples.
 
     Args:
         x: (N, C, H, W).
-        kernel_size: odd k.
-        positions: (N, P) indices into the H·W grid; all positions when None.
+        kernel_size: Odd k.
+        positions: Indices into the H·W grid, (N, P). Default: all positions.
 
     Returns:
-        (N · P, k² · C), P = H · W when `positions` is None; rows of one image are consecutive.
+        (N · P, k² · C), P = H · W by default; samples of one image are consecutive.
 
     Example:
         >>> patch_rows(torch.zeros(2, 3, 4, 5), 3).shape
@@ -35,6 +37,7 @@ def patch_rows(x: Tensor, kernel_size: int, positions: Tensor | None = None) -> 
     if kernel_size > 1:
         margin = kernel_size // 2
         rows = F.pad(rows, (0, 0, margin, margin, margin, margin)).contiguous()
+        # One shifted view of the grid for each cell of the patch
         rows = torch.cat(
             [rows[:, i : i + height, j : j + width] for i in range(kernel_size) for j in range(kernel_size)], dim=-1
         )
@@ -44,21 +47,246 @@ def patch_rows(x: Tensor, kernel_size: int, positions: Tensor | None = None) -> 
     return rows.reshape(-1, rows.shape[2])
 
 
-def conv_weight(weight: Tensor, kernel_size: int) -> Tensor:
-    """(k² · C, C_out) regression weights in the order of `patch_rows` → a convolution's (C_out, C, k, k).
+def gather_patches(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
+    """Return the patches of a convolution's input at given positions of its output as samples.
+
+    Args:
+        layer: Convolution of any kernel, stride, padding, dilation and groups.
+        x: Its input, (N, C, H, W).
+        positions: Flat indices into the output's grid, (N, P).
+
+    Returns:
+        (N · P, G, d), in the order of `grouped_weight`.
+
+    Example:
+        >>> layer, x = nn.Conv2d(4, 6, 3, stride=2), torch.randn(2, 4, 7, 7)
+        >>> rows = gather_patches(layer, x, torch.arange(9).expand(2, -1))
+        >>> y = torch.einsum("rgd,gdo->rgo", rows, grouped_weight(layer)).flatten(1) + layer.bias
+        >>> torch.allclose(y, layer(x).flatten(2).transpose(1, 2).flatten(0, 1), atol=1e-5)
+        True
+    """
+    positions = positions.to(x.device)
+    left, right, top, bottom = conv_padding(layer, *x.shape[2:])
+    if left + right + top + bottom:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, (left, right, top, bottom), mode=mode)
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    channels_last = x.permute(0, 2, 3, 1)
+    width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1  # of the output
+    # Output (r, c) takes the padded input at (r · s + i · dilation, c · s + j · dilation) for each cell (i, j) of the kernel
+    image, row, column = torch.arange(len(x), device=x.device)[:, None], positions // width * sh, positions % width * sw
+    cells = [channels_last[image, row + i * dh, column + j * dw] for i in range(kh) for j in range(kw)]
+    patches = torch.stack(cells, 2)  # (N, P, kh · kw, C)
+    num_images, count, area, channels = patches.shape
+    grouped = patches.view(num_images * count, area, layer.groups, channels // layer.groups)
+    return grouped.transpose(1, 2).flatten(2)
+
+
+def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """Return about `rows` samples of a layer's input, at random positions that all images share.
+
+    Args:
+        layer: nn.Conv2d of one group (any kernel, stride, padding, dilation) or nn.Linear.
+        x: Input of the layer, (N, C, H, W), or (…, C) for a linear layer.
+        rows: Maximum number of samples, rounded up to the same number for every image.
+        generator: Random numbers of the positions, on the CPU.
+
+    Returns:
+        (R, d), in the order of `regression_weight`.
+
+    Raises:
+        InputTypeError: Another layer.
+        ShapeError: An input that does not fit the layer.
+
+    Example:
+        >>> input_rows(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.zeros(2, 3, 8, 8), 10, torch.Generator()).shape
+        torch.Size([10, 27])
+    """
+    num_input_features(layer)
+    if isinstance(layer, nn.Linear):
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if len(flat) <= rows else flat[torch.randperm(len(flat), generator=generator)[:rows].to(x.device)]
+    if not isinstance(layer, nn.Conv2d) or x.ndim != 4 or x.shape[1] != layer.in_channels:
+        raise ShapeError(f"expected an input (N, C, H, W) of {layer}, got {tuple(x.shape)}")
+    count = math.ceil(rows / len(x))
+    positions = torch.randperm(num_output_positions(layer, *x.shape[2:]), generator=generator)[:count]
+    return gather_patches(layer, x, positions.expand(len(x), -1))[:, 0]
+
+
+@dataclass(frozen=True)
+class SampledPositions:
+    """Random positions of a layer's output, different ones in each image.
+
+    Attributes:
+        index: Flat positions, (N, P).
+    """
+
+    index: Tensor
+
+    @classmethod
+    def draw(cls, images: int, num_positions: int, rows: int, generator: torch.Generator) -> SampledPositions:
+        """Draw about `rows` positions altogether, the same number in each image.
+
+        Args:
+            images: N.
+            num_positions: Size of the grid.
+            rows: Number of positions in all images, rounded up; at most all are drawn.
+            generator: Random numbers, on the CPU.
+
+        Example:
+            >>> SampledPositions.draw(4, 100, 10, torch.Generator().manual_seed(0)).index.shape
+            torch.Size([4, 3])
+        """
+        count = min(num_positions, math.ceil(rows / images))
+        if count == num_positions:
+            return cls(torch.arange(num_positions).expand(images, -1))
+        # The positions of the largest of independent uniform numbers are a random subset
+        return cls(torch.rand(images, num_positions, generator=generator).topk(count, sorted=False).indices)
+
+    def part(self, start: int, stop: int) -> SampledPositions:
+        """Return the positions of images `start:stop`."""
+        return SampledPositions(self.index[start:stop])
+
+    def outputs(self, y: Tensor, *, conv: bool) -> Tensor:
+        """Return a layer's outputs at these positions, (R, C), image after image.
+
+        Args:
+            y: (N, C, H, W) of a convolution, (…, C) of a linear layer.
+            conv: True for a convolution.
+
+        Raises:
+            ShapeError: An output without these images and positions.
+        """
+        flat = y.flatten(2).transpose(1, 2) if conv else y.reshape(len(self.index), -1, y.shape[-1])
+        if len(flat) != len(self.index) or int(self.index.max()) >= flat.shape[1]:
+            raise ShapeError(
+                f"an output of shape {tuple(y.shape)} does not hold {len(self.index)} images of the same size as before"
+            )
+        index = self.index.to(y.device)
+        return flat.gather(1, index[..., None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
+
+    def inputs(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return a layer's inputs at these positions, (R, G, d), in the order of `grouped_weight`.
+
+        Args:
+            layer: nn.Linear, or nn.Conv2d of any kernel, stride, padding, dilation and groups.
+            x: Its input.
+
+        Example:
+            >>> layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 8, 8)
+            >>> positions = SampledPositions.draw(2, 16, 6, torch.Generator().manual_seed(0))
+            >>> y = torch.einsum("rgd,gdo->rgo", positions.inputs(layer, x), grouped_weight(layer)).flatten(1) + layer.bias
+            >>> torch.allclose(y, positions.outputs(layer(x), conv=True), atol=1e-5)
+            True
+        """
+        return (
+            gather_patches(layer, x, self.index)
+            if isinstance(layer, nn.Conv2d)
+            else self.outputs(x, conv=False)[:, None]
+        )
+
+
+def weight_to_matrix(weight: Tensor, groups: int = 1) -> Tensor:
+    """Return a layer's weight as one regression for each group.
+
+    Args:
+        weight: (C_out, C_in / G, k_h, k_w), or (C_out, C_in).
+        groups: G.
+
+    Returns:
+        (G, d, C_out / G); d runs over the cells of the kernel, then over the group's input channels.
+
+    Example:
+        >>> weight_to_matrix(torch.zeros(6, 2, 3, 3), groups=2).shape
+        torch.Size([2, 18, 3])
+    """
+    if weight.ndim == 2:
+        return weight.T[None]
+    # (G, C_out / G, C_in / G, cells) → (G, cells, C_in / G, C_out / G)
+    return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
+
+
+def matrix_to_weight(matrix: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Return the inverse of `weight_to_matrix` for a weight of this shape.
+
+    Example:
+        >>> weight = torch.randn(6, 2, 3, 1)
+        >>> torch.equal(matrix_to_weight(weight_to_matrix(weight, 3), weight.shape), weight)
+        True
+    """
+    if len(shape) == 2:
+        return matrix[0].T
+    groups, d, width = matrix.shape
+    return matrix.reshape(groups, d // shape[1], shape[1], width).permute(0, 3, 2, 1).reshape(shape)
+
+
+def regression_weight(weight: Tensor) -> Tensor:
+    """Return the weight of a layer of one group as a matrix, (d, C_out).
+
+    Example:
+        >>> regression_weight(torch.zeros(5, 3, 3, 3)).shape
+        torch.Size([27, 5])
+    """
+    return weight_to_matrix(weight)[0]
+
+
+def conv_weight(matrix: Tensor, kernel_size: int) -> Tensor:
+    """Return a matrix (k² · C, C_out) as the weight of a convolution, (C_out, C, k, k).
 
     Example:
         >>> conv_weight(torch.zeros(27, 5), 3).shape
         torch.Size([5, 3, 3, 3])
     """
-    return weight.T.reshape(weight.shape[1], kernel_size, kernel_size, -1).permute(0, 3, 1, 2)
+    channels = len(matrix) // kernel_size**2
+    return matrix_to_weight(matrix[None], (matrix.shape[1], channels, kernel_size, kernel_size))
+
+
+def grouped_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight as one regression for each group, (G, d, o).
+
+    Example:
+        >>> grouped_weight(nn.Conv2d(4, 6, 3, groups=2)).shape
+        torch.Size([2, 18, 3])
+    """
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight_to_matrix(weight, num_groups(layer))
+
+
+def ungrouped_weight(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """Return the inverse of `grouped_weight`, in the shape of the layer's weight.
+
+    Example:
+        >>> layer = nn.Conv2d(4, 6, (3, 1), groups=2)
+        >>> torch.equal(ungrouped_weight(layer, grouped_weight(layer)), layer.weight)
+        True
+    """
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return matrix_to_weight(matrix, weight.shape)
+
+
+@torch.no_grad()
+def write_weight(conv: nn.Conv2d, matrix: Tensor, bias: Tensor) -> None:
+    """Copy a matrix (d, C_out) into a convolution of one group, and the bias if it has one."""
+    conv.weight.copy_(matrix_to_weight(matrix[None], conv.weight.shape))
+    if conv.bias is not None:
+        conv.bias.copy_(bias)
+
+
+def conv_columns(channels: int, kernel_size: int = 1) -> Tensor:
+    """Return the columns of each channel in the matrix of a convolution, (C, k²).
+
+    Example:
+        >>> conv_columns(2, 3)[1].tolist()
+        [1, 3, 5, 7, 9, 11, 13, 15, 17]
+    """
+    return torch.arange(kernel_size**2 * channels).view(-1, channels).T.contiguous()
 
 
 def num_input_features(layer: nn.Module) -> int:
-    """d, the number of regressors of a layer: C · k_h · k_w, or the linear layer's inputs.
+    """Return d, the number of input features of a layer's regression: C · k_h · k_w, or those of a linear layer.
 
     Raises:
-        InputTypeError: another layer than a linear one or a two-dimensional convolution of one group.
+        InputTypeError: Another layer than a linear one or a two-dimensional convolution of one group.
 
     Example:
         >>> num_input_features(nn.Conv2d(3, 8, 3))
@@ -71,90 +299,11 @@ def num_input_features(layer: nn.Module) -> int:
     raise InputTypeError(f"expected nn.Linear or nn.Conv2d of one group, got {type(layer).__name__}")
 
 
-def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """About `rows` rows of what the layer reads, in the order of `pruning.regression_weight`.
-
-    Args:
-        layer: nn.Conv2d of one group (any kernel, stride, padding, dilation) or nn.Linear.
-        x: its input, (N, C, H, W), or (…, C) for a linear layer.
-        rows: at most this many, rounded up to the same positions of every image; all, where there are fewer.
-        generator: of the positions, on the CPU.
-
-    Returns:
-        (R, d).
-
-    Raises:
-        InputTypeError: another layer.
-        ShapeError: an input that the layer cannot read.
-
-    Example:
-        >>> input_rows(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.zeros(2, 3, 8, 8), 10, torch.Generator()).shape
-        torch.Size([10, 27])
-    """
-    num_input_features(layer)
-    if isinstance(layer, nn.Linear):
-        flat = x.reshape(-1, x.shape[-1])
-        return flat if len(flat) <= rows else flat[torch.randperm(len(flat), generator=generator)[:rows].to(x.device)]
-    if not isinstance(layer, nn.Conv2d) or x.ndim != 4 or x.shape[1] != layer.in_channels:
-        raise ShapeError(f"expected an input (N, C, H, W) of {layer}, got {tuple(x.shape)}")
-    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    left, right, top, bottom = conv_padding(layer, *x.shape[2:])
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, (left, right, top, bottom), mode=mode) if left + right + top + bottom else x
-    height, width = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1, (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    at = torch.randperm(height * width, generator=generator)[: math.ceil(rows / len(x))].to(x.device)
-    lines, columns = at // width * sh, at % width * sw
-    # Each (N, C, P)
-    taps = [padded[:, :, lines + i * dh, columns + j * dw] for i in range(kh) for j in range(kw)]
-    return torch.stack(taps, 1).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
-
-
-def is_plain_linear_op(layer: nn.Module) -> bool:
-    """Whether a layer gives `weight · what it reads`: linear layers, convolutions, and timm's with TensorFlow's padding.
-
-    Subclasses with a forward pass of their own, such as those that standardize their weights, do something else.
-
-    Example:
-        >>> is_plain_linear_op(nn.Conv2d(2, 2, 1, groups=2)), is_plain_linear_op(nn.ReLU())
-        (True, False)
-    """
-    if isinstance(layer, nn.Linear):
-        return type(layer).forward is nn.Linear.forward
-    return isinstance(layer, nn.Conv2d) and (type(layer).forward is nn.Conv2d.forward or _pads_itself(layer))
-
-
-def conv_padding(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int, int, int]:
-    """Left, right, top, bottom, for an input of this size.
-
-    Example:
-        >>> conv_padding(nn.Conv2d(1, 1, 4, padding="same"), 8, 8)
-        (1, 2, 1, 2)
-    """
-    if _pads_itself(layer):  # as many outputs as strides fit into the input
-        sizes = zip((height, width), layer.kernel_size, layer.stride, layer.dilation, strict=True)
-        over = [
-            max((-(-size // stride) - 1) * stride + dilation * (k - 1) + 1 - size, 0)
-            for size, k, stride, dilation in sizes
-        ]
-    elif layer.padding == "valid":
-        return 0, 0, 0, 0
-    elif layer.padding == "same":
-        over = [dilation * (k - 1) for dilation, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    else:
-        vertical, horizontal = (int(p) for p in layer.padding)
-        return horizontal, horizontal, vertical, vertical
-    return over[1] // 2, over[1] - over[1] // 2, over[0] // 2, over[0] - over[0] // 2
-
-
-def _pads_itself(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv2dSame"
-
-
 def num_groups(layer: nn.Module) -> int:
-    """Groups of a convolution, 1 for a linear layer.
+    """Return the groups of a convolution, 1 for a linear layer.
 
     Raises:
-        InputTypeError: another layer.
+        InputTypeError: Another layer.
 
     Example:
         >>> num_groups(nn.Conv2d(4, 8, 3, groups=2)), num_groups(nn.Linear(2, 2))
@@ -167,125 +316,59 @@ def num_groups(layer: nn.Module) -> int:
     raise InputTypeError(f"expected nn.Linear or nn.Conv2d, got {type(layer).__name__}")
 
 
-def grouped_weight(layer: nn.Module) -> Tensor:
-    """(G, d, o): a layer's weight as one regression for each group; d runs over taps, then over the group's input channels.
+def is_plain_linear_op(layer: nn.Module) -> bool:
+    """Return True if a layer computes `weight · input + bias` and nothing else.
+
+    These are linear layers, convolutions, and timm's convolutions with TensorFlow's padding. Subclasses with their own
+    forward pass, such as those that standardize their weights, are not.
 
     Example:
-        >>> grouped_weight(nn.Conv2d(4, 6, 3, groups=2)).shape
-        torch.Size([2, 18, 3])
+        >>> is_plain_linear_op(nn.Conv2d(2, 2, 1, groups=2)), is_plain_linear_op(nn.ReLU())
+        (True, False)
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    groups = num_groups(layer)
-    if weight.ndim == 2:
-        return weight.T[None]
-    return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
+    if isinstance(layer, nn.Linear):
+        return type(layer).forward is nn.Linear.forward
+    return isinstance(layer, nn.Conv2d) and (type(layer).forward is nn.Conv2d.forward or _has_dynamic_padding(layer))
 
 
-def ungrouped_weight(layer: nn.Module, regression: Tensor) -> Tensor:
-    """The inverse of `grouped_weight`, in the shape of the layer's weight.
+def conv_padding(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return the padding of an input of this size: left, right, top, bottom.
 
     Example:
-        >>> layer = nn.Conv2d(4, 6, (3, 1), groups=2)
-        >>> torch.equal(ungrouped_weight(layer, grouped_weight(layer)), layer.weight)
-        True
+        >>> conv_padding(nn.Conv2d(1, 1, 4, padding="same"), 8, 8)
+        (1, 2, 1, 2)
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    if weight.ndim == 2:
-        return regression[0].T
-    groups, d, width = regression.shape
-    return (
-        regression.view(groups, d // weight.shape[1], weight.shape[1], width).permute(0, 3, 2, 1).reshape(weight.shape)
-    )
+    if _has_dynamic_padding(layer):
+        # TensorFlow's "same": ⌈size / stride⌉ outputs need (⌈size / stride⌉ - 1) · stride + dilation · (k - 1) + 1 inputs
+        axes = zip((height, width), layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        total = [
+            max((-(-size // stride) - 1) * stride + dilation * (k - 1) + 1 - size, 0)
+            for size, k, stride, dilation in axes
+        ]
+    elif layer.padding == "valid":
+        return 0, 0, 0, 0
+    elif layer.padding == "same":
+        total = [dilation * (k - 1) for dilation, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    else:
+        vertical, horizontal = (int(p) for p in layer.padding)
+        return horizontal, horizontal, vertical, vertical
+    # An odd total puts the larger half at the right and at the bottom
+    return total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2
 
 
-@dataclass(frozen=True)
-class SampledPositions:
-    """Random positions of every image.
-
-    Attributes:
-        index: (N, P), flat positions of a layer's output, in each image others.
-    """
-
-    index: Tensor
-
-    @classmethod
-    def draw(cls, images: int, places: int, rows: int, generator: torch.Generator) -> SampledPositions:
-        """Of `places` positions as many in each image as give `rows` altogether, at most all.
-
-        Example:
-            >>> SampledPositions.draw(4, 100, 10, torch.Generator().manual_seed(0)).index.shape
-            torch.Size([4, 3])
-        """
-        each = min(places, math.ceil(rows / images))
-        if each == places:
-            return cls(torch.arange(places).expand(images, -1))
-        return cls(torch.rand(images, places, generator=generator).topk(each, sorted=False).indices)
-
-    def part(self, start: int, stop: int) -> SampledPositions:
-        """Of some of the images."""
-        return SampledPositions(self.index[start:stop])
-
-    def outputs(self, y: Tensor, *, conv: bool) -> Tensor:
-        """(R, C): what a layer gives, (N, C, H, W) for a convolution and (…, C) for a linear layer, image after image.
-
-        Raises:
-            ShapeError: an output that does not hold these images and positions.
-        """
-        flat = y.flatten(2).transpose(1, 2) if conv else y.reshape(len(self.index), -1, y.shape[-1])
-        if len(flat) != len(self.index) or int(self.index.max()) >= flat.shape[1]:
-            raise ShapeError(
-                f"an output of shape {tuple(y.shape)} does not hold {len(self.index)} images of the same size as before"
-            )
-        at = self.index.to(y.device)
-        return flat.gather(1, at[..., None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
-
-    def inputs(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """(R, G, d): what a layer reads, in the order of `grouped_weight`.
-
-        Args:
-            layer: nn.Linear, or nn.Conv2d of any kernel, stride, padding, dilation and groups.
-            x: its input.
-
-        Example:
-            >>> layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 8, 8)
-            >>> at = SampledPositions.draw(2, 16, 6, torch.Generator().manual_seed(0))
-            >>> found = torch.einsum("rgd,gdo->rgo", at.inputs(layer, x), grouped_weight(layer)).flatten(1) + layer.bias
-            >>> torch.allclose(found, at.outputs(layer(x), conv=True), atol=1e-5)
-            True
-        """
-        if not isinstance(layer, nn.Conv2d):
-            return self.outputs(x, conv=False)[:, None]
-        left, right, top, bottom = conv_padding(layer, *x.shape[2:])
-        if left + right + top + bottom:
-            x = F.pad(
-                x, (left, right, top, bottom), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            )
-        padded = x.permute(0, 2, 3, 1)
-        (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-        width = (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
-        at = self.index.to(x.device)
-        image, line, column = torch.arange(len(x), device=x.device)[:, None], at // width * sh, at % width * sw
-        # (N, P, taps, C)
-        taps = torch.stack([padded[image, line + i * dh, column + j * dw] for i in range(kh) for j in range(kw)], 2)
-        images, each, count, channels = taps.shape
-        return taps.view(images * each, count, layer.groups, channels // layer.groups).transpose(1, 2).flatten(2)
-
-
-def regression_weight(weight: Tensor) -> Tensor:
-    """A convolution's (C_out, C, k, k) or a linear layer's (C_out, C) weight as a regression's (k² · C, C_out), in the order of `ops.patch_rows`.
+def num_output_positions(layer: nn.Conv2d, height: int, width: int) -> int:
+    """Return the number of output positions for an input of this size.
 
     Example:
-        >>> regression_weight(torch.zeros(5, 3, 3, 3)).shape
-        torch.Size([27, 5])
+        >>> num_output_positions(nn.Conv2d(3, 8, 3, stride=2, padding=1), 8, 8)
+        16
     """
-    return weight.T if weight.ndim == 2 else weight.permute(2, 3, 1, 0).flatten(0, 2)
+    left, right, top, bottom = conv_padding(layer, height, width)
+    padded = (height + top + bottom, width + left + right)
+    axes = zip(padded, layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    return math.prod((size - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, dilation in axes)
 
 
-def conv_columns(channels: int, kernel_size: int = 1) -> Tensor:
-    """(C, k²): the columns of each channel among those of `ops.patch_rows`.
-
-    Example:
-        >>> conv_columns(2, 3)[1].tolist()
-        [1, 3, 5, 7, 9, 11, 13, 15, 17]
-    """
-    return torch.arange(kernel_size**2 * channels).view(-1, channels).T.contiguous()
+def _has_dynamic_padding(layer: nn.Module) -> bool:
+    # By name: the class is timm's, which is imported in `loading` alone
+    return type(layer).__name__ == "Conv2dSame"

@@ -52,9 +52,9 @@ class Composite(nn.Module):
         self, model: nn.Module, layer: str, peer: nn.Module, peer_layer: str, maps: Disentangler, max_order: int
     ) -> None:
         super().__init__()
-        if not 0 <= max_order <= maps.settings.order:
+        if not 0 <= max_order <= maps.config.order:
             raise OptionError(
-                f"max_order must lie in 0 … {maps.settings.order}, what the disentangler was fitted with; got {max_order}"
+                f"max_order must lie in 0 … {maps.config.order}, what the disentangler was fitted with; got {max_order}"
             )
         self.model, self.maps = copy.deepcopy(unwrap_model(model)), maps.requires_grad_(False)
         self.peer = copy.deepcopy(unwrap_model(peer)).eval().requires_grad_(False)

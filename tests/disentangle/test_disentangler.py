@@ -38,7 +38,7 @@ def test_split_is_exact_and_survives_save_and_load(
     maps.save(tmp_path / "maps")
     assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["disentangler.json", "disentangler.safetensors"]
     again = Disentangler.load(tmp_path / "maps")
-    assert again.settings == maps.settings
+    assert again.config == maps.config
     for a, b in zip(again.split(x, y)[0], components, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     assert not any(p.requires_grad for p in again.parameters())
@@ -106,7 +106,7 @@ def test_what_it_refuses() -> None:
         Disentangler(order=-1)
     with pytest.raises(OptionError, match="kernel_size must be odd"):
         Disentangler(kernel_size=2)
-    with pytest.raises(OptionError, match="solver must be one of"):
+    with pytest.raises(OptionError, match="solver must be 'closed_form' or 'paper'"):
         Disentangler(solver="magic")
     with pytest.raises(OptionError, match="no maps yet"):
         Disentangler().split(x, y)

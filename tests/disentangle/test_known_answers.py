@@ -164,7 +164,7 @@ def test_a_source_without_variance_and_a_target_without_variance() -> None:
 
 def test_fewer_rows_than_channels_is_defined_and_warned_of() -> None:
     x, y = torch.randn(100, 64, 1, 1), torch.randn(100, 5, 1, 1)
-    with pytest.warns(UserWarning, match="rows for 64 regressors"):
+    with pytest.warns(UserWarning, match="rows for 64 features"):
         pair = report_on(x, y, order=1).pairs[0]
     assert torch.isfinite(torch.tensor([*pair.shares, pair.unexplained, *pair.interval])).all()
     assert pair.unexplained > 0.5

@@ -121,7 +121,7 @@ def test_recipe_resumes_where_it_stopped(tmp_path: Path) -> None:
     path = str(tmp_path / "paper.pt")
     trained(path, stop_at=55)
     torch.testing.assert_close(trained(path).of_source[0].weight, whole.of_source[0].weight, atol=0, rtol=0)
-    with pytest.raises(OptionError, match="another recipe"):
+    with pytest.raises(OptionError, match="other options"):
         fit_paper(PaperMaps(3, 3, order=1), sample, PaperConfig(epochs=70, checkpoint=path))
 
 

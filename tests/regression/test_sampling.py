@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from knowiso_train.disentangle.closed_form import ClosedFormMaps, order_moments, predicted
+from knowiso_train.disentangle.closed_form import ClosedFormMaps, order_moments, predict_component
 from knowiso_train.regression import FeatureSample, ResidualStatistics, batch_moments, sample_positions
 from knowiso_train.regression.explained_variance import poisson_weights
 from knowiso_train.utils.hashing import Stream, hash_unit
@@ -69,9 +69,9 @@ def test_hidden_maps_on_crops_equal_those_on_whole_images(kernel_size: int, orde
     assert kept.inside is not None
     assert kept.y.shape[2:] == (10, 10)
     truth = kept.with_target(kept.y[:, :2])
-    torch.testing.assert_close(predicted(maps, order, truth), truth.y)
+    torch.testing.assert_close(predict_component(maps, order, truth), truth.y)
     moments = order_moments(maps, order, truth)
-    regressors = torch.cat(maps.regressors(x, order), 1)
+    regressors = torch.cat(maps.features(x, order), 1)
     positions = kept.y[:, 2].flatten(1).long()
     expected = batch_moments(regressors, whole, kernel_size, positions)
     torch.testing.assert_close(moments.xx, expected.xx)
