@@ -5,57 +5,104 @@ from __future__ import annotations
 import argparse
 import ast
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from knowiso_train.utils.environment import library_versions
+
+# Arguments that may differ when a run is resumed
+RESUMABLE_ARGUMENTS = ("arms", "output", "workers", "log_every", "save_every", "data_dir")
 
 
-class Options(argparse.ArgumentParser):
-    """A parser on which one line adds one option.
+class RecipeParser(argparse.ArgumentParser):
+    """Argument parser in which one call adds one option, or a group of options that recipes share.
 
     Args:
-        description: shown as it is.
+        description: Text shown unchanged in the help.
 
     Example:
-        >>> options = Options("A recipe.")
-        >>> options.add("--epochs", 8, at_least(1), "passes over the images")
-        >>> options.add("--flip", False, help="mirror half of the images")
-        >>> options.parse_args(["--epochs", "3"])
+        >>> parser = RecipeParser("A recipe.")
+        >>> parser.add("--epochs", 8, at_least(1), "passes over the images")
+        >>> parser.add("--flip", False, help="mirror half of the images")
+        >>> parser.parse_args(["--epochs", "3"])
         Namespace(epochs=3, flip=False)
     """
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def add(
-        self, name: str, default: Any = None, kind: Callable[[str], Any] = str, help: str = "", **more: Any
+        self, name: str, default: Any = None, kind: Callable[[str], Any] = str, help: str = "", **options: Any
     ) -> None:
-        """An option with its default; a default of False makes it a switch.
+        """Add an option with a default value; a default of False makes a switch.
 
         Args:
-            name: with its dashes.
-            default: also shown in the help, unless it is none, off or empty.
-            kind: from the word to the value.
-            help: what it is, and why its default is what it is.
-            **more: as for `add_argument`.
+            name: Name with its dashes.
+            default: Default, shown in the help unless it is None, False or empty.
+            kind: Conversion of the text to the value.
+            help: Meaning of the option, and the reason for its default.
+            **options: Further arguments of `add_argument`.
         """
         if default is False:
             self.add_argument(name, action="store_true", help=help)
             return
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        self.add_argument(
-            name, type=kind, default=default, help=help if shown in (None, "") else f"{help} (default: {shown})", **more
+        text = " ".join(map(str, default)) if isinstance(default, list) else default
+        if text not in (None, ""):
+            help = f"{help} (default: {text})"
+        self.add_argument(name, type=kind, default=default, help=help, **options)
+
+    def add_data(self, splits: Sequence[str], split_help: str, *, digits: str, image_size: int = 224) -> None:
+        """Add the options of the dataset, as `labeled_images` reads it.
+
+        Args:
+            splits: Default names of the splits.
+            split_help: Use of the splits.
+            digits: Description of the default dataset.
+            image_size: Default of --image-size.
+        """
+        self.add("--dataset", "digits", help=f"folder, hfds/NAME or torch/NAME; digits: {digits}")
+        self.add("--data-dir", None, Path, "folder of torch/NAME datasets")
+        self.add(
+            "--data-options", [], parse_key_value, "KEY=VALUE for timm.data.create_dataset: download=True", nargs="*"
         )
+        self.add("--splits", list(splits), str, split_help, nargs=len(splits))
+        self.add("--image-size", image_size, at_least(1), "side of the images in pixels; the digits are 28 pixels")
+        self.add("--classes", None, at_least(2), "number of classes, if the dataset does not provide it")
+        self.add("--workers", 0, at_least(0), "processes that read images; 0 suits images in memory")
+
+    def add_training(self, *, padding: int, batch_size: int = 64, weight_decay: float = 5e-4, save_every: int) -> None:
+        """Add the options of a training: augmentation, batches, precision, log and checkpoints.
+
+        Args:
+            padding: Default of --padding.
+            batch_size: Default of --batch-size.
+            weight_decay: Default of --weight-decay.
+            save_every: Default of --save-every.
+        """
+        self.add("--padding", padding, at_least(0), "padding of the random crop; 2 pixels suit side 28, 4 suit 32")
+        self.add("--flip", False, help="mirror half of the images; not for digits")
+        self.add("--batch-size", batch_size, at_least(2), "images of all processes together")
+        self.add("--weight-decay", weight_decay, at_least(0, float), "weight decay of all parameters")
+        self.add("--seed", 0, at_least(0), "seed of initial weights, order, augmentation and dropout")
+        choices = ("no", "bf16", "fp16")
+        self.add("--mixed-precision", None, help="precision; default: that of accelerate launch", choices=choices)
+        self.add("--log-every", 10, at_least(1), "batches between log entries")
+        self.add("--save-every", save_every, at_least(1), "batches between checkpoints, which a kill can cost at most")
 
 
-def at_least(least: float, kind: Callable[[str], Any] = int, word: str | None = None) -> Callable[[str], Any]:
-    """Type of an option that is a finite number with a lower bound.
+def at_least(
+    minimum: float, kind: Callable[[str], Any] = int, word: Literal["balanced"] | None = None
+) -> Callable[[str], Any]:
+    """Return the type of an option that is a finite number with a lower bound.
 
     Args:
-        least: the bound.
+        minimum: Lower bound.
         kind: int or float.
-        word: also allowed, and kept as it is.
+        word: Text that is also allowed. None: numbers only.
 
     Example:
         >>> at_least(0, float, "balanced")("0.5"), at_least(0, float, "balanced")("balanced")
@@ -69,10 +116,10 @@ def at_least(least: float, kind: Callable[[str], Any] = int, word: str | None = 
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
-            wanted = "an integer" if kind is int else "a number"
+        if not minimum <= value < math.inf:
+            expected = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(
-                f"expected {wanted} of at least {least}{f' or {word}' if word else ''}, got {text!r}"
+                f"expected {expected} of at least {minimum}{f' or {word}' if word else ''}, got {text!r}"
             )
         return value
 
@@ -80,7 +127,7 @@ def at_least(least: float, kind: Callable[[str], Any] = int, word: str | None = 
 
 
 def parse_key_value(text: str) -> tuple[str, Any]:
-    """Type of an option KEY=VALUE; the value is a Python literal, or else a word.
+    """Parse KEY=VALUE, with a Python literal or plain text as the value.
 
     Example:
         >>> parse_key_value("channels=(16, 32)"), parse_key_value("stem_type=deep")
@@ -93,3 +140,24 @@ def parse_key_value(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def run_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that must not differ when a run is resumed."""
+    return {name: value for name, value in vars(args).items() if name not in RESUMABLE_ARGUMENTS}
+
+
+def describe_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments and the versions of the packages, for the summary of a run."""
+    return {"settings": vars(args), "versions": library_versions()}
+
+
+def loader_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `training_loader` among the arguments."""
+    names = ("batch_size", "seed", "padding", "flip", "workers")
+    return {name: getattr(args, name) for name in names} | {"pin_memory": torch.cuda.is_available()}
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `ResumableTraining` among the arguments."""
+    return {name: getattr(args, name) for name in ("seed", "log_every", "save_every")}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from knowiso_train.errors import OptionError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WAIT_HOURS = 12  # for the main process, while it prunes or refines alone
+
 
 class Processes:
-    """The processes of an `accelerate launch`, or this one alone.
+    """Device and rank of this process in an `accelerate launch`, or of a single process.
 
     Args:
-        device: overrides accelerate's choice; with several processes only its kind can be overridden ("cpu").
+        device: Device to use. None: selected by accelerate. With several processes only the type ("cpu") can be given.
 
     Raises:
-        OptionError: no such device.
+        OptionError: The device does not exist, or cannot be used by all processes.
 
     Example:
         >>> processes = Processes("cpu")
@@ -25,33 +33,66 @@ class Processes:
     def __init__(self, device: str | None = None) -> None:
         from accelerate import PartialState
 
-        wanted = _checked(device)
-        self._state = PartialState(cpu=True) if wanted is not None and wanted.type == "cpu" else PartialState()
+        requested = _checked_device(device)
+        on_cpu = requested is not None and requested.type == "cpu"
+        self._state = PartialState(cpu=True) if on_cpu else PartialState()
         self.device: torch.device = self._state.device
-        if wanted is not None and wanted != self.device and wanted != torch.device(self.device.type):
+        if requested is not None and requested not in (self.device, torch.device(self.device.type)):
             if self._state.num_processes > 1:
                 raise OptionError(
-                    f"device {device!r} cannot be given to all {self._state.num_processes} processes; leave the device to accelerate"
+                    f"device {device!r} cannot be used by all {self._state.num_processes} processes; "
+                    "leave the device to accelerate"
                 )
-            self.device = wanted
+            self.device = requested
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes files."""
+        """True in the process that prints and writes files."""
         return bool(self._state.is_main_process)
 
     def close(self) -> None:
-        """Leave the process group, where there is one."""
+        """Leave the process group of several processes."""
         if self._state.num_processes > 1:
             self._state.destroy_process_group()
 
 
-def _checked(device: str | None) -> torch.device | None:
+def launch_accelerator(batch_size: int, mixed_precision: str | None = None, accumulate: int = 1) -> Accelerator:
+    """Create the accelerator of a recipe, in which a batch is split over the processes.
+
+    The number of processes thus has no effect on the batches.
+
+    Args:
+        batch_size: Images per batch, in all processes together.
+        mixed_precision: "no", "bf16" or "fp16". None: as configured by `accelerate launch`.
+        accumulate: Batches per update.
+
+    Raises:
+        OptionError: A batch size that the number of processes does not divide, or fp16 on a CPU.
+
+    Example:
+        >>> launch_accelerator(8).num_processes
+        1
+    """
+    from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+
+    options: dict[str, Any] = {
+        "dataloader_config": DataLoaderConfiguration(split_batches=True),
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=WAIT_HOURS))],
+    }
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate, **options)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise OptionError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
+    if batch_size % accelerator.num_processes:
+        raise OptionError(f"--batch-size {batch_size} cannot be divided among {accelerator.num_processes} processes")
+    return accelerator
+
+
+def _checked_device(device: str | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        wanted = torch.device(device)
-        torch.empty(0, device=wanted)
+        requested = torch.device(device)
+        torch.empty(0, device=requested)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise OptionError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return wanted
+    return requested

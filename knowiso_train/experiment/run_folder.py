@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from knowiso_train.errors import DataError, FormatError, OptionError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file, write_json
 
-PARTIAL_SUFFIX = "partial"
+LOG_FILE, SETTINGS_FILE, PROGRESS_FILE = "log.jsonl", "settings.json", "progress.json"
+PARTIAL_FOLDER = "partial"
 
 
 class RunFolder:
-    """States, weights, a log and JSON files, each written under another name first and then renamed.
+    """Checkpoints, weights, a log and JSON files of one run, each file written completely or not at all.
 
     Args:
-        path: the folder; made where it is missing.
-        writes: whether this process writes. The others of an `accelerate launch` read.
+        path: Folder; created if it does not exist.
+        writes: Write files. False for the other processes of a launch, which only read.
 
     Raises:
-        DataError: the folder cannot be made.
+        DataError: The folder cannot be created.
 
     Example:
         >>> import tempfile
@@ -40,63 +41,68 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"the folder {self.path} cannot be made: {error}") from error
+            raise DataError(f"the folder {self.path} cannot be created: {error}") from error
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """One folder, one set of settings: the first claim writes them to settings.json, a later one must bring the same.
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings of a new run, or compare them with those of the run in this folder.
 
         Raises:
-            OptionError: other settings than those that began the run; the message names them.
+            OptionError: The run in this folder has other settings; the message names them.
         """
-        wanted = parse_json(dump_json(settings))
-        before = self.read_json("settings.json")
-        if before is None:
-            self.write_json("settings.json", wanted)
+        settings = parse_json(dump_json(settings))
+        saved = self.read_json(SETTINGS_FILE)
+        if saved is None:
+            self.write_json(SETTINGS_FILE, settings)
             return
-        names = [name for name in {**before, **wanted} if before.get(name) != wanted.get(name)]
+        names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
         if names:
-            changes = "; ".join(f"{name} is {wanted.get(name)!r}, was {before.get(name)!r}" for name in names)
+            changes = "; ".join(f"{name} is {settings.get(name)!r}, was {saved.get(name)!r}" for name in names)
             raise OptionError(
                 f"{self.path} holds a run with other settings ({changes}). Choose another folder, or remove that one."
             )
 
-    def save_state(self, accelerator: Any, progress: Mapping[str, Any]) -> None:
-        """`accelerator.save_state`, whole or not at all; older states are removed after it. Every process calls it.
+    def save_checkpoint(self, accelerator: Any, progress: Mapping[str, Any]) -> None:
+        """Save the accelerator's state, and delete older checkpoints; all processes must call it.
 
         Args:
-            accelerator: accelerate's.
-            progress: what `load_state` is to return, for JSON; `progress["step"]` orders the states.
+            accelerator: Accelerator with the objects of the training.
+            progress: Values for `load_checkpoint`, as JSON. `progress["step"]` orders the checkpoints.
         """
-        partial = self.path / PARTIAL_SUFFIX
+        partial = self.path / PARTIAL_FOLDER
         if self.writes:
             shutil.rmtree(partial, ignore_errors=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if self.writes:
-            write_json(partial / "progress.json", progress)
-            older = list(self.path.glob("state-*"))
-            partial.rename(self.path / f"state-{progress['step']:010d}")
+            write_json(partial / PROGRESS_FILE, progress)
+            older = self._checkpoints()
+            # Only a complete checkpoint has this name
+            partial.rename(self.path / f"checkpoint-{progress['step']:010d}")
             for folder in older:
                 shutil.rmtree(folder, ignore_errors=True)
         accelerator.wait_for_everyone()
 
-    def load_state(self, accelerator: Any) -> dict[str, Any]:
-        """The newest complete state, where there is one: into the accelerator's objects, and its progress as it was saved; else an empty dict."""
-        newest = max(self.path.glob("state-*"), default=None)
+    def load_checkpoint(self, accelerator: Any) -> dict[str, Any]:
+        """Load the newest checkpoint into the accelerator's objects.
+
+        Returns:
+            The `progress` of `save_checkpoint`; empty if there is no checkpoint.
+        """
+        newest = max(self._checkpoints(), default=None)
         if newest is None:
             return {}
         accelerator.load_state(str(newest))
-        return self.read_json(f"{newest.name}/progress.json") or {}
+        return self.read_json(f"{newest.name}/{PROGRESS_FILE}") or {}
 
-    def remove_states(self) -> None:
-        """For a run that has ended."""
+    def delete_checkpoints(self) -> None:
+        """Delete the checkpoints of a finished run."""
         if self.writes:
-            for folder in [*self.path.glob("state-*"), self.path / PARTIAL_SUFFIX]:
+            for folder in [*self._checkpoints(), self.path / PARTIAL_FOLDER]:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def write_network(self, name: str, model: nn.Module, card: Mapping[str, Any]) -> None:
-        """`name`.safetensors, the plain state dict of the bare network, and `name`.json, what to know to load it. The JSON comes last."""
+        """Write the plain state dict of the unwrapped network to `name`.safetensors, then its card to `name`.json."""
         if not self.writes:
             return
         from safetensors.torch import save_file
@@ -110,15 +116,15 @@ class RunFolder:
         self.write_json(f"{name}.json", card)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """A JSON file, indented; what JSON does not know, such as paths, as text."""
+        """Write a JSON file."""
         if self.writes:
             write_json(self.path / name, content)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file; None where there is none.
+        """Read a JSON file; return None if it does not exist.
 
         Raises:
-            FormatError: it is not JSON.
+            FormatError: The file is not JSON.
         """
         path = self.path / name
         if not path.is_file():
@@ -130,14 +136,14 @@ class RunFolder:
         return content
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Append one line to log.jsonl."""
+        """Append one line to the log."""
         if self.writes:
-            with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            with (self.path / LOG_FILE).open("a", encoding="utf-8") as file:
                 file.write(dump_json(entry, indent=None) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Lines of log.jsonl; one that a kill cut off is left out."""
-        path = self.path / "log.jsonl"
+        """Read the log, without lines that are incomplete because the process was killed."""
+        path = self.path / LOG_FILE
         entries = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
@@ -146,8 +152,16 @@ class RunFolder:
                 continue
         return entries
 
-    def keep_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop lines of log.jsonl: those of steps that a resumed run does again."""
+    def truncate_log(self, part: Mapping[str, Any], step: int) -> None:
+        """Remove the log entries of one part of the run beyond a step, which a resumed training will repeat.
+
+        Args:
+            part: Keys and values of the entries of this part, such as {"arm": "student"}.
+            step: Last step to keep.
+        """
         if self.writes:
-            lines = [dump_json(entry, indent=None) + "\n" for entry in self.read_log() if keep(entry)]
-            write_file(self.path / "log.jsonl", "".join(lines))
+            entries = [entry for entry in self.read_log() if entry["step"] <= step or not part.items() <= entry.items()]
+            write_file(self.path / LOG_FILE, "".join(dump_json(entry, indent=None) + "\n" for entry in entries))
+
+    def _checkpoints(self) -> list[Path]:
+        return list(self.path.glob("checkpoint-*"))

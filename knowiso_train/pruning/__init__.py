@@ -9,6 +9,7 @@ from knowiso_train.pruning.kept_indices import compose_kept_indices
 from knowiso_train.pruning.optimizer_state import preserve_optimizer_state, transfer_optimizer_state
 from knowiso_train.pruning.reconstruction import refit
 from knowiso_train.pruning.report import FinetuneReport
+from knowiso_train.pruning.serialization import load_kept_indices
 
 __all__ = [
     "FinetuneReport",
@@ -16,6 +17,7 @@ __all__ = [
     "cutmix",
     "finetune",
     "input_moments",
+    "load_kept_indices",
     "preserve_optimizer_state",
     "refit",
     "removal_costs",

@@ -1,10 +1,11 @@
 """Refinement of trained networks by features that peers reproduce."""
 
 from knowiso_train.refinement.api import refine
-from knowiso_train.refinement.finetune import RefineFinetuneConfig
+from knowiso_train.refinement.finetune import RefineFinetuneConfig, consensus_loss
 from knowiso_train.refinement.folding import PeerProjection, fit_peer_projection, fold
 from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, consensus_head, ridge_head
-from knowiso_train.refinement.peers import PeerScore, score_peer
+from knowiso_train.refinement.models import classifier_model
+from knowiso_train.refinement.peers import PeerEnsemble, PeerScore, score_peer
 from knowiso_train.refinement.report import RefineReport, RefineResult
 
 __all__ = [
@@ -12,11 +13,14 @@ __all__ = [
     "RefineFinetuneConfig",
     "Head",
     "HeadConfig",
+    "PeerEnsemble",
     "PeerProjection",
     "PeerScore",
     "RefineReport",
     "RefineResult",
+    "classifier_model",
     "consensus_head",
+    "consensus_loss",
     "fit_peer_projection",
     "fold",
     "refine",

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, FormatError, OptionError, ShapeError
-from knowiso_train.experiment.arguments import Options, at_least, parse_key_value
+from knowiso_train.experiment.arguments import RecipeParser, at_least, parse_key_value
 from knowiso_train.experiment.cards import network_card, results_table
 from knowiso_train.experiment.evaluation import top1_accuracy
 from knowiso_train.experiment.run_folder import RunFolder
@@ -155,18 +155,18 @@ class StandIn:
 class TestRunFolder:
     def test_the_newest_whole_state_counts(self, tmp_path: Path) -> None:
         run, reader = RunFolder(tmp_path), StandIn()
-        assert run.load_state(reader) == {}
+        assert run.load_checkpoint(reader) == {}
         assert reader.content == ""
         for step in (9, 10, 100):
-            run.save_state(StandIn(f"{step},"), {"step": step, "best": 0.1})
+            run.save_checkpoint(StandIn(f"{step},"), {"step": step, "best": 0.1})
         with pytest.raises(KeyboardInterrupt):
-            run.save_state(StandIn("101,", fails=True), {"step": 101})
-        assert run.load_state(reader) == {"step": 100, "best": 0.1}
+            run.save_checkpoint(StandIn("101,", fails=True), {"step": 101})
+        assert run.load_checkpoint(reader) == {"step": 100, "best": 0.1}
         assert reader.content == "100,100,"
-        assert [path.name for path in tmp_path.glob("state-*")] == ["state-0000000100"]
-        run.save_state(StandIn("102,"), {"step": 102})  # over what the interrupted one left
-        assert run.load_state(reader) == {"step": 102}
-        run.remove_states()
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-0000000100"]
+        run.save_checkpoint(StandIn("102,"), {"step": 102})  # over what the interrupted one left
+        assert run.load_checkpoint(reader) == {"step": 102}
+        run.delete_checkpoints()
         assert not list(tmp_path.iterdir())
 
     def test_real_state_of_accelerate(self, tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ class TestRunFolder:
             return accelerator, model, optimizer
 
         accelerator, model, optimizer = parts(1.0)
-        RunFolder(tmp_path).save_state(accelerator, {"step": 1})
+        RunFolder(tmp_path).save_checkpoint(accelerator, {"step": 1})
         other, again, its_optimizer = parts(5.0)
-        assert RunFolder(tmp_path).load_state(other) == {"step": 1}
+        assert RunFolder(tmp_path).load_checkpoint(other) == {"step": 1}
         assert torch.equal(again.weight, model.weight)
         momentum = [o.state_dict()["state"][0]["momentum_buffer"] for o in (optimizer, its_optimizer)]
         assert torch.equal(*momentum)
@@ -194,7 +194,7 @@ class TestRunFolder:
         with (tmp_path / "log.jsonl").open("a") as file:
             file.write('{"step": 6, "lo')
         assert [entry["step"] for entry in run.read_log()] == [1, 2, 3, 4, 5]
-        run.keep_log(lambda entry: entry["step"] <= 3)
+        run.truncate_log({}, 3)
         run.log({"step": 4, "again": True})
         assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][2:] == [
             {"step": 3},
@@ -202,10 +202,10 @@ class TestRunFolder:
         ]
 
     def test_a_run_belongs_to_its_settings(self, tmp_path: Path) -> None:
-        RunFolder(tmp_path).claim({"lr": 0.1, "layers": ("a", "b"), "file": Path("x")})
-        RunFolder(tmp_path).claim({"file": Path("x"), "layers": ["a", "b"], "lr": 0.1})
+        RunFolder(tmp_path).check_settings({"lr": 0.1, "layers": ("a", "b"), "file": Path("x")})
+        RunFolder(tmp_path).check_settings({"file": Path("x"), "layers": ["a", "b"], "lr": 0.1})
         with pytest.raises(OptionError, match=r"lr is 0.2, was 0.1; seed is 3, was None"):
-            RunFolder(tmp_path).claim({"lr": 0.2, "layers": ["a", "b"], "file": Path("x"), "seed": 3})
+            RunFolder(tmp_path).check_settings({"lr": 0.2, "layers": ["a", "b"], "file": Path("x"), "seed": 3})
 
     def test_weights_are_those_of_the_bare_network(self, tmp_path: Path) -> None:
         class Tied(nn.Module):
@@ -226,14 +226,14 @@ class TestRunFolder:
     def test_one_process_writes(self, tmp_path: Path) -> None:
         run = RunFolder(tmp_path, writes=False)
         run.log({"step": 1})
-        run.claim({"lr": 1})
+        run.check_settings({"lr": 1})
         run.write_network("last", nn.Linear(1, 1), {})
-        run.keep_log(lambda entry: True)
+        run.truncate_log({}, 0)
         assert not list(tmp_path.iterdir())
 
     def test_folders_and_files_that_cannot_be_used(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("{")
-        with pytest.raises(DataError, match="cannot be made"):
+        with pytest.raises(DataError, match="cannot be created"):
             RunFolder(tmp_path / "file")
         with pytest.raises(FormatError, match="is not JSON"):
             RunFolder(tmp_path).read_json("file")
@@ -348,9 +348,9 @@ class TestCards:
         )
 
 
-class TestOptions:
+class TestRecipeParser:
     def test_help_says_every_default(self) -> None:
-        options = Options("What it does.\n    As it stands.")
+        options = RecipeParser("What it does.\n    As it stands.")
         options.add("--epochs", 8, at_least(1), "passes")
         options.add("--arms", ["kd", "ours"], help="which", nargs="+")
         options.add("--file", None, Path, "weights")

@@ -61,10 +61,15 @@ def data(pictures: Path, output: Path) -> list[str]:
     return f"--output {output} --dataset {pictures} --image-size {SIDE} --batch-size {BATCH} --log-every 1".split()
 
 
-def losses(output: Path) -> list[float]:
-    return [
-        entry["loss"] for entry in map(json.loads, (output / "log.jsonl").read_text().splitlines()) if "loss" in entry
-    ]
+def assert_finite_losses(output: Path, terms: set[str]) -> None:
+    """Assert that the log has entries with these terms of the loss, and that all of them are finite."""
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "loss" in entry]
+    assert steps
+    assert terms <= {name for entry in steps for name in entry}
+    for entry in steps:
+        losses = [entry[name] for name in terms | {"loss"} if name in entry]
+        assert np.isfinite(losses).all(), entry
 
 
 def test_distill(elsewhere: str, pictures: Path, tmp_path: Path) -> None:
@@ -72,7 +77,7 @@ def test_distill(elsewhere: str, pictures: Path, tmp_path: Path) -> None:
         f"--teacher {WIDE} --teacher-epochs 1 --student {NARROW} --layers layer1 layer2=layer2 --epochs 2".split()
     )
     assert distill.main([*data(pictures, tmp_path), *networks]) == 0
-    assert np.isfinite(losses(tmp_path)).all()
+    assert_finite_losses(tmp_path, {"cross_entropy", "kd", "isomorphism"})
     assert json.loads((tmp_path / "summary.json").read_text())
 
 
@@ -81,7 +86,7 @@ def test_prune(elsewhere: str, pictures: Path, tmp_path: Path) -> None:
         f"--model {NARROW} --model-epochs 1 --images 64 --macs 0.6 --block-steps 2 --tune-steps 3 --epochs 1".split()
     )
     assert prune.main([*data(pictures, tmp_path), *steps]) == 0
-    assert np.isfinite(losses(tmp_path)).all()
+    assert_finite_losses(tmp_path, {"cross_entropy", "kd", "isomorphism"})
 
 
 def test_refine(elsewhere: str, pictures: Path, tmp_path: Path) -> None:
@@ -89,4 +94,4 @@ def test_refine(elsewhere: str, pictures: Path, tmp_path: Path) -> None:
     assert (
         refine.main([*data(pictures, tmp_path), *nets.split(), "--labels", "4", "--lr", "0.001", "--steps", "4"]) == 0
     )
-    assert np.isfinite(losses(tmp_path)).all()
+    assert_finite_losses(tmp_path, {"cross_entropy", "consensus", "ensemble"})

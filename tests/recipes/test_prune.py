@@ -128,7 +128,7 @@ def test_every_stage_is_smaller_and_in_the_table(whole: Path) -> None:
         parameter.numel() for parameter in ki.load_pruned(whole / "pruned").parameters()
     )
     assert json.loads((whole / "2-tuned" / "report.json").read_text())["layers"]
-    assert not list(whole.rglob("state-*"))
+    assert not list(whole.rglob("checkpoint-*"))
 
 
 def test_each_network_is_trained_against_the_original_with_a_loss_of_its_own(whole: Path) -> None:
@@ -183,7 +183,7 @@ def test_killed_it_goes_on_to_the_same_weights(
         [sys.executable, "-c", KILLED, *words(tmp_path, *GRADUAL)], env=environment, capture_output=True, text=True
     )
     assert ended.returncode == -9, ended.stderr
-    assert [path.name for path in (tmp_path / "2-trained").glob("state-*")] == ["state-0000000002"]
+    assert [path.name for path in (tmp_path / "2-trained").glob("checkpoint-*")] == ["checkpoint-0000000002"]
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors") if "2-trained" not in path.parts}
     taken_up: list[tuple[str, int]] = []
     write = RunFolder.log
@@ -239,7 +239,7 @@ def test_arguments_that_cannot_work(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--model-epochs 0", "has to know something"),
+        ("--model-epochs 0", "needs weights"),
         ("--steps 0", "at least 1"),
         ("--macs 0.5 --params 0.5", "one budget.*--macs 0.5, --params 0.5"),
         ("--macs 1.5", "between 0 and 1"),

@@ -80,7 +80,7 @@ def test_results(whole: Path) -> None:
         of_way = [entry for entry in entries if entry["towards"] == way]
         assert [entry["step"] for entry in of_way] == list(range(1, STEPS + 1))
         assert all(terms == {"cross_entropy", "consensus", "ensemble"} & set(entry) for entry in of_way)
-    assert not list(whole.rglob("state-*"))
+    assert not list(whole.rglob("checkpoint-*"))
 
 
 def test_what_is_saved_is_a_plain_timm_network(whole: Path) -> None:
@@ -100,7 +100,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     program = [sys.executable, "-c", KILLED.replace("WAY", way), *words(tmp_path)]
     killed = subprocess.run(program, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     assert killed.returncode == -9, killed.stderr
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("state-*")] == [f"{way}/state-0000000004"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("checkpoint-*")] == [
+        f"{way}/checkpoint-0000000004"
+    ]
     assert refine.main(words(tmp_path)) == 0
     for trained in ("consensus", "labels"):
         wanted, got = (load_file(folder / trained / "tuned.safetensors") for folder in (whole, tmp_path))
