@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ def compare_networks(
             {name: measure_latency(network, few) for name, network in networks.items()} for _ in range(LATENCY_ROUNDS)
         ]
         one = few.first(1)
-        macs = {name: count_macs(network, partial(run, network, one), 1) for name, network in networks.items()}
+        macs = {name: count_macs(network, one, run) for name, network in networks.items()}
     return [
         {
             "name": name,

@@ -6,9 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -19,102 +18,182 @@ from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.pruning.allocation import count_macs, count_positions, layer_costs
 from knowiso_train.pruning.blocks import finetunable_blocks
 from knowiso_train.pruning.builder import PrunedModelBuilder
-from knowiso_train.pruning.calibration import Calibration, Forward, check_counts
+from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_groups import channel_groups
 from knowiso_train.pruning.importance import rank_by_scores
 from knowiso_train.pruning.kept_indices import KeptIndices
 from knowiso_train.pruning.ranking import rank_by_isomorphism
-from knowiso_train.pruning.reconstruction import RECONSTRUCTION_RIDGES, REFIT_SAMPLES_PER_FEATURE, validate_ridges
+from knowiso_train.pruning.reconstruction import (
+    RECONSTRUCTION_RIDGES,
+    REFIT_SAMPLES_PER_FEATURE,
+    check_network,
+    validate_ridges,
+)
 from knowiso_train.pruning.report import BlockResult, GroupWidth, LayerFit, PruneReport
 from knowiso_train.pruning.serialization import save_pruned
-from knowiso_train.pruning.tracing import check_network, trace_model
-from knowiso_train.utils.batch import batch_size
+from knowiso_train.pruning.tracing import TRACE_IMAGES, Forward, trace_model
+from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, Range, Seed, validate_fields
 
 Built = TypeVar("Built", bound=tuple[Any, ...])
-TIMED_IMAGES = 32  # images
-TIMING_REPEATS = 7
-MAX_SECANT_STEPS = 6
-LATENCY_TOLERANCE = 0.9  # of the time that is allowed: what takes less has lost more than it had to
+BudgetKind = Literal["macs", "params", "latency"]
+# Pruned model, kept indices, results of the refit, widths
+BuildResult = tuple[nn.Module, dict[str, KeptIndices], list[LayerFit], dict[str, int]]
 
-PruneOutcome = tuple[nn.Module, dict[str, KeptIndices], list[LayerFit], dict[str, int]]
+TIMED_IMAGES = 32  # images
+TIMING_REPEATS, TIMING_WARMUPS = 7, 2  # passes
+MAX_SECANT_STEPS = 6
+LATENCY_TOLERANCE = 0.9  # fraction of the allowed time; a faster model is pruned more than necessary
 
 
 @torch.no_grad()
 def measure_latency(model: nn.Module, images: Calibration) -> float:
-    """Median seconds of a forward pass of up to 32 images, in the network's present mode, after two passes to warm up.
+    """Return the median seconds of a forward pass of up to 32 images, in the model's present mode, after two warm-ups.
 
     Example:
         >>> measure_latency(nn.Linear(2, 2), Calibration([torch.zeros(4, 2)])) > 0
         True
     """
-    batch, seconds, device = images.first(min(TIMED_IMAGES, images.count)), [], device_of(model)
-    for turn in range(TIMING_REPEATS + 2):
-        began = time.perf_counter()
+    batch, device = images.first(TIMED_IMAGES), device_of(model)
+    seconds = []
+    for _ in range(TIMING_WARMUPS + TIMING_REPEATS):
+        start = time.perf_counter()
         images.forward(model, batch)
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
-        if turn >= 2:
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[TIMING_WARMUPS:])
 
 
-def reach_latency(make: Callable[[float], Built], original: nn.Module, images: Calibration, share: float) -> Built:
-    """Prune to fewer and fewer multiply-adds until a batch takes at most this share of the original's time, and back where it takes far less.
+def reach_latency(build: Callable[[float], Built], original: nn.Module, images: Calibration, latency: float) -> Built:
+    """Search the fraction of multiply-adds at which a batch takes at most a fraction of the original's time.
+
+    Secant steps between the nearest slower and the nearest faster model.
 
     Args:
-        make: gives (network, …) for a share of the multiply-adds.
-        original: the network to compare with.
-        images: the first are timed.
-        share: of the original's time.
+        build: Function from a fraction of the multiply-adds to (model, …).
+        original: Original model.
+        images: Images, of which the first ones are timed.
+        latency: Fraction of the original's time.
 
     Returns:
-        The largest network that was fast enough, within six tries.
+        The largest model that was fast enough, within six steps.
 
     Raises:
-        OptionError: not reached.
+        OptionError: A latency that was not reached.
     """
-    target, whole = share, measure_latency(original, images)
-    slow, fast = (1.0, 1.0), (0.0, 0.0)  # (multiply-adds, time) of the nearest on either side
+    target, original_seconds = latency, measure_latency(original, images)
+    # (multiply-adds, time) of the nearest models on either side, as fractions
+    slow, fast = (1.0, 1.0), (0.0, 0.0)
     best: Built | None = None
     for _ in range(MAX_SECANT_STEPS):
         try:
-            made = make(target)
+            built = build(target)
         except OptionError as error:
             if best is not None:
                 return best
             raise OptionError(
-                f"a latency of {share} of the original's was not reached: {slow[1]:.2f} was, and at {target:.2f} of the multiply-adds no more can go "
-                f"({error})"
+                f"a latency of {latency} of the original's was not reached: {slow[1]:.2f} was, and {target:.2f} of the "
+                f"multiply-adds is out of reach ({error})"
             ) from error
-        taken = measure_latency(made[0], images) / whole
-        if taken > share:
-            slow = (target, taken)
+        measured = measure_latency(built[0], images) / original_seconds
+        if measured > latency:
+            slow = (target, measured)
         else:
-            best, fast = made, (target, taken)
+            best, fast = built, (target, measured)
         if best is None:
-            target *= 0.9 * share / taken
-        elif fast[1] >= LATENCY_TOLERANCE * share or slow[1] <= fast[1]:
+            # The time falls more slowly than the multiply-adds: aim 10 % lower
+            target *= 0.9 * latency / measured
+        elif fast[1] >= LATENCY_TOLERANCE * latency or slow[1] <= fast[1]:
             break
         else:
-            target = fast[0] + (slow[0] - fast[0]) * ((1 + LATENCY_TOLERANCE) / 2 * share - fast[1]) / (
-                slow[1] - fast[1]
-            )
+            # Linear interpolation at the middle of the tolerated times
+            time_target = (1 + LATENCY_TOLERANCE) / 2 * latency
+            target = fast[0] + (slow[0] - fast[0]) * (time_target - fast[1]) / (slow[1] - fast[1])
     if best is not None:
         return best
     raise OptionError(
-        f"a latency of {share} of the original's was not reached: {slow[1]:.2f} at {slow[0]:.2f} of the multiply-adds. "
-        "Widths that are multiples of 8 are faster on most machines: round_to=8"
+        f"a latency of {latency} of the original's was not reached: {slow[1]:.2f} at {slow[0]:.2f} of the "
+        "multiply-adds. Widths that are multiples of 8 are faster on most machines: round_to=8"
     )
 
 
 @dataclass(frozen=True)
-class PruneResult:
-    """What `ki.prune` returns.
+class PruneConfig:
+    """Options of `ki.prune`.
 
     Attributes:
-        model: the pruned network, a plain module that needs nothing of this library.
-        report: what was done, per layer and altogether; prints as a table.
-        kept: for each tensor that was cut, which of the original's entries stayed, see `pruning.recording`.
+        macs: Fraction of the original's multiply-adds to keep.
+        params: Fraction of the original's parameters to keep.
+        latency: Fraction of the original's time to keep.
+        importance: "isomorphism" or an importance of torch-pruning.
+        refit: Refit the weights.
+        ignored: Names or globs of layers and modules that keep their widths.
+        min_width: Minimum fraction of each width to keep.
+        round_to: Divisor of all new widths.
+        max_images: Maximum number of images.
+        rows: Samples per feature of a layer's refit.
+        ridge: Relative ridges of the refit.
+        block_steps: Updates of each block.
+        seed: Seed of the positions.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    importance: Any = "isomorphism"
+    refit: bool = True
+    ignored: str | Collection[str] = ()
+    min_width: Annotated[float, Range(0, 1, open_minimum=True)] = 0.125
+    round_to: PositiveInt = 1
+    max_images: PositiveInt = 1024
+    rows: PositiveInt = REFIT_SAMPLES_PER_FEATURE
+    ridge: float | Sequence[float] = RECONSTRUCTION_RIDGES
+    block_steps: NonNegativeInt = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ridge", validate_ridges(self.ridge))
+        validate_fields(self)
+        kind, fraction = self.budget
+        if not 0 < fraction < 1:
+            raise OptionError(f"{kind} is the fraction of the original to keep, between 0 and 1; got {fraction!r}")
+        if self.block_steps and not self.refit:
+            raise OptionError("block_steps needs the refit: pass refit=True, or block_steps=0")
+
+    @property
+    def budget(self) -> tuple[BudgetKind, float]:
+        """Kind of the budget, and the fraction of the original's to keep.
+
+        Raises:
+            OptionError: Several budgets.
+        """
+        kinds: tuple[BudgetKind, ...] = ("macs", "params", "latency")
+        budgets = [(kind, float(value)) for kind in kinds if (value := getattr(self, kind)) is not None]
+        if len(budgets) > 1:
+            raise OptionError(f"give one budget, macs=, params= or latency=; got {dict(budgets)}")
+        return budgets[0] if budgets else ("macs", 0.5)
+
+    @property
+    def ridges(self) -> tuple[float, ...]:
+        """Ridges to choose from."""
+        return validate_ridges(self.ridge)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings for the report."""
+        kind, fraction = self.budget
+        names = ("refit", "min_width", "round_to", "rows", "block_steps", "seed")
+        return {kind: fraction, "importance": str(self.importance), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """Result of `ki.prune`.
+
+    Attributes:
+        model: Pruned model, a plain module that does not need this library.
+        report: Widths, costs and results of the refit; prints as a table.
+        kept: Indices of the original's entries kept in each pruned tensor, see `pruning.track_kept_indices`.
+        original: Original model.
     """
 
     model: nn.Module
@@ -123,7 +202,7 @@ class PruneResult:
     original: nn.Module
 
     def save(self, folder: str | Path, **options: Any) -> None:
-        """Write safetensors and JSON that `ki.load_pruned` reads, and the report; options are those of `ki.save_pruned`."""
+        """Save the model for `ki.load_pruned`, and the report; options are those of `ki.save_pruned`."""
         save_pruned(folder, self.model, self.original, kept=self.kept, **options)
         self.report.to_json(Path(folder) / "report.json")
 
@@ -137,7 +216,7 @@ def prune(
     latency: float | None = None,
     importance: Any = "isomorphism",
     refit: bool = True,
-    ignored: Collection[str] = (),
+    ignored: str | Collection[str] = (),
     min_width: float = 0.125,
     round_to: int = 1,
     max_images: int = 1024,
@@ -148,169 +227,176 @@ def prune(
     seed: int = 0,
     progress: bool = True,
 ) -> PruneResult:
-    """A smaller copy of a trained network: no labels, no training, some hundred images (DESIGN §1.4).
+    """Return a smaller copy of a trained network, from some hundred images, without labels and without training.
 
-    1. Every group of channels that does not belong to a residual stream is eliminated backwards: each time the channel
-    goes that its readers miss
-       least once they are refitted. Attention loses whole heads.
-    2. How much the network's output minds is measured for each group, and widths are allocated for least harm at the
-    given cost; of two ways to
-       weigh that, the one whose quickly refitted network is nearest to the original on other images.
-    3. In forward order every layer is refitted in closed form to the original's outputs, on what the pruned network
-    gives it; where one layer alone
-       reads a group, the channels are chosen again by what it is given there.
+    1. In every channel group outside residual streams, channels are removed one by one: each time the one whose removal
+       costs its refitted consumers least. Attention loses whole heads.
+    2. The sensitivity of the network's output to each group is measured, and widths of least total removal cost are
+       allocated within the budget. Of two weightings, the one is taken whose quickly refitted network is nearer to the
+       original on other images.
+    3. In forward order, every layer is refitted in closed form to the original's outputs, on its inputs in the pruned
+       network. Where one layer alone consumes a group, its channels are ranked again on these inputs.
 
     Args:
-        model: the network; it is left as it is.
-        loader: batches of images, shuffled, as the first ones are taken; labels are never read.
-        macs: share of the multiply-adds of convolutions and linear layers that may stay; 0.5 where neither this nor
-            another budget is given.
-        params: the same of the parameters of these layers.
-        latency: the same of the time that a batch takes here; found by measuring, so it is only as exact as the clock.
-            Odd widths can be slower than
-            even ones, see `round_to`.
-        importance: "isomorphism", or an importance of torch-pruning, whose scores then choose the channels and cut the
-            same share of every group.
-        refit: False leaves the surviving weights as they are.
-        ignored: names or globs of layers, or of modules all of whose layers keep their width. Their weights are
-            refitted all the same.
-        min_width: least share of a group's width that stays.
-        round_to: widths are multiples of this, or whole; heads are not rounded.
-        max_images: to look at; they pass through the network at once in the refit.
-        rows: of each refit, per regressor.
-        ridge: relative ρ ≥ 0 of the refit, one or several to choose from.
-        block_steps: where more than 0, a fourth step: in forward order the layers are solved once more, and every block
-            is tuned as a whole, by so
-            many updates towards what the original's block gives, see `refit`. Gradients within one block at a time,
-            still no labels.
+        model: Trained network, which is not modified.
+        loader: Shuffled batches of images, of which the first ones are taken; labels are never read.
+        macs: Fraction of the original's multiply-adds of convolutions and linear layers to keep. Default: 0.5, without
+            another budget.
+        params: Fraction of the original's parameters of these layers to keep.
+        latency: Fraction of the original's time for a batch to keep, by measurement on this machine. Odd widths can be
+            slower than even ones, see `round_to`.
+        importance: "isomorphism", or an importance of torch-pruning, whose scores then rank the channels. The same
+            fraction of every group is removed in that case.
+        refit: False keeps the surviving weights.
+        ignored: Names or globs of layers, or of modules whose layers all keep their width. They are still refitted.
+        min_width: Minimum fraction of each group's width to keep.
+        round_to: New widths are multiples of it, except heads.
+        max_images: Maximum number of images; they pass through the network at once in the refit.
+        rows: Samples per input feature of each layer's refit.
+        ridge: Relative ρ ≥ 0 of the refit, one or several to choose from.
+        block_steps: Updates of each block, after its layers are solved once more in forward order, towards the output
+            of the original's block, see `refit`. Gradients stay within one block; no labels. Default: none.
         forward: `forward(model, batch)` for networks that need more than images.
-        seed: of the positions.
-        progress: whether to show bars.
+        seed: Seed of the positions.
+        progress: Show progress bars.
 
     Raises:
-        OptionError: a network that torch-pruning cannot trace, nothing to prune, a budget out of reach, options without
-            meaning.
-        InputTypeError: no network, or no loader.
-        DataError: no images.
+        OptionError: A network that torch-pruning cannot trace, nothing to prune, a budget out of reach, or an option
+            out of range.
+        InputTypeError: An object that is no network, or no loader.
+        DataError: No images.
         NonFiniteError: NaN or Inf, with the layer's name.
 
     Example:
-        >>> widen = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
-        >>> model = nn.Sequential(*widen, nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> first = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+        >>> model = nn.Sequential(*first, nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
         >>> pruned = prune(model, [torch.randn(64, 3, 12, 12)], macs=0.5, progress=False)
         >>> pruned.model[0].out_channels < 16, model[0].out_channels
         (True, 16)
         >>> pruned.report.macs[1] <= 0.5 * pruned.report.macs[0]
         True
     """
-    began = time.monotonic()
-    kind, share = _budget(macs, params, latency)
-    _check(model, min_width, round_to=round_to, rows=rows)
-    check_counts(0, block_steps=block_steps, seed=seed)
-    if block_steps and not refit:
-        raise OptionError("block_steps needs the refit: pass refit=True, or block_steps=0")
-    ridges, original = validate_ridges(ridge), unwrap_model(model)
-    images = Calibration(loader, max_images, device_of(original), forward)
-    few = images.first(min(2, images.count))
-    with preserve_state(original), torch.no_grad():
-        tails = trace_model(original, images)
-        if block_steps:
-            # Refused before the long part
-            finetunable_blocks(original, original, list(tails), images, block_steps)
-        groups = channel_groups(original, few, tails, ignored, forward)
-        if not groups:
-            raise OptionError(
-                f"nothing to prune in {type(original).__name__}: every width is ignored, or belongs to a residual stream, to an output, or to what a "
-                "layer norm runs over. The network is as it was"
-            )
-        if importance == "isomorphism":
-            choice, target = rank_by_isomorphism(
-                original, groups, tails, images, seed, progress, rows if refit else None
-            )
-        else:
-            target = None
-            choice = rank_by_scores(original, few, groups, importance, forward)
-
-        carving = PrunedModelBuilder(
-            original, groups, tails, images, few, choice, refit, rows, ridges, seed, progress, target
-        )
-        places = count_positions(original, lambda: images.forward(original, few), batch_size(few))
-
-        def pruned_to(target: float, of: str) -> PruneOutcome:
-            candidates = choice.candidates(layer_costs(original, groups, places, of), target, min_width, round_to)
-            widths = dict(carving.best(candidates))
-            if all(widths[group.name] == group.size for group in groups):
-                raise OptionError(
-                    f"a share of {target} leaves every width as it is (min_width={min_width}, round_to={round_to}); nothing was pruned. Ask for a smaller one"
-                )
-            return (*carving.make(widths), widths)
-
-        if kind == "latency":
-            small, kept, fits, widths = reach_latency(lambda target: pruned_to(target, "macs"), original, images, share)
-        else:
-            small, kept, fits, widths = pruned_to(share, kind)
-        blocks: list[BlockResult] = []
-        if block_steps:
-            fits, blocks = carving.rebuilt(small, kept, fits, block_steps)
-        times = (measure_latency(original, images), measure_latency(small, images)) if kind == "latency" else None
-        count = [
-            count_macs(network, partial(images.forward, network, few), batch_size(few)) for network in (original, small)
-        ]
-    if not (count[1] < count[0] or _parameters(small) < _parameters(original)):
-        raise OptionError(
-            f"nothing was taken out of {type(original).__name__}, though {share} was asked for; this network cannot be pruned so"
-        )
-    for name, module in small.named_modules():
-        module.training = original.get_submodule(name).training
-    trains = {name: parameter.requires_grad for name, parameter in original.named_parameters()}
-    for name, parameter in small.named_parameters():  # an added bias trains if its weight does
-        parameter.requires_grad_(trains[name if name in trains else name.removesuffix("bias") + "weight"])
-    settings = {
-        kind: share,
-        "importance": str(importance),
-        "refit": refit,
-        "min_width": min_width,
-        "round_to": round_to,
-        "rows": rows,
-        "block_steps": block_steps,
-        "seed": seed,
-    }
-    report = PruneReport(
-        tuple(GroupWidth(group.name, group.kind, group.size, widths[group.name]) for group in groups),
-        tuple(fits),
-        tuple(blocks),
-        (count[0], count[1]),
-        (_parameters(original), _parameters(small)),
-        times,
-        time.monotonic() - began,
-        images.count,
-        settings,
+    config = PruneConfig(
+        macs=macs,
+        params=params,
+        latency=latency,
+        importance=importance,
+        refit=refit,
+        ignored=ignored,
+        min_width=min_width,
+        round_to=round_to,
+        max_images=max_images,
+        rows=rows,
+        ridge=ridge,
+        block_steps=block_steps,
+        seed=seed,
     )
-    return PruneResult(small, report, kept, original)
-
-
-def _budget(macs: float | None, params: float | None, latency: float | None) -> tuple[str, float]:
-    given = {
-        name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None
-    } or {"macs": 0.5}
-    if len(given) > 1:
-        raise OptionError(f"give one budget, macs=, params= or latency=; got {given}")
-    [(name, share)] = given.items()
-    if not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise OptionError(f"{name} is the share that may stay, between 0 and 1; got {share!r}")
-    return name, float(share)
-
-
-def _check(model: Any, min_width: float, **counts: int) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(min_width, (int, float)) or not 0 < min_width <= 1:
+    original = unwrap_model(model)
+    check_network(original)
+    start = time.monotonic()
+    images = Calibration(loader, config.max_images, device_of(original), forward)
+    with preserve_state(original), torch.no_grad():
+        builder = _prepare_builder(original, images, config, forward, progress)
+        pruned, kept, fits, widths = _prune_to_budget(builder, config)
+        blocks: list[BlockResult] = []
+        if config.block_steps:
+            fits, blocks = builder.finetune_blocks(pruned, kept, fits, config.block_steps)
+        timed = config.budget[0] == "latency"
+        times = (measure_latency(original, images), measure_latency(pruned, images)) if timed else None
+        costs = tuple(count_macs(network, builder.batch, images.forward) for network in (original, pruned))
+    report = PruneReport(
+        widths=tuple(
+            GroupWidth(group.name, group.kind, before=group.size, after=widths[group.name]) for group in builder.groups
+        ),
+        layers=tuple(fits),
+        blocks=tuple(blocks),
+        macs=(costs[0], costs[1]),
+        parameters=(_num_parameters(original), _num_parameters(pruned)),
+        latency=times,
+        seconds=time.monotonic() - start,
+        images=images.count,
+        settings=config.settings(),
+    )
+    _check_smaller(report, type(original).__name__)
+    _restore_training_state(pruned, original)
+    return PruneResult(pruned, report, kept, original)
+
+
+def _prepare_builder(
+    original: nn.Module, images: Calibration, config: PruneConfig, forward: Forward | None, progress: bool
+) -> PrunedModelBuilder:
+    """Trace the network, find its channel groups and rank their channels."""
+    batch = images.first(TRACE_IMAGES)
+    epilogues = trace_model(original, batch, images.forward)
+    if config.block_steps:
+        finetunable_blocks(original, original, list(epilogues), images, config.block_steps)  # an error before long work
+    groups = channel_groups(original, batch, epilogues, config.ignored, forward)
+    if not groups:
         raise OptionError(
-            f"min_width is the least share of a width that stays: expected 0 < min_width <= 1, got {min_width!r}"
+            f"nothing to prune in {type(original).__name__}: every width is ignored, or belongs to a residual stream, "
+            "an output or the input of a layer norm. The model was not modified."
         )
-    check_counts(**counts)
-    check_network(unwrap_model(model))
+    reference = None
+    if config.importance == "isomorphism":
+        ranking, reference = rank_by_isomorphism(
+            original, groups, epilogues, images, config.seed, progress, config.rows if config.refit else None
+        )
+    else:
+        ranking = rank_by_scores(original, batch, groups, config.importance, forward)
+    return PrunedModelBuilder(
+        original=original,
+        groups=groups,
+        epilogues=epilogues,
+        images=images,
+        batch=batch,
+        ranking=ranking,
+        refit=config.refit,
+        rows=config.rows,
+        ridges=config.ridges,
+        seed=config.seed,
+        progress=progress,
+        reference=reference,
+    )
 
 
-def _parameters(model: nn.Module) -> int:
+def _prune_to_budget(builder: PrunedModelBuilder, config: PruneConfig) -> BuildResult:
+    """Build the pruned model within the budget."""
+    kind, fraction = config.budget
+    positions = count_positions(builder.original, builder.batch, builder.images.forward)
+    costs = layer_costs(builder.original, builder.groups, positions, "params" if kind == "params" else "macs")
+
+    def build(target: float) -> BuildResult:
+        candidates = builder.ranking.candidates(costs, target, config.min_width, config.round_to)
+        widths = dict(builder.select_widths(candidates))
+        if all(widths[group.name] == group.size for group in builder.groups):
+            raise OptionError(
+                f"a fraction of {target} leaves every width as it is (min_width={config.min_width}, "
+                f"round_to={config.round_to}); nothing was pruned. Pass a smaller fraction"
+            )
+        return (*builder.build(widths), widths)
+
+    if kind == "latency":
+        return reach_latency(build, builder.original, builder.images, fraction)
+    return build(fraction)
+
+
+def _check_smaller(report: PruneReport, name: str) -> None:
+    if report.macs[1] >= report.macs[0] and report.parameters[1] >= report.parameters[0]:
+        raise OptionError(f"no channel was removed from {name}, whatever the budget; this network cannot be pruned")
+
+
+def _restore_training_state(pruned: nn.Module, original: nn.Module) -> None:
+    """Give the pruned model the modes of the original's modules and the gradient flags of its parameters."""
+    for name, module in pruned.named_modules():
+        module.training = original.get_submodule(name).training
+    trainable = {name: parameter.requires_grad for name, parameter in original.named_parameters()}
+    for name, parameter in pruned.named_parameters():
+        # An added bias is trained if its weight is
+        source = name if name in trainable else name.removesuffix("bias") + "weight"
+        parameter.requires_grad_(trainable[source])
+
+
+def _num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())

@@ -192,7 +192,7 @@ def finetunable_blocks(
     batch = images.first(2)
     names = [
         name
-        for name in comparable_blocks(pruned, original, lambda model: images.forward(model, batch))
+        for name in comparable_blocks(pruned, original, batch, images.forward)
         if sum(layer.startswith(f"{name}.") for layer in layers) > 1
     ]
     if not names:

@@ -1,4 +1,4 @@
-"""Calibration images, and second moments of the inputs of layers."""
+"""Calibration images, and what layers take in and the original network returns on them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ from tqdm import tqdm
 from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.ops.im2col import input_rows, num_input_features
+from knowiso_train.ops.im2col import SampledPositions, grouped_weight, input_rows, num_input_features
+from knowiso_train.pruning.tracing import Epilogue, Forward, OpRecorder
 from knowiso_train.regression.moments import Moments, RowSums
 from knowiso_train.utils.batch import batch_size, check_loader, get_inputs, index_batch, to_device
 
-Forward = Callable[[nn.Module, Any], Any]
+SAMPLES_PER_FEATURE = 20  # samples of a ranking; more samples of the same images change no ranking
 
-SAMPLES_PER_FEATURE = 20  # per regressor; more rows of the same images move nothing
+MIN_LAYER_SAMPLES, MAX_LAYER_SAMPLES = 1024, 32_768  # samples of a layer's reconstruction
+REFERENCE_SAMPLES_PER_FEATURE = 20  # samples, also where that exceeds MAX_LAYER_SAMPLES
+# Layers of more features get this number of samples, and are solved in the kernel form
+WIDE_LAYER_FEATURES, WIDE_LAYER_SAMPLES = 6000, 4096
 
 
 def check_counts(least: int = 1, **counts: Any) -> None:
-    """Raises:
-    OptionError: something that is no integer of at least that much.
+    """Check that options are integers of at least `least`.
+
+    Raises:
+        OptionError: Another value.
 
     Example:
         >>> check_counts(rows=20, max_images=64)
@@ -40,18 +46,22 @@ def check_counts(least: int = 1, **counts: Any) -> None:
 
 
 class Calibration:
-    """The first images of a loader, and how a network is called on them. Labels may be there; they are never read.
+    """First images of a loader, held in memory, and the function that runs a model on them. Labels are never read.
 
     Args:
-        loader: batches of images, see `knowiso_train.features.inputs_of`.
-        max_images: to take.
-        device: for the images; None leaves them.
-        forward: `forward(model, batch)` for networks that need more than images.
+        loader: Batches of images, see `knowiso_train.features.inputs_of`.
+        max_images: Maximum number of images.
+        device: Device to move the images to. Default: no move.
+        forward: `forward(model, batch)` for models that need more than images.
+
+    Attributes:
+        count: Number of images.
+        forward: Function that runs a model on a batch.
 
     Raises:
-        DataError: a loader without images.
-        InputTypeError: no loader.
-        OptionError: fewer than one image.
+        DataError: A loader without images.
+        InputTypeError: An object that is no loader.
+        OptionError: A `max_images` below 1, or a call in inference mode.
 
     Example:
         >>> images = Calibration([torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)], max_images=5)
@@ -65,10 +75,10 @@ class Calibration:
         check_counts(max_images=max_images)
         if torch.is_inference_mode_enabled():
             raise OptionError(
-                "torch.inference_mode() is on, and what is made in it can be neither traced nor trained; call this outside of it"
+                "torch.inference_mode() is on, and tensors made in it can be neither traced nor trained; "
+                "call this outside of it"
             )
         check_loader(loader, again=False)
-        # A C function, so that no frame of this module lies between the caller and the layers' hooks
         self.forward: Forward = operator.call if forward is None else forward
         self._batches: list[Any] = []
         self.count = 0
@@ -81,55 +91,56 @@ class Calibration:
             if self.count >= max_images:
                 break
         if not self.count:
-            raise DataError("the loader gave no images; some hundred are needed, labels are not")
+            raise DataError("the loader returned no images; give some hundred images, labels are not needed")
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
 
-    def first(self, images: int) -> Any:
-        """The first images, as one batch."""
-        return _joined(self.slice(0, images)._batches)
+    def first(self, count: int) -> Any:
+        """Return the first images, at most `count`, as one batch."""
+        return self.slice(0, count).concatenate()
 
-    def split(self, share: float, most: int) -> tuple[Calibration, Calibration]:
-        """The first images, and the last ones: at most this share of them and so many; all of them twice where they are too few to be parted.
+    def split(self, fraction: float, maximum: int) -> tuple[Calibration, Calibration]:
+        """Split off the last images: a fraction of all, at most `maximum`. Without enough images return all twice.
 
         Example:
             >>> images = Calibration([torch.zeros(6, 1), torch.zeros(4, 1)])
-            >>> [[part.count for part in images.split(share, 3)] for share in (0.25, 0.5, 0.05)]
+            >>> [[part.count for part in images.split(fraction, 3)] for fraction in (0.25, 0.5, 0.05)]
             [[8, 2], [7, 3], [10, 10]]
         """
-        last = min(most, int(share * self.count))
+        last = min(maximum, int(fraction * self.count))
         if not last:
             return self, self
         return self.slice(0, self.count - last), self.slice(self.count - last, self.count)
 
     def slice(self, start: int, stop: int) -> Calibration:
+        """Return the images from number `start` up to number `stop`."""
         batches: list[Any] = []
-        seen = 0
+        offset = 0
         for batch in self._batches:
             size = batch_size(batch)
-            first, last = max(0, start - seen), min(size, stop - seen)
+            first, last = max(0, start - offset), min(size, stop - offset)
             if first < last:
                 batches.append(batch if last - first == size else index_batch(batch, torch.arange(first, last)))
-            seen += size
+            offset += size
         return Calibration(batches, stop - start, None, self.forward)
 
     def batches(self, size: int) -> Iterator[Any]:
-        """Every image, in batches of at most this size.
+        """Yield all images in batches of at most `size`.
 
         Example:
             >>> [len(batch) for batch in Calibration([torch.zeros(3, 1), torch.zeros(4, 1)]).batches(5)]
             [5, 2]
         """
         for start in range(0, self.count, size):
-            yield _joined(self.slice(start, min(start + size, self.count))._batches)
+            yield self.slice(start, min(start + size, self.count)).concatenate()
 
     def concatenate(self) -> Any:
-        """Every image, as one batch."""
-        return _joined(self._batches)
+        """Return all images as one batch."""
+        return _concatenate(self._batches)
 
 
-def _joined(batches: list[Any]) -> Any:
+def _concatenate(batches: list[Any]) -> Any:
     first = batches[0]
     if len(batches) == 1:
         return first
@@ -143,19 +154,20 @@ def _joined(batches: list[Any]) -> Any:
             )
         return torch.cat(batches)
     if isinstance(first, Mapping):
-        return {key: _joined([batch[key] for batch in batches]) for key in first}
+        return {key: _concatenate([batch[key] for batch in batches]) for key in first}
     if isinstance(first, (tuple, list)):
-        return [_joined(list(items)) for items in zip(*batches, strict=True)]
+        return [_concatenate(list(items)) for items in zip(*batches, strict=True)]
     return first
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What one layer reads.
+    """Statistics of the input of one layer.
 
     Attributes:
-        moments: of its input rows as the source.
-        positions: at which it works for one image: H' · W' of a convolution, tokens of a linear layer.
+        moments: Moments of its input samples, as the source. The matrix `xx / count` is the Hessian H of
+            SparseGPT and GPTQ.
+        positions: Output positions for one image: H' · W' of a convolution, tokens of a linear layer.
     """
 
     moments: Moments
@@ -169,75 +181,77 @@ def input_moments(
     *,
     max_images: int = 512,
     rows: int = SAMPLES_PER_FEATURE,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
     merged: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, LayerInput]:
-    """Moments of the input rows of linear layers and convolutions, with positions drawn at random; labels are never read.
+    """Compute moments of the inputs of linear layers and convolutions at random positions. Labels are never read.
 
     Args:
-        model: the network; its mode and random state are as before afterwards, also after an error.
-        loader: batches of images, see `knowiso_train.features.inputs_of`.
-        layers: by name; linear layers and convolutions of one group.
-        max_images: to look at.
-        rows: to draw per regressor of a layer, over all images.
-        forward: `forward(model, batch)` for networks that need more than images.
-        merged: for layers with too many regressors, (J, m) regressors of each of J units: moments are then those of J
-            regressors, over m times as
-            many rows.
-        seed: of the positions.
-        progress: whether to show a bar.
+        model: Network; its mode and random state are restored, also after an error.
+        loader: Batches of images, see `knowiso_train.features.inputs_of`.
+        layers: Linear layers and ungrouped convolutions by name.
+        max_images: Maximum number of images.
+        rows: Samples per input feature of a layer, over all images.
+        forward: `forward(model, batch)` for models that need more than images.
+        merged: For layers of too many features, (J, m) features of each of J units. The moments are then those of J
+            features, over m times as many samples.
+        seed: Seed of the positions.
+        progress: Show a progress bar.
 
     Raises:
-        DataError: no images, or a layer that never ran.
-        NonFiniteError: NaN or Inf in what a layer reads.
+        DataError: No images, or a layer that never ran.
+        NonFiniteError: NaN or Inf in the input of a layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
-        >>> found = input_moments(model, [torch.randn(8, 3, 6, 6)], {"2": model[2]}, progress=False)
-        >>> found["2"].moments.xx.shape
+        >>> inputs = input_moments(model, [torch.randn(8, 3, 6, 6)], {"2": model[2]}, progress=False)
+        >>> inputs["2"].moments.xx.shape
         torch.Size([4, 4])
-        >>> found["2"].positions
+        >>> inputs["2"].positions
         16.0
     """
-    device = device_of(model)
-    found = InputMoments(layers, max_images, rows, merged, seed)
+    device, call = device_of(model), operator.call if forward is None else forward
+    inputs = InputMoments(layers, max_images, rows, merged, seed)
     with (
-        found,
+        inputs,
         preserve_state(model),
         torch.no_grad(),
         tqdm(total=max_images, desc="moments", unit="image", disable=not progress) as bar,
     ):
         for batch in loader:
             images = get_inputs(batch)
-            size = min(len(images), max_images - found.seen)
+            size = min(len(images), max_images - inputs.count)
             batch = to_device(
                 batch if size == len(images) else index_batch(batch, torch.arange(size)), device or images.device
             )
-            with found.batch(size):
-                forward(model, batch) if forward is not None else model(get_inputs(batch))
+            with inputs.batch(size):
+                call(model, batch if forward is not None else get_inputs(batch))
             bar.update(size)
-            if found.seen >= max_images:
+            if inputs.count >= max_images:
                 break
-    return found.moments()
+    return inputs.moments()
 
 
 class InputMoments:
-    """What `input_moments` gathers in a pass, for any pass: hooks while it is entered, and each batch within `batch`.
+    """Hooks that accumulate `input_moments` during any pass: enter the object, and `batch` for each batch.
 
     Args:
-        layers: by name.
-        images: of these, the first ones of the pass, rows are taken.
-        rows: to draw per regressor.
-        merged: as for `input_moments`.
-        seed: of the positions.
+        layers: Layers by name.
+        images: Number of images, the first ones of the pass, to take samples from.
+        rows: Samples per input feature.
+        merged: Features of each unit, as for `input_moments`.
+        seed: Seed of the positions.
+
+    Attributes:
+        count: Number of images so far.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
-        >>> with InputMoments({"2": model[2]}, images=6, rows=100) as found, found.batch(8):
+        >>> with InputMoments({"2": model[2]}, images=6, rows=100) as inputs, inputs.batch(8):
         ...     _ = model(torch.randn(8, 3, 6, 6))
-        >>> int(found.moments()["2"].moments.count)  # 16 positions of six images
+        >>> int(inputs.moments()["2"].moments.count)  # 16 positions of six images
         96
     """
 
@@ -250,8 +264,8 @@ class InputMoments:
         seed: int = 0,
     ) -> None:
         self.layers, self.images, self.rows, self.merged = layers, images, rows, merged or {}
-        self.seen = 0
-        self._wanted = {
+        self.count = 0
+        self._num_features = {
             name: len(self.merged[name]) if name in self.merged else num_input_features(layer)
             for name, layer in layers.items()
         }
@@ -260,11 +274,11 @@ class InputMoments:
         self._generator = torch.Generator().manual_seed(seed)
         self._handles: list[Any] = []
         self._size = 0
-        self._quietly: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._pause: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __enter__(self) -> InputMoments:
         self._handles = [
-            layer.register_forward_hook(partial(self._reading, name), with_kwargs=True)
+            layer.register_forward_hook(partial(self._hook, name), with_kwargs=True)
             for name, layer in self.layers.items()
         ]
         return self
@@ -274,41 +288,189 @@ class InputMoments:
             handle.remove()
 
     @contextmanager
-    def batch(self, size: int, quietly: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
-        """While a batch of so many images passes; `quietly` is entered while something is gathered."""
-        self._size, self._quietly = size, quietly
+    def batch(self, size: int, pause: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """Accumulate the pass of a batch of `size` images within, and enter `pause()` around each computation."""
+        self._size, self._pause = size, pause
         yield
-        self.seen += size
+        self.count += size
 
     def moments(self) -> dict[str, LayerInput]:
-        """Of every layer.
+        """Return the moments of every layer.
 
         Raises:
-            DataError: no images, or a layer that never ran.
+            DataError: No images, or a layer that never ran.
         """
         missing = [name for name in self.layers if name not in self._sums]
-        if not self.seen or missing:
+        if not self.count or missing:
             raise DataError(
-                f"{self.seen} images were seen, and these layers never ran: {missing}. Give a loader with images, and layers that they reach."
+                f"{self.count} images passed, and these layers never ran: {missing}. Give a loader with images, and "
+                "layers that they reach."
             )
-        return {name: LayerInput(found.moments(), self._positions[name]) for name, found in self._sums.items()}
+        return {name: LayerInput(sums.moments(), self._positions[name]) for name, sums in self._sums.items()}
 
-    def _reading(
-        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        left = min(self._size, self.images - self.seen)
-        if left > 0:
-            with self._quietly():
+    def _hook(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        images = min(self._size, self.images - self.count)
+        if images > 0:
+            with self._pause():
                 self._positions[name] = output.numel() / (self._size * len(layer.weight))  # type: ignore[arg-type]
                 x = call_input(args, kwargs).detach()
-                self._gather(name, layer, x[: len(x) * left // self._size], left)
+                self._add(name, layer, x[: len(x) * images // self._size], images)
 
-    def _gather(self, name: str, layer: nn.Module, x: Tensor, left: int) -> None:
-        found = input_rows(layer, x, math.ceil(self.rows * self._wanted[name] * left / self.images), self._generator)
+    def _add(self, name: str, layer: nn.Module, x: Tensor, images: int) -> None:
+        rows = math.ceil(self.rows * self._num_features[name] * images / self.images)
+        samples = input_rows(layer, x, rows, self._generator)
         if name in self.merged:
-            found = found[:, self.merged[name].to(found.device)].transpose(1, 2).flatten(0, 1)
+            # (R, J, m) -> (R · m, J): the m features of a unit count as m samples
+            samples = samples[:, self.merged[name].to(samples.device)].transpose(1, 2).flatten(0, 1)
         try:
-            # Which has no float64
-            self._sums.setdefault(name, RowSums()).add(found.cpu() if found.device.type == "mps" else found)
+            # MPS has no float64
+            self._sums.setdefault(name, RowSums()).add(samples.cpu() if samples.device.type == "mps" else samples)
         except NonFiniteError as error:
-            raise NonFiniteError(f"layer {name!r} reads NaN or Inf after {self.seen} images") from error
+            raise NonFiniteError(f"layer {name!r}: NaN or Inf in its input after {self.count} images") from error
+
+
+@dataclass
+class ReferenceOutputs:
+    """Outputs of the original network's layers at sampled positions: the targets of the reconstruction.
+
+    Attributes:
+        sampled_positions: Positions of every image, by layer.
+        outputs: Output (R, C) of each layer, or the residual sum where `Epilogue.targets_residual_sum`.
+        num_positions: Output positions of each layer for one image.
+    """
+
+    sampled_positions: dict[str, SampledPositions]
+    outputs: dict[str, Tensor]
+    num_positions: dict[str, int]
+
+
+def num_samples(num_features: int, rows: int) -> int:
+    """Return the number of samples of one layer's regression, for `rows` samples per feature within the limits.
+
+    Example:
+        >>> num_samples(9, 20), num_samples(576, 20), num_samples(25088, 20)
+        (1024, 11520, 4096)
+    """
+    if num_features > WIDE_LAYER_FEATURES:
+        return WIDE_LAYER_SAMPLES
+    maximum = max(MAX_LAYER_SAMPLES, REFERENCE_SAMPLES_PER_FEATURE * num_features)
+    return max(MIN_LAYER_SAMPLES, min(rows * num_features, maximum))
+
+
+def record_reference_outputs(
+    model: nn.Module,
+    epilogues: Mapping[str, Epilogue],
+    images: Calibration,
+    rows: int,
+    seed: int,
+    progress: bool,
+    inputs: InputMoments | None = None,
+) -> ReferenceOutputs:
+    """Record the outputs of the original network's layers in one pass over all images.
+
+    Args:
+        model: Original network, in eval mode.
+        epilogues: Epilogues of the layers to record, in forward order.
+        images: Calibration images.
+        rows: Samples per input feature of a layer.
+        seed: Seed of the positions.
+        progress: Show a progress bar.
+        inputs: Accumulator of input moments, for the same pass.
+
+    Raises:
+        NonFiniteError: NaN or Inf in the output of a layer.
+        OptionError: A network that runs other operations in another pass.
+
+    Example:
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), Calibration([torch.randn(2, 3, 8, 8)])
+        >>> reference = record_reference_outputs(model, {"0": Epilogue()}, images, rows=2, seed=0, progress=False)
+        >>> reference.outputs["0"].shape, reference.num_positions["0"]
+        (torch.Size([128, 4]), 64)
+    """
+    sampler = _OutputSampler(model, epilogues, images.count, rows, seed)
+    with sampler:
+        for batch in tqdm(images, desc="original", unit="batch", disable=not progress):
+            size = batch_size(batch)
+            with nullcontext() if inputs is None else inputs.batch(size, sampler.recorder.paused), sampler.batch(size):
+                images.forward(model, batch)
+    return sampler.reference()
+
+
+class _OutputSampler:
+    """Hooks that sample the outputs of layers, and the residual sums that they are added to."""
+
+    def __init__(self, model: nn.Module, epilogues: Mapping[str, Epilogue], images: int, rows: int, seed: int) -> None:
+        self.model, self.epilogues, self.images, self.rows = model, epilogues, images, rows
+        self.recorder = OpRecorder()
+        self._sums = {item.residual_add: name for name, item in epilogues.items() if item.targets_residual_sum}
+        self._positions: dict[str, SampledPositions] = {}
+        self._num_positions: dict[str, int] = {}
+        self._outputs: dict[str, list[Tensor]] = {name: [] for name in epilogues}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._handles: list[Any] = []
+        self._start, self._size, self._num_batches = 0, 0, 0
+
+    def __enter__(self) -> _OutputSampler:
+        self._handles = [
+            self.model.get_submodule(name).register_forward_hook(partial(self._hook, name)) for name in self.epilogues
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def batch(self, size: int) -> Iterator[None]:
+        """Sample the pass of a batch of `size` images within."""
+        self._size, self.recorder.count = size, 0
+        self.recorder.samplers.clear()
+        with self.recorder:
+            yield
+        self._add_sums()
+        self._start += size
+        self._num_batches += 1
+
+    def _hook(self, name: str, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        with self.recorder.paused():
+            self._add_sums()
+            if name not in self._positions:
+                groups, d, width = grouped_weight(layer).shape
+                self._num_positions[name] = output.numel() // (self._size * groups * width)
+                self._positions[name] = SampledPositions.draw(
+                    self.images, self._num_positions[name], num_samples(d, self.rows), self._generator
+                )
+            positions = self._positions[name].part(self._start, self._start + self._size)
+            sample = partial(positions.outputs, conv=isinstance(layer, nn.Conv2d))
+            if self.epilogues[name].targets_residual_sum:
+                # The sum is computed later in this pass, and possibly overwritten by the activation after it
+                self.recorder.samplers[self.epilogues[name].residual_add] = sample  # type: ignore[index]
+            else:
+                self._add(name, sample(output))
+
+    def _add_sums(self) -> None:
+        for number in list(self.recorder.results):
+            self._add(self._sums[number], self.recorder.results.pop(number))
+
+    def _add(self, name: str, samples: Tensor) -> None:
+        if not bool(samples.isfinite().all()):
+            raise NonFiniteError(
+                f"layer {name!r} of the original network returns NaN or Inf within the first "
+                f"{self._start + self._size} images"
+            )
+        self._outputs[name].append(samples.float())
+
+    def reference(self) -> ReferenceOutputs:
+        """Return the outputs of all batches.
+
+        Raises:
+            OptionError: Residual sums that a later pass did not compute at the same place.
+        """
+        missing = [name for name, samples in self._outputs.items() if len(samples) != self._num_batches]
+        if missing:
+            raise OptionError(
+                f"{type(self.model).__name__} cannot be pruned or refitted: its operations differ between passes, so "
+                f"that the residual sums of layers {missing} are missing. Turn off caches of its results in eval mode"
+            )
+        outputs = {name: torch.cat(samples) for name, samples in self._outputs.items()}
+        return ReferenceOutputs(self._positions, outputs, self._num_positions)

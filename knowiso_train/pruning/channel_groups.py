@@ -1,11 +1,11 @@
-"""Groups of channels that must be removed together, found by torch-pruning."""
+"""Groups of channels that must be removed together, from the dependency graph of torch-pruning."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
@@ -14,56 +14,56 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
 from knowiso_train.features.modules import resolve_layers
 from knowiso_train.ops.im2col import is_plain_linear_op
-from knowiso_train.pruning.tracing import Epilogue
+from knowiso_train.pruning.tracing import Epilogue, Forward
 
+# Functions of torch-pruning that remove input and output channels
 CONSUMER_PRUNERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 PRODUCER_PRUNERS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels, tp.prune_depthwise_conv_out_channels)
-CROSS_CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)  # what is left of them changes when a channel goes
-Call = Callable[[nn.Module], Any]
+CROSS_CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)  # removing a channel changes the other channels of their output
 
-# Children with parameters that know nothing of the number of heads
+# Children of an attention with parameters whose shapes do not depend on the number of heads
 HEAD_AGNOSTIC_CHILDREN = {"qkv", "proj", "q_norm", "k_norm"}
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """J units, each of them one channel, one channel of every group of a grouped convolution, or one head.
+    """Group of J units: channels, channels at the same place of every convolution group, or attention heads.
 
     Attributes:
-        name: of the layer that writes it.
+        name: Name of the layer that produces the group.
         size: J.
-        readers: for each layer that reads it (J, m), the input channels of each unit there; a flatten repeats a
-            channel.
-        writers: for each layer that writes it (J, m), the output channels of each unit.
+        consumers: For each layer that consumes the group (J, m), the input channels of each unit. A flatten repeats
+            a channel.
+        producers: For each layer that produces the group (J, m), the output channels of each unit.
         kind: "channels" or "heads".
 
     Example:
-        >>> group = ChannelGroup("0", 3, {"2": torch.tensor([[0], [1], [2]])}, {"0": torch.tensor([[0], [1], [2]])})
-        >>> group.masks({"2": 4}, [1])["2"].tolist()
+        >>> units = torch.tensor([[0], [1], [2]])
+        >>> ChannelGroup("0", 3, {"2": units}, {"0": units}).input_masks({"2": 4}, [1])["2"].tolist()
         [True, False, True, True]
     """
 
     name: str
     size: int
-    readers: Mapping[str, Tensor]
-    writers: Mapping[str, Tensor] = field(default_factory=dict)
-    kind: str = "channels"
+    consumers: Mapping[str, Tensor]
+    producers: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: Literal["channels", "heads"] = "channels"
 
-    def masks(self, inputs: Mapping[str, int], removed: Sequence[int]) -> dict[str, Tensor]:
-        """For each reader, of so many input channels, which of them stay when these units go."""
-        found = {}
-        for name, channels in self.readers.items():
-            found[name] = torch.ones(inputs[name], dtype=torch.bool)
-            found[name][channels[list(removed)].flatten()] = False
-        return found
+    def input_masks(self, num_inputs: Mapping[str, int], removed: Sequence[int]) -> dict[str, Tensor]:
+        """Return the mask of remaining input channels of each consumer, for its number of input channels."""
+        masks = {}
+        for name, channels in self.consumers.items():
+            masks[name] = torch.ones(num_inputs[name], dtype=torch.bool)
+            masks[name][channels[list(removed)].flatten()] = False
+        return masks
 
 
 def unit_columns(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """(J, m · taps): the regressors of each unit, in the order of `ops.patch_rows`; a convolution reads a channel at every tap.
+    """Return the regression features (J, m · taps) of each unit, in the order of `ops.patch_rows`.
 
     Args:
-        layer: linear, or a convolution of one group.
-        inputs: (J, m), the unit's input channels.
+        layer: Linear layer, or ungrouped convolution, which takes a channel as input at every tap.
+        inputs: Input channels (J, m) of each unit.
 
     Example:
         >>> unit_columns(nn.Conv2d(2, 8, 3), torch.tensor([[0], [1]]))[1].tolist()
@@ -78,7 +78,7 @@ def unit_columns(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def num_input_channels(layer: Any) -> int:
-    """Input channels of a convolution, or of a linear layer.
+    """Return the number of input channels of a convolution or linear layer.
 
     Example:
         >>> num_input_channels(nn.Linear(3, 2)), num_input_channels(nn.Conv2d(4, 2, 1))
@@ -87,61 +87,75 @@ def num_input_channels(layer: Any) -> int:
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
 
 
+def is_single_regression(layer: nn.Module) -> bool:
+    """Return whether a layer is one regression: a linear layer, or a convolution of one group.
+
+    Example:
+        >>> is_single_regression(nn.Conv2d(4, 4, 1)), is_single_regression(nn.Conv2d(4, 4, 1, groups=2))
+        (True, False)
+    """
+    return is_plain_linear_op(layer) and getattr(layer, "groups", 1) == 1
+
+
 def channel_groups(
     model: nn.Module,
     example: Any,
-    tails: Mapping[str, Epilogue],
+    epilogues: Mapping[str, Epilogue],
     ignored: Collection[str] = (),
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
 ) -> list[ChannelGroup]:
-    """The groups that can go without touching a residual stream: inner widths of blocks, plain chains, concatenated channels, heads.
+    """Find the groups that can be removed without a change of any residual stream.
 
-    Left out are inner channels of attention other than whole heads, residual streams and what a layer norm or group
-    norm runs over, the network's
-    outputs, channels that only grouped convolutions read, and layers that run more than once or share their weights.
+    These are inner widths of blocks, plain chains, concatenated channels and attention heads. Excluded are:
+
+    * residual streams, inputs of layer norms and group norms, and outputs of the network;
+    * inner channels of attention other than whole heads;
+    * channels that only grouped convolutions consume;
+    * layers that run more than once or share weights.
 
     Args:
-        model: in eval mode.
-        example: a small batch for `forward`, or a tensor of images.
-        tails: of `pruning.trace`.
-        ignored: names or globs of layers that keep their width, or of modules all of whose layers do.
-        forward: see `ki.prune`.
+        model: Network in eval mode.
+        example: Small batch for `forward`, or a tensor of images.
+        epilogues: Result of `tracing.trace_model`.
+        ignored: Names or globs of layers that keep their width, or of modules whose layers all do.
+        forward: See `ki.prune`.
 
     Raises:
-        OptionError: torch-pruning cannot trace the network, or a name that is no module.
+        OptionError: A network that torch-pruning cannot trace, or a name without a module.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-        >>> [(group.name, group.size, list(group.readers)) for group in channel_groups(model, torch.zeros(1, 3, 8, 8), {})]
-        [('0', 8, ['2'])]
+        >>> [group] = channel_groups(model, torch.zeros(1, 3, 8, 8), {})
+        >>> group.name, group.size, list(group.consumers)
+        ('0', 8, ['2'])
     """
     names = {module: name for name, module in model.named_modules()}
     ignored = ignored_layers(model, ignored)
-    unsteady = {
-        name for name, layer in model.named_modules() if tails and is_plain_linear_op(layer) and name not in tails
+    untraced = {
+        name
+        for name, layer in model.named_modules()
+        if epilogues and is_plain_linear_op(layer) and name not in epilogues
     }
     heads = head_groups(model)
-    graph = dependency_graph(model, example, forward)
-    attention = [
+    attentions = [
         name
         for name, module in model.named_modules()
         if isinstance(getattr(module, "num_heads", None), int) and hasattr(module, "proj")
     ]
-    found = []
+    graph = dependency_graph(model, example, forward)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        items = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
-    for item in items:
-        group = _group(item, names)
-        if (
-            group is None
-            or any(_within(name, attention) for name in group.writers)
-            or any(tails.get(name, Epilogue()).total is not None for name in group.writers)
-            or unsteady.intersection((*group.writers, *group.readers))
-        ):
-            continue
-        found.append(group)
-    return [group for group in [*found, *heads] if not any(_within(name, ignored) for name in group.writers)]
+        dependencies = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
+
+    def removable(group: ChannelGroup) -> bool:
+        in_attention = any(_within(name, attentions) for name in group.producers)
+        in_residual_stream = any(
+            name in epilogues and epilogues[name].residual_add is not None for name in group.producers
+        )
+        return not (in_attention or in_residual_stream or untraced.intersection((*group.producers, *group.consumers)))
+
+    groups = [group for items in dependencies if (group := _to_group(items, names)) is not None and removable(group)]
+    return [group for group in [*groups, *heads] if not any(_within(name, ignored) for name in group.producers)]
 
 
 def remove_channels(
@@ -149,127 +163,131 @@ def remove_channels(
     example: Any,
     groups: Sequence[ChannelGroup],
     removed: Mapping[str, Sequence[int]],
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
 ) -> None:
-    """Take units out of a network, in place.
+    """Remove units from a network, in place.
 
     Args:
-        model: of the widths that the groups have.
-        example: as for `channel_groups`.
-        groups: from there.
-        removed: units that go, for each group.
-        forward: as there.
+        model: Network with the widths of the groups.
+        example: Small batch, as for `channel_groups`.
+        groups: Result of `channel_groups`.
+        removed: Units to remove, by group.
+        forward: See `ki.prune`.
     """
     graph = None
     for group in groups:
-        gone = sorted(removed.get(group.name, ()))
-        if not gone:
+        units = sorted(removed.get(group.name, ()))
+        if not units:
             continue
         if group.kind == "heads":
-            remove_heads(model, group, gone)
+            remove_heads(model, group, units)
             continue
         graph = graph or dependency_graph(model, example, forward)
-        root = model.get_submodule(group.name)
-        handler = tp.prune_linear_out_channels if isinstance(root, nn.Linear) else tp.prune_conv_out_channels
-        if isinstance(root, nn.Conv2d) and root.groups > 1 and root.weight.shape[1] == 1:
-            handler = tp.prune_depthwise_conv_out_channels
-        graph.get_pruning_group(root, handler, sorted(group.writers[group.name][gone].flatten().tolist())).prune(
-            record_history=False
-        )
+        channels = group.producers[group.name][units].flatten().tolist()
+        graph.get_pruning_group(*pruning_root(model, group.name), sorted(channels)).prune(record_history=False)
 
 
-def dependency_graph(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Any:
-    """torch-pruning's, or a clear refusal.
+def pruning_root(model: nn.Module, name: str) -> tuple[nn.Module, Any]:
+    """Return a layer and the function of torch-pruning that removes its output channels."""
+    root = model.get_submodule(name)
+    if isinstance(root, nn.Linear):
+        return root, tp.prune_linear_out_channels
+    depthwise = root.groups > 1 and root.weight.shape[1] == 1  # type: ignore[operator, index]
+    return root, tp.prune_depthwise_conv_out_channels if depthwise else tp.prune_conv_out_channels
+
+
+def dependency_graph(model: nn.Module, example: Any, forward: Forward | None = None) -> Any:
+    """Build the dependency graph of torch-pruning.
 
     Raises:
-        OptionError: it cannot trace the network.
+        OptionError: A network that torch-pruning cannot trace.
     """
-    needs = [parameter.requires_grad for parameter in model.parameters()]
+    requires_grad = [parameter.requires_grad for parameter in model.parameters()]
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
+            # The tracer follows the autograd graph
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
             return tp.DependencyGraph().build_dependency(model, example, forward_fn=forward, verbose=False)
-    except Exception as error:  # whatever a network does under its tracer
+    except Exception as error:  # any exception that the network raises under the tracer
+        version = getattr(tp, "__version__", "")
         raise OptionError(
-            f"{type(model).__name__} cannot be pruned: torch-pruning {tp.__version__ if hasattr(tp, '__version__') else ''} cannot trace it "
-            f"({type(error).__name__}: {error}). The network is as it was"
+            f"{type(model).__name__} cannot be pruned: torch-pruning {version} cannot trace it "
+            f"({type(error).__name__}: {error}). The model was not modified."
         ) from error
     finally:
-        for parameter, before in zip(model.parameters(), needs, strict=True):
+        for parameter, before in zip(model.parameters(), requires_grad, strict=True):
             parameter.requires_grad_(before)
 
 
-def _group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:
-    """None where the group has no readers that can be refitted, or something that mixes its channels."""
-    readers: dict[str, list[tuple[int, int]]] = {}
-    writers: dict[str, list[tuple[int, int]]] = {}
+def _to_group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:
+    """Convert a group of torch-pruning; None if no consumer can be refitted, or a layer mixes its channels."""
+    pairs: dict[str, dict[str, list[tuple[int, int]]]] = {"consumers": {}, "producers": {}}
     layers: dict[str, Any] = {}
     convs = 1
     for item in items:
-        layer, handler = item.dep.target.module, item.dep.handler
+        layer, pruner = item.dep.target.module, item.dep.handler
         if isinstance(layer, (nn.Parameter, *CROSS_CHANNEL_NORMS)):
             return None
-        if handler not in CONSUMER_PRUNERS and handler not in PRODUCER_PRUNERS:
+        if pruner not in CONSUMER_PRUNERS and pruner not in PRODUCER_PRUNERS:
             continue
         if layer not in names:
             return None
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.weight.shape[1] > 1
         convs = max(convs, layer.groups if grouped else 1)
         layers[names[layer]] = layer
-        side = writers if handler in PRODUCER_PRUNERS else readers
+        side = pairs["producers" if pruner in PRODUCER_PRUNERS else "consumers"]
         side.setdefault(names[layer], []).extend(zip(map(int, item.idxs), map(int, item.root_idxs), strict=True))
-    wrong = [
-        name for name, pairs in readers.items() if max(index for index, _ in pairs) >= num_input_channels(layers[name])
-    ]
-    if wrong:  # the tracer has lost its way between the writer and these
+    consumers, producers = pairs["consumers"], pairs["producers"]
+    # Indices beyond a consumer's inputs: the tracer lost track of the channels on the way to it
+    if any(max(i for i, _ in pairs) >= num_input_channels(layers[name]) for name, pairs in consumers.items()):
         return None
     root = names[items[0].dep.target.module]
     channels = len(items[0].idxs)
-    refittable = any(is_plain_linear_op(layers[name]) and getattr(layers[name], "groups", 1) == 1 for name in readers)
-    if not refittable or root not in writers or channels % convs:
+    refittable = any(is_single_regression(layers[name]) for name in consumers)
+    if not refittable or root not in producers or channels % convs:
         return None
     size = channels // convs
     try:
         return ChannelGroup(
             root,
             size,
-            {n: _units(pairs, size) for n, pairs in readers.items()},
-            {n: _units(pairs, size) for n, pairs in writers.items()},
+            {name: _unit_channels(pairs, size) for name, pairs in consumers.items()},
+            {name: _unit_channels(pairs, size) for name, pairs in producers.items()},
         )
     except InputTypeError:
         return None
 
 
-def _units(pairs: Sequence[tuple[int, int]], size: int) -> Tensor:
-    """(J, m): the channels of each unit; channels of the root that lie `size` apart are of one unit."""
-    of_unit: dict[int, list[int]] = {}
+def _unit_channels(pairs: Sequence[tuple[int, int]], size: int) -> Tensor:
+    """Return the channels (J, m) of each unit; channels of the root that lie `size` apart form one unit."""
+    channels: dict[int, list[int]] = {}
     for channel, root in pairs:
-        of_unit.setdefault(root % size, []).append(channel)
-    if len(of_unit) != size or len({len(channels) for channels in of_unit.values()}) != 1:
+        channels.setdefault(root % size, []).append(channel)
+    if len(channels) != size or len({len(of_unit) for of_unit in channels.values()}) != 1:
         raise InputTypeError("units of different sizes")
-    return torch.tensor([of_unit[unit] for unit in range(size)])
+    return torch.tensor([channels[unit] for unit in range(size)])
 
 
 def ignored_layers(model: nn.Module, patterns: str | Collection[str]) -> list[str]:
-    """Names of the modules that these names or globs mean.
+    """Return the names of the modules that names or globs match.
 
     Raises:
-        OptionError: one that means none.
+        OptionError: A pattern without a match.
 
     Example:
         >>> ignored_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["?"])
         ['0', '1']
     """
     try:
-        found = [
+        matches = [
             [pattern] if pattern == "" else resolve_layers(model, pattern)
             for pattern in ([patterns] if isinstance(patterns, str) else patterns)
         ]
     except LayerNameError as error:
         raise OptionError(f"ignored: no modules of such names in {type(model).__name__}: {error}") from error
-    return [name for names in found for name in names]
+    return [name for names in matches for name in names]
 
 
 def _within(name: str, modules: Collection[str]) -> bool:
@@ -277,58 +295,57 @@ def _within(name: str, modules: Collection[str]) -> bool:
 
 
 def head_groups(model: nn.Module) -> list[ChannelGroup]:
-    """One group for every attention with a joint qkv layer: a unit is a head, read by the output projection.
+    """Return one group for every attention with a joint qkv layer: units are heads, the consumer is the projection.
 
-    Attention that keeps something else per head (position tables, gates, norms over all heads) is left out.
+    Attention with other tensors per head (position tables, gates, norms over all heads) is excluded.
 
     Example:
         >>> from timm.layers import Attention
         >>> [group] = head_groups(nn.ModuleDict({"attn": Attention(8, num_heads=2)}))
-        >>> group.name, group.size, group.readers["attn.proj"].shape, group.writers["attn.qkv"].shape
+        >>> group.name, group.size, group.consumers["attn.proj"].shape, group.producers["attn.qkv"].shape
         ('attn', 2, torch.Size([2, 4]), torch.Size([2, 12]))
     """
-    found = []
+    groups = []
     for name, module in model.named_modules():
-        heads, width = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-        qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
-        if not (
-            isinstance(heads, int)
-            and isinstance(width, int)
-            and isinstance(qkv, nn.Linear)
-            and isinstance(proj, nn.Linear)
-        ):
-            continue
-        others = {
-            child for child, part in module.named_children() if any(True for _ in part.parameters())
-        } - HEAD_AGNOSTIC_CHILDREN
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if (
-            others
-            or own
-            or not hasattr(module, "attn_dim")
-            or qkv.out_features != 3 * heads * width
-            or proj.in_features != heads * width
-        ):
-            continue
-        columns = torch.arange(heads * width).view(heads, width)
-        rows = torch.cat([columns + part * heads * width for part in range(3)], 1)
-        found.append(ChannelGroup(name, heads, {f"{name}.proj": columns}, {f"{name}.qkv": rows}, kind="heads"))
-    return found
+        if _has_prunable_heads(module):
+            heads, width = int(module.num_heads), int(module.head_dim)
+            columns = torch.arange(heads * width).view(heads, width)
+            # Outputs of the qkv layer are ordered (query, key, value), then head, then channel
+            rows = torch.cat([columns + part * heads * width for part in range(3)], 1)
+            groups.append(ChannelGroup(name, heads, {f"{name}.proj": columns}, {f"{name}.qkv": rows}, kind="heads"))
+    return groups
+
+
+def _has_prunable_heads(module: nn.Module) -> bool:
+    heads, width = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
+    qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
+    if not (isinstance(heads, int) and isinstance(width, int)):
+        return False
+    if not (isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear)):
+        return False
+    children = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return (
+        children <= HEAD_AGNOSTIC_CHILDREN
+        and not tensors
+        and hasattr(module, "attn_dim")
+        and qkv.out_features == 3 * heads * width
+        and proj.in_features == heads * width
+    )
 
 
 @torch.no_grad()
-def remove_heads(model: nn.Module, group: ChannelGroup, gone: Sequence[int]) -> None:
-    """Take heads out of an attention, in place; width of a head and scale stay."""
+def remove_heads(model: nn.Module, group: ChannelGroup, removed: Sequence[int]) -> None:
+    """Remove heads from an attention, in place; the width of a head and the scale do not change."""
     attention: Any = model.get_submodule(group.name)
-    left = [head for head in range(group.size) if head not in set(gone)]
+    heads = [head for head in range(group.size) if head not in set(removed)]
     qkv, proj = attention.qkv, attention.proj
-    rows = (
-        group.writers[f"{group.name}.qkv"][left].view(len(left), 3, -1).transpose(0, 1).flatten().to(qkv.weight.device)
-    )
-    columns = group.readers[f"{group.name}.proj"][left].flatten().to(proj.weight.device)
+    units = group.producers[f"{group.name}.qkv"][heads]
+    rows = units.view(len(heads), 3, -1).transpose(0, 1).flatten().to(qkv.weight.device)
+    columns = group.consumers[f"{group.name}.proj"][heads].flatten().to(proj.weight.device)
     qkv.weight = nn.Parameter(qkv.weight.index_select(0, rows), requires_grad=qkv.weight.requires_grad)
     if qkv.bias is not None:
         qkv.bias = nn.Parameter(qkv.bias.index_select(0, rows), requires_grad=qkv.bias.requires_grad)
     proj.weight = nn.Parameter(proj.weight.index_select(1, columns), requires_grad=proj.weight.requires_grad)
     qkv.out_features, proj.in_features = len(rows), len(columns)
-    attention.num_heads, attention.attn_dim = len(left), len(columns)
+    attention.num_heads, attention.attn_dim = len(heads), len(columns)

@@ -1,4 +1,4 @@
-"""Backward elimination of channels."""
+"""Backward elimination of channels by the cost of removing them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from knowiso_train.ops.im2col import regression_weight
 from knowiso_train.regression.moments import Moments
 from knowiso_train.regression.ridge import dampened_inverse
 
-COMPACTION_RATIO = 0.75  # of the channels left: the rest goes on in smaller matrices
-# Candidates of one round where there are many channels; a quarter of them go, the greedy way, before all others are
-# brought up to date
+COMPACTION_RATIO = 0.75  # fraction of channels: below it the elimination continues in smaller matrices
+# Candidates of one round where there are many channels. A quarter of them is removed one by one before all others are
+# updated
 CANDIDATE_POOL_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """One layer that reads a group of channels.
+    """Layer that consumes a group of channels, as a regression.
 
     Attributes:
-        name: for messages.
-        xx: (d, d), second moments of its input rows about their mean, per row.
-        weight: (d, c), the layer's weights as regression weights.
-        columns: (J, m), the columns of each of the group's J channels: m = k² for a convolution, more where a flatten
-            repeats a channel. Columns of
-            no channel belong to other groups, and stay.
-        variance: of its output, summed over its channels: what the cost of a removal is held against.
+        name: Name for messages.
+        xx: Covariance (d, d) of its input samples.
+        weight: Weights (d, c) of the layer as regression weights.
+        columns: Features (J, m) of each of the J channels of the group: m = k² for a convolution, more where a flatten
+            repeats a channel. Features of no channel belong to other groups, and stay.
+        variance: Variance of its output, summed over output channels: the unit of removal costs.
     """
 
     name: str
@@ -42,18 +41,18 @@ class Consumer:
 
     @classmethod
     def of(cls, name: str, moments: Moments, weight: Tensor, columns: Tensor) -> Consumer:
-        """From the moments of the layer's input and its weight.
+        """Build a consumer from the moments of a layer's input and its weight.
 
         Args:
-            name: for messages.
-            moments: with the layer's input as the source; the target is not read.
-            weight: (C_out, C, k, k) or (C_out, C).
-            columns: (J, m), see `conv_columns`.
+            name: Name for messages.
+            moments: Moments with the layer's input as the source; the target is not used.
+            weight: Weight (C_out, C, k, k) or (C_out, C).
+            columns: Features (J, m) of each channel, see `conv_columns`.
 
         Raises:
-            ShapeError: a weight for other columns than the moments have, or channels that share columns.
+            ShapeError: A weight of other features than the moments, or channels that share features.
             NonFiniteError: NaN or Inf in the moments.
-            OptionError: moments of no rows.
+            OptionError: Moments of no samples.
 
         Example:
             >>> from knowiso_train.regression import batch_moments
@@ -66,68 +65,77 @@ class Consumer:
         matrix, d = regression_weight(weight.detach()).double(), len(moments.mean_x)
         if len(matrix) != d:
             raise ShapeError(
-                f"{name}: weight of shape {tuple(weight.shape)} reads {len(matrix)} columns, the moments have {d}"
+                f"{name}: weight of shape {tuple(weight.shape)} has {len(matrix)} features, the moments have {d}"
             )
         flat = columns.flatten()
-        if (
-            columns.ndim != 2
-            or flat.numel() == 0
-            or int(flat.min()) < 0
-            or int(flat.max()) >= d
-            or len(set(flat.tolist())) != len(flat)
-        ):
+        within = columns.ndim == 2 and flat.numel() > 0 and int(flat.min()) >= 0 and int(flat.max()) < d
+        if not within or len(set(flat.tolist())) != len(flat):
             raise ShapeError(
                 f"{name}: expected columns (J, m) that differ and lie within {d}, got shape {tuple(columns.shape)}"
             )
         if not float(moments.count) > 0:
-            raise OptionError(f"{name}: no rows were seen; give some images")
+            raise OptionError(f"{name}: the moments have no samples; give some images")
         xx = moments.xx.double() / moments.count
         if not bool(xx.isfinite().all()):
-            raise NonFiniteError(f"{name}: NaN or Inf in what this layer reads")
-        return cls(name, xx, matrix, columns, float((matrix * (xx @ matrix)).sum()))
+            raise NonFiniteError(f"{name}: NaN or Inf in the input of this layer")
+        return cls(name, xx, matrix, columns, output_variance(xx, matrix))
+
+
+def output_variance(xx: Tensor, weight: Tensor) -> float:
+    """Return the variance tr(Wᵀ S W) of a layer's output, summed over output channels.
+
+    Example:
+        >>> output_variance(torch.eye(2), torch.tensor([[3.0], [1.0]]))
+        10.0
+    """
+    return float((weight * (xx @ weight)).sum())
 
 
 def removal_costs(consumers: Sequence[Consumer], ridge: float = 1e-4) -> Tensor:
-    """Rise of the consumers' unexplained share when one channel goes and they are refitted: `tr(A_jᵀ ([S⁻¹]_jj)⁻¹ A_j) / Var(y)`, summed.
+    """Return the rise of the consumers' unexplained variance when one channel is removed and they are refitted.
+
+    The cost of channel j is `tr(A_jᵀ ([S⁻¹]_jj)⁻¹ A_j) / Var(y)`, summed over consumers, with the covariance S of
+    a consumer's input and the weights A_j of the channel (Optimal Brain Surgeon, for blocks of weights).
 
     Args:
-        consumers: of the same J channels.
-        ridge: relative ρ, as for `BackwardElimination`.
+        consumers: Consumers of the same J channels.
+        ridge: Relative ρ, as for `BackwardElimination`.
 
     Returns:
-        (J,), float64.
+        Costs (J,), float64.
 
     Example:
         >>> from knowiso_train.ops.im2col import conv_columns
-        >>> independent = Consumer("fc", torch.eye(3, dtype=torch.float64), torch.tensor([[3.0], [0.0], [1.0]]).double(), conv_columns(3), 10.0)
-        >>> [round(cost, 3) for cost in removal_costs([independent], ridge=0.0).tolist()]
+        >>> xx, weight = torch.eye(3, dtype=torch.float64), torch.tensor([[3.0], [0.0], [1.0]]).double()
+        >>> costs = removal_costs([Consumer("fc", xx, weight, conv_columns(3), variance=10.0)], ridge=0.0)
+        >>> [round(cost, 3) for cost in costs.tolist()]
         [0.9, 0.0, 0.1]
     """
     return BackwardElimination(consumers, ridge).costs()
 
 
 class BackwardElimination:
-    """Channels go one after another, each time the one that costs least given those that are gone; consumers are refitted after each.
+    """Remove channels one by one, each time the one of least cost given those removed before, and refit the consumers.
 
-    "Reconstructable from the rest" is a property of sets: of two equal channels either costs nothing, both together
-    much. After the channels E are
-    gone, the refitted weights are those that minimize `‖y - Bᵀx‖²/n + ρ·tr(S)/d·‖B - A‖²` with B_E = 0. The ridge is
-    centered on the original weights
-    A, so this is a quadratic form in A - B, and each removal is a block step of Gaussian elimination on S⁻¹ (DESIGN
-    §1.4).
+    Redundancy is a property of sets: of two equal channels either one costs nothing, both together much. After removal
+    of the channels E the weights minimize `‖y - Bᵀx‖²/n + ρ·tr(S)/d·‖B - A‖²` subject to B_E = 0, with the original
+    weights A. This is a quadratic form in A - B, so that each removal is a block step of Gaussian elimination on S⁻¹.
 
     Args:
-        consumers: of the same J channels; their costs add up.
-        ridge: relative ρ ≥ 0.
+        consumers: Consumers of the same J channels; their costs add up.
+        ridge: Relative ρ ≥ 0: dampening as a fraction of the mean diagonal.
+
+    Attributes:
+        remaining: Mask (J,) of the channels that are not removed.
 
     Raises:
-        ShapeError: consumers of different numbers of channels, or none.
-        OptionError: a negative ridge.
+        ShapeError: Consumers of different numbers of channels, or none.
+        OptionError: A negative ridge.
 
     Example:
         >>> from knowiso_train.ops.im2col import conv_columns
-        >>> twins = torch.ones(2, 2, dtype=torch.float64)
-        >>> elimination = BackwardElimination([Consumer("fc", twins, torch.ones(2, 1).double(), conv_columns(2), 4.0)], ridge=1e-6)
+        >>> equal, weight = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 1).double()
+        >>> elimination = BackwardElimination([Consumer("fc", equal, weight, conv_columns(2), 4.0)], ridge=1e-6)
         >>> elimination.remove(0) < 1e-5, elimination.costs()[1].item() > 0.9
         (True, True)
     """
@@ -139,122 +147,126 @@ class BackwardElimination:
             )
         if not 0 <= ridge < math.inf:
             raise OptionError(
-                f"ridge must be a finite number >= 0 (relative to the mean variance of what a layer reads), got {ridge!r}"
+                f"ridge must be a finite number >= 0 (relative to the mean variance of a layer's input), got {ridge!r}"
             )
-        self.kept = torch.ones(len(consumers[0].columns), dtype=torch.bool, device=consumers[0].xx.device)
+        self.remaining = torch.ones(len(consumers[0].columns), dtype=torch.bool, device=consumers[0].xx.device)
         self._columns = [consumer.columns.to(consumer.xx.device) for consumer in consumers]
         self._variances = [consumer.variance for consumer in consumers]
         self._inverses = [dampened_inverse(consumer.xx, ridge) for consumer in consumers]
         self._weights = [consumer.weight.clone() for consumer in consumers]
-        self._candidates: Tensor | None = None
+        self._exhaustive = False  # all candidates are updated after every removal
 
     def costs(self) -> Tensor:
-        """(J,): rise of the unexplained share, summed over consumers, if this channel went next; inf for those that are gone."""
-        total = torch.zeros(len(self.kept), dtype=torch.float64, device=self.kept.device)
-        left = self.kept.nonzero().flatten()
-        for columns, variance, inverse, weight in self._readers():
+        """Return the removal cost (J,) of each channel, summed over consumers; inf for removed channels."""
+        total = torch.zeros(len(self.remaining), dtype=torch.float64, device=self.remaining.device)
+        remaining = self.remaining.nonzero().flatten()
+        for columns, variance, inverse, weight in self._consumers():
             if not variance > 0:
-                continue  # an output that never changes loses nothing
-            at = columns[left]
-            block, rows = inverse[at[:, :, None], at[:, None, :]], weight[at]  # (J, m, m), (J, m, c)
-            solved = rows / block if block.shape[-1] == 1 else torch.linalg.solve(block, rows)
-            total[left] += (rows * solved).sum((1, 2)) / variance
-        return total.masked_fill(~self.kept, math.inf)
+                continue  # a constant output loses nothing
+            features = columns[remaining]
+            # [S⁻¹]_jj (J, m, m) and B_j (J, m, c); cost tr(B_jᵀ ([S⁻¹]_jj)⁻¹ B_j)
+            block, rows = inverse[features[:, :, None], features[:, None, :]], weight[features]
+            solution = rows / block if block.shape[-1] == 1 else torch.linalg.solve(block, rows)
+            total[remaining] += (rows * solution).sum((1, 2)) / variance
+        return total.masked_fill(~self.remaining, math.inf)
 
     def remove(self, channel: int) -> float:
-        """Take a channel away and refit; returns what it cost.
+        """Remove a channel, refit the consumers and return the cost.
 
         Raises:
-            OptionError: a channel that is gone already, or does not exist.
+            OptionError: A channel that is removed already or does not exist.
         """
-        if not 0 <= channel < len(self.kept) or not bool(self.kept[channel]):
+        if not 0 <= channel < len(self.remaining) or not bool(self.remaining[channel]):
+            count = int(self.remaining.sum())
             raise OptionError(
-                f"channel {channel} cannot be removed: {int(self.kept.sum())} of {len(self.kept)} channels are left"
+                f"channel {channel} cannot be removed: {count} of {len(self.remaining)} channels are left"
             )
-        return self._take([channel])
+        return self._remove_many([channel])
 
-    def run(self, keep: int = 1) -> tuple[list[int], list[float]]:
+    def eliminate_until(self, keep: int = 1) -> tuple[list[int], list[float]]:
         """Remove the cheapest channel until `keep` are left.
 
-        With more than 128 channels left the choice is among the 64 that were cheapest when the last sixteen had gone.
+        With more than 128 channels left, the choice is among the 64 cheapest ones, which are updated every 16 removals.
 
         Returns:
-            Channels in the order in which they went, and what each cost.
+            Channels in the order of removal, and the cost of each removal.
 
         Raises:
-            OptionError: `keep` < 1, or more than are left.
+            OptionError: A `keep` below 1, or above the number of channels that are left.
         """
-        if not 1 <= keep <= int(self.kept.sum()):
+        if not 1 <= keep <= int(self.remaining.sum()):
             raise OptionError(
-                f"keep must be between 1 and the {int(self.kept.sum())} channels that are left, got {keep}"
+                f"keep must be between 1 and the {int(self.remaining.sum())} channels that are left, got {keep}"
             )
         order: list[int] = []
         costs: list[float] = []
-        while (left := int(self.kept.sum())) > keep:
-            if self._candidates is not None:
+        while (count := int(self.remaining.sum())) > keep:
+            if self._exhaustive:
                 order.append(int(self.costs().argmin()))
                 costs.append(self.remove(order[-1]))
                 continue
-            if left <= COMPACTION_RATIO * len(self.kept):
-                rest = self.kept.nonzero().flatten()
-                part = self._pool(rest)
-                part._candidates = None
-                gone, more = part.run(keep)
-                self._put_back(rest, part)
-                return order + rest[gone].tolist(), costs + more
-            last = left <= 2 * CANDIDATE_POOL_SIZE
-            pool = (
-                self.kept.nonzero().flatten() if last else self.costs().topk(CANDIDATE_POOL_SIZE, largest=False).indices
-            )
-            gone, more = self._pool(pool).run(
-                keep if last else CANDIDATE_POOL_SIZE - min(CANDIDATE_POOL_SIZE // 4, left - keep)
-            )
-            order += pool[gone].tolist()
-            costs += more
-            self._take(pool[gone].tolist())
+            if count <= COMPACTION_RATIO * len(self.remaining):
+                remaining = self.remaining.nonzero().flatten()
+                part = self._restricted(remaining, exhaustive=False)
+                part_order, part_costs = part.eliminate_until(keep)
+                self._merge(remaining, part)
+                return order + remaining[part_order].tolist(), costs + part_costs
+            if count <= 2 * CANDIDATE_POOL_SIZE:
+                pool, pool_keep = self.remaining.nonzero().flatten(), keep
+            else:
+                pool = self.costs().topk(CANDIDATE_POOL_SIZE, largest=False).indices
+                pool_keep = CANDIDATE_POOL_SIZE - min(CANDIDATE_POOL_SIZE // 4, count - keep)
+            pool_order, pool_costs = self._restricted(pool, exhaustive=True).eliminate_until(pool_keep)
+            order += pool[pool_order].tolist()
+            costs += pool_costs
+            self._remove_many(pool[pool_order].tolist())
         return order, costs
 
     def weights(self) -> list[Tensor]:
-        """(d, c) of every consumer, refitted for what is left; rows of what is gone are 0."""
+        """Return the refitted weights (d, c) of every consumer; rows of removed channels are 0."""
         return [weight.clone() for weight in self._weights]
 
-    def _readers(self) -> Iterator[tuple[Tensor, float, Tensor, Tensor]]:
+    def _consumers(self) -> Iterator[tuple[Tensor, float, Tensor, Tensor]]:
         return zip(self._columns, self._variances, self._inverses, self._weights, strict=True)
 
-    def _take(self, channels: Sequence[int]) -> float:
-        """Take several channels away at once and refit; returns what they cost together."""
+    def _remove_many(self, channels: Sequence[int]) -> float:
+        """Remove several channels at once, refit the consumers and return the cost."""
         cost = 0.0
-        for columns, variance, inverse, weight in self._readers():
-            at = columns[channels].flatten()
-            rows = weight[at]
-            solved = torch.linalg.solve(inverse[at][:, at], torch.cat([rows, inverse[at]], 1))
-            of_rows, of_inverse = solved[:, : rows.shape[1]], solved[:, rows.shape[1] :]
+        for columns, variance, inverse, weight in self._consumers():
+            features = columns[channels].flatten()
+            rows = weight[features]
+            # With E the removed features and P = S⁻¹: B ← B - P_·E P_EE⁻¹ B_E and P ← P - P_·E P_EE⁻¹ P_E·
+            solution = torch.linalg.solve(inverse[features][:, features], torch.cat([rows, inverse[features]], 1))
+            of_rows, of_inverse = solution[:, : rows.shape[1]], solution[:, rows.shape[1] :]
             if variance > 0:
                 cost += float((rows * of_rows).sum()) / variance
-            across = inverse[:, at].clone()
+            across = inverse[:, features].clone()
             weight.addmm_(across, of_rows, alpha=-1)
             inverse.addmm_(across, of_inverse, alpha=-1)
-            weight[at], inverse[at], inverse[:, at] = 0, 0, 0
-        self.kept[channels] = False
+            # Exactly, not to rounding
+            weight[features], inverse[features], inverse[:, features] = 0, 0, 0
+        self.remaining[channels] = False
         return cost
 
-    def _put_back(self, channels: Tensor, part: BackwardElimination) -> None:
-        """What became of the channels that were left."""
-        self.kept[channels] = part.kept
-        for (columns, _, inverse, weight), (_, _, of_part, rows) in zip(self._readers(), part._readers(), strict=True):
-            at = columns[channels].flatten()
-            weight[at] = rows
-            inverse[at[:, None], at] = of_part
-
-    def _pool(self, pool: Tensor) -> BackwardElimination:
-        """The same elimination among a few channels: what becomes of them depends on no others' entries."""
+    def _restricted(self, pool: Tensor, *, exhaustive: bool) -> BackwardElimination:
+        """Return the elimination among some channels: the update of their entries depends on no other entries."""
         part = BackwardElimination.__new__(BackwardElimination)
-        part._candidates = pool
-        part.kept = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
+        part._exhaustive = exhaustive
+        part.remaining = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
         part._columns, part._variances, part._inverses, part._weights = [], list(self._variances), [], []
-        for columns, _, inverse, weight in self._readers():
-            at = columns[pool].flatten()
-            part._columns.append(torch.arange(len(at), device=pool.device).view(len(pool), -1))
-            part._inverses.append(inverse[at][:, at])
-            part._weights.append(weight[at])
+        for columns, _, inverse, weight in self._consumers():
+            features = columns[pool].flatten()
+            part._columns.append(torch.arange(len(features), device=pool.device).view(len(pool), -1))
+            part._inverses.append(inverse[features][:, features])
+            part._weights.append(weight[features])
         return part
+
+    def _merge(self, channels: Tensor, part: BackwardElimination) -> None:
+        """Write back the elimination among some channels, when all others are removed."""
+        self.remaining[channels] = part.remaining
+        for (columns, _, inverse, weight), (_, _, of_part, rows) in zip(
+            self._consumers(), part._consumers(), strict=True
+        ):
+            features = columns[channels].flatten()
+            weight[features] = rows
+            inverse[features[:, None], features] = of_part

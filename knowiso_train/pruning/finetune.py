@@ -16,7 +16,7 @@ from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, Opti
 from knowiso_train.features.modules import resolve_layers, unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers
-from knowiso_train.pruning.calibration import Calibration, Forward
+from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.finetune_targets import (
     Objective,
     ReferenceCache,
@@ -26,7 +26,7 @@ from knowiso_train.pruning.finetune_targets import (
     shuffled_batches,
 )
 from knowiso_train.pruning.report import FinetuneReport, ValidationPoint
-from knowiso_train.pruning.tracing import comparable_blocks
+from knowiso_train.pruning.tracing import Forward, comparable_blocks
 from knowiso_train.utils.batch import get_inputs, labels_of, replace_inputs
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, validate_fields
 
@@ -248,7 +248,7 @@ def resolve_compared_layers(
     """
     batch = images.first(2)
     if layers is None:
-        return comparable_blocks(pruned, original, lambda model: images.forward(model, batch))
+        return comparable_blocks(pruned, original, batch, images.forward)
     names = resolve_layers(original, layers) if layers else []
     with torch.no_grad():
         outputs, reference = (forward_with_features(images, model, names, batch) for model in (pruned, original))

@@ -1,4 +1,4 @@
-"""Regression of a layer on the outputs of the original layer, plain and before a ReLU."""
+"""Regression of a layer on the outputs of the original layer, plain and in front of a ReLU."""
 
 from __future__ import annotations
 
@@ -7,168 +7,193 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from knowiso_train.pruning.reference_outputs import WIDE_LAYER_FEATURES
+from knowiso_train.pruning.calibration import WIDE_LAYER_FEATURES
+from knowiso_train.pruning.tracing import batch_norm_affine
 from knowiso_train.regression.ridge import ROW_CHUNK_SIZE, KernelMoments, PrimalMoments
 
-SELECTION_FRACTION = 0.1  # of the images: the unexplained shares are measured on them
-MIN_SELECTION_SAMPLES = 16  # rows held out, below which every row is both fitted and reported on
+SELECTION_FRACTION = 0.1  # fraction of the images that select the ridge and measure the unexplained variance
+MIN_SELECTION_SAMPLES = 16  # selection samples, below which all samples serve for both fit and selection
 AnyMoments = PrimalMoments | KernelMoments
-Rows = tuple[Tensor, Tensor]  # (R, G, d) and (R, G, o)
-Solved = TypeVar("Solved", bound=tuple[Any, ...])
+Samples = tuple[Tensor, Tensor]  # inputs (R, G, d) and targets (R, G, o)
 
-MAX_RELU_ITERATIONS = 9  # of targets and weights at most, the first of them without the rectifier
-MIN_RELATIVE_GAIN = 0.01  # of the share that is left: a round that gains less is the last one
-# Of the step from one round's weights to the next, which is too short where much lies beyond the limits
+MAX_RELU_ITERATIONS = 9  # iterations of targets and weights, the first of them without the rectifier
+MIN_RELATIVE_GAIN = 0.01  # relative decrease of the unexplained variance, below which the iteration stops
+# Extrapolation of the iterates: plain steps are too short where most outputs lie beyond the limits
 ITERATE_MOMENTUM = 0.5
-# Share behind the rectifier, ridge, weight (G, d, o) and intercept (G, o)
-Found = tuple[float, float, Tensor, Tensor]
+
+# Fraction of the variance that a norm expects; below it a channel is constant, and keeps the norm's statistics
+MIN_RELATIVE_VARIANCE = 1e-6
+
+
+class Solution(NamedTuple):
+    """Solution of a layer's regression.
+
+    Attributes:
+        unexplained: Unexplained variance on the selection samples, as a fraction (FVU = 1 - R²).
+        ridge: Relative ρ.
+        weight: Weights (G, d, o).
+        bias: Intercept (G, o).
+    """
+
+    unexplained: float
+    ridge: float
+    weight: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
 class LayerRegression:
-    """What a layer reads and should give.
+    """Ridge regression of a layer's targets on its inputs.
 
     Attributes:
-        fitted: moments of the rows to fit on.
-        held: the rows to report on; those that are fitted where there are too few. No layer before this one was fitted
-            on their images.
-        of_held: their moments; None where regressors are too many.
-        count: rows to fit on.
-        total: variance of what the layer should give on the held rows, summed over outputs.
+        fit_moments: Moments of the samples to fit.
+        select_samples: Samples of the last images, to select the ridge on. All samples where those are too few.
+        select_moments: Moments of `select_samples`; None in the kernel form.
+        num_samples: Number of samples to fit.
+        variance: Variance of the targets on `select_samples`, summed over outputs.
     """
 
-    fitted: AnyMoments
-    held: Rows
-    of_held: PrimalMoments | None
-    count: int
-    total: float
+    fit_moments: AnyMoments
+    select_samples: Samples
+    select_moments: PrimalMoments | None
+    num_samples: int
+    variance: float
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, images: int) -> LayerRegression:
-        """From rows (R, G, d) and (R, G, o), image after image.
+        """Build a regression from samples (R, G, d) and (R, G, o), in the order of the images.
 
         Raises:
-            NonFiniteError: NaN or Inf in the rows.
+            NonFiniteError: NaN or Inf in the samples.
 
         Example:
             >>> x, a = torch.randn(400, 1, 3).double(), torch.randn(1, 3, 2).double()
-            >>> found = LayerRegression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
-            >>> found.unexplained(a) < 1e-12, found.best(torch.zeros_like(a), None, [1e-9, 1.0])[1]
-            (True, 1e-09)
+            >>> regression = LayerRegression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
+            >>> regression.unexplained(a) < 1e-12
+            True
+            >>> regression.search_ridge(torch.zeros_like(a), None, [1e-9, 1.0]).ridge
+            1e-09
         """
         y = y.to(x.device)
         count = int(SELECTION_FRACTION * images) * (len(x) // images)
-        apart = count >= MIN_SELECTION_SAMPLES
-        fitted, held = ((x[:-count], y[:-count]), (x[-count:], y[-count:])) if apart else ((x, y), (x, y))
-        total = float(held[1].double().var(0, correction=0).sum())
-        if x.shape[2] > WIDE_LAYER_FEATURES and len(fitted[0]) <= x.shape[2]:
-            return cls(KernelMoments.of(*fitted), held, None, len(fitted[0]), total)
-        moments = PrimalMoments.of(*fitted)
-        return cls(moments, held, PrimalMoments.of(*held) if apart else moments, len(fitted[0]), total)
+        separate = count >= MIN_SELECTION_SAMPLES
+        fit, select = ((x[:-count], y[:-count]), (x[-count:], y[-count:])) if separate else ((x, y), (x, y))
+        variance = float(select[1].double().var(0, correction=0).sum())
+        if x.shape[2] > WIDE_LAYER_FEATURES and len(fit[0]) <= x.shape[2]:
+            return cls(KernelMoments.of(*fit), select, None, len(fit[0]), variance)
+        moments = PrimalMoments.of(*fit)
+        return cls(moments, select, PrimalMoments.of(*select) if separate else moments, len(fit[0]), variance)
 
-    def restricted(self, at: Tensor) -> LayerRegression:
-        """On these columns alone.
+    def restrict(self, columns: Tensor) -> LayerRegression:
+        """Return the regression on some features.
 
         Example:
-            >>> x, y, at = torch.randn(400, 1, 3), torch.randn(400, 1, 2), torch.tensor([2, 0])
-            >>> a, b = LayerRegression.of(x, y, 40).restricted(at), LayerRegression.of(x[:, :, at], y, 40)
-            >>> torch.allclose(a.fitted.weight(torch.zeros(1, 2, 2)), b.fitted.weight(torch.zeros(1, 2, 2)))
+            >>> x, y, columns = torch.randn(400, 1, 3), torch.randn(400, 1, 2), torch.tensor([2, 0])
+            >>> a = LayerRegression.of(x, y, 40).restrict(columns)
+            >>> b, zero = LayerRegression.of(x[:, :, columns], y, 40), torch.zeros(1, 2, 2)
+            >>> torch.allclose(a.fit_moments.weight(zero), b.fit_moments.weight(zero))
             True
         """
-        x, y = self.held
-        of_held = None if self.of_held is None else self.of_held.restricted(at)
-        return replace(self, fitted=self.fitted.restricted(at), held=(x[:, :, at], y), of_held=of_held)
+        x, y = self.select_samples
+        return replace(
+            self,
+            fit_moments=self.fit_moments.restricted(columns),
+            select_samples=(x[:, :, columns], y),
+            select_moments=None if self.select_moments is None else self.select_moments.restricted(columns),
+        )
 
     def unexplained(self, weight: Tensor) -> float:
-        """Share of the variance of what the layer should give that a weight (G, d, o) leaves on the held rows, with the best intercept."""
-        x, y = self.held
-        left = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight)
-        return float(left.var(0, correction=0).sum()) / self.total if self.total > 0 else 0.0
+        """Return the unexplained variance of a weight (G, d, o) on the selection samples, with the best intercept."""
+        x, y = self.select_samples
+        residual = y.double() - torch.einsum("rgd,gdo->rgo", x.double(), weight)
+        return float(residual.var(0, correction=0).sum()) / self.variance if self.variance > 0 else 0.0
 
-    def best(
+    def search_ridge(
         self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None
-    ) -> tuple[float, float, Tensor]:
-        """The least unexplained share on the held rows, the ridge that leaves it, and its weight.
-
-        From the ridge of the layer before, downhill to both sides: what is left rises to both sides of the best ridge.
+    ) -> Solution:
+        """Return the solution of least unexplained variance on the selection samples.
 
         Args:
-            original: (G, d, o) float64, what the ridge draws towards.
-            keep: (G, d), the columns that are left; None is all.
-            ridges: to choose from.
-            start: where to begin; in the middle if it is not among them.
+            original: Weights (G, d, o) in float64 that the ridge shrinks towards.
+            keep: Mask (G, d) of the features to use. Default: all.
+            ridges: Relative ridges to choose from.
+            start: Ridge to start from, see `local_ridge_search`.
 
         Example:
             >>> x, a = torch.randn(400, 1, 3).double(), torch.randn(1, 3, 2).double()
-            >>> found = LayerRegression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
-            >>> [found.best(0 * a, None, (1e-6, 1e-3, 1.0, 10.0), start)[1] for start in (None, 10.0, 1e-6)]
+            >>> regression = LayerRegression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
+            >>> ridges = (1e-6, 1e-3, 1.0, 10.0)
+            >>> [regression.search_ridge(0 * a, None, ridges, start).ridge for start in (None, 10.0, 1e-6)]
             [1e-06, 1e-06, 1e-06]
         """
 
-        def solved(ridge: float) -> tuple[float, float, Tensor]:
-            weight = self.fitted.weight(original, keep, ridge)
-            return (
-                self.unexplained(weight) if self.of_held is None else self.of_held.unexplained(weight, self.total),
-                ridge,
-                weight,
+        def solve(ridge: float) -> Solution:
+            weight = self.fit_moments.weight(original, keep, ridge)
+            unexplained = (
+                self.unexplained(weight)
+                if self.select_moments is None
+                else self.select_moments.unexplained(weight, self.variance)
             )
+            return Solution(unexplained, ridge, weight, self.fit_moments.bias(weight))
 
-        return local_ridge_search(solved, ridges, start)
+        return local_ridge_search(solve, ridges, start)
 
 
 def local_ridge_search(
-    solved: Callable[[float], Solved], ridges: Sequence[float], start: float | None = None
-) -> Solved:
-    """The best of what `solved(ridge)` gives, its share first and its ridge second: from one ridge on, as long as the next one is better.
+    solve: Callable[[float], Solution], ridges: Sequence[float], start: float | None = None
+) -> Solution:
+    """Return the best solution by descent over the sorted ridges.
+
+    The unexplained variance is assumed to rise on both sides of the best ridge.
 
     Args:
-        solved: of one ridge.
-        ridges: to choose from.
-        start: where to begin; in the middle if it is not among them.
+        solve: Function from a ridge to its solution.
+        ridges: Ridges to choose from. Infinity is always tried.
+        start: Ridge to start from, such as that of the layer before. Default, and if not among `ridges`: the middle.
 
     Example:
-        >>> local_ridge_search(lambda ridge: ((ridge - 2) ** 2, ridge), (0.0, 1.0, 2.0, 3.0), 0.0)
-        (0.0, 2.0)
+        >>> none = torch.zeros(0)
+        >>> solve = lambda ridge: Solution((ridge - 2) ** 2, ridge, none, none)
+        >>> local_ridge_search(solve, (0.0, 1.0, 2.0, 3.0), 0.0).ridge
+        2.0
     """
-    best: Solved | None = None
+    best: list[Solution] = []  # one at most: weights of wide layers are large
 
-    def share(ridge: float) -> float:
-        nonlocal best
-        found = solved(ridge)
-        if best is None or found[:2] < best[:2]:
-            best = found
-        return float(found[0])
+    def unexplained(ridge: float) -> float:
+        solution = solve(ridge)
+        best[:] = [min([*best, solution], key=lambda candidate: candidate[:2])]
+        return solution.unexplained
 
-    tried = sorted(set(ridges))
-    if math.inf in tried:  # costs nothing, and is no neighbor of the others
-        share(tried.pop())
-    if tried:
-        middle = tried.index(start) if start in tried else len(tried) // 2
-        first = share(tried[middle])
+    grid = sorted(set(ridges))
+    if math.inf in grid:  # free of cost, and far from all others
+        unexplained(grid.pop())
+    if grid:
+        middle = grid.index(start) if start in grid else len(grid) // 2
+        first = unexplained(grid[middle])
         for step in (-1, 1):
-            at, last = middle, first
-            while 0 <= at + step < len(tried):
-                here = share(tried[at + step])
-                if here > last or (here == last and step > 0):
+            position, last = middle, first
+            while 0 <= position + step < len(grid):
+                value = unexplained(grid[position + step])
+                if value > last or (value == last and step > 0):
                     break
-                at, last = at + step, here
-            if at != middle:  # it was downhill: not to the other side
+                position, last = position + step, value
+            if position != middle:  # descended on this side: the other one rises
                 break
-    return best  # type: ignore[return-value]
+    return best[0]
 
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """Of a rectifier, in the unit of what the layer in front of it gives.
+    """Limits of a rectifier, in the unit of the output of the layer in front of it.
 
     Attributes:
-        low: (R, G, o) or (1, G, o) float32; everything below is the same.
-        high: the same above.
+        low: Lower limit (R, G, o) or (1, G, o), float32; smaller outputs are equivalent to it.
+        high: Upper limit, likewise.
     """
 
     low: Tensor
@@ -176,12 +201,12 @@ class ActivationRange:
 
     @classmethod
     def of(cls, limits: tuple[float, float], scale: Tensor, offset: Tensor) -> ActivationRange:
-        """Of `clamp(scale · y + offset)`, as limits of y; none where the scale is 0.
+        """Convert limits of `scale · y + offset` to limits of y; infinite where the scale is 0.
 
         Args:
-            limits: of the rectifier.
-            scale: (o,).
-            offset: (R, o) or (1, o).
+            limits: Limits of the rectifier.
+            scale: Scale (o,).
+            offset: Offset (R, o) or (1, o).
 
         Example:
             >>> ActivationRange.of((0.0, math.inf), torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 1.0]])).low.tolist()
@@ -192,52 +217,57 @@ class ActivationRange:
             torch.where(scale == 0, sign * math.inf, (end - offset) / scale)
             for end, sign in zip(limits, (-1, 1), strict=True)
         ]
+        # A negative scale exchanges the limits
         return cls(torch.minimum(*ends), torch.maximum(*ends))
 
     def rows(self, start: int, stop: int | None) -> ActivationRange:
-        """Of these rows."""
+        """Return the limits of some samples."""
         return ActivationRange(*(end[start:stop] if len(end) > 1 else end for end in (self.low, self.high)))
 
     def grouped(self, groups: int) -> ActivationRange:
-        """(R, o) as (R, G, o / G)."""
+        """Return limits (R, o) as (R, G, o / G)."""
         return ActivationRange(*(end.view(len(end), groups, -1) for end in (self.low, self.high)))
 
-    def passed(self, y: Tensor) -> Tensor:
-        """What reaches the rectifier's readers, in the unit of y.
+    def clamp(self, y: Tensor) -> Tensor:
+        """Return the activation of outputs, in the unit of y.
 
         Example:
-            >>> ActivationRange(torch.tensor([0.0]), torch.tensor([6.0])).passed(torch.tensor([-1.0, 2.0, 7.0])).tolist()
+            >>> limits = ActivationRange(torch.tensor([0.0]), torch.tensor([6.0]))
+            >>> limits.clamp(torch.tensor([-1.0, 2.0, 7.0])).tolist()
             [0.0, 2.0, 6.0]
         """
         return torch.maximum(torch.minimum(y, self.high.to(y)), self.low.to(y))
 
-    def settled(self, y: Tensor, given: Tensor) -> Tensor:
-        """The nearest to `given` that is the same as y to the rectifier's readers.
+    def project(self, y: Tensor, prediction: Tensor) -> Tensor:
+        """Return the values nearest to a prediction that have the same activation as y.
 
         Example:
-            >>> ActivationRange(torch.tensor([0.0]), torch.tensor([6.0])).settled(torch.tensor([-1.0, -1.0, 2.0]), torch.tensor([-3.0, 1.0, 1.0])).tolist()
+            >>> limits = ActivationRange(torch.tensor([0.0]), torch.tensor([6.0]))
+            >>> limits.project(torch.tensor([-1.0, -1.0, 2.0]), torch.tensor([-3.0, 1.0, 1.0])).tolist()
             [-3.0, 0.0, 2.0]
         """
         low, high = self.low.to(y), self.high.to(y)
-        return torch.where(y <= low, torch.minimum(given, low), torch.where(y >= high, torch.maximum(given, high), y))
+        above = torch.where(y >= high, torch.maximum(prediction, high), y)
+        return torch.where(y <= low, torch.minimum(prediction, low), above)
 
 
 @dataclass(frozen=True)
 class ReLURegression:
-    """A layer's regression when a rectifier reads what it gives.
+    """Regression of a layer in front of a rectifier.
 
-    The loss is convex: `(p - y)²` where y lies between the limits, and where it lies beyond one, the square of what p
-        lacks to that limit. It is
-    minimized by turns (Zhang et al. 2015, arXiv 1505.06798, solve the same problem for low ranks): targets beyond a
-    limit become what the layer
-    gives where it is beyond too, then the weights are solved for these targets, with the same matrix.
+    The loss of an output p for a target y is `(p - y)²` within the limits. Beyond a limit it is the squared distance
+    of p to the values beyond that limit. It is convex, and minimized by alternation (Zhang et al. 2015,
+    arXiv 1505.06798, for low-rank layers):
+
+    1. targets beyond a limit move to the layer's output, as far as that is beyond the limit too;
+    2. the weights are solved for these targets, with the same matrix.
 
     Attributes:
-        regression: without the rectifier.
-        x: (R, G, d), the rows of `regression`, those that are held out last.
-        y: (R, G, o).
-        limits: of the rectifier.
-        columns: of x that `regression` was restricted to.
+        regression: Regression without the rectifier.
+        x: Inputs (R, G, d) of `regression`, the selection samples last.
+        y: Targets (R, G, o).
+        limits: Limits of the rectifier.
+        columns: Features of x that `regression` is restricted to. None is all.
     """
 
     regression: LayerRegression
@@ -247,11 +277,11 @@ class ReLURegression:
     columns: Tensor | None = None
 
     def unexplained(self, weight: Tensor, bias: Tensor) -> float:
-        """Share of the variance behind the rectifier that a layer leaves on the held rows.
+        """Return the unexplained variance of the activation on the selection samples.
 
         Args:
-            weight: (G, d, o).
-            bias: (G, o).
+            weight: Weights (G, d, o).
+            bias: Intercept (G, o).
 
         Example:
             >>> x = torch.randn(400, 1, 3)
@@ -261,75 +291,121 @@ class ReLURegression:
             >>> problem.unexplained(torch.ones(1, 3, 1).double(), torch.zeros(1, 1).double()) < 1e-9
             True
         """
-        limits, wanted, total = self._held
-        given = limits.passed(_given(self.regression.held[0], weight, bias))
-        return float((given - wanted).square().mean(0).sum()) / total if total > 0 else 0.0
+        limits, activation, variance = self._selection
+        prediction = limits.clamp(_predict(self.regression.select_samples[0], weight, bias))
+        return float((prediction - activation).square().mean(0).sum()) / variance if variance > 0 else 0.0
 
     @cached_property
-    def _held(self) -> tuple[ActivationRange, Tensor, float]:
-        """Of the held rows, once for all weights: limits, what passes them, and its variance summed over outputs."""
-        _, y = self.regression.held
+    def _selection(self) -> tuple[ActivationRange, Tensor, float]:
+        """Limits, target activation and its variance on the selection samples."""
+        _, y = self.regression.select_samples
         limits = self.limits.rows(-len(y), None)
-        wanted = limits.passed(y).double()
-        return limits, wanted, float(wanted.var(0, correction=0).sum())
+        activation = limits.clamp(y).double()
+        return limits, activation, float(activation.var(0, correction=0).sum())
 
-    def best(self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None) -> Found:
-        """The least share behind the rectifier, the ridge that leaves it, its weight and its intercept; arguments are those of `Regression.best`.
+    def solve(
+        self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None
+    ) -> Solution:
+        """Return the iterate of least unexplained variance; arguments are those of `LayerRegression.search_ridge`.
 
         Example:
             >>> x = torch.rand(400, 1, 2)
             >>> y = x.sum(2, keepdim=True) - 1 - 5 * (x[:, :, :1] < 0.2).float()
-            >>> problem = ReLURegression(LayerRegression.of(x, y, 40), x, y, ActivationRange(torch.zeros(1, 1, 1), torch.full((1, 1, 1), math.inf)))
-            >>> least_squares = next(problem.rounds(torch.zeros(1, 2, 1).double(), None, [1e-6]))
-            >>> problem.best(torch.zeros(1, 2, 1).double(), None, [1e-6])[0] < least_squares[0]
+            >>> limits = ActivationRange(torch.zeros(1, 1, 1), torch.full((1, 1, 1), math.inf))
+            >>> problem = ReLURegression(LayerRegression.of(x, y, 40), x, y, limits)
+            >>> start = torch.zeros(1, 2, 1).double()
+            >>> least_squares = next(problem.iterates(start, None, [1e-6]))
+            >>> problem.solve(start, None, [1e-6]).unexplained < least_squares.unexplained
             True
         """
-        best: Found | None = None
-        for found in islice(self.rounds(original, keep, ridges, start), MAX_RELU_ITERATIONS):
-            last = best is not None and found[0] > (1 - MIN_RELATIVE_GAIN) * best[0]
-            best = found if best is None or found[0] < best[0] else best
-            if last:
+        iterates = self.iterates(original, keep, ridges, start)
+        best = next(iterates)
+        for solution in islice(iterates, MAX_RELU_ITERATIONS - 1):
+            converged = solution.unexplained > (1 - MIN_RELATIVE_GAIN) * best.unexplained
+            best = solution if solution.unexplained < best.unexplained else best
+            if converged:
                 break
-        return best  # type: ignore[return-value]
+        return best
 
-    def rounds(
+    def iterates(
         self, original: Tensor, keep: Tensor | None, ridges: Sequence[float], start: float | None = None
-    ) -> Iterator[Found]:
-        """What `best` chooses from, without end: first what least squares finds, which knows nothing of the rectifier."""
-        moments: PrimalMoments = self.regression.fitted  # type: ignore[assignment]
-        _, ridge, weight = self.regression.best(original, keep, ridges, start)
-        bias = moments.bias(weight)
-        share, before = self.unexplained(weight, bias), (weight, bias)
+    ) -> Iterator[Solution]:
+        """Yield the iterates without end, the first of them by least squares without the rectifier."""
+        solution = self.regression.search_ridge(original, keep, ridges, start)
+        solution = solution._replace(unexplained=self.unexplained(solution.weight, solution.bias))
+        previous = solution
         while True:
-            yield share, ridge, weight, bias
-            moments = self._settled(
-                *(now + ITERATE_MOMENTUM * (now - earlier) for now, earlier in zip((weight, bias), before, strict=True))
+            yield solution
+            # Targets at W_t + μ (W_t - W_{t-1})
+            weight, bias = (
+                now + ITERATE_MOMENTUM * (now - before)
+                for now, before in ((solution.weight, previous.weight), (solution.bias, previous.bias))
             )
-            before = weight, bias
+            moments, previous = self._update_targets(weight, bias), solution
 
-            def solved(ridge: float, moments: PrimalMoments = moments) -> Found:
+            def solve(ridge: float, moments: PrimalMoments = moments) -> Solution:
                 weight = moments.weight(original, keep, ridge)
                 bias = moments.bias(weight)
-                return self.unexplained(weight, bias), ridge, weight, bias
+                return Solution(self.unexplained(weight, bias), ridge, weight, bias)
 
-            share, ridge, weight, bias = local_ridge_search(solved, ridges, ridge)
+            solution = local_ridge_search(solve, ridges, solution.ridge)
 
-    def _settled(self, weight: Tensor, bias: Tensor) -> PrimalMoments:
-        """The moments of the fitted rows with targets that the layer's present outputs allow."""
-        moments: PrimalMoments = self.regression.fitted  # type: ignore[assignment]
-        moved, with_x = torch.zeros_like(moments.mean_y), torch.zeros_like(moments.xy)
-        for start in range(0, self.regression.count, ROW_CHUNK_SIZE):
-            stop = min(start + ROW_CHUNK_SIZE, self.regression.count)
+    def _update_targets(self, weight: Tensor, bias: Tensor) -> PrimalMoments:
+        """Return the moments of the fitted samples with targets projected to the outputs of a layer."""
+        moments: PrimalMoments = self.regression.fit_moments  # type: ignore[assignment]
+        count = self.regression.num_samples
+        # Only the targets move, by δ = y' - y: E[y'] = E[y] + E[δ], S_xy' = S_xy + E[x δᵀ] - E[x] E[δ]ᵀ
+        mean_shift, cross_shift = torch.zeros_like(moments.mean_y), torch.zeros_like(moments.xy)
+        for start in range(0, count, ROW_CHUNK_SIZE):
+            stop = min(start + ROW_CHUNK_SIZE, count)
             x, y = self.x[start:stop].float(), self.y[start:stop].float()
             x = x if self.columns is None else x[:, :, self.columns]
-            change = self.limits.rows(start, stop).settled(y, _given(x, weight, bias)) - y
-            moved += change.sum(0, dtype=torch.float64)
-            with_x += x.permute(1, 2, 0) @ change.transpose(0, 1)
-        moved /= self.regression.count
-        xy = moments.xy + with_x / self.regression.count - moments.mean_x[..., None] * moved[:, None]
-        return replace(moments, mean_y=moments.mean_y + moved, xy=xy)
+            shift = self.limits.rows(start, stop).project(y, _predict(x, weight, bias)) - y
+            mean_shift += shift.sum(0, dtype=torch.float64)
+            cross_shift += x.permute(1, 2, 0) @ shift.transpose(0, 1)
+        mean_shift /= count
+        xy = moments.xy + cross_shift / count - moments.mean_x[..., None] * mean_shift[:, None]
+        return replace(moments, mean_y=moments.mean_y + mean_shift, xy=xy)
 
 
-def _given(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(R, G, o) float32."""
+def _predict(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the outputs (R, G, o), float32."""
     return (x.float().transpose(0, 1) @ weight.float()).transpose(0, 1) + bias.float()
+
+
+@torch.no_grad()
+def fold_bias(layer: nn.Module, norm: nn.Module | None, bias: Tensor, moments: AnyMoments, weight: Tensor) -> None:
+    """Write the intercept of a refitted layer into its batch norm, or else into its bias.
+
+    The batch norm's statistics become those of the layer's new output, and its scale and shift compensate. The
+    function in eval mode is that of the regression, and training starts from the same function. Without a batch norm,
+    a missing bias is added.
+
+    Args:
+        layer: Convolution or linear layer, with its new weight.
+        norm: Batch norm that is the only consumer of its output, or None.
+        bias: Intercept (C,), float64.
+        moments: Moments of the layer's input.
+        weight: New weight (G, d, o).
+    """
+    module: Any = layer
+    if norm is None:
+        if module.bias is None:
+            module.bias = nn.Parameter(bias.to(module.weight))
+        else:
+            module.bias.copy_(bias)
+        return
+    layer_bias = torch.zeros_like(bias) if module.bias is None else module.bias.double()
+    n: Any = norm
+    scale, shift = batch_norm_affine(norm, len(bias))
+    mean = (weight.mT @ moments.mean_x[..., None])[..., 0].flatten() + layer_bias
+    variance = moments.variance(weight).flatten()
+    varies = variance > MIN_RELATIVE_VARIANCE * n.running_var.double()
+    # The required function of the layer's output z is scale · z + offset. With γ' = scale · sqrt(var' + eps) and
+    # β' = offset + scale · mean', the norm with the new statistics mean' and var' is that function
+    offset = shift + scale * (bias - layer_bias)
+    n.weight.copy_(torch.where(varies, scale * (variance + n.eps).sqrt(), n.weight.double()))
+    n.bias.copy_(torch.where(varies, offset + scale * mean, n.bias.double()))
+    # A constant channel keeps γ and β, and its running mean takes the intercept
+    n.running_mean.copy_(torch.where(varies, mean, n.running_mean.double() - (bias - layer_bias)))
+    n.running_var.copy_(torch.where(varies, variance, n.running_var.double()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,294 +17,316 @@ from knowiso_train.errors import InputTypeError, KnowisoWarning, NonFiniteError,
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.ops.im2col import SampledPositions, grouped_weight, num_groups, ungrouped_weight
+from knowiso_train.ops.im2col import grouped_weight, num_groups, ungrouped_weight
 from knowiso_train.pruning.blocks import BlockFinetuner
-from knowiso_train.pruning.calibration import Calibration, Forward, check_counts
+from knowiso_train.pruning.calibration import (
+    Calibration,
+    ReferenceOutputs,
+    check_counts,
+    record_reference_outputs,
+)
 from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
-from knowiso_train.pruning.layer_regression import ActivationRange, AnyMoments, LayerRegression, ReLURegression
-from knowiso_train.pruning.reference_outputs import ReferenceOutputs, record_reference_outputs, targets_residual_sum
+from knowiso_train.pruning.layer_regression import (
+    ActivationRange,
+    AnyMoments,
+    LayerRegression,
+    ReLURegression,
+    Solution,
+    fold_bias,
+)
 from knowiso_train.pruning.report import LayerFit, RefitReport
 from knowiso_train.pruning.tracing import (
     TRACE_IMAGES,
     Epilogue,
+    Forward,
     OpRecorder,
-    check_network,
-    record_operations,
+    batch_norm_affine,
+    count_operations,
     trace_model,
 )
-from knowiso_train.regression.ridge import KernelMoments, PrimalMoments
+from knowiso_train.regression.ridge import PrimalMoments
 
-# Of the variance that a norm expects: below it a channel is silent, and the norm's statistics stay
-MIN_RELATIVE_VARIANCE = 1e-6
-
-# The last leaves the surviving weights, for layers that the rows only mislead
+# Infinity leaves the surviving weights, for layers that a fit makes worse on new images
 RECONSTRUCTION_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, math.inf)
-UNCONSTRAINED_RIDGE = 1e-2  # ridge of the weights from which a choice of channels starts
-UNCHANGED_SHARE = 1e-10  # unexplained: nothing upstream has changed, and the layer stays to the bit
-# Moments, weights (d, o) free of any choice, scale (o,) -> (C,) channels to keep
-Choose = Callable[[AnyMoments, Tensor, Tensor], Tensor]
+UNCONSTRAINED_RIDGE = 1e-2  # ridge of the weights on all input channels, from which channels are ranked
+UNCHANGED_FRACTION = 1e-10  # unexplained variance, below which nothing upstream has changed and the layer is left as is
+MIN_RELATIVE_SCALE = 1e-6  # fraction of the largest scale, below which an output channel has no effect
 
-REFIT_SAMPLES_PER_FEATURE = 100  # per regressor; more than the criterion needs
+REFIT_SAMPLES_PER_FEATURE = 100  # samples of a layer's regression
 
-
-def batch_norm_affine(norm: nn.Module | None, channels: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """(C,) scale and shift of a batch norm in eval mode, float64; 1 and 0 for None.
-
-    Example:
-        >>> norm = nn.BatchNorm2d(2, eps=0.0)
-        >>> norm.running_var[1] = 4
-        >>> batch_norm_affine(norm, 2)[0].tolist()
-        [1.0, 0.5]
-    """
-    if norm is None:
-        return torch.ones(channels, dtype=torch.float64, device=device), torch.zeros(
-            channels, dtype=torch.float64, device=device
-        )
-    n: Any = norm
-    scale = n.weight.detach().double() * (n.running_var.double() + n.eps).rsqrt()
-    return scale, n.bias.detach().double() - scale * n.running_mean.double()
+# Moments of the inputs, weights (d, o) on all input channels, scale (o,) -> mask (C,) of channels to keep
+Ranking = Callable[[AnyMoments, Tensor, Tensor], Tensor]
 
 
-@torch.no_grad()
-def fold_bias(
-    layer: nn.Module, norm: nn.Module | None, bias: Tensor, moments: PrimalMoments | KernelMoments, weight: Tensor
-) -> None:
-    """Give a layer whose weight was refitted its intercept.
-
-    With a batch norm behind it, the norm takes the intercept, and its statistics become those of the layer's new output
-    while its scale and shift
-    make up for that: the same function in eval mode, and a training step starts from the same one. Otherwise the
-        layer's bias takes it, which is
-    added where there is none.
+class LayerReconstruction:
+    """Regression of one layer on the original outputs, from its input in the pruned network.
 
     Args:
-        layer: convolution or linear layer.
-        norm: the batch norm that alone reads it, or None.
-        bias: (C,) float64, the whole intercept.
-        moments: of what the layer reads.
-        weight: (G, d, o), the new one.
+        name: Name of the layer.
+        layer: Layer of the pruned network.
+        x: Its input for all images.
+        network: Reconstruction that the layer is part of.
     """
-    owner: Any = layer
-    if norm is None:
-        if owner.bias is None:
-            owner.bias = nn.Parameter(bias.to(owner.weight))
+
+    def __init__(self, name: str, layer: nn.Module, x: Tensor, network: NetworkReconstruction) -> None:
+        self.name, self.layer, self.x, self.network = name, layer, x, network
+        self.epilogue, self.groups = network.epilogues[name], num_groups(layer)
+        self.positions = network.reference.sampled_positions[name]
+        if name in network.masks:
+            network.masks[name] = network.masks[name].to(x.device)
+        norm = self.epilogue.norm
+        self.norm = network.modules[norm] if norm is not None else None
+
+    def targets(self) -> tuple[Tensor, Tensor, ActivationRange | None]:
+        """Return targets (R, c) of the layer's output z, its scale (c,), and the limits of z, if a rectifier follows.
+
+        With the scale s and shift t of the epilogue and the residual stream r, the original's sum is y = s·z + t + r,
+        so that the target is z = (y - t - r) / s. The stream of the pruned network is used for r: the layer also
+        corrects errors made upstream.
+        """
+        y = self.network.reference.outputs[self.name].double()
+        outputs = self.network.outputs.get(self.name)
+        y = y if outputs is None else y[:, outputs.to(y.device)]
+        scale, shift = batch_norm_affine(self.norm, y.shape[1], y.device)
+        if self.epilogue.layer_scale is not None:
+            factor = self.network.parameters[self.epilogue.layer_scale].detach().double()
+            scale, shift = scale * factor, shift * factor
+        offset, limit_scale = shift[None], scale
+        if self.epilogue.targets_residual_sum:
+            stream = self.network.streams.results[self.epilogue.residual_source]  # type: ignore[index]
+            for operation in self.epilogue.shortcut_ops:
+                stream = operation(stream)
+            offset = shift + self.positions.outputs(stream, conv=isinstance(self.layer, nn.Conv2d)).double()
+            # An output channel of scale 0 has no effect on the sum: its target is 0
+            zero = torch.zeros((), dtype=y.dtype, device=y.device)
+            ineffective = scale.abs() < MIN_RELATIVE_SCALE * scale.abs().max().clamp_min(1e-30)
+            y = torch.where(ineffective, zero, (y - offset) / torch.where(ineffective, torch.ones_like(scale), scale))
+            limit_scale = torch.where(ineffective, zero, scale)
+        limits = self.epilogue.activation_range
+        return y, scale, None if limits is None else ActivationRange.of(limits, limit_scale, offset)
+
+    def regress(self) -> None:
+        """Solve the regression of the layer, and rank its input channels first where that was deferred."""
+        y, scale, limits = self.targets()
+        y = y.view(len(y), self.groups, -1)
+        weight = grouped_weight(self.layer).detach().double()
+        ranking = self.network.rankings.get(self.name)
+        mask = None if ranking is not None else self.network.masks.get(self.name)
+        x = self.positions.inputs(self.layer, self.x if mask is None or self.groups > 1 else self._select(mask))
+        try:
+            regression = LayerRegression.of(x, y, len(self.positions.index))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {self.name!r}: {error}") from error
+        if ranking is not None:
+            moments = regression.fit_moments
+            self.network.masks[self.name] = ranking(
+                moments, moments.weight(weight, None, UNCONSTRAINED_RIDGE)[0], scale
+            )
+        keep = self._feature_mask()
+        # A single regression leaves removed features out. Of several groups each loses other features: their weights
+        # become 0
+        self.columns: Tensor | None = None
+        self.keep: Tensor | None = keep
+        if keep is not None and self.groups == 1:
+            self.columns, self.keep = keep[0].nonzero().flatten(), None
+        restricted_columns = None
+        if self.columns is not None:
+            weight = weight[:, self.columns]
+            if mask is None:
+                regression, restricted_columns = regression.restrict(self.columns), self.columns
+        self.num_samples, self.regression = len(x), regression
+        limits = limits.grouped(self.groups) if limits is not None else None
+        relu = None
+        if limits is not None and isinstance(regression.fit_moments, PrimalMoments):
+            relu = ReLURegression(regression, x, y, limits, restricted_columns)
+        self._solve(weight, y, relu)
+
+    def _solve(self, weight: Tensor, y: Tensor, relu: ReLURegression | None) -> None:
+        """Search the ridge, unless the surviving weights with their bias already reproduce the targets."""
+        regression, network = self.regression, self.network
+        start = weight if self.keep is None else weight * self.keep.to(weight)[..., None]
+        bias, layer_bias = regression.fit_moments.bias(start), self._layer_bias(weight)
+        self.before = regression.unexplained(start)
+        self.solution = Solution(self.before, math.inf, start, layer_bias)
+        bias_change = (bias - layer_bias).square().sum()
+        self.changed = self.before > UNCHANGED_FRACTION or bool(
+            bias_change > UNCHANGED_FRACTION * y.var(0, correction=0).sum()
+        )
+        if not self.changed:
+            return
+        num_features = weight.shape[1] if self.keep is None else int(self.keep.sum(1).max())
+        if regression.num_samples < num_features:
+            network.short.append(f"{self.name!r} ({regression.num_samples} samples for {num_features} features)")
+        if relu is None:
+            self.solution = regression.search_ridge(weight, self.keep, network.ridges, network.last_ridge)
         else:
-            owner.bias.copy_(bias)
-        return
-    own = torch.zeros_like(bias) if owner.bias is None else owner.bias.double()
-    n: Any = norm
-    scale, shift = batch_norm_affine(norm, len(bias))
-    mean = (weight.mT @ moments.mean_x[..., None])[..., 0].flatten() + own
-    variance = moments.variance(weight).flatten()
-    loud = variance > MIN_RELATIVE_VARIANCE * n.running_var.double()
-    new_scale = scale * (variance + n.eps).sqrt()
-    offset = shift + scale * (bias - own)  # norm(z) = scale · z + offset
-    n.weight.copy_(torch.where(loud, new_scale, n.weight.double()))
-    n.bias.copy_(torch.where(loud, offset + scale * mean, n.bias.double()))
-    n.running_mean.copy_(torch.where(loud, mean, n.running_mean.double() - (bias - own)))
-    n.running_var.copy_(torch.where(loud, variance, n.running_var.double()))
+            self.before = relu.unexplained(start, bias)
+            self.solution = relu.solve(weight, self.keep, network.ridges, network.last_ridge)
+        network.last_ridge = self.solution.ridge
+
+    @torch.no_grad()
+    def write_back(self) -> LayerFit:
+        """Write the solution into the layer and its batch norm."""
+        weight: Tensor = self.layer.weight  # type: ignore[assignment]
+        solution = self.solution
+        if self.columns is not None:
+            full = torch.zeros_like(grouped_weight(self.layer), dtype=torch.float64)
+            weight.copy_(ungrouped_weight(self.layer, full.index_copy(1, self.columns, solution.weight)))
+        elif self.changed or self.keep is not None:
+            weight.copy_(ungrouped_weight(self.layer, solution.weight))
+        if self.changed:
+            fold_bias(self.layer, self.norm, solution.bias.flatten(), self.regression.fit_moments, solution.weight)
+        channels = self.x.shape[1] if isinstance(self.layer, nn.Conv2d) else self.x.shape[-1]
+        mask = self.network.masks.get(self.name)
+        return LayerFit(
+            self.name,
+            channels if mask is None else int(mask.sum()),
+            self.num_samples,
+            self.before,
+            solution.unexplained,
+        )
+
+    def _layer_bias(self, weight: Tensor) -> Tensor:
+        bias: Any = self.layer.bias
+        return torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().double().view(self.groups, -1)
+
+    def _select(self, mask: Tensor) -> Tensor:
+        """Return the input channels of a mask."""
+        return self.x.index_select(1 if isinstance(self.layer, nn.Conv2d) else -1, mask.nonzero().flatten())
+
+    def _feature_mask(self) -> Tensor | None:
+        """Return the mask (G, d) of remaining features; None where all remain."""
+        mask = self.network.masks.get(self.name)
+        if mask is None or bool(mask.all()):
+            return None
+        if isinstance(self.layer, nn.Linear):
+            return mask[None]
+        taps = self.layer.weight[0, 0].numel()  # type: ignore[index]
+        return mask.view(self.groups, 1, -1).expand(-1, taps, -1).flatten(1)
+
+
+class NetworkReconstruction:
+    """Forward pass in which every layer is solved, in place, before it runs.
+
+    All images pass at once, as a layer needs the inputs of all images before the next one runs.
+
+    Args:
+        network: Pruned network, or one of the original's widths with `masks`; in eval mode.
+        epilogues: Epilogues of the original's layers, in forward order.
+        reference: Outputs of the original on the same images.
+        outputs: Indices (c,) of the original's output channels of a layer. Default: all.
+        masks: Masks (C,) of input channels that layers may use. Default: all.
+        rankings: Rankings of the input channels of layers, applied when the pass reaches them.
+        ridges: Relative ridges to choose from by the selection samples.
+        blocks: Fine-tuning of whole blocks, each after its layers are solved.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        epilogues: Mapping[str, Epilogue],
+        reference: ReferenceOutputs,
+        *,
+        outputs: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        rankings: Mapping[str, Ranking] | None = None,
+        ridges: Sequence[float] = RECONSTRUCTION_RIDGES,
+        blocks: BlockFinetuner | None = None,
+    ) -> None:
+        self.network, self.epilogues, self.reference, self.blocks = network, epilogues, reference, blocks
+        self.outputs, self.masks, self.rankings, self.ridges = outputs or {}, dict(masks or {}), rankings or {}, ridges
+        self.modules, self.parameters = dict(network.named_modules()), dict(network.named_parameters())
+        sources = [item.residual_source for item in epilogues.values() if item.targets_residual_sum]
+        self.streams = OpRecorder({number: None for number in sources if number is not None})
+        self.fits: dict[str, LayerFit] = {}
+        self.short: list[str] = []  # layers with fewer samples than features
+        self.last_ridge: float | None = None
+
+    def run(self, images: Calibration, progress: bool = True) -> list[LayerFit]:
+        """Solve all layers, in forward order."""
+        with (
+            ExitStack() as hooks,
+            tqdm(total=len(self.epilogues), desc="refit", unit="layer", disable=not progress) as bar,
+        ):
+            for name in self.epilogues:
+                hook = partial(self._before_layer, name, bar)
+                hooks.callback(self.modules[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for name in self.blocks.targets if self.blocks is not None else ():
+                after = partial(self._after_block, name)
+                hooks.callback(self.modules[name].register_forward_hook(after, with_kwargs=True).remove)
+            batch = images.concatenate()
+            with self.streams:
+                images.forward(self.network, batch)
+        return list(self.fits.values())
+
+    def _before_layer(
+        self, name: str, bar: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if name in self.fits:  # solved already: its block is being fine-tuned
+            return
+        with self.streams.paused():
+            reconstruction = LayerReconstruction(name, layer, call_input(args, kwargs), self)
+            reconstruction.regress()
+            self.fits[name] = reconstruction.write_back()
+        bar.update()
+
+    def _after_block(
+        self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        with self.streams.paused():
+            finetuned = self.blocks.finetune(name, block, args, kwargs, output)  # type: ignore[union-attr]
+        for number, stream in self.streams.results.items():
+            if stream is output:
+                self.streams.results[number] = finetuned
+        return finetuned
 
 
 def reconstruct(
     network: nn.Module,
-    layers: Mapping[str, nn.Module],
-    tails: Mapping[str, Epilogue],
-    target: ReferenceOutputs,
+    epilogues: Mapping[str, Epilogue],
+    reference: ReferenceOutputs,
     images: Calibration,
     *,
     outputs: Mapping[str, Tensor] | None = None,
     masks: Mapping[str, Tensor] | None = None,
-    choose: Mapping[str, Choose] | None = None,
-    ridge: Sequence[float] = RECONSTRUCTION_RIDGES,
+    rankings: Mapping[str, Ranking] | None = None,
+    ridges: Sequence[float] = RECONSTRUCTION_RIDGES,
     blocks: BlockFinetuner | None = None,
-    quiet: bool = False,
+    warn: bool = True,
     progress: bool = True,
 ) -> list[LayerFit]:
-    """Solve the layers of a network, in place, in the order in which they run.
-
-    A layer's target is what the original gives; where its output is added to a residual stream that is there when it
-    runs, what the stream lacks of
-    the original's sum, so that errors made upstream are mended. In front of a rectifier only what passes it is aimed
-    at.
-
-    All images pass at once: a layer must have seen all before the next one runs.
+    """Solve the layers of a network, in place, in forward order; arguments are those of `NetworkReconstruction`.
 
     Args:
-        network: pruned, or of the original's width with `masks`; in eval mode.
-        layers: of the network, by name.
-        tails: of the original, in forward order.
-        target: of the original, on the same images.
-        images: all of them are read.
-        outputs: (c,) indices of the original's output channels that a layer still has; all where it is not named.
-        masks: (C,) the input channels that a layer may read.
-        choose: for layers whose input channels are chosen when the pass reaches them.
-        ridge: relative ρ, several to choose from by images that are not fitted.
-        blocks: to be tuned as a whole, each when its layers are solved.
-        quiet: no warning of few rows.
-        progress: whether to show a bar.
+        images: Calibration images.
+        warn: Warn of layers with fewer samples than features.
+        progress: Show a progress bar.
 
     Returns:
         One entry for each layer.
 
     Raises:
-        NonFiniteError: a layer reads NaN or Inf.
+        NonFiniteError: NaN or Inf in the input of a layer.
     """
-    masks, outputs, choose = dict(masks or {}), outputs or {}, choose or {}
-    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
-    streams: dict[int, Tensor] = {}
-    wanted = {tail.other for tail in tails.values() if targets_residual_sum(tail)}
-    fits: list[LayerFit] = []
-    solved: set[str] = set()
-    short: list[str] = []
-    last: float | None = None
-
-    def seen(number: int, name: str, args: tuple[Any, ...], result: Tensor) -> None:
-        if number in wanted:
-            streams[number] = result
-
-    mode = OpRecorder(seen)
-
-    def solve(name: str, layer: nn.Module, x: Tensor) -> None:
-        nonlocal last
-        tail, at, groups = tails[name], target.positions[name], num_groups(layer)
-        if name in masks:
-            masks[name] = masks[name].to(x.device)
-        whole = original = grouped_weight(layer).detach().double()
-        bias = torch.zeros_like(original[:, 0]) if layer.bias is None else layer.bias.detach().double().view(groups, -1)  # type: ignore[operator]
-        y, scale, limits = _aims(name, layer, tail, target, at, streams, outputs.get(name), modules, parameters)
-        y = y.view(len(y), groups, -1)
-        known = None if name in choose else masks.get(name)
-        rows = at.inputs(layer, x if known is None or groups > 1 else _channels(layer, x, known))
-        try:
-            regression = LayerRegression.of(rows, y, len(at.index))
-        except NonFiniteError as error:
-            raise NonFiniteError(f"layer {name!r}: {error}") from error
-        if name in choose:
-            masks[name] = choose[name](
-                regression.fitted, regression.fitted.weight(original, None, UNCONSTRAINED_RIDGE)[0], scale
-            )
-        keep, columns = _columns(layer, masks.get(name)), None
-        # What is gone is left out; else it becomes 0, in each group other columns
-        if keep is not None and groups == 1:
-            columns, keep = keep[0].nonzero().flatten(), None
-            original = original[:, columns]
-            regression = regression if known is not None else regression.restricted(columns)
-        before = original if keep is None else original * keep.to(original)[..., None]
-        read = original.shape[1] if keep is None else int(keep.sum(1).max())
-        shares, new, now = [regression.unexplained(before)], before, regression.fitted.bias(before)
-        changed = shares[0] > UNCHANGED_SHARE or bool(
-            (now - bias).square().sum() > UNCHANGED_SHARE * y.var(0, correction=0).sum()
-        )
-        if changed:
-            if regression.count < read:
-                short.append(f"{name!r} ({regression.count} rows for {read} regressors)")
-            if limits is None or not isinstance(regression.fitted, PrimalMoments):
-                share, last, new = regression.best(original, keep, ridge, last)
-                bias = regression.fitted.bias(new)
-            else:
-                rectified = ReLURegression(
-                    regression, rows, y, limits.grouped(groups), columns if known is None else None
-                )
-                shares = [rectified.unexplained(before, now)]
-                share, last, new, bias = rectified.best(original, keep, ridge, last)
-            shares.append(share)
-        with torch.no_grad():
-            if columns is not None:
-                layer.weight.copy_(ungrouped_weight(layer, torch.zeros_like(whole).index_copy(1, columns, new)))  # type: ignore[operator]
-            elif changed or keep is not None:
-                layer.weight.copy_(ungrouped_weight(layer, new))  # type: ignore[operator]
-        if changed:
-            norm = modules[tail.norm] if tail.norm is not None else None
-            fold_bias(layer, norm, bias.flatten(), regression.fitted, new)
-        inputs = x.shape[1] if isinstance(layer, nn.Conv2d) else x.shape[-1]
-        inputs = inputs if name not in masks else int(masks[name].sum())
-        fits.append(LayerFit(name, inputs, len(rows), shares[0], shares[-1]))
-
-    def reached(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in solved:  # else its block is being tuned
-                solved.add(name)
-                with mode.silent():
-                    solve(name, layer, call_input(args, kwargs))
-                bar.update()
-
-        return hook
-
-    def finished(name: str) -> Callable[..., Tensor]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            with mode.silent():
-                made = blocks.finetune(name, block, args, kwargs, output)  # type: ignore[union-attr]
-            for number, value in streams.items():
-                if value is output:
-                    streams[number] = made
-            return made
-
-        return hook
-
-    every = images.concatenate()
-    handles = [layers[name].register_forward_pre_hook(reached(name), with_kwargs=True) for name in tails]
-    handles += [
-        modules[name].register_forward_hook(finished(name), with_kwargs=True)
-        for name in (blocks.targets if blocks is not None else ())
-    ]
-    try:
-        with tqdm(total=len(tails), desc="refit", unit="layer", disable=not progress) as bar, mode:
-            images.forward(network, every)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if short and not quiet:
+    reconstruction = NetworkReconstruction(
+        network,
+        epilogues,
+        reference,
+        outputs=outputs,
+        masks=masks,
+        rankings=rankings,
+        ridges=ridges,
+        blocks=blocks,
+    )
+    fits = reconstruction.run(images, progress)
+    if reconstruction.short and warn:
         warnings.warn(
-            f"fewer rows than regressors, so that the ridge decides what the rows do not: layers {', '.join(short)}. Give more images",
+            "fewer samples than features, so that the result depends on the ridge: layers "
+            f"{', '.join(reconstruction.short)}. Give more images",
             KnowisoWarning,
             stacklevel=3,
         )
     return fits
-
-
-def _aims(
-    name: str,
-    layer: nn.Module,
-    tail: Epilogue,
-    target: ReferenceOutputs,
-    at: SampledPositions,
-    streams: Mapping[int, Tensor],
-    outputs: Tensor | None,
-    modules: Mapping[str, nn.Module],
-    parameters: Mapping[str, Tensor],
-) -> tuple[Tensor, Tensor, ActivationRange | None]:
-    """(R, c): what the layer itself should give; (c,): what its output is multiplied by until it is added or read; and between what limits."""
-    y = target.outputs[name].double()
-    y = y if outputs is None else y[:, outputs.to(y.device)]
-    scale, shift = batch_norm_affine(modules[tail.norm] if tail.norm is not None else None, y.shape[1], y.device)
-    if tail.scale is not None:
-        factor = parameters[tail.scale].detach().double()
-        scale, shift = scale * factor, shift * factor
-    offset, heard = shift[None], scale
-    if targets_residual_sum(tail):
-        stream = streams[tail.other]  # type: ignore[index]
-        for step in tail.steps:
-            stream = step(stream)
-        offset = shift + at.outputs(stream, conv=isinstance(layer, nn.Conv2d)).double()
-        silent = scale.abs() < 1e-6 * scale.abs().max().clamp_min(1e-30)  # nothing of such a channel arrives
-        y = torch.where(silent, y.new_zeros(()), (y - offset) / torch.where(silent, torch.ones_like(scale), scale))
-        heard = torch.where(silent, scale.new_zeros(()), scale)
-    return y, scale, None if tail.limits is None else ActivationRange.of(tail.limits, heard, offset)
-
-
-def _channels(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    """What a layer of one group reads, of these channels alone."""
-    return x.index_select(1 if isinstance(layer, nn.Conv2d) else -1, mask.nonzero().flatten())
-
-
-def _columns(layer: nn.Module, mask: Tensor | None) -> Tensor | None:
-    """(G, d) of a mask over input channels."""
-    if mask is None or bool(mask.all()):
-        return None
-    if isinstance(layer, nn.Linear):
-        return mask[None]
-    taps = layer.weight[0, 0].numel()  # type: ignore[index]
-    return mask.view(num_groups(layer), 1, -1).expand(-1, taps, -1).flatten(1)
 
 
 def refit(
@@ -320,61 +343,56 @@ def refit(
     seed: int = 0,
     progress: bool = True,
 ) -> RefitReport:
-    """Give a pruned network, in place, weights that reproduce the original's outputs from what is left (DESIGN §1.4). No labels, no training.
+    """Refit the weights of a pruned network, in place, to the outputs of the original. No labels, no training.
 
-    Layer after layer in the order in which they run, each one's weight and intercept are solved in closed form from
-    what the layer now reads, errors
-    made upstream included, to what the original's layer gives; where its output joins a residual stream, to what the
-    stream lacks of the original's.
-    Where a rectifier (ReLU, ReLU6, Hardtanh) is all that reads the result, what lies beyond its limits may be anything
-    beyond them: targets and
-    weights are found by turns, see `pruning.rectified`.
+    Weight and intercept of each layer are solved in closed form, in forward order. The input is that of the pruned
+    network, with the errors made upstream. The target is the output of the original layer. Where the output is added
+    to a residual stream, the target is the original's sum less the stream of the pruned network.
+    In front of a rectifier (ReLU, ReLU6, Hardtanh), targets beyond its limits are free to move beyond them: targets and
+    weights are solved by alternation, see `layer_regression.ReLURegression`.
 
-    The ridge pulls towards the surviving original weights. A tenth of the images, the last ones, is never fitted: it
-    chooses each layer's ridge, and
-    says what is left unexplained.
+    The ridge shrinks towards the surviving original weights. The last tenth of the images is not fitted: it selects
+    the ridge of each layer, and measures the unexplained variance.
 
-    Refitted are convolutions of any kernel, stride and number of groups (depthwise: each channel by itself) and linear
-    layers that run once. The
-    intercept goes into the following batch norm, whose statistics then are those of the new output, or into the layer's
-    bias, which is added where
-    there is none. Batch norms, layer norms and all other parameters stay as pruning left them.
+    Convolutions of any kernel, stride and number of groups and linear layers are refitted, if they run once. The
+    intercept goes into the batch norm after the layer, whose statistics become those of the new output. Without a
+    batch norm it goes into the layer's bias, which is added if missing. All other parameters stay.
 
     Args:
-        pruned: pruned from `original` by any library, with the same layer names. Wrapped or not.
-        original: the network before pruning.
-        loader: batches of images, see `knowiso_train.features.inputs_of`; shuffled, as the first ones are taken; labels
-            are never read.
-        kept: what pruning kept, from `recording`; None reads it off the weights, which works until the pruned network
-            is trained.
-        max_images: to look at. All of them pass through the pruned network at once, so memory grows with them.
-        rows: of each regression, per regressor, at most all positions of all images.
-        ridge: relative ρ ≥ 0, one or several to choose from; `math.inf` leaves the surviving weights and corrects the
+        pruned: Network pruned from `original` by any library, with the same layer names. Wrapped or not.
+        original: Network before pruning.
+        loader: Shuffled batches of images, of which the first ones are taken; labels are never read. See
+            `knowiso_train.features.inputs_of`.
+        kept: Kept indices of each tensor, from `track_kept_indices`. Default: inferred from the weights, which is
+            possible until the pruned network is trained.
+        max_images: Maximum number of images. All of them pass through the pruned network at once, so memory grows with
+            their number.
+        rows: Samples per input feature of a layer, at most all positions of all images.
+        ridge: Relative ρ ≥ 0, one or several to choose from. `math.inf` leaves the surviving weights and corrects the
             intercept.
-        block_steps: where more than 0, every block is tuned as a whole once its layers are solved, by so many updates
-            towards what the original's
-            block gives: gradients within one block, still no labels. 60 take as long again as the rest; what is not
-                better on other images is undone.
-            What the original's blocks give for all images is held in memory.
-        forward: `forward(model, batch)` for networks that need more than images.
-        seed: of the positions.
-        progress: whether to show a bar.
+        block_steps: Updates of each block, after its layers are solved, towards the output of the original's block.
+            Gradients stay within one block, and labels are not used. 60 updates double the time. Blocks that do not
+            improve on other images are restored. The outputs of the original's blocks for all images are held in
+            memory. Default: none.
+        forward: `forward(model, batch)` for models that need more than images.
+        seed: Seed of the positions.
+        progress: Show a progress bar.
 
     Returns:
-        Per layer the unexplained share before and after, on images that were not fitted.
+        Unexplained variance of each layer before and after, on images that were not fitted.
 
     Raises:
-        ShapeError: not a pruned version of the original.
-        InputTypeError, OptionError, DataError: arguments without meaning.
+        ShapeError: A network that is no pruned version of the original.
+        InputTypeError, OptionError, DataError: Arguments of a wrong kind or out of range.
         NonFiniteError: NaN or Inf, with the layer's name.
 
     Example:
         >>> original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-        >>> with torch.no_grad():
-        ...     original[0].weight[7], original[0].bias[7] = original[0].weight[6], original[0].bias[6]  # a channel that is there twice
+        >>> with torch.no_grad():  # the last two channels are equal
+        ...     original[0].weight[7], original[0].bias[7] = original[0].weight[6], original[0].bias[6]
         >>> pruned = nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.Conv2d(7, 4, 3))
-        >>> cut = {"0.weight": original[0].weight[:7], "0.bias": original[0].bias[:7]}
-        >>> _ = pruned.load_state_dict({**cut, "2.weight": original[2].weight[:, :7], "2.bias": original[2].bias})
+        >>> kept = {"0.weight": original[0].weight[:7], "0.bias": original[0].bias[:7]}
+        >>> _ = pruned.load_state_dict({**kept, "2.weight": original[2].weight[:, :7], "2.bias": original[2].bias})
         >>> images = torch.randn(64, 3, 8, 8)
         >>> report = refit(pruned, original, [images], ridge=1e-9, progress=False)
         >>> torch.allclose(pruned(images), original(images), atol=1e-4)
@@ -383,50 +401,79 @@ def refit(
     for role, model in (("pruned", pruned), ("original", original)):
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"{role}: expected a torch.nn.Module, got {type(model).__name__}")
-    small, whole = unwrap_model(pruned), unwrap_model(original)
-    if small is whole:
+    pruned, original = unwrap_model(pruned), unwrap_model(original)
+    if pruned is original:
         raise OptionError("pruned and original are the same network; keep a copy.deepcopy of it before pruning")
     ridges = validate_ridges(ridge)
-    check_network(small, whole)
+    check_network(pruned, original)
     check_counts(rows=rows)
-    images = Calibration(loader, max_images, device_of(whole), forward)
-    with preserve_state(small, whole), torch.no_grad():
-        found = trace_model(whole, images)
-        outputs = infer_kept_outputs(whole, small, found, kept)
-        few = images.first(min(TRACE_IMAGES, images.count))
-        counts = [record_operations(partial(images.forward, network, few)) for network in (small, whole)]
-        if counts[0] != counts[1]:
-            raise ShapeError(
-                f"the pruned network runs {counts[0]} operations and the original {counts[1]}, so that they cannot be told to be the same ones. "
-                "Close FeatureTaps and take hooks off both first"
-            )
-        layers = dict(small.named_modules())
-        strange = [name for name in found if type(layers[name]) is not type(whole.get_submodule(name))]
-        if strange:
-            raise ShapeError(f"layers {strange} of the pruned network are of another kind than the original's")
-        target = record_reference_outputs(whole, dict(whole.named_modules()), found, images, rows, seed, progress)
+    images = Calibration(loader, max_images, device_of(original), forward)
+    with preserve_state(pruned, original), torch.no_grad():
+        batch = images.first(TRACE_IMAGES)
+        epilogues = trace_model(original, batch, images.forward)
+        outputs = infer_kept_outputs(original, pruned, epilogues, kept)
+        _check_same_structure(pruned, original, epilogues, batch, images.forward)
+        reference = record_reference_outputs(original, epilogues, images, rows, seed, progress)
         blocks = (
-            BlockFinetuner.from_original(whole, small, list(found), images, block_steps, seed) if block_steps else None
+            BlockFinetuner.from_original(original, pruned, list(epilogues), images, block_steps, seed)
+            if block_steps
+            else None
         )
         fits = reconstruct(
-            small, layers, found, target, images, outputs=outputs, ridge=ridges, blocks=blocks, progress=progress
+            pruned, epilogues, reference, images, outputs=outputs, ridges=ridges, blocks=blocks, progress=progress
         )
     return RefitReport(tuple(fits), tuple(blocks.results) if blocks is not None else ())
 
 
+def _check_same_structure(
+    pruned: nn.Module, original: nn.Module, epilogues: Mapping[str, Epilogue], batch: Any, forward: Forward
+) -> None:
+    counts = [count_operations(model, batch, forward) for model in (pruned, original)]
+    if counts[0] != counts[1]:
+        raise ShapeError(
+            f"the pruned network runs {counts[0]} operations and the original {counts[1]}, but layers are matched by "
+            "their order. Close FeatureTaps and remove hooks from both first"
+        )
+    layers = dict(pruned.named_modules())
+    different = [name for name in epilogues if type(layers[name]) is not type(original.get_submodule(name))]
+    if different:
+        raise ShapeError(f"layers {different} of the pruned network are of another class than the original's")
+
+
 def validate_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:
-    """One ridge or several as a tuple.
+    """Return one ridge or several as a tuple.
 
     Raises:
-        OptionError: none, or a negative one.
+        OptionError: No ridge, or a negative one.
 
     Example:
         >>> validate_ridges(0.1)
         (0.1,)
     """
-    found = tuple(ridge) if isinstance(ridge, Sequence) else (ridge,)
-    if not found or not all(isinstance(value, (int, float)) and value >= 0 for value in found):
+    ridges = tuple(ridge) if isinstance(ridge, Sequence) else (ridge,)
+    if not ridges or not all(isinstance(value, (int, float)) and value >= 0 for value in ridges):
         raise OptionError(
-            f"ridge must be a number >= 0 (relative to the mean variance of what a layer reads) or several, got {ridge!r}"
+            f"ridge must be a number >= 0 (relative to the mean variance of a layer's input) or several, got {ridge!r}"
         )
-    return found
+    return ridges
+
+
+def check_network(*networks: nn.Module) -> None:
+    """Check that networks can be pruned.
+
+    Raises:
+        OptionError: Weights created in inference mode, or hooks of this library, which would hold old widths.
+    """
+    for network in networks:
+        if any(parameter.is_inference() for parameter in network.parameters()):
+            raise OptionError(
+                f"the weights of this {type(network).__name__} were made under torch.inference_mode() and cannot be "
+                "pruned; create or load the network outside of it"
+            )
+        for name, module in network.named_modules():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if type(hook).__module__.startswith("knowiso_train."):
+                    raise OptionError(
+                        f"FeatureTaps or a loss watches {name or 'the network'!r}: leave its `with` block or call its "
+                        "detach() before pruning, and create a new one for the new widths"
+                    )

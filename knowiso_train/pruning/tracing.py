@@ -1,299 +1,416 @@
-"""Operations after each layer, comparable blocks and cached activations."""
+"""Tracing of the operations after each layer, comparable blocks and cached activations."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 
-from knowiso_train.errors import OptionError
 from knowiso_train.features.hooks import record_outputs
 from knowiso_train.features.modules import named_layers
 from knowiso_train.features.state import preserve_state
 from knowiso_train.ops.im2col import is_plain_linear_op
-from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.utils.batch import batch_size
+
+Forward = Callable[[nn.Module, Any], Any]
 
 ADD_OPS = {"add", "__add__", "__iadd__", "add_", "__radd__"}
 MUL_OPS = {"mul", "__mul__", "__imul__", "mul_", "__rmul__"}
-# Steps of a shortcut that need no weights, and can be taken ahead of time
+# Operations of a shortcut without weights: they can be computed before the shortcut itself runs
 WEIGHT_FREE_SHORTCUT_OPS = {"pad", "__getitem__", "avg_pool2d", "max_pool2d"}
 EVAL_IDENTITY_OPS = {"dropout", "dropout2d", "contiguous"}  # in eval mode
-RETURN_OP = "return"  # what a network gives is read by whoever called it
-Steps = dict[int, tuple[int, Callable[[Tensor], Tensor]]]
+RETURN_OP = "return"  # pseudo-operation: the caller of the model reads a returned tensor
 
-# Timm's norms hold an activation
+# Norm layers of timm contain an activation, which would make them blocks
 NON_BLOCK_TYPES = (nn.Sequential, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-MIN_FEATURE_AXES = 3  # (N, L, C) or more: a vector for each image is the output's business
+MIN_FEATURE_AXES = 3  # (N, L, C) or more; one vector an image is an output and no feature map
 
 TRACE_IMAGES = 2  # images
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows one layer.
+    """Operations between a layer's output and the next non-linearity or residual sum.
 
     Attributes:
-        norm: name of the batch norm that reads the layer's output alone, or None.
-        scale: name of the parameter that multiplies its channels (layer scale), or None.
-        total: number of the operation that adds the output to a residual stream, or None.
-        other: number of the operation that made the other term, or what leads to it by `steps`; None where it is not
-            there when the layer runs.
-        steps: of the shortcut from there to the other term.
-        limits: of the rectifier that alone reads what comes of all that; None where there is no such one, or where the
-            other term is not known.
+        norm: Name of the batch norm that is the output's only consumer, or None.
+        layer_scale: Name of the parameter that multiplies the output's channels, or None.
+        residual_add: Number of the operation that adds the output to a residual stream, or None.
+        residual_source: Number of an operation that precedes the layer and yields the other term of that sum, after
+            `shortcut_ops`. None where the other term is computed later.
+        shortcut_ops: Operations from the result of `residual_source` to the other term.
+        activation_range: Limits of the rectifier that is the only consumer of the result. None without such a
+            rectifier, or where the other term is computed later.
     """
 
     norm: str | None = None
-    scale: str | None = None
-    total: int | None = None
-    other: int | None = None
-    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
-    limits: tuple[float, float] | None = None
+    layer_scale: str | None = None
+    residual_add: int | None = None
+    residual_source: int | None = None
+    shortcut_ops: tuple[Callable[[Tensor], Tensor], ...] = ()
+    activation_range: tuple[float, float] | None = None
+
+    @property
+    def targets_residual_sum(self) -> bool:
+        """True where the residual sum is the layer's regression target, as its other term precedes the layer."""
+        return self.residual_add is not None and self.residual_source is not None
+
+
+def batch_norm_affine(norm: nn.Module | None, channels: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (C,) of a batch norm in eval mode, float64; 1 and 0 for None.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(2, eps=0.0)
+        >>> norm.running_var[1] = 4
+        >>> batch_norm_affine(norm, 2)[0].tolist()
+        [1.0, 0.5]
+    """
+    if norm is None:
+        return torch.ones(channels, dtype=torch.float64, device=device), torch.zeros(
+            channels, dtype=torch.float64, device=device
+        )
+    n: Any = norm
+    # (z - mean) / sqrt(var + eps) · γ + β = scale · z + shift
+    scale = n.weight.detach().double() * (n.running_var.double() + n.eps).rsqrt()
+    return scale, n.bias.detach().double() - scale * n.running_mean.double()
 
 
 class OpRecorder(TorchFunctionMode):
-    """Numbers the tensor operations of a forward pass and shows each result to `seen(number, name, arguments, result)`."""
+    """Number the tensor operations of a forward pass and record the results of some of them.
 
-    def __init__(self, seen: Callable[[int, str, tuple[Any, ...], Tensor], None]) -> None:
+    Args:
+        samplers: For each operation number to record, the reduction of its result; None keeps the result itself.
+
+    Attributes:
+        count: Number of operations so far.
+        results: Recorded results by operation number.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> with OpRecorder({1: None}) as recorder:
+        ...     _ = (x + 1) * 3
+        >>> recorder.count, recorder.results[1].tolist()
+        (2, [6.0, 6.0])
+    """
+
+    def __init__(self, samplers: Mapping[int, Callable[[Tensor], Tensor] | None] | None = None) -> None:
         super().__init__()
-        self.seen, self.count, self.paused = seen, 0, False
-        # The present operation, where it reads one tensor and nothing else that could differ
-        self.step: Callable[[Tensor], Tensor] | None = None
+        self.samplers = dict(samplers or {})
+        self.count = 0
+        self.results: dict[int, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.paused and isinstance(result, Tensor):
-            self.paused = True
-            name, rest = getattr(func, "__name__", ""), args[1:]
-            single = name in WEIGHT_FREE_SHORTCUT_OPS and not any(
-                isinstance(value, Tensor) for value in (*rest, *(kwargs or {}).values())
-            )
-            self.step = (lambda value: func(value, *rest, **(kwargs or {}))) if single else None
-            try:
-                self.seen(self.count, getattr(func, "__name__", ""), (*args, *(kwargs or {}).values()), result)
-            finally:
-                self.paused = False
+        if isinstance(result, Tensor):
+            self.record(func, args, kwargs or {}, result)
             self.count += 1
         return result
 
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        """Record the result of operation number `count`."""
+        if self.count in self.samplers:
+            # At once: activations may overwrite the result in place
+            sampler = self.samplers[self.count]
+            self.results[self.count] = result if sampler is None else sampler(result)
+
     @contextmanager
-    def silent(self) -> Iterator[None]:
-        """Operations within are neither counted nor shown."""
-        before, self.paused = self.paused, True
+    def paused(self) -> Iterator[None]:
+        """Exclude the operations within from count and results."""
+        # The network may have entered modes of its own above this one; they stay
+        inner: list[TorchFunctionMode] = []
+        while (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
+            inner.append(mode)
+        for mode in reversed(inner):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self.paused = before
+            for _ in inner:
+                _pop_mode()  # type: ignore[no-untyped-call]
+            for mode in (self, *reversed(inner)):
+                _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
-def trace_epilogues(model: nn.Module, layers: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, Epilogue]:
-    """What follows each layer that runs exactly once, in the order in which they run.
+def count_operations(model: nn.Module, batch: Any, forward: Forward = operator.call) -> int:
+    """Count the tensor operations of a forward pass, including those of hooks.
+
+    Example:
+        >>> count_operations(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.zeros(1, 2))
+        2
+    """
+    recorder = OpRecorder()
+    with recorder:
+        forward(model, batch)
+    return recorder.count
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """Operation that consumes the result of another one."""
+
+    number: int
+    name: str
+    args: tuple[Any, ...]
+    sources: list[int]
+
+
+class _State(Enum):
+    """Relation of a traced tensor to the layer's output."""
+
+    OUTPUT = auto()  # the output itself
+    AFFINE = auto()  # behind the batch norm or the layer scale: known scale and shift per channel
+    OPAQUE = auto()  # behind an operation without a known inverse: samples cannot be mapped back
+
+
+@dataclass(eq=False)
+class _OpGraph(OpRecorder):
+    """Data flow of one forward pass."""
+
+    parameters: dict[int, str]
+    norms: dict[int, str]
+    # Identities of parameters and of tensors computed from parameters alone
+    constants: set[int] = field(default_factory=set)
+    producers: dict[int, int] = field(default_factory=dict)
+    consumers: dict[int, list[_Operation]] = field(default_factory=dict)
+    shortcuts: dict[int, tuple[int, Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    # Tensors stay alive, so that no identity is given twice
+    references: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        """Add an operation to the graph."""
+        name, values = getattr(func, "__name__", ""), (*args, *kwargs.values())
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        self.references.append((result, values))
+        if tensors and all(id(value) in self.constants for value in tensors):
+            self.constants.add(id(result))
+            return
+        sources = [self.producers[id(value)] for value in tensors if id(value) in self.producers]
+        if name in WEIGHT_FREE_SHORTCUT_OPS and len(sources) == len(tensors) == 1 and args and tensors[0] is args[0]:
+            self.shortcuts[self.count] = sources[0], lambda value: func(value, *args[1:], **kwargs)
+        for source in sources:
+            self.consumers.setdefault(source, []).append(_Operation(self.count, name, values, sources))
+        self.producers[id(result)] = self.count
+
+    def add_outputs(self, outputs: Any) -> None:
+        """Enter the caller as a consumer of the returned tensors."""
+        for value in tree_leaves(outputs):
+            if id(value) in self.producers:
+                source = self.producers[id(value)]
+                self.consumers.setdefault(source, []).append(_Operation(self.count, RETURN_OP, (), [source]))
+
+    def epilogue(self, output: int, start: int) -> Epilogue:
+        """Follow a layer's output through its only consumers.
+
+        Args:
+            output: Number of the operation that yields the layer's output.
+            start: Number of the first operation of the layer.
+        """
+        state, norm, layer_scale = _State.OUTPUT, None, None
+        while len(self.consumers.get(output, [])) == 1:
+            [op] = self.consumers[output]
+            tensors = [value for value in op.args if isinstance(value, Tensor)]
+            if op.name == F.batch_norm.__name__ and state is _State.OUTPUT:
+                norm = next((self.norms[id(value)] for value in tensors if id(value) in self.norms), None)
+                if norm is None:
+                    break
+                state = _State.AFFINE
+            elif op.name in MUL_OPS and (factor := self._constant_factor(op, tensors)) is not None:
+                if state is _State.OUTPUT and factor.ndim == 1 and id(factor) in self.parameters:
+                    layer_scale, state = self.parameters[id(factor)], _State.AFFINE
+                else:
+                    state = _State.OPAQUE
+            elif op.name in ADD_OPS and self._adds_two_results(op, tensors):
+                if state is _State.OPAQUE:
+                    return Epilogue(residual_add=op.number)
+                other = op.sources[1] if op.sources[0] == output else op.sources[0]
+                source, shortcut_ops = self._precursor(other, start)
+                limits = None if source is None else self._activation_range(op.number)
+                return Epilogue(norm, layer_scale, op.number, source, shortcut_ops, limits)
+            elif op.name == "permute":
+                state = _State.OPAQUE
+            elif op.name not in EVAL_IDENTITY_OPS:
+                break
+            output = op.number
+        if state is _State.OPAQUE:
+            return Epilogue()
+        return Epilogue(norm, layer_scale, activation_range=self._activation_range(output))
+
+    def _constant_factor(self, op: _Operation, tensors: Sequence[Tensor]) -> Tensor | None:
+        if len(op.sources) != 1 or len(tensors) != 2:
+            return None
+        return next((value for value in tensors if id(value) in self.constants), None)
+
+    def _adds_two_results(self, op: _Operation, tensors: Sequence[Tensor]) -> bool:
+        return len(op.sources) == 2 and op.sources[0] != op.sources[1] and tensors[0].shape == tensors[1].shape
+
+    def _activation_range(self, number: int) -> tuple[float, float] | None:
+        """Return the limits of the rectifier that is the only consumer of an operation."""
+        consumers = self.consumers.get(number, [])
+        if len(consumers) != 1:
+            return None
+        [op] = consumers
+        if op.name in ("relu", "relu_"):
+            return 0.0, math.inf
+        if op.name == "relu6":
+            return 0.0, 6.0
+        limits = [float(value) for value in op.args[1:3] if isinstance(value, (int, float))]
+        hardtanh = op.name in ("hardtanh", "hardtanh_") and len(limits) == 2 and limits[0] < limits[1]
+        return (limits[0], limits[1]) if hardtanh else None
+
+    def _precursor(self, number: int, start: int) -> tuple[int | None, tuple[Callable[[Tensor], Tensor], ...]]:
+        """Return an operation before `start` and the shortcut operations from it to operation `number`, if any."""
+        shortcut_ops: list[Callable[[Tensor], Tensor]] = []
+        while number >= start:
+            if number not in self.shortcuts:
+                return None, ()
+            number, operation = self.shortcuts[number]
+            shortcut_ops.insert(0, operation)
+        return number, tuple(shortcut_ops)
+
+
+def trace_epilogues(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward = operator.call
+) -> dict[str, Epilogue]:
+    """Trace the epilogue of each layer that runs exactly once, in forward order.
+
+    Layers whose output has no row per image, such as one that computes a position code, are left out.
 
     Args:
-        model: in eval mode.
-        layers: by name.
-        run: calls the model on a small batch.
+        model: Network in eval mode.
+        layers: Layers by name.
+        batch: Small batch.
+        forward: Function that runs a model on a batch.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
         >>> with torch.no_grad():
-        ...     trace_epilogues(model, {"0": model[0]}, lambda: model(torch.zeros(1, 3, 2, 2)))
-        {'0': Epilogue(norm='1', scale=None, total=None, other=None, steps=(), limits=(0.0, inf))}
+        ...     epilogue = trace_epilogues(model, {"0": model[0]}, torch.zeros(1, 3, 2, 2))["0"]
+        >>> epilogue.norm, epilogue.activation_range
+        ('1', (0.0, inf))
     """
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners = {
+    norms = {
         id(module.weight): name
         for name, module in model.named_modules()
         if isinstance(module, nn.BatchNorm2d) and module.affine and module.running_mean is not None
     }
-    fixed = set(parameters)  # parameters, and what is made of nothing else
-    made: dict[int, int] = {}
-    alive: list[Any] = []  # keeps identities unique
-    steps: dict[int, tuple[int, Callable[[Tensor], Tensor]]] = {}
-    users: dict[int, list[tuple[int, str, tuple[Any, ...], list[int]]]] = {}
-
-    def seen(number: int, name: str, args: tuple[Any, ...], result: Tensor) -> None:
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        if tensors and all(id(value) in fixed for value in tensors):
-            fixed.add(id(result))
-            alive.append((result, args))
-            return
-        sources = [made[id(value)] for value in tensors if id(value) in made]
-        if mode.step is not None and len(sources) == 1:
-            steps[number] = sources[0], mode.step
-        for source in sources:
-            users.setdefault(source, []).append((number, name, args, sources))
-        made[id(result)] = number
-        alive.append((result, args))
-
+    graph = _OpGraph(parameters, norms, constants=set(parameters))
     outputs: dict[str, list[int]] = {name: [] for name in layers}
+    starts: dict[str, int] = {}
+    per_image: dict[str, bool] = {}
+    images = batch_size(batch)
 
-    def emitted(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: outputs[name].append(made.get(id(output), -1))
-
-    begun: dict[str, int] = {}
-
-    def starts(name: str) -> Callable[..., None]:
+    def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any) -> None:
-            begun.setdefault(name, mode.count)
+            starts.setdefault(name, graph.count)
 
         return hook
 
-    mode = OpRecorder(seen)
-    handles = [layer.register_forward_hook(emitted(name)) for name, layer in layers.items()]
-    handles += [layer.register_forward_pre_hook(starts(name)) for name, layer in layers.items()]
-    try:
-        with mode:
-            returned = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for value in tree_leaves(returned):
-        if id(value) in made:
-            users.setdefault(made[id(value)], []).append((mode.count, RETURN_OP, (), [made[id(value)]]))
-    found = {}
-    for name in sorted(begun, key=lambda name: begun[name]):
-        if len(outputs[name]) == 1 and outputs[name][0] >= 0:
-            found[name] = _follow(outputs[name][0], begun[name], users, owners, parameters, fixed, steps)
-    return found
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[name].append(graph.producers.get(id(output), -1))
+            per_image[name] = isinstance(output, Tensor) and len(output) % images == 0
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(after(name)).remove)
+            hooks.callback(layer.register_forward_pre_hook(before(name)).remove)
+        with graph:
+            returned = forward(model, batch)
+    graph.add_outputs(returned)
+    return {
+        name: graph.epilogue(outputs[name][0], starts[name])
+        for name in sorted(starts, key=lambda name: starts[name])
+        if len(outputs[name]) == 1 and outputs[name][0] >= 0 and per_image[name]
+    }
 
 
-def record_operations(run: Callable[[], Any]) -> int:
-    """How many tensor operations a pass takes, those of hooks included.
-
-    Example:
-        >>> model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.zeros(1, 2)
-        >>> record_operations(lambda: model(x))
-        2
-    """
-    mode = OpRecorder(lambda *_: None)
-    with mode:
-        run()
-    return mode.count
-
-
-def _follow(
-    at: int,
-    begun: int,
-    users: dict[int, Any],
-    owners: dict[int, str],
-    parameters: dict[int, str],
-    fixed: set[int],
-    steps: Steps,
-) -> Epilogue:
-    norm = scale = None
-    # False: past a step that the output's rows cannot be taken through, so that only the sum's being there is told
-    plain = True
-    while len(users.get(at, [])) == 1:
-        number, name, args, sources = users[at][0]
-        others = [value for value in args if isinstance(value, Tensor)]
-        if name == F.batch_norm.__name__ and plain and norm is None and scale is None:
-            norm = next((owners[id(value)] for value in others if id(value) in owners), None)
-            if norm is None:
-                break
-        elif name in MUL_OPS and len(sources) == 1 and len(others) == 2 and any(id(value) in fixed for value in others):
-            factor = next(value for value in others if id(value) in fixed)
-            if plain and norm is None and scale is None and factor.ndim == 1 and id(factor) in parameters:
-                scale = parameters[id(factor)]
-            else:
-                plain = False
-        elif name in ADD_OPS and len(sources) == 2 and sources[0] != sources[1] and others[0].shape == others[1].shape:
-            other = sources[1] if sources[0] == at else sources[0]
-            if not plain:
-                return Epilogue(total=number)
-            source, taken = _known(other, begun, steps)
-            return Epilogue(
-                norm, scale, number, source, taken, None if source is None else _limits(users.get(number, []))
-            )
-        elif name == "permute":
-            plain = False
-        elif name not in EVAL_IDENTITY_OPS:
-            break
-        at = number
-    return Epilogue(norm, scale, limits=_limits(users.get(at, []))) if plain else Epilogue()
-
-
-def _limits(readers: list[tuple[int, str, tuple[Any, ...], list[int]]]) -> tuple[float, float] | None:
-    """Of the rectifier that is the only reader."""
-    if len(readers) != 1:
-        return None
-    _, name, args, _ = readers[0]
-    if name in ("relu", "relu_"):
-        return 0.0, math.inf
-    if name == "relu6":
-        return 0.0, 6.0
-    ends = [float(value) for value in args[1:3] if isinstance(value, (int, float))]
-    return (ends[0], ends[1]) if name in ("hardtanh", "hardtanh_") and len(ends) == 2 and ends[0] < ends[1] else None
-
-
-def _known(number: int, begun: int, steps: Steps) -> tuple[int | None, tuple[Callable[[Tensor], Tensor], ...]]:
-    """What is there before operation `begun`, and the steps from it to operation `number`; None where there are none."""
-    taken: list[Callable[[Tensor], Tensor]] = []
-    while number >= begun:
-        if number not in steps:
-            return None, ()
-        number, step = steps[number]
-        taken.insert(0, step)
-    return number, tuple(taken)
-
-
-def comparable_blocks(pruned: nn.Module, original: nn.Module, run: Callable[[nn.Module], Any]) -> list[str]:
-    """Names of the blocks whose outputs can be compared entry by entry, in forward order.
-
-    A block is a module with modules inside, no norm and no `Sequential`, that emits one map or sequence of one shape in
-    both networks. A stage gives
-    its blocks, and a transformer block stands for its attention: of nested ones the outermost is taken whose inner ones
-    share a grid. Where there are
-    none, as in a plain sequence of layers, the layers themselves.
+def trace_model(model: nn.Module, batch: Any, forward: Forward = operator.call) -> dict[str, Epilogue]:
+    """Trace every convolution and linear layer that runs once and shares no weight, in forward order.
 
     Args:
-        pruned: the pruned network.
-        original: the network before pruning.
-        run: runs a network on a small batch.
+        model: Network in eval mode.
+        batch: Small batch.
+        forward: Function that runs a model on a batch.
+    """
+    owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if is_plain_linear_op(layer) and owners.count(id(layer.weight)) == 1
+    }
+    return trace_epilogues(model, layers, batch, forward)
+
+
+def comparable_blocks(
+    pruned: nn.Module, original: nn.Module, batch: Any, forward: Forward = operator.call
+) -> list[str]:
+    """Return the names of the blocks whose outputs have the same shape in both networks, in forward order.
+
+    A block is a module with children, no norm and no `Sequential`, whose output is one map or token sequence. A stage
+    is represented by its last block, and an attention by its transformer block. Of nested blocks the outermost one is
+    taken whose inner blocks share a grid. Without such blocks, as in a plain sequence, the layers themselves are taken.
+
+    Args:
+        pruned: Pruned network.
+        original: Network before pruning.
+        batch: Small batch.
+        forward: Function that runs a model on a batch.
 
     Returns:
         Names; empty where every width was cut, as in networks without residual streams.
 
     Example:
         >>> make = lambda width: nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 4, 1), nn.ReLU())
-        >>> comparable_blocks(make(2), make(8), lambda network: network(torch.zeros(1, 3, 5, 5)))
+        >>> comparable_blocks(make(2), make(8), torch.zeros(1, 3, 5, 5))
         ['2', '3']
     """
-    of_pruned, of_original = _emitted(pruned, run), _emitted(original, run)
+    of_pruned, of_original = (_output_shapes(model, batch, forward) for model in (pruned, original))
     shapes = {
         name: shape for name, (shape, _) in of_original.items() if name in of_pruned and of_pruned[name][0] == shape
     }
     layers = named_layers(original)
-    blocks = [name for name in shapes if any(True for _ in layers[name].children())]
-    # A stage emits the tensor of its last block: the innermost module stands for it
-    distinct: dict[int, str] = {}
-    for name in sorted(blocks, key=lambda name: name.count("."), reverse=True):
+    with_children = [name for name in shapes if any(True for _ in layers[name].children())]
+    # A stage returns the tensor of its last block: of several modules the innermost one is the block
+    block_of_tensor: dict[int, str] = {}
+    for name in sorted(with_children, key=lambda name: name.count("."), reverse=True):
         if not isinstance(layers[name], NON_BLOCK_TYPES):
-            distinct.setdefault(of_original[name][1], name)
-    found = set(distinct.values())
-    for name in list(found):
-        if len({shapes[inner][2:] for inner in found if inner.startswith(f"{name}.")}) > 1:
-            found.discard(name)  # a backbone within a wrapper
-    outermost = [name for name in shapes if name in found and not any(name.startswith(f"{other}.") for other in found)]
-    return outermost or [name for name in shapes if name not in blocks]
+            block_of_tensor.setdefault(of_original[name][1], name)
+    # A module whose inner outputs differ in grid is a backbone in a wrapper
+    blocks = {
+        name
+        for name in block_of_tensor.values()
+        if len({shapes[inner][2:] for inner in block_of_tensor.values() if inner.startswith(f"{name}.")}) <= 1
+    }
+    outermost = [
+        name for name in shapes if name in blocks and not any(name.startswith(f"{other}.") for other in blocks)
+    ]
+    return outermost or [name for name in shapes if name not in with_children]
 
 
-def _emitted(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, tuple[torch.Size, int]]:
-    """By layer, in forward order: shape and identity of the output, of layers that run once and emit one tensor."""
+def _output_shapes(model: nn.Module, batch: Any, forward: Forward) -> dict[str, tuple[torch.Size, int]]:
+    """Return shape and identity of the output of each layer that runs once and returns one tensor, in forward order."""
     with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        with record_outputs(named_layers(model)) as outputs_by_layer:
-            run(model)
-    once = {name: outputs[0] for name, outputs in outputs_by_layer.items() if len(outputs) == 1}
+        with record_outputs(named_layers(model)) as outputs:
+            forward(model, batch)
+    once = {name: values[0] for name, values in outputs.items() if len(values) == 1}
     return {
         name: (output.shape, id(output))
         for name, output in once.items()
@@ -302,18 +419,17 @@ def _emitted(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, tup
 
 
 class ActivationCache:
-    """Outputs of layers that run once, for one batch.
+    """Cached outputs of layers that run once, for one batch.
 
     Args:
-        layers: by name, in the order in which they run.
+        layers: Layers by name, in forward order.
 
     Example:
-        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> replay, x = ActivationCache({"0": model[0], "2": model[2]}), torch.randn(3, 4)
-        >>> with replay.recording():
+        >>> cache, x = ActivationCache({"0": model[0], "2": model[2]}), torch.randn(3, 4)
+        >>> with cache.recording():
         ...     before = model(x)
-        >>> with replay.ahead_of(["2"]):  # the first layer is not asked
+        >>> with cache.skip_prefix(["2"]):  # the first layer is not computed
         ...     torch.equal(model(torch.zeros(3, 4)), before)
         True
     """
@@ -324,14 +440,14 @@ class ActivationCache:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what the layers give within, in place of what was kept before."""
+        """Cache the outputs of the pass within, in place of earlier ones."""
         self.outputs.clear()
 
         def hook(name: str) -> Callable[..., None]:
-            def keep(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-                self.outputs[name] = output.clone()  # which activations may overwrite
+            def record(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+                self.outputs[name] = output.clone()  # in-place activations overwrite the output
 
-            return keep
+            return record
 
         with ExitStack() as stack:
             for name, layer in self.layers.items():
@@ -339,18 +455,18 @@ class ActivationCache:
             yield
 
     @contextmanager
-    def ahead_of(self, names: Sequence[str]) -> Iterator[None]:
-        """Within, layers that run before the first of these give what they gave; none do where one of these is unknown."""
+    def skip_prefix(self, changed: Sequence[str]) -> Iterator[None]:
+        """Return cached outputs for all layers before the first changed one; for none if a changed layer is unknown."""
         order = list(self.layers)
-        first = min(map(order.index, names)) if names and set(names) <= set(order) else 0
+        first = min(map(order.index, changed)) if changed and set(changed) <= set(order) else 0
         with ExitStack() as stack:
             for name in order[:first]:
-                stack.callback(_giving(self.layers[name], self.outputs[name]))
+                stack.callback(_override_output(self.layers[name], self.outputs[name]))
             yield
 
 
-def _giving(layer: nn.Module, output: Tensor) -> Callable[[], None]:
-    """Has a layer give this; returns what undoes it."""
+def _override_output(layer: nn.Module, output: Tensor) -> Callable[[], None]:
+    """Make a layer return this output, and return a function that undoes it."""
     before = layer.__dict__.get("forward")
 
     def undo() -> None:
@@ -360,40 +476,3 @@ def _giving(layer: nn.Module, output: Tensor) -> Callable[[], None]:
 
     layer.forward = lambda *inputs, **more: output.clone()
     return undo
-
-
-def trace_model(model: nn.Module, images: Calibration) -> dict[str, Epilogue]:
-    """What follows every convolution and linear layer that runs once and has its weight for itself, in forward order."""
-    owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-    layers: dict[str, nn.Module] = {
-        name: layer
-        for name, layer in model.named_modules()
-        if is_plain_linear_op(layer) and owners.count(id(layer.weight)) == 1
-    }
-    count = min(TRACE_IMAGES, images.count)
-    few = images.first(count)
-    with record_outputs(layers, lambda output: isinstance(output, Tensor) and len(output) % count == 0) as batched:
-        epilogues = trace_epilogues(model, layers, lambda: images.forward(model, few))
-    # Layers without a batch axis are left out, such as one that computes a position code.
-    return {name: epilogue for name, epilogue in epilogues.items() if all(batched[name])}
-
-
-def check_network(*networks: nn.Module) -> None:
-    """Raises:
-    OptionError: weights that inference mode made; or a network that this library's hooks watch: what they hold would
-        change with its widths, and
-        copies would carry them.
-    """
-    for network in networks:
-        if any(parameter.is_inference() for parameter in network.parameters()):
-            raise OptionError(
-                f"the weights of this {type(network).__name__} were made under torch.inference_mode(), which makes them unfit for pruning; make or "
-                "load the network outside of it"
-            )
-        for name, module in network.named_modules():
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if type(hook).__module__.startswith("knowiso_train."):
-                    raise OptionError(
-                        f"FeatureTaps or a loss watches {name or 'the network'!r}: leave its `with` block, or call its detach(), before you prune "
-                        "or refit, and make a new one for the new widths"
-                    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from knowiso_train.pruning.calibration import Calibration, input_moments
 from knowiso_train.pruning.channel_groups import channel_groups
-from knowiso_train.pruning.sensitivity import eliminate_channels, output_sensitivities
+from knowiso_train.pruning.ranking import eliminate_channels, output_sensitivities
 from knowiso_train.pruning.tracing import ActivationCache, trace_model
 from tests.helpers.prune_models import family
 
@@ -32,22 +32,22 @@ def test_sensitivities_are_those_of_whole_passes(name: str) -> None:
     model, images = overwriting() if name == "overwriting" else family(name)
     calibration = Calibration([images])
     with torch.no_grad():
-        tails = trace_model(model, calibration)
-        groups = channel_groups(model, images[:2], tails)
-        readers = {reader: model.get_submodule(reader) for group in groups for reader in group.readers}
-        inputs = input_moments(model, calibration, readers, rows=20, progress=False)
-        found = {group.name: eliminate_channels(model, group, inputs, tails) for group in groups}
+        epilogues = trace_model(model, images[:2])
+        groups = channel_groups(model, images[:2], epilogues)
+        consumers = {name: model.get_submodule(name) for group in groups for name in group.consumers}
+        inputs = input_moments(model, calibration, consumers, rows=20, progress=False)
+        eliminations = {group.name: eliminate_channels(model, group, inputs, epilogues) for group in groups}
         before = copy.deepcopy(model.state_dict())
-        whole, replayed = (
-            output_sensitivities(model, groups, found, calibration, False, order) for order in ((), list(tails))
+        plain_passes, cached_passes = (
+            output_sensitivities(model, eliminations, calibration, False, order) for order in ((), list(epilogues))
         )
-        assert list(whole) == list(replayed) == [group.name for group in groups]
-        for group in whole:
-            assert replayed[group] == pytest.approx(whole[group], rel=1e-4, abs=1e-12)
+        assert list(plain_passes) == list(cached_passes) == [group.name for group in groups]
+        for group in plain_passes:
+            assert cached_passes[group] == pytest.approx(plain_passes[group], rel=1e-4, abs=1e-12)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert not any("forward" in module.__dict__ or module._forward_hooks for module in model.modules())
 
-        plain, first = model(images), found[groups[0].name]  # one of them by hand
+        plain, first = model(images), eliminations[groups[0].name]  # one of them by hand
         other = copy.deepcopy(model)
         for reader, (weight, shift) in first.weights.items():
             layer: Any = other.get_submodule(reader)
@@ -56,9 +56,11 @@ def test_sensitivities_are_those_of_whole_passes(name: str) -> None:
                 lambda m, i, out, s=shift: out + (s.view(1, -1, 1, 1) if out.ndim == 4 else s).float()
             )
         ratio = (
-            (other(images) - plain).square().sum() / (plain - plain.mean(0)).square().sum() / first.harms[first.probed]
+            (other(images) - plain).square().sum()
+            / (plain - plain.mean(0)).square().sum()
+            / first.removal_cost[first.probe_width]
         )
-        assert whole[groups[0].name] == pytest.approx(float(ratio), rel=1e-4)
+        assert plain_passes[groups[0].name] == pytest.approx(float(ratio), rel=1e-4)
 
 
 def test_layers_ahead_are_not_asked_and_come_back_after_an_error() -> None:
@@ -73,12 +75,12 @@ def test_layers_ahead_are_not_asked_and_come_back_after_an_error() -> None:
     with replay.recording():
         before = model(x)
     assert asked == ["0", "2"]
-    with replay.ahead_of(["4", "2"]):
+    with replay.skip_prefix(["4", "2"]):
         assert torch.equal(model(torch.full_like(x, torch.nan)), before)
     assert asked == ["0", "2", "2"]
-    with replay.ahead_of(["4", "unknown"]):
+    with replay.skip_prefix(["4", "unknown"]):
         assert model(torch.full_like(x, torch.nan)).isnan().any()
-    with pytest.raises(RuntimeError, match="of this size"), replay.ahead_of(["4"]):
+    with pytest.raises(RuntimeError, match="of this size"), replay.skip_prefix(["4"]):
         raise RuntimeError("no images of this size")
     assert {name: model.get_submodule(name).forward for name in own} == own
     assert not any(module._forward_hooks for module in model.modules())

@@ -133,12 +133,12 @@ def test_inference_mode_is_told_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"min_width": "a"}, "min_width is the least share"),
-        ({"round_to": "8"}, "round_to must be an integer >= 1, got '8'"),
-        ({"max_images": 1.5}, "max_images must be an integer"),
-        ({"block_steps": 2.5}, "block_steps must be an integer >= 0"),
-        ({"seed": None}, "seed must be an integer >= 0, got None"),
-        ({"rows": True}, "rows must be an integer"),
+        ({"min_width": "a"}, "min_width must be a number above 0 to 1, got the string 'a'"),
+        ({"round_to": "8"}, "round_to must be an integer at least 1, got the string '8'"),
+        ({"max_images": 1.5}, "max_images must be an integer at least 1, got 1.5"),
+        ({"block_steps": 2.5}, "block_steps must be an integer at least 0, got 2.5"),
+        ({"seed": None}, "seed must be an integer from .*, got None"),
+        ({"rows": True}, "rows must be an integer at least 1, got True"),
     ],
     ids=str,
 )
@@ -192,7 +192,7 @@ class TestImportance:
 
     def test_few_images_are_warned_of(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)).eval()
-        with pytest.warns(KnowisoWarning, match=r"'2' \(24 rows for 288 regressors\)"):
+        with pytest.warns(KnowisoWarning, match=r"'2' \(24 samples for 288 features\)"):
             self.step(model, ki.IsomorphismImportance(model, [IMAGES[:2, :, :10, :10]], progress=False))
 
     def test_looks_again_after_training(self) -> None:

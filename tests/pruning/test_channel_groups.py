@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from knowiso_train.pruning.allocation import (
     layer_costs,
     total_cost,
 )
-from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_groups import ChannelGroup, channel_groups
 from knowiso_train.pruning.elimination import BackwardElimination, Consumer
 from knowiso_train.pruning.tracing import trace_model
@@ -53,9 +51,8 @@ def test_widths_that_are_allowed() -> None:
 def test_costs_are_what_the_pruned_network_computes(name: str) -> None:
     model, images = family(name)
     pruned = little(model, images, refit=False)
-    calibration = Calibration([images])
-    groups = channel_groups(model, images[:2], trace_model(model, calibration))
-    costs = layer_costs(model, groups, count_positions(model, partial(model, images[:2]), 2))
+    groups = channel_groups(model, images[:2], trace_model(model, images[:2]))
+    costs = layer_costs(model, groups, count_positions(model, images[:2]))
     gone = {width.name: width.before - width.after for width in pruned.report.widths}
     assert total_cost(costs, {}) == pruned.report.macs[0]
     assert total_cost(costs, gone) == pytest.approx(pruned.report.macs[1])
@@ -71,7 +68,7 @@ def test_pools_cost_no_more_than_a_little_over_the_exact_choice() -> None:
     every = torch.arange(200)[:, None]
     consumer = Consumer("fc", xx, weight, every, float((weight * (xx @ weight)).sum()))
     pooled, exact = BackwardElimination([consumer], 1e-6), BackwardElimination([consumer], 1e-6)
-    order, costs = pooled.run(keep=50)
+    order, costs = pooled.eliminate_until(keep=50)
     for _ in range(150):
         exact.remove(int(exact.costs().argmin()))
     assert len(set(order)) == len(order) == 150
@@ -90,4 +87,4 @@ def test_pools_cost_no_more_than_a_little_over_the_exact_choice() -> None:
 
 def test_units_of_a_group() -> None:
     group = ChannelGroup("x", 2, {"fc": torch.tensor([[0, 1], [2, 3]])})
-    assert group.masks({"fc": 5}, [0])["fc"].tolist() == [False, False, True, True, True]
+    assert group.input_masks({"fc": 5}, [0])["fc"].tolist() == [False, False, True, True, True]

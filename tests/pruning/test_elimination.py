@@ -65,7 +65,7 @@ def test_a_score_is_what_removing_refitting_and_measuring_finds(k: int) -> None:
 def test_elimination_adds_up_to_what_the_set_costs(k: int) -> None:
     x, weight = images(), normal(4, 6, k, k)
     elimination = BackwardElimination([consumer(x, weight)], ridge=0.0)
-    order, costs = elimination.run(keep=2)
+    order, costs = elimination.eliminate_until(keep=2)
     assert len(order) == len(set(order)) == 4
     for removed in range(1, 5):
         assert sum(costs[:removed]) == pytest.approx(left_over(x, weight, order[:removed]), rel=1e-6)
@@ -175,7 +175,7 @@ def test_errors_name_the_layer_and_what_is_wrong() -> None:
             elimination.remove(wrong)
     for keep in (0, 6):
         with pytest.raises(OptionError, match="keep must be"):
-            elimination.run(keep)
+            elimination.eliminate_until(keep)
     for ridge in (-1.0, math.nan):
         with pytest.raises(OptionError, match="ridge"):
             BackwardElimination([consumer(x, weight)], ridge)

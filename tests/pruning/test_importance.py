@@ -18,7 +18,7 @@ from knowiso_train.pruning import input_moments, removal_costs
 from knowiso_train.pruning.elimination import BackwardElimination
 
 # A few images are enough to tell how channels are scored
-pytestmark = pytest.mark.filterwarnings("ignore:fewer rows than regressors")
+pytestmark = pytest.mark.filterwarnings("ignore:fewer samples than features")
 
 
 def pictures(n: int = 24, side: int = 32, seed: int = 0) -> list[Tensor]:
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_mathematics() -> None:
     torch.testing.assert_close(importance(group), removal_costs(importance.consumers(group), 1e-4).float())
     assert [consumer.name for consumer in importance.consumers(group)] == ["2"]
     elimination = BackwardElimination(importance.consumers(group), 1e-4)
-    order, costs = elimination.run(1)
+    order, costs = elimination.eliminate_until(1)
     scores = ki.IsomorphismImportance(model, pictures(), progress=False, per="channel")(group)
     assert scores.argsort()[:5].tolist() == order or costs != sorted(costs)
     assert scores.max() >= max(costs) * 0.999

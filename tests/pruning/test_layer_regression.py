@@ -70,8 +70,8 @@ def test_the_ridge_is_the_best_of_all(seed: int, start: float | None) -> None:
     y = torch.einsum("rgd,gdo->rgo", x, weight) + 10 ** (seed / 2) * noise
     found = LayerRegression.of(x, y, images=60)
     original = weight + 0.1 * off
-    every = {ridge: found.unexplained(found.fitted.weight(original, None, ridge)) for ridge in RIDGES}
-    share, ridge, _ = found.best(original, None, RIDGES, start)
+    every = {ridge: found.unexplained(found.fit_moments.weight(original, None, ridge)) for ridge in RIDGES}
+    share, ridge, _, _ = found.search_ridge(original, None, RIDGES, start)
     assert ridge == min(every, key=every.__getitem__)
     assert share == pytest.approx(every[ridge])
 
@@ -81,11 +81,13 @@ def test_columns_that_are_left_out_are_columns_that_are_not_there() -> None:
     at = torch.tensor([0, 3, 4, 9, 11])
     keep = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, at, True)
     whole, part = LayerRegression.of(x, y, 40), LayerRegression.of(x[:, :, at], y, 40)
-    for less in (whole.restricted(at), part):
+    for less in (whole.restrict(at), part):
         torch.testing.assert_close(
-            less.fitted.weight(original[:, at], None, 0.1), whole.fitted.weight(original, keep, 0.1)[:, at]
+            less.fit_moments.weight(original[:, at], None, 0.1), whole.fit_moments.weight(original, keep, 0.1)[:, at]
         )
-        assert less.best(original[:, at], None, RIDGES)[0] == pytest.approx(whole.best(original, keep, RIDGES)[0])
+        assert less.search_ridge(original[:, at], None, RIDGES)[0] == pytest.approx(
+            whole.search_ridge(original, keep, RIDGES)[0]
+        )
 
 
 def test_what_is_looked_at_again_is_what_changed() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import knowiso_train as ki
-from knowiso_train.pruning import builder as carving
+from knowiso_train.pruning import builder
 from knowiso_train.pruning.allocation import LayerCost, total_cost
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.ranking import ChannelRanking
@@ -40,14 +40,14 @@ class TestCandidates:
     ) -> None:
         """The target of a trial is what the original gives for its images; a third of them more judge."""
         seen: list[int] = []
-        real = carving.record_reference_outputs
+        real = builder.record_reference_outputs
 
-        def spied(model: nn.Module, layers: Any, tails: Any, of: Calibration, *rest: Any) -> Any:
+        def spied(model: nn.Module, epilogues: Any, of: Calibration, *rest: Any, **options: Any) -> Any:
             seen.append(of.count)
-            return real(model, layers, tails, of, *rest)
+            return real(model, epilogues, of, *rest, **options)
 
-        monkeypatch.setattr(carving, "record_reference_outputs", spied)
-        monkeypatch.setattr(carving, "MAX_TRIAL_MACS", work)
+        monkeypatch.setattr(builder, "record_reference_outputs", spied)
+        monkeypatch.setattr(builder, "MAX_TRIAL_MACS", work)
         monkeypatch.setattr(
             ChannelRanking, "candidates", lambda self, *args: [{"0": 8, "2": 16, "4": 8}, {"0": 16, "2": 8, "4": 8}]
         )

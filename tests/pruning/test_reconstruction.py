@@ -290,7 +290,7 @@ def test_modes_and_hooks_are_as_before_also_after_an_error() -> None:
 def test_few_rows_are_a_warning_not_a_crash() -> None:
     model = trained()
     small = drop(model, 0, [2, 3])
-    with pytest.warns(KnowisoWarning, match=r"conv1\.1.*regressors"):
+    with pytest.warns(KnowisoWarning, match=r"conv1\.1.*features"):
         ki.refit(small, model, [pictures(1)], progress=False)
     assert all(value.isfinite().all() for value in small.state_dict().values())
 
@@ -340,19 +340,17 @@ def test_a_real_network_comes_back() -> None:
 
 def test_a_shortcut_that_is_taken_later_is_known_ahead() -> None:
     """The classic CIFAR network subsamples and pads its shortcut after the block's own layers have run: the block aims at the sum all the same."""
-    from knowiso_train.pruning.calibration import Calibration
-    from knowiso_train.pruning.reference_outputs import targets_residual_sum
     from knowiso_train.pruning.tracing import trace_model
 
     block = models.BasicBlock(4, 8, 2).eval()
-    tails = trace_model(block, Calibration([torch.randn(2, 4, 8, 8)]))
+    tails = trace_model(block, torch.randn(2, 4, 8, 8))
     # The shortcut begins at the network's own input, which no operation made
-    assert not targets_residual_sum(tails["conv2"])
+    assert not tails["conv2"].targets_residual_sum
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), block).eval(), pictures(100)
-    tail = trace_model(model, Calibration([x]))["1.conv2"]
-    assert targets_residual_sum(tail)
+    tail = trace_model(model, x[:2])["1.conv2"]
+    assert tail.targets_residual_sum
     with torch.no_grad():
         stream = model[0](x)
-        for step in tail.steps:
+        for step in tail.shortcut_ops:
             stream = step(stream)
         torch.testing.assert_close(stream, F.pad(model[0](x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))

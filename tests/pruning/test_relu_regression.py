@@ -65,10 +65,10 @@ def of_ones(x: Tensor, y: Tensor, limits: tuple[float, float]) -> ReLURegression
 def test_the_rounds_go_down_to_the_least_loss(limits: tuple[float, float], seed: int) -> None:
     x, y = problem(seed)
     found = of_ones(x, y, limits)
-    count, start = found.regression.count, torch.zeros(1, 8, 4).double()
+    count, start = found.regression.num_samples, torch.zeros(1, 8, 4).double()
     losses = [
         float(loss(x[:count] @ weight[0] + bias[0], y[:count], *limits))
-        for _, _, weight, bias in islice(found.rounds(start, None, [1e-9]), 150)
+        for _, _, weight, bias in islice(found.iterates(start, None, [1e-9]), 150)
     ]
     bound = least(x[:count], y[:count], limits)
     assert losses[-1] == pytest.approx(bound, rel=1e-3)
@@ -83,11 +83,11 @@ def test_the_best_of_few_rounds_leaves_less_behind_the_rectifier(limits: tuple[f
     x, y = problem(seed)
     count, start = 2000, torch.zeros(1, 8, 4).double()
     found = of_ones(x[:count], y[:count], limits)
-    plain = found.regression.best(start, None, [1e-9])[2]
-    share, _, weight, bias = found.best(start, None, [1e-9])
+    plain = found.regression.search_ridge(start, None, [1e-9])[2]
+    share, _, weight, bias = found.solve(start, None, [1e-9])
     left = [
         float(((x[count:] @ w[0] + b[0]).clamp(*limits) - y[count:].clamp(*limits)).square().sum())
-        for w, b in ((weight, bias), (plain, found.regression.fitted.bias(plain)))
+        for w, b in ((weight, bias), (plain, found.regression.fit_moments.bias(plain)))
     ]
     assert left[0] < left[1]
     total = float(y[count:].clamp(*limits).var(0).sum()) * (len(x) - count)
@@ -100,7 +100,7 @@ def test_what_only_moves_outputs_beyond_the_limit_is_not_missed() -> None:
     x = torch.rand(4000, 3, generator=generator).double()
     y = x.sum(1, keepdim=True) - 1.5
     found = of_ones(x, y - 3 * torch.rand(4000, 1, generator=generator).double() * (y < 0), RELU)
-    shares = [share for share, *_ in islice(found.rounds(torch.zeros(1, 3, 1).double(), None, [1e-9]), 150)]
+    shares = [share for share, *_ in islice(found.iterates(torch.zeros(1, 3, 1).double(), None, [1e-9]), 150)]
     assert shares[0] > 0.1
     assert shares[-1] < 1e-3
 
@@ -110,21 +110,21 @@ def test_limits_in_the_unit_of_the_layer() -> None:
     y, scale, offset = (torch.randn(50, 4, generator=generator) for _ in range(3))
     ends = ActivationRange.of(RELU6, scale[0], offset)
     torch.testing.assert_close(
-        ends.passed(y) * scale[0] + offset, (y * scale[0] + offset).clamp(0, 6), atol=1e-5, rtol=1e-5
+        ends.clamp(y) * scale[0] + offset, (y * scale[0] + offset).clamp(0, 6), atol=1e-5, rtol=1e-5
     )
     silent = ActivationRange.of(RELU6, torch.zeros(4), offset)
-    assert torch.equal(silent.passed(y), y)
-    assert torch.equal(silent.settled(y, 2 * y), y)
+    assert torch.equal(silent.clamp(y), y)
+    assert torch.equal(silent.project(y, 2 * y), y)
 
 
 def test_settled_targets_are_the_nearest_that_pass_alike() -> None:
     generator = torch.Generator().manual_seed(1)
     y, given = 4 * torch.randn(200, 1, generator=generator), 4 * torch.randn(200, 1, generator=generator)
     ends = ActivationRange(torch.full((1, 1), -1.0), torch.full((1, 1), 2.0))
-    settled = ends.settled(y, given)
-    assert torch.equal(ends.passed(settled), ends.passed(y))
+    settled = ends.project(y, given)
+    assert torch.equal(ends.clamp(settled), ends.clamp(y))
     grid = torch.linspace(-20, 20, 4001)[None]
-    allowed = (ends.passed(grid) - ends.passed(y)).abs() < 5e-3
+    allowed = (ends.clamp(grid) - ends.clamp(y)).abs() < 5e-3
     nearest = torch.where(allowed, (grid - given).abs(), math.inf).min(1).values
     torch.testing.assert_close((settled - given).abs()[:, 0], nearest, atol=2e-2, rtol=0)
 
@@ -136,7 +136,7 @@ def test_depthwise_layers_have_a_regression_for_each_group() -> None:
     ends = ActivationRange.of(RELU, torch.tensor([1.0, -1.0, 2.0, 0.5]).double(), torch.zeros(1, 4).double())
     together = list(
         islice(
-            ReLURegression(LayerRegression.of(rows, aims, 300), rows, aims, ends.grouped(4)).rounds(
+            ReLURegression(LayerRegression.of(rows, aims, 300), rows, aims, ends.grouped(4)).iterates(
                 start, None, [1e-6]
             ),
             4,
@@ -150,7 +150,7 @@ def test_depthwise_layers_have_a_regression_for_each_group() -> None:
         )
         alone = list(
             islice(
-                ReLURegression(LayerRegression.of(part, aim, 300), part, aim, end).rounds(start[:1], None, [1e-6]), 4
+                ReLURegression(LayerRegression.of(part, aim, 300), part, aim, end).iterates(start[:1], None, [1e-6]), 4
             )
         )[-1]
         torch.testing.assert_close(together[2][g], alone[2][0], atol=1e-4, rtol=1e-4)
@@ -186,8 +186,8 @@ class Ends(nn.Module):
 def test_the_rectifier_is_found(end: Callable[[Tensor], Any], limits: tuple[float, float] | None) -> None:
     model = Ends(end).eval()
     with torch.no_grad():
-        found = trace_epilogues(model, {"conv": model.conv}, lambda: model(torch.randn(2, 3, 4, 4)))
-    assert (found["conv"].norm, found["conv"].limits) == ("norm", limits)
+        found = trace_epilogues(model, {"conv": model.conv}, torch.randn(2, 3, 4, 4))
+    assert (found["conv"].norm, found["conv"].activation_range) == ("norm", limits)
 
 
 def test_a_rectifier_behind_a_sum_with_what_comes_later_is_left_alone() -> None:
@@ -204,12 +204,10 @@ def test_a_rectifier_behind_a_sum_with_what_comes_later_is_left_alone() -> None:
 
     model = Later().eval()
     with torch.no_grad():
-        found = trace_epilogues(
-            model, {"conv": model.conv, "shortcut": model.shortcut}, lambda: model(torch.randn(2, 3, 4, 4))
-        )
-    assert found["conv"].total == found["shortcut"].total
-    assert (found["conv"].other, found["conv"].limits) == (None, None)
-    assert (found["shortcut"].other is not None, found["shortcut"].limits) == (True, RELU)
+        found = trace_epilogues(model, {"conv": model.conv, "shortcut": model.shortcut}, torch.randn(2, 3, 4, 4))
+    assert found["conv"].residual_add == found["shortcut"].residual_add
+    assert (found["conv"].residual_source, found["conv"].activation_range) == (None, None)
+    assert (found["shortcut"].residual_source is not None, found["shortcut"].activation_range) == (True, RELU)
 
 
 @pytest.mark.parametrize(("end", "limits"), [(F.relu, RELU), (F.softplus, None)])
@@ -222,6 +220,6 @@ def test_the_rectifier_behind_a_residual_sum_is_found(
 
     model = Sum(end).eval()
     with torch.no_grad():
-        found = trace_epilogues(model, {"conv": model.conv}, lambda: model(F.relu(torch.randn(2, 3, 4, 4))))
-    assert found["conv"].total is not None
-    assert found["conv"].limits == limits
+        found = trace_epilogues(model, {"conv": model.conv}, torch.randn(2, 3, 4, 4), lambda model, x: model(F.relu(x)))
+    assert found["conv"].residual_add is not None
+    assert found["conv"].activation_range == limits
