@@ -192,7 +192,7 @@ def finetune(
             losses = {"cross_entropy": F.cross_entropy(logits[: len(labels)], labels)}
             if iso and ensemble:
                 losses["consensus"] = args.weight * iso()  # runs the closed form's network and the peers
-                targets = ensemble.targets(iso.teacher_output, args.temperature)
+                targets = ensemble.soft_targets(iso.teacher_output, args.temperature)
                 losses["ensemble"] = args.kd_weight * kd_loss(logits, targets, args.temperature)
             accelerator.backward(sum(losses.values()))
             accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

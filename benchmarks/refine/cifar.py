@@ -171,7 +171,7 @@ def finetune(
     """The first network, trained for MORE steps: every way is `finetune_classifier` with other weights, so budget and batches are the same."""
     kinds: dict[str, dict[str, Any]] = {
         "cross-entropy": {"consensus_weight": 0.0, "kd_weight": 0.0},
-        "self-distillation": {"consensus_weight": 0.0, "kd_weight": weight, "targets": "own"},
+        "self-distillation": {"consensus_weight": 0.0, "kd_weight": weight, "targets": "original"},
         "ensemble": {"consensus_weight": 0.0, "kd_weight": weight},
         "ours": {"consensus_weight": weight, "kd_weight": 3.0},
     }

@@ -1,7 +1,8 @@
-"""Refinement of trained networks by features that peers reproduce."""
+"""Refinement of trained classifiers by features that their peers reproduce."""
 
 from knowiso_train.refinement.api import refine
-from knowiso_train.refinement.finetune import RefineFinetuneConfig, consensus_loss
+from knowiso_train.refinement.config import RefineConfig
+from knowiso_train.refinement.finetune import BatchCycle, RefineFinetuneConfig, RefineTrainer, consensus_loss
 from knowiso_train.refinement.folding import PeerProjection, fit_peer_projection, fold
 from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, consensus_head, ridge_head
 from knowiso_train.refinement.models import classifier_model
@@ -9,15 +10,18 @@ from knowiso_train.refinement.peers import PeerEnsemble, PeerScore, score_peer
 from knowiso_train.refinement.report import RefineReport, RefineResult
 
 __all__ = [
+    "BatchCycle",
     "ConsensusFeatures",
-    "RefineFinetuneConfig",
     "Head",
     "HeadConfig",
     "PeerEnsemble",
     "PeerProjection",
     "PeerScore",
+    "RefineConfig",
+    "RefineFinetuneConfig",
     "RefineReport",
     "RefineResult",
+    "RefineTrainer",
     "classifier_model",
     "consensus_head",
     "consensus_loss",

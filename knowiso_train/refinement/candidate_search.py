@@ -1,13 +1,11 @@
-"""Closed-form candidates that each method compares."""
+"""Sets of closed-form candidates, one source per method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
-
-from knowiso_train.errors import OptionError
 from knowiso_train.refinement.candidates import (
     Candidate,
     better_classifier,
@@ -18,105 +16,170 @@ from knowiso_train.refinement.candidates import (
 )
 from knowiso_train.refinement.evaluator import FeatureSets
 from knowiso_train.refinement.heads import HeadConfig
-from knowiso_train.refinement.models import ClassifierModel, PooledFeatures
-from knowiso_train.utils.batch import check_loader
+from knowiso_train.refinement.models import ClassifierModel
 
-MIN_SKILL = 0.25  # of the way from chance to perfect: a classifier that is better was trained for these classes
+MIN_SKILL = 0.25  # accuracy on the scale from chance (0) to perfect (1), above which a classifier counts as trained
+AUTO_FOLD_RIDGES = (0.1, 1.0)  # that "auto" tries besides `ridge`
 
 
-def closed_forms(
-    method: str,
-    networks: Sequence[ClassifierModel],
-    useful: Sequence[int],
-    images: FeatureSets,
-    ridge: float | str,
-    recipe: HeadConfig,
-    seed: int,
-) -> tuple[list[Candidate], list[str]]:
-    """What there is to choose from without training, simplest first; the last one is the method's own where nothing can be chosen on. And what the
-    user should know.
+@dataclass(frozen=True)
+class CandidateSet:
+    """Candidates of a method, simplest first.
+
+    Attributes:
+        candidates: Candidates to evaluate and to choose from.
+        default: Choice without validation images.
+        notes: Remarks for the user.
     """
-    own, names = networks[0], [net.name for net in networks]
-    first, notes = original_classifier(own), list[str]()
-    found, few, seen = [first], images.labeled, images.validation
-    called = [names[i] for i in useful]
-    if useful and (method == "fold" or (method == "auto" and (few is None or _trained(first, seen)))):
-        ridges = [ridge] if method == "fold" else list(dict.fromkeys([ridge, 0.1, 1.0]))
-        found += fold_candidates(own, images.unlabeled, useful, called, ridges, seed)
-    if few is not None and few.labels is not None and method in ("auto", "head", "consensus"):
-        missing = sorted(set(range(own.classes)) - set(few.labels.tolist()))
-        if missing:
-            some = f"{', '.join(map(str, missing[:5]))}{', …' if len(missing) > 5 else ''}"
-            notes.append(
-                f"{len(missing)} of {own.classes} classes have no labeled image ({some}): classifiers from the labels never guess these"
-            )
-        groups: list[Sequence[int]] = [useful] if useful else [()]
-        if seen is not None:
-            found += label_candidates(own, few, seen)
-        if method == "auto":
-            alone = [[i] for i in useful] if len(useful) > 1 else []
-            groups = [(), *alone, *([useful] if useful else [])]
-        consensus, misled = consensus_candidates(own, few, images.others, groups, names, recipe, seen, seed)
-        found, notes = found + consensus, notes + misled
-        if method != "auto":  # which has the original among what it chooses from
-            made = found[-1] if seen is None else max(found[1:], key=lambda part: _right(part, seen))
-            kept = better_classifier(own, 0, made, few, seen, recipe.label_ridge).name == first.name
-            if kept and method == "head":
-                notes.append(
-                    "the network's own classifier, trained with it, seems to be better than the new ones; methods 'fold' and 'auto' keep it"
-                )
-            if method == "consensus":  # which starts from the best
-                return (found if seen is not None else [*found[1:], first] if kept else found[1:]), notes
-    if method == "auto":
-        possible = _possible(own, found)
-        if len(possible) < len(found):
-            notes.append(
-                f"{own.name}: the classifier {own.head!r} has no bias, so what needs one is not tried; give the network one with a bias"
-            )
-        return possible, notes
-    return (found if len(found) == 1 else found[1:]), notes
+
+    candidates: Sequence[Candidate]
+    default: Candidate
+    notes: Sequence[str] = ()
 
 
-def _possible(own: ClassifierModel, found: Sequence[Candidate]) -> list[Candidate]:
-    """Without those that need a bias where the classifier has none."""
-    bias: nn.Parameter | None = own.classifier.bias
-    return [part for part in found if bias is not None or not bool(part.bias.any())]
+@dataclass(frozen=True)
+class CandidateSearch:
+    """Inputs of the closed-form candidates.
 
-
-def _right(candidate: Candidate, seen: PooledFeatures) -> int:
-    """Images that it gets right."""
-    return 0 if seen.labels is None else int((candidate.logits(seen.features[0]).argmax(1) == seen.labels).sum())
-
-
-def _trained(first: Candidate, seen: PooledFeatures | None) -> bool:
-    """Whether the network's own classifier knows these classes."""
-    if seen is None:
-        return False
-    chance = 1 / len(first.weight)
-    return _right(first, seen) > len(seen) * (chance + MIN_SKILL * (1 - chance))
-
-
-def check_needs(method: str, own: ClassifierModel, layer: str | None, **given: Any) -> None:
-    """Whether a method has what it needs; `given` are the labeled, validation and test images.
-
-    Raises:
-        OptionError: it has not.
-        InputTypeError: images that can be read only once.
+    Attributes:
+        models: First the network to refine, then its peers.
+        useful: Indices of the useful peers.
+        images: Pooled features of all networks.
+        ridge: Ridge of the fold.
+        head_config: Settings of the consensus head.
+        seed: Seed of splits and folds.
     """
-    labeled, validation = given["labeled"], given["validation"]
-    if method == "auto" and validation is None:
-        raise OptionError(
-            'method="auto" chooses on labeled images that nothing was fitted to: pass validation=, or choose a method yourself'
+
+    models: Sequence[ClassifierModel]
+    useful: Sequence[int]
+    images: FeatureSets
+    ridge: float | Literal["search"]
+    head_config: HeadConfig
+    seed: int
+
+    @property
+    def model(self) -> ClassifierModel:
+        """Network to refine."""
+        return self.models[0]
+
+    @property
+    def original(self) -> Candidate:
+        """Present classifier of the network."""
+        return original_classifier(self.model)
+
+    def folds(self, ridges: Sequence[float | Literal["search"]]) -> list[Candidate]:
+        """Fold the useful peers into the classifier, for each ridge; none without useful peers."""
+        if not self.useful:
+            return []
+        names = [self.models[i].name for i in self.useful]
+        return fold_candidates(self.model, self.images.unlabeled, self.useful, names, ridges, self.seed)
+
+    def heads(self, groups: Sequence[Sequence[int]]) -> tuple[list[Candidate], list[str]]:
+        """Fit classifiers to the labels alone and to the consensus of each group; none without labeled images.
+
+        Args:
+            groups: Indices of each group's peers. An empty group: self-training.
+
+        Returns:
+            Candidates, and notes for the user.
+        """
+        labeled, validation = self.images.labeled, self.images.validation
+        if labeled is None:
+            return [], []
+        names = [model.name for model in self.models]
+        candidates = [] if validation is None else label_candidates(self.model, labeled, validation)
+        consensus, notes = consensus_candidates(
+            self.model, labeled, self.images.unlabeled_only, groups, names, self.head_config, validation, self.seed
         )
-    if method in ("head", "paper") and labeled is None:
-        raise OptionError(f"method={method!r} needs a few labeled images: pass labeled=")
-    for name, images in given.items():
-        if images is not None:
-            check_loader(images, name)
-    bias: nn.Parameter | None = own.classifier.bias
-    if bias is None and (method in ("head", "fold") or (method == "consensus" and labeled is not None)):
-        raise OptionError(
-            f"the classifier {own.head!r} of {own.name} has no bias, but its refinement needs one; give the network one with a bias"
+        return candidates + consensus, _missing_class_notes(self.model, labeled.require_labels().tolist()) + notes
+
+    def original_is_better(self, candidates: Sequence[Candidate]) -> bool:
+        """Return whether the present classifier is better than the best of some candidates from labels."""
+        labeled, validation = self.images.labeled, self.images.validation
+        if labeled is None:
+            return True
+        best = candidates[-1] if validation is None else max(candidates, key=lambda c: c.num_correct(validation))
+        ridge = self.head_config.label_ridge
+        return better_classifier(self.model, 0, best, labeled, validation, ridge).name == self.original.name
+
+    def original_is_trained(self) -> bool:
+        """Return whether the present classifier is clearly above chance on the validation images."""
+        validation = self.images.validation
+        if validation is None:
+            return False
+        chance = 1 / self.model.num_classes
+        return self.original.num_correct(validation) > len(validation) * (chance + MIN_SKILL * (1 - chance))
+
+
+def closed_form_candidates(method: str, search: CandidateSearch) -> CandidateSet:
+    """Compute the closed-form candidates of a method.
+
+    Args:
+        method: "fold", "head", "consensus" or "auto".
+        search: Inputs.
+    """
+    return CANDIDATE_SOURCES[method](search)
+
+
+def _fold_source(search: CandidateSearch) -> CandidateSet:
+    candidates = search.folds([search.ridge]) or [search.original]
+    return CandidateSet(candidates, candidates[-1])
+
+
+def _head_source(search: CandidateSearch) -> CandidateSet:
+    candidates, notes = search.heads([search.useful])
+    if search.original_is_better(candidates):
+        notes.append(
+            "the network's own classifier, trained with it, seems to be better than the new ones; methods 'fold' and "
+            "'auto' keep it"
         )
-    if method == "paper" and layer is None:
-        raise OptionError('method="paper" needs layer=, the layer of the network that is rebuilt from the peer')
+    return CandidateSet(candidates, candidates[-1], notes)
+
+
+def _consensus_source(search: CandidateSearch) -> CandidateSet:
+    # Fine-tuning starts from the best classifier, so the present one is a candidate here
+    original = search.original
+    candidates, notes = search.heads([search.useful])
+    if not candidates:
+        return CandidateSet([original], original)
+    default = original if search.original_is_better(candidates) else candidates[-1]
+    return CandidateSet([original, *candidates], default, notes)
+
+
+def _auto_source(search: CandidateSearch) -> CandidateSet:
+    original, useful = search.original, search.useful
+    candidates = [original]
+    # Without labels the fold is all there is; with labels it competes only where the classifier has these classes
+    if search.images.labeled is None or search.original_is_trained():
+        candidates += search.folds(list(dict.fromkeys([search.ridge, *AUTO_FOLD_RIDGES])))
+    single_peers = [[i] for i in useful] if len(useful) > 1 else []
+    heads, notes = search.heads([[], *single_peers, *([useful] if useful else [])])
+    candidates += heads
+    if search.model.has_bias:
+        return CandidateSet(candidates, candidates[-1], notes)
+    possible = [candidate for candidate in candidates if not bool(candidate.bias.any())]
+    if len(possible) < len(candidates):
+        notes.append(
+            f"{search.model.name}: the classifier {search.model.head!r} has no bias, so candidates that need one are "
+            "not tried; give the network one with a bias"
+        )
+    return CandidateSet(possible, possible[-1], notes)
+
+
+CANDIDATE_SOURCES: dict[str, Callable[[CandidateSearch], CandidateSet]] = {
+    "fold": _fold_source,
+    "head": _head_source,
+    "consensus": _consensus_source,
+    "auto": _auto_source,
+}
+
+
+def _missing_class_notes(model: ClassifierModel, labels: Sequence[int]) -> list[str]:
+    missing = sorted(set(range(model.num_classes)) - set(labels))
+    if not missing:
+        return []
+    names = f"{', '.join(map(str, missing[:5]))}{', …' if len(missing) > 5 else ''}"
+    return [
+        f"{len(missing)} of {model.num_classes} classes have no labeled image ({names}): classifiers from the labels "
+        "never predict these"
+    ]

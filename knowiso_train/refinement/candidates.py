@@ -1,10 +1,11 @@
-"""Candidate heads of a refinement."""
+"""Candidate classifiers of a refinement, each in closed form."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,212 +18,249 @@ from knowiso_train.refinement.metrics import best_temperature, consensus_vs_labe
 from knowiso_train.refinement.models import ClassifierModel, PooledFeatures
 
 HEAD_RIDGES = (1.0, 3.0, 10.0)
-VIEW_RIDGES = (0.1, 1.0, 10.0)
-# Logits are this times the scores where there are no validation images to calibrate on
+LABEL_RIDGES = (0.1, 1.0, 10.0)
+# Factor from scores to logits without validation images, on which the temperature could be fitted
 DEFAULT_INVERSE_TEMPERATURE = 10.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A classifier for the network's pooled features: (classes, channels) and (classes,), float64; `alone` if of the labels alone,
-    `recipe` if of a consensus."""
+    """A classifier for the network's pooled features.
+
+    Attributes:
+        name: Name in the report.
+        weight: (C, D), float64.
+        bias: (C,), float64.
+        note: Remark for the report.
+        from_labels_only: True for a classifier that is fitted to the labels alone.
+        head_config: Settings of a consensus head. None: another kind of classifier.
+    """
 
     name: str
     weight: Tensor
     bias: Tensor
     note: str = ""
-    alone: bool = False
-    recipe: HeadConfig | None = None
+    from_labels_only: bool = False
+    head_config: HeadConfig | None = None
 
     def logits(self, features: Tensor) -> Tensor:
-        """(N, D) → (N, classes)."""
+        """Compute logits (N, C) from features (N, D)."""
         return features.double() @ self.weight.T + self.bias
 
+    def num_correct(self, pooled: PooledFeatures, network: int = 0) -> int:
+        """Count the images that the classifier assigns to their class.
+
+        Args:
+            pooled: Labeled images.
+            network: Index of the network whose features the classifier takes.
+        """
+        return int((self.logits(pooled.features[network]).argmax(1) == pooled.require_labels()).sum())
+
     def layer(self) -> nn.Linear:
-        """As a module: float32, frozen."""
-        found = (
-            nn.Linear(self.weight.shape[1], self.weight.shape[0], device="meta")
-            .to_empty(device="cpu")
-            .requires_grad_(False)
-        )
-        found.weight.copy_(self.weight)
-        found.bias.copy_(self.bias)
-        return found
+        """Return the classifier as a frozen float32 layer."""
+        # On "meta" and without initialization: the random state is not advanced
+        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0], device="meta").to_empty(device="cpu")
+        layer.requires_grad_(False)
+        layer.weight.copy_(self.weight)
+        layer.bias.copy_(self.bias)
+        return layer
 
 
-def original_classifier(own: ClassifierModel) -> Candidate:
-    """The classifier as it is."""
-    layer = own.classifier
+def original_classifier(model: ClassifierModel) -> Candidate:
+    """Return the network's present classifier as a candidate."""
+    layer = model.classifier
     weight = layer.weight.detach().cpu().double()
     bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().cpu().double()
     return Candidate("original", weight, bias)
 
 
 def better_classifier(
-    net: ClassifierModel,
-    place: int,
-    made: Candidate,
+    model: ClassifierModel,
+    network: int,
+    new: Candidate,
     labeled: PooledFeatures,
     validation: PooledFeatures | None,
     ridge: float,
     seed: int = 0,
 ) -> Candidate:
-    """A network's own classifier where it is better than `made`: on the validation images, or clearly so on labeled images left out in turn.
+    """Choose between a network's present classifier and a new one.
+
+    With validation images the higher accuracy there decides. Without them the present classifier is chosen where it is
+    significantly better than a ridge classifier in cross-validation on the labeled images.
 
     Args:
-        net: whose classifier tells the same classes apart.
-        place: of its features among those that were seen.
-        made: a new classifier for it.
-        labeled: what `made` was fitted to.
-        validation: to choose on, or None.
-        ridge: of the labels' own classifier, which stands for `made` on images that are left out.
-        seed: of these.
+        model: Network, with a classifier of the same classes.
+        network: Index of its features.
+        new: New classifier.
+        labeled: Images that the new classifier is fitted to.
+        validation: Images to choose on, or None.
+        ridge: Ridge of the classifier that represents the new one in cross-validation.
+        seed: Seed of the folds.
     """
-    own = original_classifier(net)
-    if validation is not None and validation.labels is not None:
-        right = [
-            int((part.logits(validation.features[place]).argmax(1) == validation.labels).sum()) for part in (own, made)
-        ]
-        return own if right[0] > right[1] else made
-    features, labels = labeled.features[place], _labels(labeled)
-    return (
-        own
-        if own_vs_labels_cv(own.logits(features), features, labels, net.classes, ridge, seed).significantly_better
-        else made
-    )
+    present = original_classifier(model)
+    if validation is not None:
+        return present if present.num_correct(validation, network) > new.num_correct(validation, network) else new
+    features, labels = labeled.features[network], labeled.require_labels()
+    cv = own_vs_labels_cv(present.logits(features), features, labels, model.num_classes, ridge, seed)
+    return present if cv.significantly_better else new
 
 
 def fold_candidates(
-    own: ClassifierModel,
+    model: ClassifierModel,
     unlabeled: PooledFeatures,
-    useful: Sequence[int],
+    peers: Sequence[int],
     names: Sequence[str],
-    ridges: Sequence[float | str],
+    ridges: Sequence[float | Literal["search"]],
     seed: int,
 ) -> list[Candidate]:
-    """The classifier with own → peers → own absorbed, for each ridge; no labels."""
-    first, found = original_classifier(own), []
+    """Fold the map from the network to its peers and back into the classifier, for each ridge. No labels.
+
+    Args:
+        model: Network to refine.
+        unlabeled: Features of all networks.
+        peers: Indices of the peers.
+        names: Names of the peers.
+        ridges: Ridges of the map.
+        seed: Seed of the ridge search.
+    """
+    original, candidates = original_classifier(model), []
     for ridge in ridges:
-        made = fit_peer_projection(unlabeled.features[0], unlabeled.select(useful), ridge=ridge, seed=seed)
-        layer = copy.deepcopy(own.classifier).cpu().double()
-        fold_input_map(layer, own.head, made.matrix, made.shift)
-        bias = first.bias if layer.bias is None else layer.bias.detach()
-        note = f"ridges {made.ridges[0]:g} and {made.ridges[1]:g}"
-        found.append(Candidate(f"fold, {' + '.join(names)}, ridge {ridge}", layer.weight.detach(), bias, note))
-    return found
+        projection = fit_peer_projection(unlabeled.features[0], unlabeled.select(peers), ridge=ridge, seed=seed)
+        layer = copy.deepcopy(model.classifier).cpu().double()
+        fold_input_map(layer, model.head, projection.matrix, projection.shift)
+        bias = original.bias if layer.bias is None else layer.bias.detach()
+        note = f"ridges {projection.ridges[0]:g} and {projection.ridges[1]:g}"
+        candidates.append(Candidate(f"fold, {' + '.join(names)}, ridge {ridge}", layer.weight.detach(), bias, note))
+    return candidates
 
 
 def label_candidates(
-    own: ClassifierModel, labeled: PooledFeatures, validation: PooledFeatures | None
+    model: ClassifierModel, labeled: PooledFeatures, validation: PooledFeatures | None
 ) -> list[Candidate]:
-    """Ridge classifiers from the labeled images alone: what the labels give without peers or unlabeled images."""
-    features, labels = labeled.features[0], _labels(labeled)
-    heads = [
-        (ridge, ridge_head(features, labels, own.classes, ridge))
-        for ridge in (VIEW_RIDGES if validation is not None else VIEW_RIDGES[:1])
-    ]
-    return [
-        replace(_calibrated(f"labels only, ridge {ridge:g}", head, validation), alone=True) for ridge, head in heads
-    ]
+    """Fit ridge classifiers to the labeled images alone: the baseline without peers and without unlabeled images."""
+    features, labels = labeled.features[0], labeled.require_labels()
+    candidates = []
+    for ridge in LABEL_RIDGES if validation is not None else LABEL_RIDGES[:1]:
+        head = ridge_head(features, labels, model.num_classes, ridge)
+        candidate = _calibrate(f"labels only, ridge {ridge:g}", head, validation)
+        candidates.append(replace(candidate, from_labels_only=True))
+    return candidates
 
 
 def consensus_candidates(
-    own: ClassifierModel,
+    model: ClassifierModel,
     labeled: PooledFeatures,
     unlabeled: PooledFeatures,
     groups: Sequence[Sequence[int]],
     names: Sequence[str],
-    recipe: HeadConfig,
+    config: HeadConfig,
     validation: PooledFeatures | None,
     seed: int = 0,
 ) -> tuple[list[Candidate], list[str]]:
-    """The closed form of `consensus_head` for each group of peers; an empty group is self-training. And what the user should know.
+    """Fit the consensus head with each group of peers.
 
-    Without validation images the last one is the labels' own classifier where guesses do worse than it on labeled
-    images left out in turn.
+    Without validation images, a group whose consensus is significantly worse than the labels alone in cross-validation
+    is followed by the classifier of the labels alone.
+
+    Args:
+        model: Network to refine.
+        labeled: Labeled images.
+        unlabeled: Images without labels.
+        groups: Indices of each group's peers. An empty group: self-training.
+        names: Names of all networks.
+        config: Settings of the head.
+        validation: Images to choose settings on, or None.
+        seed: Seed of the folds.
+
+    Returns:
+        Candidates, and notes for the user.
     """
-    labels, index = _labels(labeled), torch.arange(len(labeled))
-    found: list[Candidate] = []
+    labels, index = labeled.require_labels(), torch.arange(len(labeled))
+    candidates: list[Candidate] = []
     notes: list[str] = []
     for group in groups:
-        members = [0, *group]
-        every = [
-            torch.cat([few, many]) for few, many in zip(labeled.select(members), unlabeled.select(members), strict=True)
-        ]
-        consensus = ConsensusFeatures.from_views(every, recipe)
-        called = f"consensus head, {' + '.join(names[i] for i in group)}" if group else "self-training, no peer"
-        for tried, said in _tried(recipe, own.classes, validation):
-            head = consensus.head(index, labels, own.classes, tried)
-            found.append(replace(_calibrated(f"{called}, {said}", head, validation), recipe=tried))
+        consensus = ConsensusFeatures.from_views(_joined(labeled, unlabeled, [0, *group]), config)
+        title = f"consensus head, {' + '.join(names[i] for i in group)}" if group else "self-training, no peer"
+        for variant, description in _head_variants(config, model.num_classes, validation):
+            head = consensus.head(index, labels, model.num_classes, variant)
+            candidate = _calibrate(f"{title}, {description}", head, validation)
+            candidates.append(replace(candidate, head_config=variant))
         if validation is None:
-            judged = consensus_vs_labels_cv(consensus, labeled.features[0], index, labels, own.classes, recipe, seed)
-            if judged.significantly_worse:
-                said = f"guesses on unlabeled images cost {-judged.gain:.1f} ± {judged.error:.1f} points on labeled images left out"
-                notes.append(f"{called}: {said}; the labels alone are used. More labels or better peers would help")
-                found += [replace(candidate, note=said) for candidate in label_candidates(own, labeled, None)]
-    return found, notes
-
-
-def _tried(recipe: HeadConfig, classes: int, validation: PooledFeatures | None) -> list[tuple[HeadConfig, str]]:
-    """The recipe, and where validation images can choose, other ridges, and guesses in the proportions of their classes."""
-    if validation is None or validation.labels is None:
-        return [(recipe, f"ridge {recipe.head_ridge:g}")]
-    found = []
-    for ridge in sorted({recipe.head_ridge, *HEAD_RIDGES}):
-        found.append((replace(recipe, head_ridge=ridge), f"ridge {ridge:g}"))
-        if recipe.class_prior is None:
-            shares = tuple(estimate_class_prior(validation.labels, classes).tolist())
-            found.append((replace(recipe, head_ridge=ridge, class_prior=shares), f"in proportion, ridge {ridge:g}"))
-    return found
+            features = labeled.features[0]
+            cv = consensus_vs_labels_cv(consensus, features, index, labels, model.num_classes, config, seed)
+            if cv.significantly_worse:
+                loss = (
+                    f"pseudo-labels cost {-cv.gain:.1f} ± {cv.std_error:.1f} points in cross-validation on the labeled "
+                    "images"
+                )
+                notes.append(f"{title}: {loss}; the labels alone are used. More labels or better peers would help")
+                candidates += [replace(candidate, note=loss) for candidate in label_candidates(model, labeled, None)]
+    return candidates, notes
 
 
 def heads_of_peers(
-    networks: Sequence[ClassifierModel],
+    models: Sequence[ClassifierModel],
     labeled: PooledFeatures,
     unlabeled: PooledFeatures,
-    useful: Sequence[int],
-    recipe: HeadConfig,
+    peers: Sequence[int],
+    config: HeadConfig,
     validation: PooledFeatures | None,
-    alone: bool,
+    from_labels_only: bool,
 ) -> dict[int, nn.Linear]:
-    """For each useful peer, by its place among them, what the same consensus makes its classifier, or what the labels alone make it, or its own
-    where that is better; float32, on the CPU.
+    """Fit a classifier of the network's classes to every useful peer, as a teacher.
+
+    A peer's present classifier is kept where it has these classes and is better.
+
+    Args:
+        models: First the network to refine, then its peers.
+        labeled: Labeled images.
+        unlabeled: Images without labels.
+        peers: Indices of the useful peers.
+        config: Settings of the head.
+        validation: Images to choose and calibrate on, or None.
+        from_labels_only: Fit to the labels alone, not to the consensus.
+
+    Returns:
+        By position in `peers`, a float32 layer on the CPU.
     """
-    found: dict[int, nn.Linear] = {}
-    for place, i in enumerate(useful):
-        members = [i, 0, *(j for j in useful if j != i)]
-        labels, classes = _labels(labeled), networks[0].classes
-        if alone:
-            head = ridge_head(labeled.features[i], labels, classes, recipe.label_ridge)
+    labels, num_classes = labeled.require_labels(), models[0].num_classes
+    layers: dict[int, nn.Linear] = {}
+    for position, i in enumerate(peers):
+        if from_labels_only:
+            head = ridge_head(labeled.features[i], labels, num_classes, config.label_ridge)
         else:
-            every = [
-                torch.cat([few, many])
-                for few, many in zip(labeled.select(members), unlabeled.select(members), strict=True)
-            ]
-            head = ConsensusFeatures.from_views(every, recipe).head(torch.arange(len(labeled)), labels, classes, recipe)
-        made = _calibrated(
-            "", head, None if validation is None else PooledFeatures(validation.select([i]), validation.labels)
-        )
-        if networks[i].has_compatible_head(classes):
-            made = better_classifier(networks[i], i, made, labeled, validation, recipe.label_ridge)
-        found[place] = made.layer()
-    return found
+            # The consensus of the same networks, with this peer as the network to refine
+            members = [i, 0, *(j for j in peers if j != i)]
+            consensus = ConsensusFeatures.from_views(_joined(labeled, unlabeled, members), config)
+            head = consensus.head(torch.arange(len(labeled)), labels, num_classes, config)
+        of_peer = None if validation is None else PooledFeatures(validation.select([i]), validation.labels)
+        candidate = _calibrate("", head, of_peer)
+        if models[i].has_compatible_head(num_classes):
+            candidate = better_classifier(models[i], i, candidate, labeled, validation, config.label_ridge)
+        layers[position] = candidate.layer()
+    return layers
 
 
-def replace_classifier(model: nn.Module, head: str, candidate: Candidate) -> nn.Module:
-    """A copy of the network with this classifier, in the network's own dtype and on its device.
+def replace_classifier(module: nn.Module, head: str, candidate: Candidate) -> nn.Module:
+    """Return a copy of the network with another classifier, in the network's own dtype and on its device.
+
+    Args:
+        module: Network. It is not modified.
+        head: Name of its classifier.
+        candidate: New classifier.
 
     Raises:
-        OptionError: a classifier without bias that would need one.
+        OptionError: Not a Linear, or one without the bias that the candidate needs.
     """
-    changed = copy.deepcopy(unwrap_model(model))
+    changed = copy.deepcopy(unwrap_model(module))
     layer = changed.get_submodule(head)
     if not isinstance(layer, nn.Linear):
         raise OptionError(f"layer {head!r} is a {type(layer).__name__}; expected a Linear")
     bias: nn.Parameter | None = layer.bias
     if bias is None and bool(candidate.bias.any()):
         raise OptionError(
-            f"the classifier {head!r} has no bias, but its refinement needs one; give the network a classifier with a bias"
+            f"the classifier {head!r} has no bias, but its refinement needs one; give the network a classifier with a "
+            "bias"
         )
     with torch.no_grad():
         layer.weight.copy_(candidate.weight)
@@ -231,17 +269,32 @@ def replace_classifier(model: nn.Module, head: str, candidate: Candidate) -> nn.
     return changed.eval()
 
 
-def _labels(seen: PooledFeatures) -> Tensor:
-    if seen.labels is None:
-        raise OptionError("expected labeled images: pass labeled=")
-    return seen.labels
+def _head_variants(
+    config: HeadConfig, num_classes: int, validation: PooledFeatures | None
+) -> list[tuple[HeadConfig, str]]:
+    """List the settings to compare on validation images, with descriptions: ridges, and the prior of their classes."""
+    if validation is None:
+        return [(config, f"ridge {config.head_ridge:g}")]
+    prior = tuple(estimate_class_prior(validation.require_labels(), num_classes).tolist())
+    variants = []
+    for ridge in sorted({config.head_ridge, *HEAD_RIDGES}):
+        variants.append((replace(config, head_ridge=ridge), f"ridge {ridge:g}"))
+        if config.class_prior is None:
+            variants.append((replace(config, head_ridge=ridge, class_prior=prior), f"class prior, ridge {ridge:g}"))
+    return variants
 
 
-def _calibrated(name: str, head: Head, validation: PooledFeatures | None) -> Candidate:
-    """Scores as logits: their temperature is the best on the validation images, or a plain one."""
-    if validation is None or validation.labels is None:
+def _joined(labeled: PooledFeatures, unlabeled: PooledFeatures, networks: Sequence[int]) -> list[Tensor]:
+    """Concatenate labeled and unlabeled features of some networks, the labeled images first."""
+    pairs = zip(labeled.select(networks), unlabeled.select(networks), strict=True)
+    return [torch.cat([with_labels, without]) for with_labels, without in pairs]
+
+
+def _calibrate(name: str, head: Head, validation: PooledFeatures | None) -> Candidate:
+    """Turn scores into logits, by the best temperature on the validation images or a default one."""
+    if validation is None:
         scaled = head.scaled(1 / DEFAULT_INVERSE_TEMPERATURE)
         return Candidate(name, scaled.weight, scaled.bias, "temperature not fitted")
-    temperature = best_temperature(head(validation.features[0]), validation.labels)
+    temperature = best_temperature(head(validation.features[0]), validation.require_labels())
     scaled = head.scaled(temperature)
     return Candidate(name, scaled.weight, scaled.bias)

@@ -1,4 +1,4 @@
-"""Evaluation of candidates on cached features."""
+"""Evaluation of candidates on pooled features, as rows of the report."""
 
 from __future__ import annotations
 
@@ -16,28 +16,43 @@ from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.refinement.candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_classifier
 from knowiso_train.refinement.heads import ridge_head
 from knowiso_train.refinement.metrics import Score, best_temperature, classification_score
-from knowiso_train.refinement.models import ClassifierModel, PooledFeatures, extract_pooled_features
+from knowiso_train.refinement.models import (
+    ClassifierModel,
+    PooledFeatures,
+    Transform,
+    extract_pooled_features,
+)
 from knowiso_train.refinement.peers import explained_share, split_masks
-from knowiso_train.refinement.report import Row
+from knowiso_train.refinement.report import Row, RowRole
 from knowiso_train.utils.batch import get_inputs, labels_of
 
 PEER_HEAD_RIDGE = 1.0  # of the peers' classifiers in the report
 
+PooledLogits = Callable[[PooledFeatures], Tensor]
+
 
 @dataclass(frozen=True)
 class FeatureSets:
-    """Pooled features of all networks on each set of images; `others` are the unlabeled ones that are not among the labeled."""
+    """Pooled features of all networks on each set of images.
+
+    Attributes:
+        unlabeled: Images of the loader.
+        unlabeled_only: Those of them that are not among the labeled images.
+        labeled: Images with labels to fit to.
+        validation: Images with labels to choose and calibrate on.
+        test: Images with labels for the report.
+    """
 
     unlabeled: PooledFeatures
-    others: PooledFeatures
+    unlabeled_only: PooledFeatures
     labeled: PooledFeatures | None
     validation: PooledFeatures | None
     test: PooledFeatures | None
 
     @classmethod
-    def read(
+    def extract(
         cls,
-        networks: Sequence[ClassifierModel],
+        models: Sequence[ClassifierModel],
         loader: Iterable[Any],
         labeled: Iterable[Any] | None,
         validation: Iterable[Any] | None,
@@ -45,155 +60,177 @@ class FeatureSets:
         max_images: int | None,
         progress: bool,
     ) -> FeatureSets:
-        """Each image once.
+        """Extract the features, each image once; the arguments are those of `refine`.
 
         Raises:
-            DataError: no images, or no labels where they are needed.
-            ShapeError: labels that the network has no output for.
+            DataError: No images, or no labels where they are needed.
+            ShapeError: Labels that the network has no output for.
         """
         unlabeled = extract_pooled_features(
-            networks, loader, labels=False, max_images=max_images, progress=progress, what="unlabeled"
+            models, loader, labels=False, max_images=max_images, progress=progress, what="unlabeled"
         )
-        more = []
-        for given, what in ((labeled, "labeled"), (validation, "validation"), (test, "test")):
-            found = (
-                None
-                if given is None
-                else extract_pooled_features(networks, given, labels=True, progress=progress, what=what)
-            )
-            if found is not None and found.labels is not None and int(found.labels.max()) >= networks[0].classes:
+
+        def with_labels(images: Iterable[Any] | None, what: str) -> PooledFeatures | None:
+            if images is None:
+                return None
+            pooled = extract_pooled_features(models, images, labels=True, progress=progress, what=what)
+            highest = int(pooled.require_labels().max())
+            if highest >= models[0].num_classes:
                 raise ShapeError(
-                    f"{what} images have labels up to {int(found.labels.max())}, the network tells {networks[0].classes} classes apart; "
+                    f"{what} images have labels up to {highest}, but the network has {models[0].num_classes} classes; "
                     "give it a classifier for these classes first (timm: model.reset_classifier(classes))"
                 )
-            more.append(found)
-        return cls(unlabeled, unlabeled if more[0] is None else unlabeled.exclude(more[0]), *more)
+            return pooled
+
+        sets = [with_labels(x, w) for x, w in ((labeled, "labeled"), (validation, "validation"), (test, "test"))]
+        return cls(unlabeled, unlabeled if sets[0] is None else unlabeled.exclude(sets[0]), *sets)
 
     def counts(self) -> dict[str, int]:
-        """How many there are of each."""
-        sets = {
-            "unlabeled": self.unlabeled,
-            "labeled": self.labeled,
-            "validation": self.validation,
-            "test": self.test,
-        }
-        return {name: 0 if found is None else len(found) for name, found in sets.items()}
+        """Return the number of images of each set."""
+        names = ("unlabeled", "labeled", "validation", "test")
+        return {name: 0 if getattr(self, name) is None else len(getattr(self, name)) for name in names}
 
 
 class CandidateEvaluator:
-    """Figures of everything that was tried.
+    """Scores of everything that is compared, collected as rows of the report.
 
     Args:
-        networks: first the one that is refined.
-        images: seen by all of them.
+        models: First the network to refine, then its peers.
+        images: Pooled features of all of them.
+
+    Attributes:
+        rows: Rows in order; the first is the network before the refinement.
     """
 
-    def __init__(self, networks: Sequence[ClassifierModel], images: FeatureSets) -> None:
-        self.networks, self.images = networks, images
-        self.rows: list[Row] = [self._row(networks[0].name, "before", partial(_of, networks[0].logits, 0))]
+    def __init__(self, models: Sequence[ClassifierModel], images: FeatureSets) -> None:
+        self.models, self.images = models, images
+        self.rows: list[Row] = [self._score_row(models[0].name, "before", partial(_logits_of, models[0].logits, 0))]
 
-    def candidates(self, found: Sequence[Candidate]) -> None:
-        """One row for each, with the original left to its own row."""
-        for candidate in found:
+    def add_candidates(self, candidates: Sequence[Candidate]) -> None:
+        """Add a row for each candidate, except the present classifier, which has the first row."""
+        for candidate in candidates:
             if candidate.name != "original":
-                self.rows.append(
-                    self._row(candidate.name, "candidate", partial(_of, candidate.logits, 0), candidate.note)
-                )
+                logits = partial(_logits_of, candidate.logits, 0)
+                self.rows.append(self._score_row(candidate.name, "candidate", logits, candidate.note))
 
-    def validation(self, candidate: Candidate) -> Score | None:
-        """Figures on the validation images."""
-        seen = self.images.validation
-        return (
-            None
-            if seen is None or seen.labels is None
-            else classification_score(candidate.logits(seen.features[0]), seen.labels)
+    def add_model(
+        self,
+        name: str,
+        role: RowRole,
+        module: nn.Module,
+        validation: Iterable[Any] | None,
+        test: Iterable[Any] | None,
+    ) -> float:
+        """Add a row for a network with features of its own.
+
+        Args:
+            name: Name of the row.
+            role: Role of the row.
+            module: Network in eval mode, with the inputs of the network to refine.
+            validation: Batches with labels, or None.
+            test: Batches with labels, or None.
+
+        Returns:
+            Accuracy on the validation images; minus infinity without them.
+        """
+        transform = self.models[0].transform
+        on_validation, on_test = (
+            None if images is None else _score_model(module, images, what, transform)
+            for images, what in ((validation, "validation"), (test, "test"))
         )
+        self.rows.append(Row(name, role, on_validation, on_test))
+        return -math.inf if on_validation is None else on_validation.accuracy
 
-    def accuracy(self, candidate: Candidate) -> float:
-        """On the validation images; the least there is where there are none."""
-        found = self.validation(candidate)
-        return -math.inf if found is None else found.accuracy
+    def add_result(self, name: str) -> None:
+        """Add the row of the result: that of the chosen candidate, under the name of the network."""
+        self.rows.append(replace(self.row(name), name=self.models[0].name, role="after", note=name))
 
-    def best(self, found: Sequence[Candidate]) -> Candidate:
-        """The highest on the validation images; of equal ones the first, which is the simplest."""
-        return max(found, key=self.accuracy)
+    def add_peers(self, peers: Sequence[int]) -> None:
+        """Add rows for peers, and for the ensemble of the network and these peers.
+
+        Every network takes a classifier from the labeled images, or its own where that is better.
+
+        Args:
+            peers: Indices of the peers.
+        """
+        heads = {i: head for i in (0, *peers) if (head := self._baseline_head(i)) is not None}
+        for i in peers:
+            if i in heads:
+                self.rows.append(self._score_row(self.models[i].name, "peer", partial(_logits_of, heads[i], i)))
+        if len(heads) > 1:
+            note = f"{len(heads)} networks at inference"
+            ensemble = partial(_ensemble_logits, heads)
+            self.rows.append(self._score_row("all networks together", "ensemble", ensemble, note))
+
+    def validation_score(self, candidate: Candidate) -> Score | None:
+        """Score a candidate on the validation images. None: no such images."""
+        return _score_pooled(self.images.validation, partial(_logits_of, candidate.logits, 0))
+
+    def validation_accuracy(self, candidate: Candidate) -> float:
+        """Return a candidate's accuracy on the validation images; minus infinity without them."""
+        score = self.validation_score(candidate)
+        return -math.inf if score is None else score.accuracy
+
+    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """Return the candidate with the highest accuracy on the validation images; of equal ones the first."""
+        return max(candidates, key=self.validation_accuracy)
 
     def row(self, name: str) -> Row:
-        """Of this name, or else the first: the network before."""
+        """Return the row of this name, or else the first row: the network before the refinement."""
         return next((row for row in self.rows if row.name == name), self.rows[0])
 
-    def whole(
-        self, name: str, role: str, model: nn.Module, validation: Iterable[Any] | None, test: Iterable[Any] | None
-    ) -> float:
-        """A row for a network that has other features than the original; its accuracy on the validation images."""
-        transform = self.networks[0].transform
-        chosen, judged = (
-            None if x is None else _run(model, x, what, transform)
-            for x, what in ((validation, "validation"), (test, "test"))
-        )
-        self.rows.append(Row(name, role, chosen, judged))
-        return -math.inf if chosen is None else chosen.accuracy
+    def _baseline_head(self, network: int) -> Callable[[Tensor], Tensor] | None:
+        """Return the logits of a network's own classifier or of one from the labels, whichever is better."""
+        labeled, validation = self.images.labeled, self.images.validation
+        model, num_classes = self.models[network], self.models[0].num_classes
+        if labeled is None:
+            return model.logits if model.has_compatible_head(num_classes) else None
+        head = ridge_head(labeled.features[network], labeled.require_labels(), num_classes, PEER_HEAD_RIDGE)
+        temperature = 1 / DEFAULT_INVERSE_TEMPERATURE
+        if validation is not None:
+            temperature = best_temperature(head(validation.features[network]), validation.require_labels())
+        scaled = head.scaled(temperature)
+        candidate = Candidate("", scaled.weight, scaled.bias)
+        if model.has_compatible_head(num_classes):
+            candidate = better_classifier(model, network, candidate, labeled, validation, PEER_HEAD_RIDGE)
+        return candidate.logits
 
-    def after(self, name: str) -> None:
-        """The row of what was chosen, once more, as the result."""
-        self.rows.append(replace(self.row(name), name=self.networks[0].name, role="after", note=name))
-
-    def peers(self, useful: Sequence[int]) -> None:
-        """Peers and the ensemble of all networks, with classifiers from the same labels, or their own where they tell the same classes apart."""
-        heads = {i: head for i in (0, *useful) if (head := self._plain_head(i)) is not None}
-        for i in useful:
-            if i in heads:
-                self.rows.append(self._row(self.networks[i].name, "peer", partial(_of, heads[i], i)))
-        if len(heads) > 1:
-
-            def together(seen: PooledFeatures) -> Tensor:
-                return (
-                    torch.stack([head(seen.features[i]).softmax(1) for i, head in heads.items()])
-                    .mean(0)
-                    .clamp_min(1e-12)
-                    .log()
-                )
-
-            self.rows.append(
-                self._row("all networks together", "ensemble", together, f"{len(heads)} networks at inference")
-            )
-
-    def _plain_head(self, i: int) -> Callable[[Tensor], Tensor] | None:
-        """A network's own classifier or one from the labels, whichever is better; None where there is neither."""
-        few, net, classes = self.images.labeled, self.networks[i], self.networks[0].classes
-        if few is None or few.labels is None:
-            return net.logits if net.has_compatible_head(classes) else None
-        head, seen = ridge_head(few.features[i], few.labels, classes, PEER_HEAD_RIDGE), self.images.validation
-        fitted = None if seen is None or seen.labels is None else best_temperature(head(seen.features[i]), seen.labels)
-        head = head.scaled(fitted or 1 / DEFAULT_INVERSE_TEMPERATURE)
-        made = Candidate("", head.weight, head.bias)
-        return (
-            better_classifier(net, i, made, few, seen, PEER_HEAD_RIDGE) if net.has_compatible_head(classes) else made
-        ).logits
-
-    def _row(self, name: str, role: str, logits: Callable[[PooledFeatures], Tensor], note: str = "") -> Row:
-        scores = [
-            None if seen is None or seen.labels is None else classification_score(logits(seen), seen.labels)
-            for seen in (self.images.validation, self.images.test)
-        ]
-        return Row(name, role, scores[0], scores[1], note)
+    def _score_row(self, name: str, role: RowRole, logits: PooledLogits, note: str = "") -> Row:
+        images = self.images
+        return Row(name, role, _score_pooled(images.validation, logits), _score_pooled(images.test, logits), note)
 
 
-def explained_by_peers(seen: PooledFeatures, useful: Sequence[int], seed: int) -> float:
-    """Share of the network's pooled features that the useful peers explain together, on held-out images."""
-    return explained_share(torch.cat(seen.select(useful), 1), seen.features[0], split_masks(len(seen), seed))
+def explained_by_peers(pooled: PooledFeatures, peers: Sequence[int], seed: int) -> float:
+    """Compute the held-out R² of the network's pooled features, predicted from those of all peers together.
+
+    Args:
+        pooled: Features of the network and its peers.
+        peers: Indices of the peers.
+        seed: Seed of the split.
+    """
+    return explained_share(torch.cat(pooled.select(peers), 1), pooled.features[0], split_masks(len(pooled), seed))
 
 
-def _of(logits: Callable[[Tensor], Tensor], i: int, seen: PooledFeatures) -> Tensor:
-    return logits(seen.features[i])
+def _logits_of(logits: Callable[[Tensor], Tensor], network: int, pooled: PooledFeatures) -> Tensor:
+    return logits(pooled.features[network])
+
+
+def _ensemble_logits(heads: dict[int, Callable[[Tensor], Tensor]], pooled: PooledFeatures) -> Tensor:
+    """Compute the logarithm of the mean probability of several networks."""
+    probabilities = torch.stack([head(pooled.features[i]).softmax(1) for i, head in heads.items()])
+    return probabilities.mean(0).clamp_min(1e-12).log()
+
+
+def _score_pooled(pooled: PooledFeatures | None, logits: PooledLogits) -> Score | None:
+    return None if pooled is None else classification_score(logits(pooled), pooled.require_labels())
 
 
 @torch.no_grad()
-def _run(model: nn.Module, loader: Iterable[Any], what: str, transform: Callable[[Any], Any] | None) -> Score:
+def _score_model(module: nn.Module, loader: Iterable[Any], what: str, transform: Transform | None) -> Score:
     logits, labels = [], []
-    with preserve_state(model):
+    with preserve_state(module):
         for batch in loader:
-            images = get_inputs(batch).to(device_of(model) or "cpu")
-            logits.append(model(images if transform is None else transform(images)).cpu())
+            images = get_inputs(batch).to(device_of(module) or "cpu")
+            logits.append(module(images if transform is None else transform(images)).cpu())
             labels.append(labels_of(batch, what).cpu())
     return classification_score(torch.cat(logits), torch.cat(labels))

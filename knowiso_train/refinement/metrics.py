@@ -1,4 +1,4 @@
-"""Accuracy, calibration and paired cross-validation."""
+"""Accuracy, calibration, and paired cross-validation of classifiers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ NUM_CALIBRATION_BINS = 15
 TEMPERATURE_GRID = tuple(10 ** (e / 20) for e in range(-60, 41))
 
 NUM_FOLDS = 5
-SIGNIFICANCE_STD_ERRORS = 1.5  # standard errors
+SIGNIFICANCE_STD_ERRORS = 1.5  # standard errors of a significant difference in cross-validation
+DROP_STD_ERRORS = 2.0  # standard errors of a significant drop of one accuracy
+MIN_BINOMIAL_VARIANCE = 1e-4  # lower bound of p(1 − p), for accuracies near 0 and 100 %
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy in percent, expected calibration error in percent points, on so many images."""
+    """Accuracy and calibration of a classifier.
+
+    Attributes:
+        accuracy: Top-1 accuracy in percent.
+        ece: Expected calibration error in percent points.
+        num_images: Number of images.
+    """
 
     accuracy: float
     ece: float
@@ -29,16 +37,17 @@ class Score:
 
 
 def classification_score(logits: Tensor, labels: Tensor) -> Score:
-    """Top-1 accuracy and expected calibration error (15 bins of equal width).
+    """Compute top-1 accuracy and expected calibration error, with 15 bins of equal width.
 
     Args:
         logits: (N, C).
         labels: (N,).
 
     Raises:
-        ShapeError: they do not fit.
+        ShapeError: Logits and labels of different shapes.
 
-    Source: Guo et al., *On Calibration of Modern Neural Networks* (ICML 2017).
+    References:
+        Guo et al., *On Calibration of Modern Neural Networks* (ICML 2017).
 
     Example:
         >>> classification_score(torch.tensor([[9.0, -9.0], [9.0, -9.0]]), torch.tensor([0, 1]))
@@ -46,26 +55,35 @@ def classification_score(logits: Tensor, labels: Tensor) -> Score:
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ShapeError(f"expected logits (N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
-    sure, guess = logits.double().softmax(1).max(1)
-    right = (guess == labels).double()
-    which = (sure * NUM_CALIBRATION_BINS).long().clamp(max=NUM_CALIBRATION_BINS - 1)
-    gaps = torch.zeros(NUM_CALIBRATION_BINS, dtype=torch.float64).index_add_(0, which, right - sure)
-    return Score(100 * float(right.mean()), 100 * float(gaps.abs().sum()) / len(labels), len(labels))
+    confidence, prediction = logits.double().softmax(1).max(1)
+    correct = (prediction == labels).double()
+    bins = (confidence * NUM_CALIBRATION_BINS).long().clamp(max=NUM_CALIBRATION_BINS - 1)
+    # ECE = Σ_b |B_b|/N · |acc(B_b) − conf(B_b)| = 1/N · Σ_b |Σ_{n in B_b} (correct_n − confidence_n)|
+    gaps = torch.zeros(NUM_CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence)
+    return Score(100 * float(correct.mean()), 100 * float(gaps.abs().sum()) / len(labels), len(labels))
 
 
 def significantly_less(after: Score, before: Score) -> bool:
-    """Whether an accuracy fell by more than two standard errors of one share.
+    """Return whether an accuracy fell by more than two standard errors of the accuracy before.
 
     Example:
-        >>> significantly_less(Score(70.0, 1.0, 400), Score(80.0, 1.0, 400)), significantly_less(Score(70.0, 1.0, 20), Score(80.0, 1.0, 20))
-        (True, False)
+        >>> before = Score(80.0, 1.0, 400)
+        >>> significantly_less(Score(70.0, 1.0, 400), before)
+        True
+        >>> significantly_less(Score(70.0, 1.0, 20), Score(80.0, 1.0, 20))
+        False
     """
-    share = before.accuracy / 100
-    return after.accuracy < before.accuracy - 200 * math.sqrt(max(share * (1 - share), 1e-4) / before.num_images)
+    p = before.accuracy / 100
+    std_error = 100 * math.sqrt(max(p * (1 - p), MIN_BINOMIAL_VARIANCE) / before.num_images)
+    return after.accuracy < before.accuracy - DROP_STD_ERRORS * std_error
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T with the least cross-entropy of `logits / T`; it changes no guess.
+    """Search the temperature T with the least cross-entropy of `logits / T`. Predictions do not change.
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
 
     Example:
         >>> best_temperature(torch.tensor([[0.1, 0.0], [0.0, 0.1]]), torch.tensor([0, 1]))
@@ -77,25 +95,31 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class PairedCV:
-    """One classifier's accuracy over another's, on labeled images that what is fitted did not see the labels of.
+    """Paired difference of two classifiers' accuracies in cross-validation.
 
     Attributes:
-        gain: percentage points.
-        error: its standard error over the images; infinite where there are too few of them.
+        gain: Mean difference in percent points.
+        std_error: Standard error of the gain over the images. Infinite: too few images.
     """
 
     gain: float
-    error: float
+    std_error: float
+
+    @classmethod
+    def from_differences(cls, differences: Tensor) -> PairedCV:
+        """Summarize per-image differences (N,) of correctness, each -1, 0 or 1."""
+        percent = 100 * differences
+        return cls(float(percent.mean()), float(percent.std()) / len(percent) ** 0.5)
 
     @property
     def significantly_worse(self) -> bool:
-        """Whether it is clearly worse."""
-        return self.gain < -SIGNIFICANCE_STD_ERRORS * self.error
+        """True where the first classifier is worse by more than 1.5 standard errors."""
+        return self.gain < -SIGNIFICANCE_STD_ERRORS * self.std_error
 
     @property
     def significantly_better(self) -> bool:
-        """Whether it is clearly better."""
-        return self.gain > SIGNIFICANCE_STD_ERRORS * self.error
+        """True where the first classifier is better by more than 1.5 standard errors."""
+        return self.gain > SIGNIFICANCE_STD_ERRORS * self.std_error
 
 
 def consensus_vs_labels_cv(
@@ -103,80 +127,80 @@ def consensus_vs_labels_cv(
     features: Tensor,
     index: Tensor,
     labels: Tensor,
-    classes: int,
-    recipe: HeadConfig,
+    num_classes: int,
+    config: HeadConfig,
     seed: int = 0,
 ) -> PairedCV:
-    """`consensus_head` over the labels alone, both without a fifth of the labels and judged on it, five times. Images whose labels are left out are
-    among the unlabeled ones.
+    """Compare `consensus_head` with a ridge classifier of the labels alone, by five-fold cross-validation.
+
+    Images of the left-out fold stay among the unlabeled images of the consensus head.
 
     Args:
-        consensus: of all images.
-        features: (n, D) of the labeled images, of the network that is refined.
-        index: (n,) where they are among all images.
+        consensus: Prepared features of all images.
+        features: (n, D) features of the labeled images, of the network to refine.
+        index: (n,) indices of the labeled images among all images.
         labels: (n,).
-        classes: C.
-        recipe: of the consensus head; the labels alone take its `label_ridge`.
-        seed: of the folds.
+        num_classes: Number of classes C.
+        config: Settings of the consensus head. The ridge classifier takes its `label_ridge`.
+        seed: Seed of the folds.
 
     Example:
         >>> labels = torch.arange(400) % 2
         >>> networks = [torch.cat([labels[:, None] * 4.0, 2 * torch.randn(400, 6)], 1) for _ in range(3)]
-        >>> consensus_vs_labels_cv(ConsensusFeatures.from_views(networks), networks[0][:40], torch.arange(40), labels[:40], 2, HeadConfig()).significantly_worse
+        >>> consensus, index = ConsensusFeatures.from_views(networks), torch.arange(40)
+        >>> cv = consensus_vs_labels_cv(consensus, networks[0][:40], index, labels[:40], 2, HeadConfig())
+        >>> cv.significantly_worse
         False
     """
     if len(index) < 2 * NUM_FOLDS:
         return PairedCV(0.0, float("inf"))
-    gains = []
-    for out, known in _folds(labels, seed):
+    differences = []
+    for test, train in _folds(labels, seed):
         heads = (
-            consensus.head(index[known], labels[known], classes, recipe),
-            ridge_head(features[known], labels[known], classes, recipe.label_ridge),
+            consensus.head(index[train], labels[train], num_classes, config),
+            ridge_head(features[train], labels[train], num_classes, config.label_ridge),
         )
-        ours, alone = ((head(features[out]).argmax(1) == labels[out]).double() for head in heads)
-        gains.append(ours - alone)
-    return _judged(torch.cat(gains))
+        of_consensus, of_labels = ((head(features[test]).argmax(1) == labels[test]).double() for head in heads)
+        differences.append(of_consensus - of_labels)
+    return PairedCV.from_differences(torch.cat(differences))
 
 
 def own_vs_labels_cv(
-    scores: Tensor, features: Tensor, labels: Tensor, classes: int, ridge: float, seed: int = 0
+    scores: Tensor, features: Tensor, labels: Tensor, num_classes: int, ridge: float, seed: int = 0
 ) -> PairedCV:
-    """Accuracy of a classifier that is there over one from the labels alone, on labeled images that the latter did not see the labels of.
+    """Compare an existing classifier with a ridge classifier of the labels alone, by five-fold cross-validation.
 
     Args:
-        scores: (n, C) of the classifier that is there, on the labeled images.
-        features: (n, D) of these.
+        scores: (n, C) scores of the existing classifier on the labeled images.
+        features: (n, D) features of these images.
         labels: (n,).
-        classes: C.
-        ridge: of the labels' own classifier.
-        seed: of the folds.
+        num_classes: Number of classes C.
+        ridge: Ridge of the new classifier.
+        seed: Seed of the folds.
 
     Example:
         >>> labels = torch.arange(60) % 3
-        >>> own_vs_labels_cv(10.0 * torch.eye(3)[labels], torch.randn(60, 4), labels, 3, ridge=0.1).significantly_better
+        >>> scores = 10.0 * torch.eye(3)[labels]
+        >>> own_vs_labels_cv(scores, torch.randn(60, 4), labels, 3, ridge=0.1).significantly_better
         True
     """
     if len(labels) < 2 * NUM_FOLDS:
         return PairedCV(0.0, float("inf"))
-    gains = []
-    for out, known in _folds(labels, seed):
-        alone = ridge_head(features[known], labels[known], classes, ridge)(features[out])
-        own, other = ((part.argmax(1) == labels[out]).double() for part in (scores[out], alone))
-        gains.append(own - other)
-    return _judged(torch.cat(gains))
+    differences = []
+    for test, train in _folds(labels, seed):
+        new_scores = ridge_head(features[train], labels[train], num_classes, ridge)(features[test])
+        existing, new = ((part.argmax(1) == labels[test]).double() for part in (scores[test], new_scores))
+        differences.append(existing - new)
+    return PairedCV.from_differences(torch.cat(differences))
 
 
 def _folds(labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices of those left out, and a mask of the others; every fold has its share of every class."""
-    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = mixed[labels[mixed].argsort(stable=True)]
+    """Yield indices of each stratified fold's test images and the mask of its training images."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    # Sorted by class: every NUM_FOLDS-th image gives each fold its share of every class
+    order = shuffled[labels[shuffled].argsort(stable=True)]
     for fold in range(NUM_FOLDS):
-        out = order[fold::NUM_FOLDS]
-        known = torch.ones(len(labels), dtype=torch.bool)
-        known[out] = False
-        yield out, known
-
-
-def _judged(gains: Tensor) -> PairedCV:
-    gain = 100 * gains
-    return PairedCV(float(gain.mean()), float(gain.std()) / len(gain) ** 0.5)
+        test = order[fold::NUM_FOLDS]
+        train = torch.ones(len(labels), dtype=torch.bool)
+        train[test] = False
+        yield test, train

@@ -1,4 +1,4 @@
-"""Classifier and pooled features of a network, and checks of its head."""
+"""Networks with a linear classifier, their pooled features, and checks of their classifiers."""
 
 from __future__ import annotations
 
@@ -18,124 +18,195 @@ from knowiso_train.features.modules import named_layers, unwrap_model
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import batch_size, get_inputs, labels_of
 
-TIMM_POOL_NAME = "global_pool"  # in most of timm's networks
-POOL_PROBE_IMAGES = 2  # images
+TIMM_POOL_NAME = "global_pool"  # name of the pooling layer in most timm networks
+POOL_PROBE_IMAGES = 2  # images that locate the pooling layer
+HEAD_PROBE_IMAGES = 2  # images that compare the network's output with its classifier's
 
-MAX_BATCH_DEPENDENCE = 1e-4  # relative: features of one image in two batches
+MAX_BATCH_DEPENDENCE = 1e-4  # relative difference of one image's features between two batches
 
-MAX_HEAD_DIFFERENCE = 1e-2  # relative: half precision rounds by less
-# Of the images that could be agreed on; where more of them are not, the classes stand in another order, or are others
+MAX_HEAD_DIFFERENCE = 1e-2  # relative; above the rounding of half precision
+# Agreement over the agreement after the best renaming of classes, below which two label sets count as different
 MIN_AGREEMENT_RATIO = 0.5
-HEAD_PROBE_IMAGES = 2  # images
+
+Transform = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class ClassifierModel:
+    """A network, its classifier, and the transform of its inputs.
+
+    Attributes:
+        module: Network.
+        head: Name of the classifier, a `Linear` layer.
+        name: Name of the network in reports and messages.
+        transform: Function from the loader's images to the network's inputs. None: the images as they are.
+        head_excluded: Exclude the classifier from ensembles and comparisons. Its classes differ, or the network's
+            output is not the classifier's output.
+    """
+
+    module: nn.Module
+    head: str
+    name: str
+    transform: Transform | None = None
+    head_excluded: bool = False
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """Classifier layer."""
+        layer = named_layers(self.module)[self.head]
+        if not isinstance(layer, nn.Linear):
+            raise LayoutError(
+                f"{self.name}: layer {self.head!r} is a {type(layer).__name__}; a classifier must be a Linear"
+            )
+        return layer
+
+    @property
+    def num_classes(self) -> int:
+        """Number of outputs of the classifier."""
+        return self.classifier.out_features
+
+    @property
+    def has_bias(self) -> bool:
+        """True where the classifier has a bias."""
+        bias: nn.Parameter | None = self.classifier.bias
+        return bias is not None
+
+    def has_compatible_head(self, num_classes: int) -> bool:
+        """Return whether the classifier is usable for a problem of this many classes."""
+        return not self.head_excluded and self.num_classes == num_classes
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the classifier's logits (N, C) for pooled features (N, D), in float64."""
+        layer = self.classifier
+        scores = features.double() @ layer.weight.detach().cpu().double().T
+        return scores if layer.bias is None else scores + layer.bias.detach().cpu().double()
+
+    def forward_batch(self, batch: Any, max_images: int) -> Any:
+        """Run the network on the first images of a batch, on its own device, and return its output."""
+        images = get_inputs(batch)[:max_images].to(device_of(self.module) or "cpu")
+        return self.module(images if self.transform is None else self.transform(images))
+
+
+def classifier_model(
+    module: nn.Module, name: str, head: str | None = None, transform: Transform | None = None
+) -> ClassifierModel:
+    """Locate the classifier of a network: the named layer, timm's `get_classifier()`, or the last linear layer.
+
+    Args:
+        module: Network.
+        name: Name of the network in reports and messages.
+        head: Name of the classifier. None: search for it.
+        transform: Function from the loader's images to the network's inputs.
+
+    Raises:
+        InputTypeError: Not a module.
+        LayerNameError: No layer of this name, or no linear layer at all.
+        LayoutError: The classifier is not a Linear.
+
+    Example:
+        >>> classifier_model(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), "small").head
+        '1'
+    """
+    layers = named_layers(unwrap_model(module))
+    if head is None:
+        get_classifier = getattr(unwrap_model(module), "get_classifier", None)
+        timm_classifier = get_classifier() if callable(get_classifier) else None
+        head = next((key for key, layer in layers.items() if layer is timm_classifier), None)
+    if head is None:
+        head = next((key for key, layer in reversed(layers.items()) if isinstance(layer, nn.Linear)), None)
+    if head is None or head not in layers:
+        problem = "no linear layer that could be its classifier" if head is None else f"no layer {head!r}"
+        raise LayerNameError(f"{name} has {problem}; name it with head= or peer_heads=")
+    model = ClassifierModel(module, head, name, transform)
+    _ = model.classifier  # raises where the layer is not linear
+    return model
+
+
+def classifier_models(
+    model: nn.Module,
+    peers: nn.Module | Iterable[nn.Module],
+    head: str | None,
+    peer_heads: Sequence[str | None] | None,
+    transform: Transform | None,
+    peer_transforms: Transform | Sequence[Transform | None] | None,
+    names: Sequence[str] | None,
+) -> list[ClassifierModel]:
+    """Locate the classifiers of the network and of its peers; the arguments are those of `refine`.
+
+    Returns:
+        First the network to refine, then its peers.
+
+    Raises:
+        InputTypeError: No peers, options of another length than the peers, or equal names.
+        LayerNameError, LayoutError: As `classifier_model`.
+    """
+    modules = [peers] if isinstance(peers, nn.Module) and not isinstance(peers, nn.ModuleList) else list(peers)
+    if not modules:
+        raise InputTypeError(
+            "expected at least one peer: a network that was trained on the same kind of images "
+            "(another seed, another architecture)"
+        )
+    per_peer = peer_transforms if callable(peer_transforms) else None
+    transforms = [per_peer] * len(modules) if callable(peer_transforms) or peer_transforms is None else peer_transforms
+    heads = [None] * len(modules) if peer_heads is None else peer_heads
+    for option, values in (("peer_heads", heads), ("peer_transforms", transforms)):
+        if len(values) != len(modules):
+            raise InputTypeError(f"{option} needs one item for each of {len(modules)} peers, got {len(values)}")
+    if names is None:
+        names = ["network", *(f"peer {i}" for i in range(len(modules)))]
+    if len(names) != 1 + len(modules):
+        raise InputTypeError(
+            f"names needs one for the network and one for each of {len(modules)} peers, got {len(names)}"
+        )
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise InputTypeError(f"names must differ, but {duplicate!r} occurs {names.count(duplicate)} times")
+    return [
+        classifier_model(model, names[0], head, transform),
+        *(classifier_model(m, n, h, t) for m, n, h, t in zip(modules, names[1:], heads, transforms, strict=True)),
+    ]
 
 
 @torch.no_grad()
-def pooled_layer(net: ClassifierModel, batch: Any) -> str:
-    """Name of the first layer whose output is the classifier's input; `global_pool` where there is one.
+def pooled_layer(model: ClassifierModel, batch: Any) -> str:
+    """Find the name of the first layer whose output is the classifier's input; `global_pool` where it exists.
 
     Args:
-        net: in eval mode.
-        batch: of images.
+        model: Network in eval mode.
+        batch: Batch of images.
 
     Raises:
-        OptionError: there is none, since the network's own `forward` pools.
+        OptionError: No such layer, since the network's own `forward` pools.
 
     Example:
         >>> small = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
         >>> pooled_layer(classifier_model(small, "small"), torch.rand(2, 3, 8, 8))
         '2'
     """
-    layers = named_layers(unwrap_model(net.model))
+    layers = named_layers(unwrap_model(model.module))
     if TIMM_POOL_NAME in layers:
         return TIMM_POOL_NAME
-    candidates: list[str] = []
+    matches: list[str] = []
 
-    def compare(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def match_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The same memory, not equal values: the layer's output reached the classifier unchanged
         x = call_input(args, kwargs)
-        # The same memory: the layer's output reached the classifier unchanged.
-        candidates.extend(
+        matches.extend(
             name
             for name, outputs in outputs_by_layer.items()
-            for output in outputs
-            if isinstance(output, Tensor) and output.shape == x.shape and output.data_ptr() == x.data_ptr()
+            for y in outputs
+            if isinstance(y, Tensor) and y.shape == x.shape and y.data_ptr() == x.data_ptr()
         )
 
-    images = get_inputs(batch)[:POOL_PROBE_IMAGES].to(device_of(net.model) or "cpu")
-    handle = net.classifier.register_forward_pre_hook(compare, with_kwargs=True)
+    handle = model.classifier.register_forward_pre_hook(match_input, with_kwargs=True)
     with remove_afterwards([handle]), record_outputs(layers) as outputs_by_layer:
-        net.model(images if net.transform is None else net.transform(images))
-    if not candidates:
+        model.forward_batch(batch, POOL_PROBE_IMAGES)
+    if not matches:
         raise OptionError(
-            f"{net.name} has no layer that emits what its classifier {net.head!r} reads; say with FineTuning(layers=[...]), and peer_layers for the "
-            "peers, where it is to agree with them"
+            f"{model.name} has no layer whose output is the input of its classifier {model.head!r}; name the layers "
+            "to compare with RefineFinetuneConfig(layers=[...], peer_layers=...)"
         )
-    return candidates[0]
-
-
-@dataclass(frozen=True)
-class ClassifierModel:
-    """A network, the name of its last linear layer, and what brings the loader's images to it; `head_excluded` where its classifier has no say, because
-    its classes are others, or its output is not the classifier's alone."""
-
-    model: nn.Module
-    head: str
-    name: str
-    transform: Callable[[Any], Any] | None = None
-    head_excluded: bool = False
-
-    @property
-    def classifier(self) -> nn.Linear:
-        """The last linear layer."""
-        found = named_layers(self.model)[self.head]
-        if not isinstance(found, nn.Linear):
-            raise LayoutError(
-                f"{self.name}: layer {self.head!r} is a {type(found).__name__}; a classifier must be a Linear"
-            )
-        return found
-
-    @property
-    def classes(self) -> int:
-        """Outputs of the classifier."""
-        return self.classifier.out_features
-
-    def has_compatible_head(self, classes: int) -> bool:
-        """Whether its classifier tells these classes apart."""
-        return not self.head_excluded and self.classes == classes
-
-    def logits(self, features: Tensor) -> Tensor:
-        """What the network's classifier says of its pooled features (N, D), in float64."""
-        layer = self.classifier
-        scores = features.double() @ layer.weight.detach().cpu().double().T
-        return scores if layer.bias is None else scores + layer.bias.detach().cpu().double()
-
-
-def classifier_model(
-    model: nn.Module, name: str, head: str | None = None, transform: Callable[[Any], Any] | None = None
-) -> ClassifierModel:
-    """A network with its classifier: the one named, that of timm's `get_classifier()`, or the last linear layer.
-
-    Raises:
-        InputTypeError: not a module.
-        LayerNameError: no layer of this name, or no linear layer at all.
-        LayoutError: the classifier is not a Linear.
-
-    Example:
-        >>> classifier_model(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), "small").head
-        '1'
-    """
-    layers = named_layers(unwrap_model(model))
-    if head is None:
-        own = getattr(unwrap_model(model), "get_classifier", None)
-        found = own() if callable(own) else None
-        head = next((key for key, layer in layers.items() if layer is found), None)
-    if head is None:
-        head = next((key for key, layer in reversed(layers.items()) if isinstance(layer, nn.Linear)), None)
-    if head is None or head not in layers:
-        wanted = "no linear layer that could be its classifier" if head is None else f"no layer {head!r}"
-        raise LayerNameError(f"{name} has {wanted}; name it with head= or peer_heads=")
-    result = ClassifierModel(model, head, name, transform)
-    _ = result.classifier
-    return result
+    return matches[0]
 
 
 @dataclass(frozen=True)
@@ -143,8 +214,8 @@ class PooledFeatures:
     """Pooled features of every network on the same images.
 
     Attributes:
-        features: (N, D_i) float32 on the CPU, one for each network.
-        labels: (N,), or None where they were not asked for.
+        features: (N, D_i) float32 on the CPU, one tensor per network.
+        labels: (N,). None: the labels were not read.
     """
 
     features: tuple[Tensor, ...]
@@ -154,31 +225,46 @@ class PooledFeatures:
         return len(self.features[0])
 
     def select(self, networks: Sequence[int]) -> tuple[Tensor, ...]:
-        """Features of some of the networks."""
+        """Return the features of some networks, by their indices."""
         return tuple(self.features[i] for i in networks)
 
+    def require_labels(self) -> Tensor:
+        """Return the labels (N,).
+
+        Raises:
+            DataError: The labels were not read.
+        """
+        if self.labels is None:
+            raise DataError("expected labeled images, got images without labels")
+        return self.labels
+
     def exclude(self, others: PooledFeatures) -> PooledFeatures:
-        """What is not among the others, by the first network's features: in other batches the same image gives nearly the same.
+        """Drop the images that are also among others, by the features of the first network.
+
+        Features of one image differ between two batches by rounding alone.
+
+        Args:
+            others: Images to drop.
 
         Example:
             >>> x = torch.randn(10, 4)
             >>> len(PooledFeatures((x,), None).exclude(PooledFeatures((x[3:5],), None)))
             8
         """
-        own, known = self.features[0].double(), others.features[0].double()
-        line = torch.randn(own.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        order = (known @ line).argsort()
-        at = torch.searchsorted((known @ line)[order], own @ line)
-        near = [order[place.clamp(0, len(known) - 1)] for place in (at - 1, at)]
-        apart = torch.stack([(own - known[index]).norm(dim=1) for index in near]).amin(0)
-        kept = apart > MAX_BATCH_DEPENDENCE * own.std(0).norm().clamp_min(1e-12)
-        return PooledFeatures(
-            tuple(feature[kept] for feature in self.features), None if self.labels is None else self.labels[kept]
-        )
+        rows, other_rows = self.features[0].double(), others.features[0].double()
+        # Equal rows have equal projections on a random line, so each row is compared with its two neighbors there
+        line = torch.randn(rows.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        order = (other_rows @ line).argsort()
+        rank = torch.searchsorted((other_rows @ line)[order], rows @ line)
+        neighbors = [order[position.clamp(0, len(other_rows) - 1)] for position in (rank - 1, rank)]
+        distance = torch.stack([(rows - other_rows[index]).norm(dim=1) for index in neighbors]).amin(0)
+        mask = distance > MAX_BATCH_DEPENDENCE * rows.std(0).norm().clamp_min(1e-12)
+        labels = None if self.labels is None else self.labels[mask]
+        return PooledFeatures(tuple(feature[mask] for feature in self.features), labels)
 
 
 def extract_pooled_features(
-    networks: Sequence[ClassifierModel],
+    models: Sequence[ClassifierModel],
     loader: Iterable[Any],
     *,
     labels: bool,
@@ -186,158 +272,125 @@ def extract_pooled_features(
     progress: bool = False,
     what: str = "images",
 ) -> PooledFeatures:
-    """Run every network once on every image; what is kept is the input of each classifier.
+    """Collect the input of every network's classifier in one pass over the images.
 
     Args:
-        networks: in eval mode already.
-        loader: batches as `inputs_of` takes them; the labels are their second item, or lie under "label" and the like.
-        labels: whether labels are needed.
-        max_images: read no more than this many.
-        progress: show a progress bar.
-        what: for messages.
+        models: Networks in eval mode.
+        loader: Batches of images. Labels are the second item, or an entry "label", "target" or the like.
+        labels: Read the labels too.
+        max_images: Maximal number of images to read. None: all.
+        progress: Show a progress bar.
+        what: Kind of the images, for messages.
 
     Raises:
-        DataError: no images, or no labels where they are needed.
-        ShapeError: a classifier whose input is not one vector for each image.
+        DataError: No images, or no labels where they are needed.
+        ShapeError: The input of a classifier is not one vector per image.
     """
-    rows: list[list[Tensor]] = [[] for _ in networks]
-    known: list[Tensor] = []
-    count = 0
+    feature_batches: list[list[Tensor]] = [[] for _ in models]
+    label_batches: list[Tensor] = []
+    num_images = 0
     with ExitStack() as stack:
-        runners = [
-            stack.enter_context(Extractor(n.model, [n.head], name=n.name, at="input", transform=n.transform))
-            for n in networks
+        extractors = [
+            stack.enter_context(Extractor(m.module, [m.head], name=m.name, at="input", transform=m.transform))
+            for m in models
         ]
         for batch in tqdm(loader, desc=what, unit="batch", disable=not progress):
-            room = batch_size(batch) if max_images is None else min(batch_size(batch), max_images - count)
-            if room <= 0:
+            count = batch_size(batch) if max_images is None else min(batch_size(batch), max_images - num_images)
+            if count <= 0:
                 break
-            for kept, runner, net in zip(rows, runners, networks, strict=True):
-                feature = runner.run(batch)[net.head]
+            for features, extractor, model in zip(feature_batches, extractors, models, strict=True):
+                feature = extractor.run(batch)[model.head]
                 if feature.shape[2:] != (1, 1):
                     raise ShapeError(
-                        f"{net.name}: the input of {net.head!r} has positions {tuple(feature.shape[2:])}; expected one pooled vector"
+                        f"{model.name}: the input of {model.head!r} has positions {tuple(feature.shape[2:])}; "
+                        "expected one pooled vector per image"
                     )
-                kept.append(feature[:room, :, 0, 0].float().cpu())
+                features.append(feature[:count, :, 0, 0].float().cpu())
             if labels:
-                known.append(labels_of(batch, what)[:room].cpu())
-            count += room
-    if not count:
+                label_batches.append(labels_of(batch, what)[:count].cpu())
+            num_images += count
+    if not num_images:
         raise DataError(f"the loader of {what} gave no images")
-    return PooledFeatures(tuple(torch.cat(kept) for kept in rows), torch.cat(known) if labels else None)
-
-
-def classifier_models(
-    model: nn.Module,
-    peers: nn.Module | Iterable[nn.Module],
-    head: str | None,
-    peer_heads: Sequence[str | None] | None,
-    transform: Callable[[Any], Any] | None,
-    peer_transforms: Callable[[Any], Any] | Sequence[Callable[[Any], Any] | None] | None,
-    names: Sequence[str] | None,
-) -> list[ClassifierModel]:
-    """The network that is refined, then its peers."""
-    peers = [peers] if isinstance(peers, nn.Module) and not isinstance(peers, nn.ModuleList) else list(peers)
-    if not peers:
-        raise InputTypeError(
-            "expected at least one peer: a network that was trained on the same kind of images (another seed, another architecture)"
-        )
-    for kind, given in (
-        ("peer_heads", peer_heads),
-        ("peer_transforms", None if callable(peer_transforms) else peer_transforms),
-    ):
-        if given is not None and len(given) != len(peers):
-            raise InputTypeError(f"{kind} needs one item for each of {len(peers)} peers, got {len(given)}")
-    transforms = (
-        [peer_transforms] * len(peers)
-        if peer_transforms is None or callable(peer_transforms)
-        else list(peer_transforms)
+    return PooledFeatures(
+        tuple(torch.cat(features) for features in feature_batches), torch.cat(label_batches) if labels else None
     )
-    if names is not None and len(names) != 1 + len(peers):
-        raise InputTypeError(
-            f"names needs one for the network and one for each of {len(peers)} peers, got {len(names)}"
-        )
-    called = list(names or ["network", *(f"peer {i}" for i in range(len(peers)))])
-    twice = next((name for name in called if called.count(name) > 1), None)
-    if twice is not None:
-        raise InputTypeError(
-            f"names are to tell the networks apart, but {twice!r} is there {called.count(twice)} times"
-        )
-    heads = list(peer_heads or [None] * len(peers))
-    own = classifier_model(model, called[0], head, transform)
-    return [
-        own,
-        *(classifier_model(p, n, h, t) for p, n, h, t in zip(peers, called[1:], heads, transforms, strict=True)),
-    ]
 
 
-def flag_unusable_heads(networks: Sequence[ClassifierModel], batch: Any) -> list[ClassifierModel]:
-    """The networks, peers without a say marked as `head_excluded`: their output is not what their classifier makes of its input.
+def flag_unusable_heads(models: Sequence[ClassifierModel], batch: Any) -> list[ClassifierModel]:
+    """Set `head_excluded` of the peers whose output is not the output of their classifier.
 
     Args:
-        networks: in eval mode, first the one that is refined.
-        batch: of images.
+        models: Networks in eval mode, first the one to refine.
+        batch: Batch of images.
 
     Raises:
-        LayoutError: the network itself is of this kind, such as one with two classifiers, and would not be the better
-            for a new one.
+        LayoutError: The network to refine is of this kind, such as one with two classifiers.
     """
-    found = [replace(net, head_excluded=net.head_excluded or not _is_its_classifiers(net, batch)) for net in networks]
-    if found[0].head_excluded:
+    flagged = [
+        replace(model, head_excluded=model.head_excluded or not _outputs_its_head(model, batch)) for model in models
+    ]
+    if flagged[0].head_excluded:
         raise LayoutError(
-            f"{found[0].name}: its output is not what its classifier {found[0].head!r} makes of its features (another beside it, a step behind it). "
-            "A new one would not be the network's; name the right layer with head=, or refine a network with one classifier"
+            f"{flagged[0].name}: the network's output is not the output of its classifier {flagged[0].head!r} (another "
+            "classifier beside it, or a step after it). Name the right layer with head=, or refine a network with one "
+            "classifier"
         )
-    return found
+    return flagged
 
 
 def flag_mismatched_classes(
-    networks: Sequence[ClassifierModel], seen: PooledFeatures
+    models: Sequence[ClassifierModel], pooled: PooledFeatures
 ) -> tuple[list[ClassifierModel], list[str]]:
-    """The networks, peers whose classes are not the network's own marked as `head_excluded`, and a note on each.
+    """Set `head_excluded` of the peers whose classes are not those of the network.
 
-    As many classes need not be the same ones: what both say of the images tells. Where they agree on less than half of
-    what they would agree on if
-    the peer's classes were named anew, they are not.
+    Equal numbers of classes need not mean equal classes. Let C[i, j] count the images that the network assigns to
+    class i and the peer to class j. The agreement trace(C) / N is compared with the agreement after the best renaming
+    of the peer's classes, bounded by Σ_i max_j C[i, j] / N.
 
     Args:
-        networks: first the one that is refined.
-        seen: by all of them; labels are not read.
+        models: First the network to refine, then its peers.
+        pooled: Features of all of them. Labels are not read.
+
+    Returns:
+        Flagged networks, and a note on each newly excluded classifier.
 
     Example:
-        >>> nets = [classifier_model(torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False)), name) for name in ("own", "same", "turned")]
-        >>> for net, order in zip(nets, ([0, 1, 2], [0, 1, 2], [1, 2, 0])):
-        ...     net.classifier.weight.data = torch.eye(3)[order]
+        >>> names = ("own", "same", "turned")
+        >>> models = [classifier_model(nn.Sequential(nn.Linear(3, 3, bias=False)), name) for name in names]
+        >>> for model, order in zip(models, ([0, 1, 2], [0, 1, 2], [1, 2, 0])):
+        ...     model.classifier.weight.data = torch.eye(3)[order]
         >>> x = torch.randn(90, 3)
-        >>> [net.head_excluded for net in flag_mismatched_classes(nets, PooledFeatures((x, x, x), None))[0]]
+        >>> [model.head_excluded for model in flag_mismatched_classes(models, PooledFeatures((x, x, x), None))[0]]
         [False, False, True]
     """
-    own, found, notes = networks[0], [networks[0]], []
-    said = own.logits(seen.features[0]).argmax(1)
-    for net, features in zip(networks[1:], seen.features[1:], strict=True):
-        if net.has_compatible_head(own.classes):
-            other = net.logits(features).argmax(1)
-            together = torch.zeros(own.classes, own.classes).index_put_(
-                (said, other), torch.ones(len(said)), accumulate=True
+    model, flagged, notes = models[0], [models[0]], []
+    num_classes = model.num_classes
+    predictions = model.logits(pooled.features[0]).argmax(1)
+    for peer, features in zip(models[1:], pooled.features[1:], strict=True):
+        if peer.has_compatible_head(num_classes):
+            peer_predictions = peer.logits(features).argmax(1)
+            confusion = torch.zeros(num_classes, num_classes).index_put_(
+                (predictions, peer_predictions), torch.ones(len(predictions)), accumulate=True
             )
-            agreed, possible = float(together.diagonal().sum()) / len(said), float(together.amax(1).sum()) / len(said)
-            if agreed < MIN_AGREEMENT_RATIO * possible:
-                net = replace(net, head_excluded=True)
+            agreement = float(confusion.diagonal().sum()) / len(predictions)
+            renamed_agreement = float(confusion.amax(1).sum()) / len(predictions)
+            if agreement < MIN_AGREEMENT_RATIO * renamed_agreement:
+                peer = replace(peer, head_excluded=True)
                 notes.append(
-                    f"{net.name} tells {net.classes} classes apart as {own.name} does, but says the same of {100 * agreed:.1f} % of the images, and "
-                    f"could of {100 * possible:.1f} % if its classes were named anew: they seem to be others, and its classifier is not asked"
+                    f"{peer.name} has {peer.num_classes} classes as {model.name}, but agrees with it on "
+                    f"{100 * agreement:.1f} % of the images, and on up to {100 * renamed_agreement:.1f} % after "
+                    "renaming its classes: they seem to be others, and its classifier is not used"
                 )
-        found.append(net)
-    return found, notes
+        flagged.append(peer)
+    return flagged, notes
 
 
 @torch.no_grad()
-def _is_its_classifiers(net: ClassifierModel, batch: Any) -> bool:
-    images = get_inputs(batch)[:HEAD_PROBE_IMAGES].to(device_of(net.model) or "cpu")
-    with record_outputs({net.head: net.classifier}) as outputs:
-        output = net.model(images if net.transform is None else net.transform(images))
-    logits = outputs.get(net.head, [])
-    if len(logits) != 1 or not isinstance(output, Tensor) or output.shape != logits[0].shape:
+def _outputs_its_head(model: ClassifierModel, batch: Any) -> bool:
+    with record_outputs({model.head: model.classifier}) as outputs:
+        output = model.forward_batch(batch, HEAD_PROBE_IMAGES)
+    head_outputs = outputs.get(model.head, [])
+    if len(head_outputs) != 1 or not isinstance(output, Tensor) or output.shape != head_outputs[0].shape:
         return False
-    difference = float((output - logits[0]).abs().max())
-    return difference <= MAX_HEAD_DIFFERENCE * float(logits[0].abs().max().clamp_min(1e-12))
+    scale = head_outputs[0].abs().max().clamp_min(1e-12)
+    return float((output - head_outputs[0]).abs().max()) <= MAX_HEAD_DIFFERENCE * float(scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -18,24 +18,25 @@ from knowiso_train.utils.serialization import dump_json, replace_file, write_fil
 from knowiso_train.utils.text_table import format_table
 
 REFINED_WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
-ROW_ROLES = ("before", "candidate", "after", "peer", "ensemble")
+
+RowRole = Literal["before", "candidate", "after", "peer", "ensemble"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network's figures.
+    """Scores of one network or ensemble.
 
     Attributes:
-        name: of the network, or of what was tried.
-        role: "before", "candidate", "after", "peer", or "ensemble" (every network is run: the ceiling, at m times the
-            cost).
-        validation: on the images that candidates are chosen on; None where there are none.
-        test: on images that nothing was chosen on; None where none were given.
-        note: what else is to be known.
+        name: Name of the network or of the candidate.
+        role: "before", "candidate", "after", "peer", or "ensemble". An ensemble of m networks is an upper reference at
+            m times the cost.
+        validation: Score on the images that candidates are chosen on. None: no such images.
+        test: Score on images that nothing is chosen on. None: no such images.
+        note: Remark.
     """
 
     name: str
-    role: str
+    role: RowRole
     validation: Score | None
     test: Score | None
     note: str = ""
@@ -43,20 +44,21 @@ class Row:
 
 @dataclass(frozen=True)
 class RefineReport:
-    """What was tried, what it was worth, what was chosen; `print` it, save it.
+    """Scores of everything that a refinement compared, and its choice.
 
     Attributes:
-        network: name of the network.
-        method: as it was asked for.
-        chosen: name of the candidate that was taken; "original" where nothing was better.
-        rows: figures of the network before and after, of every candidate, of the peers and of the ensemble.
-        peers: what each peer knows of the network, without labels.
-        explained: by layer, share of the network that the useful peers explain, (before, after); None where it was not
-            measured.
-        num_images: how many were unlabeled, labeled, to validate and to test.
-        settings: ridges, seeds, …
-        seconds: wall-clock time.
-        versions: of the packages that figures depend on.
+        network: Name of the network.
+        method: Method of `refine`.
+        chosen: Name of the chosen candidate; "original" where nothing was better.
+        rows: Scores of the network before and after, of every candidate, of the peers and of the ensemble.
+        peers: Label-free score of each peer.
+        explained: By layer, R² of the network's features, predicted from the useful peers' features: (before, after a
+            fine-tuning). None: no fine-tuning.
+        num_images: Numbers of unlabeled, labeled, validation and test images.
+        settings: Ridges, seeds and other settings.
+        seconds: Wall-clock time.
+        versions: Versions of the packages that the numbers depend on.
+        warnings: Remarks for the user.
 
     Example:
         >>> row = Row("original", "before", Score(60.0, 5.0, 100), None)
@@ -78,72 +80,77 @@ class RefineReport:
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
 
-    def row(self, role: str) -> Row:
-        """The first row of a role.
+    def row(self, role: RowRole) -> Row:
+        """Return the first row of a role.
 
         Raises:
-            OptionError: no such row.
+            OptionError: No such row.
         """
-        found = next((row for row in self.rows if row.role == role), None)
-        if found is None:
+        row = next((row for row in self.rows if row.role == role), None)
+        if row is None:
             raise OptionError(f"the report has no row {role!r}; it has {sorted({row.role for row in self.rows})}")
-        return found
+        return row
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {name}" for name, count in self.num_images.items() if count)
-        lines = [
-            f"{self.network} refined · method {self.method} · chosen: {self.chosen} · images: {counts} · {self.seconds:.1f} s",
-            "",
-        ]
-        head = ["", "validation", "ECE", "test", "ECE", ""]
-        body = [
-            [f"{row.name} ({row.role})" if row.role != "candidate" else row.name, *_cells(row), row.note]
-            for row in self.rows
-        ]
-        lines.append(format_table([head, *body], left=(0, -1)))
+        title = (
+            f"{self.network} refined · method {self.method} · chosen: {self.chosen} · images: {counts} · "
+            f"{self.seconds:.1f} s"
+        )
+        blocks = [title, format_table(self._score_table(), left=(0, -1))]
         if self.peers:
-            table = [["peer", "explains", "is explained", "noise floor", ""]]
-            table += [
-                [w.name, _share(w.r2_of_model), _share(w.r2_of_peer), _share(w.noise_floor), w.reason or "useful"]
-                for w in self.peers
-            ]
-            lines += ["", format_table(table, left=(0, -1))]
+            blocks.append(format_table(self._peer_table(), left=(0, -1)))
         if self.explained:
-            table = [["layer", "known to the peers before", "after"]]
-            table += [
-                [name, _share(before), "–" if after is None else _share(after)]
-                for name, (before, after) in self.explained.items()
-            ]
-            lines += ["", format_table(table, left=(0, -1))]
+            blocks.append(format_table(self._explained_table(), left=(0, -1)))
         if all(row.test is None for row in self.rows) and any(row.validation is not None for row in self.rows):
-            lines += [
-                "",
-                "The result was chosen on the validation images, so its figure there is a little too good; test= gives one that is not.",
-            ]
-        return "\n".join([*lines, *(f"! {note}" for note in self.warnings)])
+            blocks.append(
+                "The result was chosen on the validation images, so its score there is optimistic; test= gives an "
+                "unbiased one."
+            )
+        return "\n\n".join(blocks) + "".join(f"\n! {note}" for note in self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
+        """Return the report as nested dictionaries, lists and numbers."""
         return {"format": "knowiso_train.RefineReport", "format_version": 1, **asdict(self)}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Strict JSON; also written to `path` where one is given."""
+        """Return the report as strict JSON, and write it to a file where a path is given."""
         text = dump_json(self.to_dict()) + "\n"
         if path is not None:
             write_file(path, text)
         return text
 
+    def _score_table(self) -> list[list[str]]:
+        table = [["", "validation", "ECE", "test", "ECE", ""]]
+        for row in self.rows:
+            title = row.name if row.role == "candidate" else f"{row.name} ({row.role})"
+            table.append([title, *_score_cells(row.validation), *_score_cells(row.test), row.note])
+        return table
+
+    def _peer_table(self) -> list[list[str]]:
+        table = [["peer", "R² of network", "R² of peer", "noise floor", ""]]
+        for peer in self.peers:
+            shares = (peer.r2_of_model, peer.r2_of_peer, peer.noise_floor)
+            table.append([peer.name, *map(_percent, shares), peer.reason or "useful"])
+        return table
+
+    def _explained_table(self) -> list[list[str]]:
+        table = [["layer", "explained by the peers before", "after"]]
+        for name, (before, after) in self.explained.items():
+            table.append([name, _percent(before), "–" if after is None else _percent(after)])
+        return table
+
 
 @dataclass(frozen=True)
 class RefineResult:
-    """What `refine` returns.
+    """Result of `refine`.
 
     Attributes:
-        model: a plain network of the same architecture, in eval mode; for `method="paper"` a composite of two networks.
-        report: what was tried and what it was worth.
-        peer_classifiers: by the names of the useful peers, what the same labels and consensus make their classifiers
-            (pooled features → logits,
-            float32): teachers for a training of your own. Empty without labeled images.
+        model: Plain network of the same architecture, in eval mode. For `method="paper"`, a composite of two networks.
+        report: Scores of everything that was compared.
+        plain: True where the model is a plain network.
+        peer_classifiers: By name of the useful peers, classifiers of their pooled features, fitted in the way of the
+            network's own, float32. They are teachers for further training. Empty without labeled images.
     """
 
     model: nn.Module
@@ -154,37 +161,39 @@ class RefineResult:
     def save(
         self, folder: str | Path, *, architecture: str | None = None, options: Mapping[str, Any] | None = None
     ) -> None:
-        """Write `model.safetensors`, a plain state dict, and `card.json`, how to load it and the report.
+        """Write `model.safetensors`, a plain state dict, and `card.json` with the report and the code that loads it.
 
         `timm.create_model(architecture, checkpoint_path=".../model.safetensors", **options)` loads it, without this
         library.
 
         Args:
-            folder: made where it is missing.
-            architecture: timm's name of the network; None takes what timm wrote into it.
-            options: of `timm.create_model`; None takes its number of classes.
+            folder: Folder; it is created where it does not exist.
+            architecture: Name of the network in timm. None: the name that timm stored in the network.
+            options: Arguments of `timm.create_model`. None: the number of classes.
 
         Raises:
-            OptionError: a composite, which no single architecture can load.
+            OptionError: A composite, which no single architecture can load.
         """
         if not self.plain:
             raise OptionError(
-                'method="paper" gives a composite of two networks, for study; it has no architecture to load it. Keep its state_dict'
+                'method="paper" gives a composite of two networks, for study; it has no architecture to load it. Keep '
+                "its state_dict"
             )
         from safetensors.torch import save_file
 
-        inner, folder = unwrap_model(self.model), Path(folder)
-        state = {name: value.detach().cpu().clone().contiguous() for name, value in inner.state_dict().items()}
-        classes = getattr(inner, "num_classes", None)
-        chosen = dict(options) if options is not None else ({} if classes is None else {"num_classes": classes})
-        name = architecture or network_name(inner)
-        config = input_config(inner)
+        module, folder = unwrap_model(self.model), Path(folder)
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+        num_classes = getattr(module, "num_classes", None)
+        if options is None:
+            options = {} if num_classes is None else {"num_classes": num_classes}
+        name = architecture or network_name(module)
+        config = input_config(module)
         card = {
             "architecture": name,
-            "options": chosen,
-            "load": loading_snippet(name, chosen, state, REFINED_WEIGHTS_FILE),
+            "options": dict(options),
+            "load": loading_snippet(name, options, state, REFINED_WEIGHTS_FILE),
             "input": {} if config is None else config._asdict(),
-            "parameters": sum(parameter.numel() for parameter in inner.parameters()),
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "report": self.report.to_dict(),
         }
         text = dump_json(card) + "\n"
@@ -193,12 +202,9 @@ class RefineResult:
         write_file(folder / CARD_FILE, text)
 
 
-def _cells(row: Row) -> list[str]:
-    cells: list[str] = []
-    for found in (row.validation, row.test):
-        cells += ["–", "–"] if found is None else [f"{found.accuracy:.1f} %", f"{found.ece:.1f}"]
-    return cells
+def _score_cells(score: Score | None) -> list[str]:
+    return ["–", "–"] if score is None else [f"{score.accuracy:.1f} %", f"{score.ece:.1f}"]
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -209,7 +209,7 @@ def test_batches_as_dictionaries_and_transforms() -> None:
         ({"validation": None}, OptionError, "pass validation="),
         ({"method": "head", "labeled": None}, OptionError, "pass labeled="),
         ({"method": "paper"}, OptionError, "needs layer="),
-        ({"method": "best"}, OptionError, "method must be one of"),
+        ({"method": "best"}, OptionError, "method must be"),
         ({"labeled": batches(X[:20])}, DataError, "expected a tensor of labels"),
         ({"labeled": batches(X[:20], torch.full((20,), 7))}, ShapeError, "reset_classifier"),
         ({"head": "nothing"}, LayerNameError, "no layer 'nothing'"),
@@ -245,7 +245,7 @@ def test_the_ensemble_says_the_mean_of_what_its_networks_say() -> None:
             for net in peers:
                 net(X)
             mean = torch.stack([(logits / 2).softmax(1) for logits in wanted]).mean(0)
-            torch.testing.assert_close((told.targets(own(X), 2.0) / 2).softmax(1), mean)
+            torch.testing.assert_close((told.soft_targets(own(X), 2.0) / 2).softmax(1), mean)
     assert not any(module._forward_pre_hooks for net in peers for module in net.modules())
 
 
@@ -287,7 +287,9 @@ def test_guesses_that_mislead_are_not_used() -> None:
         "test": batches(x[2000:], y[2000:]),
         "progress": False,
     }
-    with pytest.warns(KnowisoWarning, match="points on labeled images left out; the labels alone are used"):
+    with pytest.warns(
+        KnowisoWarning, match="points in cross-validation on the labeled images; the labels alone are used"
+    ):
         safe = refine(
             nets[0],
             nets[1],

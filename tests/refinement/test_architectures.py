@@ -71,7 +71,7 @@ def test_classes_without_labels_are_named() -> None:
 
 def test_as_many_classes_need_not_be_the_same() -> None:
     training = RefineFinetuneConfig(steps=60, lr=0.02)
-    with pytest.warns(KnowisoWarning, match="they seem to be others, and its classifier is not asked"):
+    with pytest.warns(KnowisoWarning, match="they seem to be others, and its classifier is not used"):
         turned = refine(
             trained(0),
             trained(1, (1, 2, 0)),
@@ -126,7 +126,7 @@ class TwoHeads(Eye):
 
 
 def test_a_network_with_two_heads_is_refused_and_a_peer_with_two_is_silent() -> None:
-    with pytest.raises(LayoutError, match="not what its classifier 'fc' makes of its features"):
+    with pytest.raises(LayoutError, match="not the output of its classifier 'fc'"):
         refine(TwoHeads(0), Eye(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
     assert [
         net.head_excluded
@@ -145,10 +145,10 @@ def test_what_the_classifier_reads_is_found(name: str, layer: str) -> None:
     assert pooled_layer(net, batch) == layer
     found: dict[str, Tensor] = {}
     handles = [
-        net.model.get_submodule(layer).register_forward_hook(lambda _m, _x, output: found.update(emitted=output)),
+        net.module.get_submodule(layer).register_forward_hook(lambda _m, _x, output: found.update(emitted=output)),
         net.classifier.register_forward_pre_hook(lambda _m, inputs: found.update(read=inputs[0])),
     ]
-    net.model(batch)
+    net.module(batch)
     assert torch.equal(found["emitted"], found["read"])
     for handle in handles:
         handle.remove()
@@ -207,7 +207,7 @@ def test_a_classifier_without_bias_is_left_or_refused() -> None:
     model.fc.bias = None
     with pytest.raises(OptionError, match="'fc' of network has no bias"):
         refine(model, Eye(1), POOL, method="head", labeled=LABELED, progress=False)
-    with pytest.warns(KnowisoWarning, match="has no bias, so what needs one is not tried"):
+    with pytest.warns(KnowisoWarning, match="has no bias, so candidates that need one are not tried"):
         result = refine(model, Eye(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
     assert result.report.chosen == "original"
 
@@ -216,7 +216,7 @@ def test_peers_as_a_module_list_and_names_that_differ() -> None:
     peers = nn.ModuleList([Eye(1), Eye(2)])
     result = refine(Eye(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "b"], progress=False)
     assert [peer.name for peer in result.report.peers] == ["a", "b"]
-    with pytest.raises(InputTypeError, match="'a' is there 2 times"):
+    with pytest.raises(InputTypeError, match="'a' occurs 2 times"):
         refine(Eye(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "a"], progress=False)
 
 

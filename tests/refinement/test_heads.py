@@ -109,7 +109,7 @@ def test_guesses_that_mislead_are_noticed_on_labels_left_out() -> None:
             ConsensusFeatures.from_views(train), train[0][index], index, labels[index], 60, recipe
         )
         assert found.significantly_worse
-        assert found.gain + found.error < -10
+        assert found.gain + found.std_error < -10
     own = [net.features(X) for net in NETS]
     few = torch.cat([torch.nonzero(c == Y)[:5, 0] for c in range(3)])
     assert not consensus_vs_labels_cv(

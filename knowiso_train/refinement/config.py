@@ -1,0 +1,100 @@
+"""Settings of a refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from knowiso_train.errors import OptionError
+from knowiso_train.refinement.finetune import RefineFinetuneConfig
+from knowiso_train.refinement.heads import HeadConfig
+from knowiso_train.refinement.models import ClassifierModel, Transform
+from knowiso_train.utils.batch import check_loader
+from knowiso_train.utils.validation import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, validate_fields
+
+RefineMethod = Literal["auto", "fold", "head", "consensus", "paper"]
+RidgeOption = NonNegativeFloat | Literal["search"]
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Options of `refine`, with the same names and meanings.
+
+    Raises:
+        OptionError: An option out of bounds, or a method without the images or the layer that it needs.
+        InputTypeError: Labeled images that can be read only once.
+    """
+
+    method: RefineMethod = "auto"
+    labeled: Iterable[Any] | None = None
+    validation: Iterable[Any] | None = None
+    test: Iterable[Any] | None = None
+    head: str | None = None
+    peer_heads: Sequence[str | None] | None = None
+    transform: Transform | None = None
+    peer_transforms: Transform | Sequence[Transform | None] | None = None
+    ridge: RidgeOption = "search"
+    head_config: HeadConfig = field(default_factory=HeadConfig)
+    finetune_config: RefineFinetuneConfig | None = None
+    layer: str | None = None
+    peer_layer: str | None = None
+    order: NonNegativeInt = 0
+    max_order: NonNegativeInt | None = None
+    min_explained: float = 0.2
+    keep_all_peers: bool = False
+    max_images: PositiveInt | None = 20_000
+    seed: Seed = 0
+    device: torch.device | str | None = None
+    names: Sequence[str] | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        if self.method == "auto" and self.validation is None:
+            raise OptionError(
+                'method="auto" chooses on labeled images that nothing was fitted to: pass validation=, or choose '
+                "another method"
+            )
+        if self.method in ("head", "paper") and self.labeled is None:
+            raise OptionError(f"method={self.method!r} needs a few labeled images: pass labeled=")
+        if self.method == "paper" and self.layer is None:
+            raise OptionError('method="paper" needs layer=, the layer of the network that the peer\'s layer replaces')
+        for name in ("labeled", "validation", "test"):
+            if getattr(self, name) is not None:
+                check_loader(getattr(self, name), name)
+
+    @property
+    def finetunes(self) -> bool:
+        """True where the method fine-tunes the network."""
+        return self.method == "consensus" or (self.method == "auto" and self.finetune_config is not None)
+
+    @property
+    def finetuning(self) -> RefineFinetuneConfig:
+        """Settings of the fine-tuning, or their defaults."""
+        return self.finetune_config or RefineFinetuneConfig(seed=self.seed)
+
+    def check_bias(self, model: ClassifierModel) -> None:
+        """Check that the classifier has the bias that the method changes.
+
+        Raises:
+            OptionError: It has none.
+        """
+        needs_bias = self.method in ("head", "fold") or (self.method == "consensus" and self.labeled is not None)
+        if needs_bias and not model.has_bias:
+            raise OptionError(
+                f"the classifier {model.head!r} of {model.name} has no bias, but its refinement needs one; give the "
+                "network one with a bias"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that determine the result, for the report."""
+        return {
+            "seed": self.seed,
+            "ridge": self.ridge,
+            "min_explained": self.min_explained,
+            "head_config": self.head_config.to_dict(),
+            "finetune_config": self.finetuning.to_dict(),
+        }
