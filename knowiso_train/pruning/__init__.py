@@ -1,26 +1,20 @@
 """Pruning, refitting and fine-tuning."""
 
 from knowiso_train.pruning.augmentation import cutmix
-from knowiso_train.pruning.calibration import input_moments
-from knowiso_train.pruning.elimination import removal_costs
 from knowiso_train.pruning.finetune import finetune
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.kept_indices import compose_kept_indices
 from knowiso_train.pruning.optimizer_state import preserve_optimizer_state, transfer_optimizer_state
 from knowiso_train.pruning.reconstruction import refit
-from knowiso_train.pruning.report import FinetuneReport
 from knowiso_train.pruning.serialization import load_kept_indices
 
 __all__ = [
-    "FinetuneReport",
     "compose_kept_indices",
     "cutmix",
     "finetune",
-    "input_moments",
     "load_kept_indices",
     "preserve_optimizer_state",
     "refit",
-    "removal_costs",
     "track_kept_indices",
     "transfer_optimizer_state",
 ]

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, InputTypeError, KnowisoError, NonFiniteError, OptionError, ShapeError
-from knowiso_train.pruning.augmentation import cutmix
 from knowiso_train.pruning.finetune import finetune
-from knowiso_train.pruning.kept_indices import compose_kept_indices, index_kept
 from knowiso_train.pruning.tracing import comparable_blocks
 
 QUIET: dict[str, Any] = {"batch_size": 16, "lr": 1e-2, "steps": 24, "progress": False}
@@ -38,15 +36,16 @@ def network(inner: int = 6) -> nn.Sequential:
 def original() -> nn.Sequential:
     model = network().train()
     with torch.no_grad():
-        for _ in range(30):  # until its statistics are those of its inputs
+        # Running statistics converge to those of the inputs
+        for _ in range(30):
             model(torch.randn(64, 3, 6, 6))
-    with torch.no_grad():
-        model[6].weight *= 20  # so that it tells its images apart
+        # Logits then differ between images
+        model[6].weight *= 20
     return model.eval()
 
 
 @pytest.fixture
-def disturbed(original: nn.Module) -> nn.Module:
+def perturbed(original: nn.Module) -> nn.Module:
     copied = copy.deepcopy(original)
     with torch.no_grad():
         for parameter in copied.parameters():
@@ -72,17 +71,17 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_perturbed_copy_converges_to_the_original(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
-    before, start = state(original), distance(disturbed, original)
-    report = finetune(disturbed, original, images.split(32), **QUIET | {"steps": 80, "logit_weight": 0.1})
+def test_perturbed_copy_converges_to_the_original(original: nn.Module, perturbed: nn.Module, images: Tensor) -> None:
+    before, start = state(original), distance(perturbed, original)
+    report = finetune(perturbed, original, images.split(32), **QUIET | {"steps": 80, "logit_weight": 0.1})
     assert same(state(original), before)
-    assert distance(disturbed, original) < start
+    assert distance(perturbed, original) < start
     assert sum(report.losses[-5:]) < 0.3 * sum(report.losses[:5])
     assert report.after.divergence < 0.3 * report.before.divergence
     assert report.layers == ("1.0", "1.1", "3.0")
     assert report.cached
     fresh = torch.randn(64, 3, 6, 6)
-    assert (disturbed.eval()(fresh) - original(fresh)).square().mean() < 0.1 * original(fresh).var()
+    assert (perturbed.eval()(fresh) - original(fresh)).square().mean() < 0.1 * original(fresh).var()
 
 
 def test_an_exact_copy_keeps_every_bit(original: nn.Module, images: Tensor) -> None:
@@ -90,22 +89,23 @@ def test_an_exact_copy_keeps_every_bit(original: nn.Module, images: Tensor) -> N
     # Training enables gradients by itself
     with torch.no_grad():
         report = finetune(copied, original, [images], **QUIET)
-    assert report.after.step == 0  # the first of equal ones
+    # The first of equal objectives
+    assert report.after.step == 0
     assert report.after.agreement == 1
     assert same(state(copied), state(original))
 
 
 def test_weights_are_restored_if_training_makes_them_worse(
-    original: nn.Module, disturbed: nn.Module, images: Tensor
+    original: nn.Module, perturbed: nn.Module, images: Tensor
 ) -> None:
-    start = state(disturbed)
-    report = finetune(disturbed, original, [images], **QUIET | {"lr": 1.0})
+    start = state(perturbed)
+    report = finetune(perturbed, original, [images], **QUIET | {"lr": 1.0})
     assert len(report.validations) == 9
     assert min(point.objective for point in report.validations[1:]) > report.before.objective
-    assert same(state(disturbed), start)
+    assert same(state(perturbed), start)
 
 
-def test_labels_of_weight_zero_are_not_read(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
+def test_labels_of_weight_zero_are_not_read(original: nn.Module, perturbed: nn.Module, images: Tensor) -> None:
     class Poisoned(Tensor):
         @classmethod
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,22 +114,22 @@ def test_labels_of_weight_zero_are_not_read(original: nn.Module, disturbed: nn.M
                 raise AssertionError(f"a label was read by {name}")
             return super().__torch_function__(function, types, args, kwargs or {})
 
-    other = copy.deepcopy(disturbed)
+    other = copy.deepcopy(perturbed)
     # No class has this number
-    finetune(disturbed, original, [(images, torch.full((96,), 10**9).as_subclass(Poisoned))], **QUIET)
+    finetune(perturbed, original, [(images, torch.full((96,), 10**9).as_subclass(Poisoned))], **QUIET)
     finetune(other, original, [images], **QUIET)
-    assert same(state(disturbed), state(other))
+    assert same(state(perturbed), state(other))
 
 
 def test_features_improve_although_the_labels_are_fitted_perfectly(
-    original: nn.Module, disturbed: nn.Module, images: Tensor
+    original: nn.Module, perturbed: nn.Module, images: Tensor
 ) -> None:
     """The cross-entropy is zero from the start, so that by itself it could only increase."""
-    for model in (original, disturbed):
+    for model in (original, perturbed):
         with torch.no_grad():
             model[6].weight.zero_()  # type: ignore[index]
             model[6].bias.copy_(torch.tensor([0.0, 90.0, 0.0, 0.0, 0.0]))  # type: ignore[index]
-    report = finetune(disturbed, original, [(images, torch.ones(96, dtype=torch.long))], **QUIET, label_weight=1.0)
+    report = finetune(perturbed, original, [(images, torch.ones(96, dtype=torch.long))], **QUIET, label_weight=1.0)
     assert report.before.cross_entropy == 0
     assert report.before.feature_distance is not None
     assert report.after.feature_distance is not None
@@ -137,11 +137,11 @@ def test_features_improve_although_the_labels_are_fitted_perfectly(
 
 
 def test_validation_objective_is_the_weighted_sum_of_its_terms(
-    original: nn.Module, disturbed: nn.Module, images: Tensor
+    original: nn.Module, perturbed: nn.Module, images: Tensor
 ) -> None:
     options: dict[str, Any] = {"feature_weight": 2.0, "logit_weight": 0.3, "label_weight": 0.5}
-    truth = original(images).argmax(1)
-    report = finetune(disturbed, original, [(images, truth)], **QUIET, **options)
+    labels = original(images).argmax(1)
+    report = finetune(perturbed, original, [(images, labels)], **QUIET, **options)
     assert len(report.validations) == 9
     for point in report.validations:
         assert point.feature_distance is not None
@@ -153,8 +153,8 @@ def test_validation_objective_is_the_weighted_sum_of_its_terms(
 
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
 def test_label_weight_lowers_the_cross_entropy(original: nn.Module, images: Tensor, form: str) -> None:
-    truth = (images.mean((1, 2, 3)) > 0).long()
-    batch = (images, truth) if form == "tuple" else {"image": images, "label": truth}
+    labels = (images.mean((1, 2, 3)) > 0).long()
+    batch = (images, labels) if form == "tuple" else {"image": images, "label": labels}
     options: dict[str, Any] = {
         **QUIET,
         "feature_weight": 0,
@@ -174,7 +174,7 @@ def test_label_weight_lowers_the_cross_entropy(original: nn.Module, images: Tens
 
 
 def test_equal_seeds_give_equal_bits_with_augmentation(
-    original: nn.Module, disturbed: nn.Module, images: Tensor
+    original: nn.Module, perturbed: nn.Module, images: Tensor
 ) -> None:
     def noisy(x: Tensor) -> Tensor:
         return x + 0.1 * torch.randn_like(x)
@@ -182,7 +182,7 @@ def test_equal_seeds_give_equal_bits_with_augmentation(
     ends = []
     for seed, drawn in ((3, 1), (3, 2), (4, 2)):
         torch.manual_seed(drawn)
-        pruned = copy.deepcopy(disturbed)
+        pruned = copy.deepcopy(perturbed)
         report = finetune(pruned, original, [images], **QUIET, transform=noisy, seed=seed, frozen_statistics=False)
         ends.append((state(pruned), report.losses))
         assert not report.cached
@@ -190,35 +190,35 @@ def test_equal_seeds_give_equal_bits_with_augmentation(
     assert ends[0][1] == ends[1][1] != ends[2][1]
 
 
-def test_cached_features_give_the_same_result(original: nn.Module, disturbed: nn.Module, images: Tensor) -> None:
-    other = copy.deepcopy(disturbed)
-    a, b = finetune(disturbed, original, [images], **QUIET), finetune(other, original, [images], **QUIET, cache_gib=0)
+def test_cached_features_give_the_same_result(original: nn.Module, perturbed: nn.Module, images: Tensor) -> None:
+    other = copy.deepcopy(perturbed)
+    a, b = finetune(perturbed, original, [images], **QUIET), finetune(other, original, [images], **QUIET, cache_gib=0)
     assert (a.cached, b.cached) == (True, False)
     assert a.after.divergence == pytest.approx(b.after.divergence, rel=1e-2)
 
 
 def test_batch_norm_statistics_change_only_on_request(
-    original: nn.Module, disturbed: nn.Module, images: Tensor
+    original: nn.Module, perturbed: nn.Module, images: Tensor
 ) -> None:
-    before = {name: value.clone() for name, value in disturbed.named_buffers()}
-    other = copy.deepcopy(disturbed)
-    finetune(disturbed, original, [images], **QUIET)
-    assert same(dict(disturbed.named_buffers()), before)
+    before = {name: value.clone() for name, value in perturbed.named_buffers()}
+    other = copy.deepcopy(perturbed)
+    finetune(perturbed, original, [images], **QUIET)
+    assert same(dict(perturbed.named_buffers()), before)
     finetune(other, original, [images], **QUIET, frozen_statistics=False)
     assert not same(dict(other.named_buffers()), before)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_modes_gradients_random_state_and_frozen_weights_are_restored(
-    original: nn.Module, disturbed: nn.Module, images: Tensor, fails: bool
+    original: nn.Module, perturbed: nn.Module, images: Tensor, fails: bool
 ) -> None:
-    disturbed.train()
-    disturbed[1][0].eval()
+    perturbed.train()
+    perturbed[1][0].eval()
     original[3].train()
-    disturbed[0].weight.requires_grad_(False)
-    frozen, start = disturbed[0].weight.clone(), state(disturbed)
-    disturbed[6].bias.grad = gradient = torch.ones(5)
-    modes = [[module.training for module in model.modules()] for model in (original, disturbed)]
+    perturbed[0].weight.requires_grad_(False)
+    frozen, start = perturbed[0].weight.clone(), state(perturbed)
+    perturbed[6].bias.grad = gradient = torch.ones(5)
+    modes = [[module.training for module in model.modules()] for model in (original, perturbed)]
     random, calls = torch.get_rng_state(), []
 
     def transform(x: Tensor) -> Tensor:
@@ -227,23 +227,23 @@ def test_modes_gradients_random_state_and_frozen_weights_are_restored(
 
     if fails:
         with pytest.raises(NonFiniteError, match="step 10 of 24"):
-            finetune(disturbed, original, [images], **QUIET, transform=transform)
-        assert same(state(disturbed), start)
+            finetune(perturbed, original, [images], **QUIET, transform=transform)
+        assert same(state(perturbed), start)
     else:
-        finetune(disturbed, original, [images], **QUIET, transform=transform)
-        assert not same(state(disturbed), start)
-    assert torch.equal(disturbed[0].weight, frozen)
-    assert not disturbed[0].weight.requires_grad
-    assert all(parameter.requires_grad for name, parameter in disturbed.named_parameters() if name != "0.weight")
+        finetune(perturbed, original, [images], **QUIET, transform=transform)
+        assert not same(state(perturbed), start)
+    assert torch.equal(perturbed[0].weight, frozen)
+    assert not perturbed[0].weight.requires_grad
+    assert all(parameter.requires_grad for name, parameter in perturbed.named_parameters() if name != "0.weight")
     assert all(parameter.requires_grad and parameter.grad is None for parameter in original.parameters())
-    assert disturbed[6].bias.grad is gradient
+    assert perturbed[6].bias.grad is gradient
     assert torch.equal(gradient, torch.ones(5))
-    assert all(parameter.grad is None for name, parameter in disturbed.named_parameters() if name != "6.bias")
-    assert modes == [[module.training for module in model.modules()] for model in (original, disturbed)]
+    assert all(parameter.grad is None for name, parameter in perturbed.named_parameters() if name != "6.bias")
+    assert modes == [[module.training for module in model.modules()] for model in (original, perturbed)]
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(
         module._forward_hooks or module._forward_pre_hooks
-        for model in (original, disturbed)
+        for model in (original, perturbed)
         for module in model.modules()
     )
 
@@ -313,33 +313,6 @@ def test_invalid_arguments_raise(
 ) -> None:
     with pytest.raises(error, match=message):
         finetune(pruned(original), original, [images], **QUIET | more)
-
-
-def test_composed_indices_equal_two_prunings() -> None:
-    original = torch.randn(6, 5, 3)
-    first: list[list[int] | None] = [[0, 2, 3, 5], None, [1, 2]]
-    second: list[list[int] | None] = [[3, 1], [4, 0], None]
-    kept = compose_kept_indices(
-        {"a": first, "b": [[1]]}, {"a": second, "added": [[0]]}, {"a": original.shape, "b": (2,)}
-    )
-    assert torch.equal(index_kept(original, kept["a"]), index_kept(index_kept(original, first), second))
-    assert kept["a"] == [[5, 2], [4, 0], [1, 2]]
-    assert kept["b"] == [[1]]
-
-
-def test_cutmix_pastes_patches_of_other_images_at_their_own_position() -> None:
-    images = torch.arange(64.0).view(64, 1, 1, 1) + torch.linspace(0, 0.9, 64).view(1, 1, 8, 8)
-    mixed = cutmix(images)
-    owner, place = mixed.floor(), mixed - mixed.floor()
-    assert torch.allclose(place, torch.linspace(0, 0.9, 64).view(1, 1, 8, 8).expand_as(place), atol=1e-4)
-    foreign = owner != torch.arange(64.0).view(64, 1, 1, 1)
-    assert {int(count) for count in foreign.sum((1, 2, 3))} <= {0, 16}
-    assert foreign.sum() >= 60 * 16
-    assert len({tuple(map(int, mask.nonzero()[0])) for mask in foreign if mask.any()}) > 5
-    mirrored = cutmix(images, flip=True)
-    assert 16 < int((mirrored[:, 0, 0, 0] % 1 > mirrored[:, 0, 0, 7] % 1).sum()) < 48
-    with pytest.raises(ShapeError, match="expected images"):
-        cutmix(torch.zeros(3, 4))
 
 
 def test_biases_take_a_twentieth_of_the_learning_rate(original: nn.Module, images: Tensor) -> None:

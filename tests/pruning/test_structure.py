@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
+from torch import nn
 
-from knowiso_train.errors import CaptureError, ShapeError
+from knowiso_train.errors import ShapeError
 from knowiso_train.pruning.index_tracking import track_kept_indices
-from knowiso_train.pruning.kept_indices import index_kept, to_axis_indices
+from knowiso_train.pruning.kept_indices import index_kept
 from knowiso_train.pruning.structure import StructureDiff, apply_structure, state_shapes, structure_diff
 from tests.helpers.pruned_models import NETWORKS, SIDE, network, prune
 
@@ -62,120 +60,6 @@ def test_numbers_and_widths_of_heads_are_attributes() -> None:
         "in_features": model.blocks[0].mlp.fc1.in_features,
         "out_features": model.blocks[0].mlp.fc1.out_features,
     }
-
-
-class TestKeptIndices:
-    def test_groups_with_different_inputs_keep_flat_indices(self) -> None:
-        # Weight (4, 4, 3, 3): two groups of two outputs
-        conv = nn.Conv2d(8, 4, 3, groups=2, bias=False)
-        number = torch.arange(4 * 4 * 3 * 3).view(4, 4, 3, 3)
-        entries = torch.cat([number[:2, [0, 1]], number[2:, [1, 3]]])
-        kept = to_axis_indices({"weight": entries}, conv)
-        assert torch.equal(kept["weight"], entries)
-        expected = torch.cat([conv.weight[:2, [0, 1]], conv.weight[2:, [1, 3]]])
-        assert torch.equal(index_kept(conv.weight, kept["weight"]), expected)
-
-    def test_axes_may_have_any_order_or_lose_their_end(self) -> None:
-        entries = {"weight": torch.tensor([[5, 3], [2, 0]]), "bias": torch.tensor([0, 1])}
-        kept = to_axis_indices(entries, {"weight": (2, 3), "bias": (4,)})
-        assert kept == {"weight": [[1, 0], [2, 0]], "bias": [[0, 1]]}
-
-    @pytest.mark.parametrize("indices", [[None, [7]], [None], torch.tensor([[99]])], ids=str)
-    def test_indices_that_do_not_fit_raise(self, indices: Any) -> None:
-        with pytest.raises(ShapeError, match="do not fit"):
-            index_kept(torch.zeros(2, 3), indices)
-
-
-class TestTracking:
-    def test_several_steps_of_several_operations(self) -> None:
-        model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        original = copy.deepcopy(model)
-        with track_kept_indices(model) as kept:
-            model[0].weight = nn.Parameter(model[0].weight.data.clone()[[0, 1, 3]])
-            model[0].weight = nn.Parameter(torch.index_select(model[0].weight, 1, torch.tensor([1, 4])))
-            model[0].weight = nn.Parameter(model[0].weight.detach()[torch.tensor([True, False, True])])
-            model[0].bias.data = model[0].bias.data[torch.tensor([0, 3])]
-            model[1].running_mean = torch.cat([model[1].running_mean[:1], model[1].running_mean.narrow(0, 3, 1)])
-            model[2].weight = nn.Parameter(model[2].weight.view(2, 2, 2)[:, :, 0].contiguous())
-            with torch.no_grad():
-                model[2].bias.mul_(2)
-        for name in ("0.weight", "0.bias", "1.running_mean", "2.weight"):
-            assert torch.equal(index_kept(original.state_dict()[name], kept[name]), model.state_dict()[name])
-        assert kept["0.weight"] == [[0, 3], [1, 4]]
-        assert kept["1.running_mean"] == [[0, 3]]
-        assert kept["2.weight"] == [None, [0, 2]]
-        assert "2.bias" not in kept
-
-    def test_groups_with_different_inputs(self) -> None:
-        conv = nn.Conv2d(8, 4, 3, groups=2, bias=False)
-        original = conv.weight.detach().clone()
-        with track_kept_indices(conv) as kept:
-            conv.weight = nn.Parameter(torch.cat([part[:, [i, 3]] for i, part in enumerate(conv.weight.data.split(2))]))
-            conv.weight = nn.Parameter(conv.weight.index_select(-1, torch.tensor([0, 2])))
-        assert isinstance(kept["weight"], Tensor)
-        assert torch.equal(index_kept(original, kept["weight"]), conv.weight)
-
-    def test_reused_memory_and_later_changes_of_indices_have_no_effect(self) -> None:
-        model = nn.Linear(64, 64)
-        with track_kept_indices(model) as kept:
-            # Temporaries of an importance: once freed, their memory belongs to the next tensor
-            for _ in range(50):
-                model.weight.data[:32].clone()
-                torch.randn(32, 64)
-            index = torch.tensor([1, 2])
-            model.bias = nn.Parameter(model.bias.data[index])
-            index.zero_()
-            half = model.weight.data[:32].clone()
-            del half
-            model.weight = nn.Parameter(model.weight.data[32:].clone())
-        assert kept == {"weight": [list(range(32, 64)), None], "bias": [[1, 2]]}
-        other = nn.Linear(64, 64)
-        with pytest.raises(CaptureError, match="'weight'"), track_kept_indices(other):
-            self.replace_by_tensor_in_freed_memory(other)
-
-    @staticmethod
-    def replace_by_tensor_in_freed_memory(model: nn.Linear) -> None:
-        copied = model.weight.data[:32].clone()
-        address = copied.data_ptr()
-        del copied
-        others = [torch.randn(32, 64) for _ in range(20)]
-        reused = [other for other in others if other.data_ptr() == address]
-        model.weight = nn.Parameter((reused or others)[0])
-
-    def test_tensors_of_unknown_origin_raise(self) -> None:
-        for other in (
-            lambda w: torch.zeros(2, 2),
-            lambda w: (w * 1.0)[:, :2],
-            lambda w: torch.cat([w[:1, :2], torch.zeros(1, 2)]),
-        ):
-            model = nn.Linear(3, 2)
-            with (
-                pytest.raises(CaptureError, match=r"'weight' changed from shape \(2, 3\) to \(2, 2\)"),
-                track_kept_indices(model),
-            ):
-                model.weight = nn.Parameter(other(model.weight.data))
-        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))
-        with pytest.raises(CaptureError, match=r"'0.weight'"), track_kept_indices(model):
-            model[0].weight = nn.Parameter(model[1].weight[:, :2])
-
-    def test_an_error_in_the_context_removes_the_mode(self) -> None:
-        model = nn.Linear(3, 2)
-        with pytest.raises(ShapeError, match="do not fit"), track_kept_indices(model):
-            model.weight = nn.Parameter(index_kept(model.weight, [None]))
-        assert not _get_current_function_mode_stack()
-
-    def test_added_parameters_are_not_tracked(self) -> None:
-        model = nn.Linear(3, 2, bias=False)
-        with track_kept_indices(model) as kept:
-            model.bias = nn.Parameter(torch.zeros(2))
-        assert kept == {}
-
-    def test_tied_weights_are_reported_under_both_names(self) -> None:
-        model = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)])
-        model[1].weight = model[0].weight
-        with track_kept_indices(model) as kept:
-            model[0].weight = model[1].weight = nn.Parameter(model[1].weight[:2])
-        assert kept.keys() == {"0.weight", "1.weight"}
 
 
 class TestStructure:
