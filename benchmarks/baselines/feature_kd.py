@@ -1,8 +1,7 @@
-"""Feature distillation as others published it, as the rivals of `bench_loss.py` and `bench_distill.py`.
+"""Published feature distillation losses, the baselines of `bench_loss.py` and `bench_distill.py`.
 
-Kept apart from the library on purpose: nothing is shared with what is compared. Each takes the lists of student and
-    teacher features, (N, C, H, W),
-shallow to deep, and returns a scalar. Published weights of the terms stand beside them; the caller multiplies.
+They share no code with the library. Each takes the lists of student and teacher features, (N, C, H, W), from shallow
+to deep, and returns a scalar. The docstrings name the published weight of the term; the caller multiplies.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 
 
 class FitNet(nn.Module):
-    """Hints (Romero et al., ICLR 2015, eq. 3): mean square of teacher minus adapted student, summed over the pairs.
+    """FitNet hints (Romero et al., ICLR 2015, eq. 3): squared error of the adapted student, summed over the pairs.
 
-    The adapter is that of the common implementations (the published code of Tian et al., *Contrastive Representation
-    Distillation*, ICLR 2020):
-    1x1 convolution, batch norm, ReLU, because the features come after a ReLU. It trains with the student, and in one
-    stage with the other losses,
-    as there. For equal grids. Their weight is 100.
+    The adapter is a 1×1 convolution, batch norm and ReLU, as in the published code of Tian et al. (*Contrastive
+    Representation Distillation*, ICLR 2020), because the features follow a ReLU. It is trained with the student, in one
+    stage with the other losses. Grids must be equal. Published weight: 100.
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
@@ -37,11 +34,10 @@ class FitNet(nn.Module):
 
 
 class AttentionTransfer(nn.Module):
-    """Zagoruyko & Komodakis, *Paying More Attention to Attention* (ICLR 2017), eq. 2 with p = 2, as in their published code.
+    """Attention transfer of Zagoruyko & Komodakis (ICLR 2017), eq. 2 with p = 2, as in their published code.
 
-    Squares averaged over the channels, divided by their norm over positions, mean square of the difference, summed over
-    the pairs. The finer grid is
-    average-pooled. Their weight is 1,000.
+    Squares are averaged over channels and divided by their norm over positions. The loss is the mean squared
+    difference, summed over the pairs. The finer grid is average-pooled. Published weight: 1,000.
     """
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -58,7 +54,10 @@ class AttentionTransfer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion (ABF), Chen et al. 2021, §3.3: this stage's feature and what came from the deeper one, weighted by position."""
+    """Attention-based fusion (ABF) of Chen et al. 2021, §3.3.
+
+    It adds the feature of a stage and the fused feature of the deeper stage, weighted by position.
+    """
 
     def __init__(self, channels: int, middle: int, out: int, deepest: bool) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
 
     def forward(self, feature: Tensor, deeper: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What is compared with the teacher, on its grid, and what goes on to the shallower stage."""
+        """Return the feature that is compared with the teacher, on its grid, and the input of the shallower stage."""
         fused = self.inner(feature)
         if self.gates is not None and deeper is not None:
             deeper = F.interpolate(deeper, fused.shape[2:], mode="nearest")
@@ -81,11 +80,10 @@ class Fusion(nn.Module):
 
 
 class ReviewKD(nn.Module):
-    """Chen, Liu, Zhao & Jia, *Distilling Knowledge via Knowledge Review* (CVPR 2021): each stage of the teacher teaches the deeper ones too.
+    """Knowledge Review of Chen, Liu, Zhao & Jia (CVPR 2021): each stage of the teacher also teaches deeper stages.
 
     As in their published code, the pooled last stage is the deepest feature, and the middle width is min(512, the
-    student's last). Their weight grows
-    linearly over the first 20 epochs and depends on the pair of networks.
+    student's last). The published weight grows linearly over the first 20 epochs and depends on the pair of networks.
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
@@ -106,7 +104,11 @@ class ReviewKD(nn.Module):
 
 
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
-    """HCL of the same paper, §3.4: mean squares at the full grid and at 4x4, 2x2, 1x1 where coarser, each half the weight of the one before."""
+    """Compute the HCL loss of the same paper, §3.4.
+
+    It is the weighted mean of squared errors at the full grid and at 4×4, 2×2 and 1×1 where these are coarser. Each
+    weight is half of the one before.
+    """
     total, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
     for side in (4, 2, 1):
         if side < student.shape[2]:

@@ -1,6 +1,6 @@
-"""The paper's disentangler and its training recipe, written as published, as the rival of `bench_fit.py`.
+"""The paper's disentangler and its training recipe as published, the baseline of `bench_fit.py`.
 
-Kept apart from the library on purpose: it shares no code with what it is compared to.
+It shares no code with the library.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 
 class PublishedDisentangler(nn.Module):
-    """arXiv 1908.01581, eq. 2-4: K + 1 bias-free 3x3 convolutions, K scalars p, per-sample σ without gradient."""
+    """Disentangler of arXiv 1908.01581, eq. 2-4.
+
+    It has K + 1 bias-free 3×3 convolutions, K scalars p, and a per-sample σ without gradient.
+    """
 
     def __init__(self, channels: int, order: int = 2, kernel_size: int = 3) -> None:
         super().__init__()
@@ -24,6 +27,7 @@ class PublishedDisentangler(nn.Module):
 
     @staticmethod
     def normalize(h: Tensor) -> Tensor:
+        """Divide by the standard deviation over positions, without gradient."""
         return h / (h.detach().flatten(2).std(-1)[:, :, None, None] + 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ class PublishedDisentangler(nn.Module):
 
 @torch.no_grad()
 def held_out_unexplained(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Var(residual) / Var(target), means per channel, variances averaged over channels, as published."""
+    """Compute Var(residual) / Var(target): means per channel, variances averaged over channels, as published."""
     residual = torch.cat([yb - net(xb) for xb, yb in zip(x.split(200), y.split(200), strict=True)])
     return float(residual.var((0, 2, 3)).sum() / y.var((0, 2, 3)).sum())
 
@@ -51,7 +55,10 @@ def train_epochs(
     penalty: float = 0.1,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Adam, coupled weight decay 1e-4, learning rate log-spaced 1e-4 → 1e-6, batch 64; yields after every epoch."""
+    """Train with the published recipe; yield after every epoch.
+
+    The recipe is Adam with coupled weight decay 1e-4, learning rate 1e-4 → 1e-6 (logarithmic), batch size 64.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, weight_decay=1e-4)
     for epoch, lr in enumerate(torch.logspace(math.log10(1e-4), math.log10(1e-6), epochs).tolist()):

@@ -1,4 +1,7 @@
-"""torch-pruning's importances. No labels: where a criterion asks for a gradient, the labels are what the original network says."""
+"""Importances of torch-pruning without labels.
+
+Criteria that need a gradient use the predictions of the original network as labels.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +20,35 @@ from benchmarks.baselines.tp_pruner import BudgetPruner
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What a criterion may look at: images, and what the original network says of them."""
+    """Images that a criterion may use, and the classes that the original network predicts for them."""
 
     images: Tensor
-    said: Tensor
+    predictions: Tensor
     seed: int = 0
 
 
 def accumulate_gradient(model: nn.Module, data: CalibrationData, images: int = 512, batch: int = 64) -> None:
-    """Leaves the gradient of the mean cross-entropy in the parameters."""
+    """Set the gradients of the parameters to those of the mean cross-entropy."""
     model.zero_grad()
-    chosen = data.images[:images]
-    for x, y in zip(chosen.split(batch), data.said[:images].split(batch), strict=True):
-        (F.cross_entropy(model(x), y, reduction="sum") / len(chosen)).backward()
+    subset = data.images[:images]
+    for x, y in zip(subset.split(batch), data.predictions[:images].split(batch), strict=True):
+        (F.cross_entropy(model(x), y, reduction="sum") / len(subset)).backward()
 
 
 def taylor(model: nn.Module, data: CalibrationData) -> Any:
+    """Prepare the Taylor importance."""
     accumulate_gradient(model, data)
     return tp.importance.TaylorImportance()
 
 
 def hessian(model: nn.Module, data: CalibrationData, images: int = 128) -> Any:
-    """Squares of single images' gradients. Added up here: torch-pruning's own `accumulate_grad` keeps those of the last image only."""
+    """Prepare the Hessian importance: sums of squared gradients of single images.
+
+    They are summed here because torch-pruning's `accumulate_grad` keeps those of the last image only.
+    """
     scorer = tp.importance.HessianImportance()
     squares: dict[nn.Parameter, Tensor] = {}
-    for x, y in zip(data.images[:images].split(1), data.said[:images].split(1), strict=True):
+    for x, y in zip(data.images[:images].split(1), data.predictions[:images].split(1), strict=True):
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         for parameter in model.parameters():
@@ -52,7 +59,10 @@ def hessian(model: nn.Module, data: CalibrationData, images: int = 128) -> Any:
 
 
 def obdc(model: nn.Module, data: CalibrationData, images: int = 128, batch: int = 32) -> Any:
-    """EigenDamage's OBD-C as torch-pruning has it: labels drawn from what the network says; layers without bias and of one group only."""
+    """Prepare OBD-C of EigenDamage as torch-pruning implements it.
+
+    Labels are drawn from the network's predictions. Only layers without bias and with one group are supported.
+    """
     scorer = tp.importance.OBDCImportance(num_classes=len(model(data.images[:1])[0]))
     torch.manual_seed(data.seed)
     with ExitStack() as stack:
@@ -71,7 +81,7 @@ def obdc(model: nn.Module, data: CalibrationData, images: int = 128, batch: int 
 
 
 def activation(model: nn.Module, data: CalibrationData, images: int = 256) -> Any:
-    """Mean absolute activation; torch-pruning's hook keeps one batch."""
+    """Prepare the mean absolute activation of one batch, because torch-pruning's hook keeps one batch."""
     scorer = tp.importance.ActivationImportance()
     with scorer.compute_importance(model):
         model(data.images[:images])
@@ -79,6 +89,7 @@ def activation(model: nn.Module, data: CalibrationData, images: int = 256) -> An
 
 
 def random(model: nn.Module, data: CalibrationData) -> Any:
+    """Prepare random scores."""
     torch.manual_seed(data.seed)
     return tp.importance.RandomImportance()
 
@@ -98,18 +109,21 @@ IMPORTANCES: dict[str, Callable[[nn.Module, CalibrationData], Any]] = {
 
 
 def prune_with(
-    cutter: BudgetPruner,
+    pruner: BudgetPruner,
     prepare: Callable[[nn.Module, CalibrationData], Any],
     data: CalibrationData,
     target: float,
     scope: str = "global",
     steps: int = 1,
 ) -> None:
-    """Prune to `target` multiply-adds in equal parts of what goes; scores, and gradients where needed, are taken anew before each step."""
-    whole = cutter.macs(cutter.model)
+    """Prune to `target` multiply-adds in steps of equal size.
+
+    Scores, and gradients where needed, are computed anew before each step.
+    """
+    macs_before = pruner.macs(pruner.model)
     for step in range(1, steps + 1):
-        importance = prepare(cutter.model, data)
-        cutter.cut(importance, whole - (whole - target) * step / steps, scope)
-    cutter.model.zero_grad()
-    for module in cutter.model.modules():
-        vars(module).pop("_importance", None)  # left behind by torch-pruning's activations
+        importance = prepare(pruner.model, data)
+        pruner.cut(importance, macs_before - (macs_before - target) * step / steps, scope)
+    pruner.model.zero_grad()
+    for module in pruner.model.modules():
+        vars(module).pop("_importance", None)  # set by torch-pruning's activation importance

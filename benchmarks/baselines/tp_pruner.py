@@ -1,4 +1,7 @@
-"""Multiply-adds counted for everybody, and torch-pruning's pruner brought to a number of them. Kept apart from the library: nothing is shared."""
+"""Multiply-add count for all methods, and torch-pruning's pruner with a multiply-add budget.
+
+They share no code with the library.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ COUNTED_LAYERS = (nn.Conv2d, nn.Linear)
 
 
 class MacCounter:
-    """Multiply-adds of convolutions and linear layers for one image; one count for everybody."""
+    """Multiply-adds of convolutions and linear layers for one image."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.positions: dict[str, int] = {}
@@ -39,50 +42,56 @@ class MacCounter:
         return float(sum(count * model.get_submodule(name).weight.numel() for name, count in self.positions.items()))
 
     def after(self, model: nn.Module, groups: Sequence[Any]) -> float:
-        """What would be left if torch-pruning's groups were cut."""
-        made, read = {}, {}
+        """Count the multiply-adds that would remain if torch-pruning's groups were pruned."""
+        output_channels, input_channels = {}, {}
         for group in groups:
             for item in group:
-                lost = (
-                    made
-                    if item.dep.handler in OUTPUT_HANDLERS
-                    else read
-                    if item.dep.handler in CONSUMER_HANDLERS
+                handler = item.dep.handler
+                removed = (
+                    output_channels
+                    if handler in OUTPUT_HANDLERS
+                    else input_channels
+                    if handler in CONSUMER_HANDLERS
                     else None
                 )
-                if lost is not None:
-                    lost.setdefault(item.dep.target.module, set()).update(item.idxs)
+                if removed is not None:
+                    removed.setdefault(item.dep.target.module, set()).update(item.idxs)
         total = 0.0
         for name, count in self.positions.items():
             layer = model.get_submodule(name)
-            width, reads = layer.weight.shape[:2]
+            width, inputs = layer.weight.shape[:2]
             taps = layer.weight[0, 0].numel()
-            total += count * taps * (width - len(made.get(layer, ()))) * (reads - len(read.get(layer, ())))
+            total += (
+                count
+                * taps
+                * (width - len(output_channels.get(layer, ())))
+                * (inputs - len(input_channels.get(layer, ())))
+            )
         return total
 
 
 class CachedScores:
-    """An importance that is asked once for each group."""
+    """Importance that is computed once for each group."""
 
     def __init__(self, importance: Callable[[Any], Tensor | None]) -> None:
-        self.importance, self.known = importance, {}
+        self.importance, self.scores = importance, {}
 
     def __call__(self, group: Any) -> Tensor | None:
         root = group[0].dep.target.module
-        if root not in self.known:
-            self.known[root] = self.importance(group)
-        return self.known[root]
+        if root not in self.scores:
+            self.scores[root] = self.importance(group)
+        return self.scores[root]
 
 
 @dataclass
 class BudgetPruner:
-    """torch-pruning's pruner, brought to a number of multiply-adds by bisection on its pruning ratio.
+    """Pruner of torch-pruning that meets a multiply-add budget by bisection on its pruning ratio.
 
     Attributes:
-        model: pruned in place.
-        example: an input to trace.
-        macs: the count.
-        roots: layers whose output channels may go; all others are ignored.
+        model: Network to prune in place.
+        example: Input for tracing.
+        macs: Counter of multiply-adds.
+        roots: Names of the layers whose output channels may be pruned. All others are ignored.
     """
 
     model: nn.Module
@@ -91,42 +100,48 @@ class BudgetPruner:
     roots: Sequence[str]
 
     def cut(self, importance: Callable[[Any], Tensor | None], target: float, scope: str) -> float:
-        """Prune to at most `target` multiply-adds; returns what is left."""
+        """Prune to at most `target` multiply-adds and return the remaining number."""
         scores = CachedScores(importance)
-        best, least = 0.0, -1.0
+        best_ratio, best_macs = 0.0, -1.0
         low, high = 0.0, 1.0
         for _ in range(18):
             ratio = (low + high) / 2
-            left = self.macs.after(self.model, list(self._pruner(scores, ratio, scope).step(interactive=True)))
-            if left <= target and left > least:
-                best, least = ratio, left
-            low, high = (low, ratio) if left <= target else (ratio, high)
-        for group in self._pruner(scores, best, scope).step(interactive=True):
+            macs = self.macs.after(self.model, list(self._pruner(scores, ratio, scope).step(interactive=True)))
+            if best_macs < macs <= target:
+                best_ratio, best_macs = ratio, macs
+            low, high = (low, ratio) if macs <= target else (ratio, high)
+        for group in self._pruner(scores, best_ratio, scope).step(interactive=True):
             group.prune()
         return self.macs(self.model)
 
     def remove(self, kept: Mapping[str, Sequence[int]]) -> None:
-        """Cut the output channels of root layers down to those named."""
+        """Prune the output channels of root layers down to the named indices."""
         graph = tp.DependencyGraph().build_dependency(self.model, self.example)
         for name, indices in kept.items():
             layer = self.model.get_submodule(name)
-            gone = sorted(set(range(layer.weight.shape[0])) - set(indices))
-            if gone:
-                graph.get_pruning_group(layer, _output_pruning_function(layer), gone).prune()
+            removed = sorted(set(range(layer.weight.shape[0])) - set(indices))
+            if removed:
+                graph.get_pruning_group(layer, _output_pruning_function(layer), removed).prune()
 
     def consumers(self) -> dict[str, str]:
-        """The one layer that reads each root's channels, in its channels' order; depthwise layers and norms in between."""
+        """Map each root to the only layer that reads its channels, in their order.
+
+        Depthwise layers and norms may be in between.
+        """
         names = {module: name for name, module in self.model.named_modules()}
         graph = tp.DependencyGraph().build_dependency(self.model, self.example)
-        found = {}
+        consumers = {}
         for name in self.roots:
             layer = self.model.get_submodule(name)
             group = graph.get_pruning_group(layer, _output_pruning_function(layer), list(range(layer.weight.shape[0])))
-            readers = [item for item in group if item.dep.handler in CONSUMER_HANDLERS]
-            if len(readers) != 1 or list(readers[0].idxs) != list(range(layer.weight.shape[0])):
-                raise ValueError(f"{name} has {len(readers)} readers, or one that mixes its channels up")
-            found[name] = names[readers[0].dep.target.module]
-        return found
+            group_consumers = [item for item in group if item.dep.handler in CONSUMER_HANDLERS]
+            if len(group_consumers) != 1 or list(group_consumers[0].idxs) != list(range(layer.weight.shape[0])):
+                raise ValueError(
+                    f"{name} has {len(group_consumers)} consumers, or one that reads its channels in another order; "
+                    "expected one"
+                )
+            consumers[name] = names[group_consumers[0].dep.target.module]
+        return consumers
 
     def _pruner(self, scores: CachedScores, ratio: float, scope: str) -> Any:
         ignored = [
@@ -141,17 +156,16 @@ class BudgetPruner:
             options["pruning_ratio_dict"] = {
                 self.model.get_submodule(name): 1 - (kept[name] + 1e-3) / width for name, width in widths.items()
             }
-        # Mutable defaults there
+        # torch-pruning has mutable default arguments
         fresh: dict[str, Any] = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}}
         return tp.pruner.BasePruner(self.model, self.example, scores, ignored_layers=ignored, **options, **fresh)
 
 
 def scale_widths(widths: Mapping[str, int], ratio: float) -> dict[str, int]:
-    """What is left of each width when the same share goes everywhere.
+    """Scale widths by the same ratio.
 
-    Of layers of one width some are rounded up and some down, so that the multiply-adds follow the ratio closely:
-    rounding all alike jumps by up to
-    7 % on ResNet-56.
+    Layers of equal width are rounded alternately up and down, so that the multiply-adds follow the ratio closely.
+    Rounding all alike changes them by up to 7 % on ResNet-56.
     """
     turn: dict[int, int] = {}
     kept = {}
@@ -162,20 +176,22 @@ def scale_widths(widths: Mapping[str, int], ratio: float) -> dict[str, int]:
 
 
 def inner_layers(model: nn.Module, example: Tensor, ignored: Sequence[str]) -> list[str]:
-    """Layers that alone write channels which one layer alone reads: widths inside of blocks, no residual stream."""
+    """List the layers whose output channels have one producer and one consumer: widths within blocks."""
     names = {module: name for name, module in model.named_modules()}
     graph = tp.DependencyGraph().build_dependency(model, example)
-    found = []
+    layers = []
     for group in graph.get_all_groups(ignored_layers=[model.get_submodule(name) for name in ignored]):
         handlers = [item.dep.handler for item in group]
         if sum(h in PRODUCER_HANDLERS for h in handlers) == 1 and sum(h in CONSUMER_HANDLERS for h in handlers) == 1:
-            found.append(next(names[item.dep.target.module] for item in group if item.dep.handler in PRODUCER_HANDLERS))
+            layers.append(
+                next(names[item.dep.target.module] for item in group if item.dep.handler in PRODUCER_HANDLERS)
+            )
     order = list(names.values())
-    return sorted(found, key=order.index)
+    return sorted(layers, key=order.index)
 
 
 def _is_depthwise(layer: nn.Module) -> bool:
-    """Goes with what writes its channels."""
+    """Return whether a layer is a depthwise convolution, which is pruned with its producer."""
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.out_channels
 
 

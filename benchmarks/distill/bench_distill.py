@@ -1,17 +1,15 @@
-"""A student on CIFAR-10, taught by ResNet-56's real weights: cross-entropy alone, KD, FitNet, attention transfer, and our moment form.
+"""Accuracy of a CIFAR-10 student taught by ResNet-56: KD, FitNet, attention transfer and `IsomorphismLoss`.
 
-    python -m benchmarks.distill.bench_distill             # about 25 minutes on one core; stopped and started again, it goes on
-    where it was
+    python -m benchmarks.distill.bench_distill             # 25 minutes on one core; resumes
     python -m benchmarks.distill.bench_distill --depth 20 --images 9000 --epochs 60 --name bench_distill_long
 
-Equal start, images, order, augmentation and number of steps for every method of a seed: they train side by side on the
-same batch, and the teacher
-runs once on it for all. Weights are chosen for every method in the same way: three values a decade apart, and a fourth
-where the best is at the
-edge; on a seed, training images and validation images that the judged runs do not use. Refresh and window of the moment
-form are tried there
-too, and reported only: the judged runs keep the library's defaults. Test images are seen by the finished students of
-    the judged seeds alone.
+All methods of a seed have equal initial weights, images, order, augmentation and number of steps. They are trained
+side by side on the same batches, and the teacher runs once for all.
+
+Weights of the terms are tuned in the same way for every method: three values a decade apart, and a fourth if the best
+one is at the edge. Tuning uses a seed, training images and validation images that the final runs do not use. Refresh
+interval and window of the closed form are tried there too, but only reported; the final runs use the defaults. Test
+images are used only by the finished students of the final seeds.
 """
 
 from __future__ import annotations
@@ -40,17 +38,17 @@ from knowiso_train.errors import NonFiniteError
 
 LAYERS = ("layer1", "layer2", "layer3")
 WIDTHS = (16, 32, 64)
-# Of the training images at hand
+# Disjoint parts of the 15,000 training images
 TRAIN_IMAGES, TUNING_IMAGES, VALIDATION_IMAGES = slice(0, 9000), slice(9000, 13000), slice(13000, 15000)
 TUNING_SEED = 1000
-# Of the grids: terms of about the size of the cross-entropy at the start
+# Centers of the grids: terms are then about as large as the cross-entropy at the start
 CENTER_WEIGHTS = {"kd": 1.0, "fitnet": 1.0, "at": 1000.0, "moment": 1.0}
 SETTINGS_TRIED = ({"refresh": 1}, {"refresh": 50}, {"window": 5}, {"window": 100})
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is added to the cross-entropy, and with what weight."""
+    """Terms that are added to the cross-entropy, with their weights."""
 
     weights: dict[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +62,7 @@ class Arm:
 
 
 class Student:
-    """One network in training with its own losses and optimizer."""
+    """Network in training with its losses and optimizer."""
 
     def __init__(
         self, arm: Arm, args: argparse.Namespace, seed: int, teacher: nn.Module, features: dict[str, Tensor]
@@ -72,19 +70,25 @@ class Student:
         torch.manual_seed(seed)
         self.arm, self.features, self.seconds, self.diverged = arm, features, 0.0, False
         self.model = CifarResNet(args.depth)
-        self.seen: dict[str, Tensor] = {}
+        self.student_features: dict[str, Tensor] = {}
         if "moment" in arm.weights:
             self.iso = IsomorphismLoss(self.model, teacher, LAYERS, weight=arm.weights["moment"], **arm.options)
         torch.manual_seed(seed + 1)
-        self.rivals = {"fitnet": FitNet(WIDTHS, WIDTHS), "at": AttentionTransfer()}
-        self.rivals = {name: rival for name, rival in self.rivals.items() if name in arm.weights}
-        if self.rivals:
-            capture_features(self.model, self.seen)
-        parameters = [*self.model.parameters(), *(p for rival in self.rivals.values() for p in rival.parameters())]
+        self.baselines = {"fitnet": FitNet(WIDTHS, WIDTHS), "at": AttentionTransfer()}
+        self.baselines = {name: baseline for name, baseline in self.baselines.items() if name in arm.weights}
+        if self.baselines:
+            capture_features(self.model, self.student_features)
+        parameters = [
+            *self.model.parameters(),
+            *(p for baseline in self.baselines.values() for p in baseline.parameters()),
+        ]
         self.optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
     def step(self, images: Tensor, labels: Tensor, teacher_logits: Tensor, lr: float) -> float:
-        """One step; a student that has diverged stays as it is, and is judged so."""
+        """Run one step and return the loss.
+
+        A student that has diverged is not trained further, and is evaluated as it is.
+        """
         if self.diverged:
             return math.nan
         began = time.perf_counter()
@@ -94,9 +98,9 @@ class Student:
         loss = F.cross_entropy(logits, labels)
         if "kd" in self.arm.weights:
             loss = loss + self.arm.weights["kd"] * kd_loss(logits, teacher_logits)
-        for name, rival in self.rivals.items():
-            loss = loss + self.arm.weights[name] * rival(
-                [self.seen[layer] for layer in LAYERS], [self.features[layer] for layer in LAYERS]
+        for name, baseline in self.baselines.items():
+            loss = loss + self.arm.weights[name] * baseline(
+                [self.student_features[layer] for layer in LAYERS], [self.features[layer] for layer in LAYERS]
             )
         if "moment" in self.arm.weights:
             try:
@@ -111,37 +115,44 @@ class Student:
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Return the top-1 accuracy in percent."""
         self.model.eval()
-        right = sum(
+        num_correct = sum(
             int((self.model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)
         )
         self.model.train()
-        return 100 * right / len(images)
+        return 100 * num_correct / len(images)
 
 
 def capture_features(model: nn.Module, features: dict[str, Tensor]) -> None:
+    """Register hooks that store the outputs of the layers."""
     for layer in LAYERS:
         getattr(model, layer).register_forward_hook(lambda _m, _x, out, layer=layer: features.update({layer: out}))
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of the image padded by 4, and flips."""
+    """Apply random crops of the image padded by 4, and flips."""
     return random_crops_and_flips(F.pad(images, (4,) * 4), 32, generator)
 
 
 def train(
     arms: Sequence[Arm],
     seed: int,
-    pool: tuple[Tensor, Tensor],
-    judge: tuple[Tensor, Tensor],
+    train_set: tuple[Tensor, Tensor],
+    evaluation_set: tuple[Tensor, Tensor],
     teacher: nn.Module,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """All arms of a seed side by side; their accuracy on `judge` when they are done."""
+    """Train all arms of a seed side by side and return their rows."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(pool[0]), generator=generator)[: args.images]
+    indices = torch.randperm(len(train_set[0]), generator=generator)[: args.images]
     features: dict[str, Tensor] = {}
-    steps, done, teaching, losses = args.epochs * math.ceil(args.images / args.batch_size), 0, 0.0, [0.0] * len(arms)
+    num_steps, step, teacher_seconds, losses = (
+        args.epochs * math.ceil(args.images / args.batch_size),
+        0,
+        0.0,
+        [0.0] * len(arms),
+    )
     with ExitStack() as stack:
         students = [Student(arm, args, seed, teacher, features) for arm in arms]
         for student in students:
@@ -153,21 +164,24 @@ def train(
             )
             stack.callback(handle.remove)
         for epoch in range(args.epochs):
-            order = chosen[torch.randperm(len(chosen), generator=generator)]
+            order = indices[torch.randperm(len(indices), generator=generator)]
             for batch in order.split(args.batch_size):
-                images, labels = augment(pool[0][batch], generator), pool[1][batch]
-                lr = args.lr * min(1.0, (done + 1) / args.warmup) * (1 + math.cos(math.pi * done / steps)) / 2
+                images, labels = augment(train_set[0][batch], generator), train_set[1][batch]
+                lr = args.lr * min(1.0, (step + 1) / args.warmup) * (1 + math.cos(math.pi * step / num_steps)) / 2
                 began = time.perf_counter()
                 with torch.no_grad():
                     logits = teacher(images)
-                teaching += time.perf_counter() - began
+                teacher_seconds += time.perf_counter() - began
                 losses = [student.step(images, labels, logits, lr) for student in students]
-                done += 1
+                step += 1
             print(f"seed {seed}, epoch {epoch + 1} of {args.epochs}:", *(f"{loss:.2f}" for loss in losses), flush=True)
         rows = []
         for student in students:
-            row = {"seed": seed, **asdict(student.arm), "accuracy": student.accuracy(*judge), "steps": done}
-            row |= {"seconds of the student": round(student.seconds, 1), "seconds of the teacher": round(teaching, 1)}
+            row = {"seed": seed, **asdict(student.arm), "accuracy": student.accuracy(*evaluation_set), "steps": step}
+            row |= {
+                "seconds of the student": round(student.seconds, 1),
+                "seconds of the teacher": round(teacher_seconds, 1),
+            }
             if "moment" in student.arm.weights:
                 row["shares"] = {layer: round(student.iso.log()[f"iso/{layer}/share"], 3) for layer in LAYERS}
             rows.append(row)
@@ -175,20 +189,21 @@ def train(
 
 
 class ResultsStore:
-    """Rows that are done, in the results file; a run that is started again takes them up where the settings are the same."""
+    """Finished rows in the results file. A run with the same settings resumes from them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.name = args.name
         self.settings = {key: value for key, value in vars(args).items() if key not in ("name", "seeds")}
         path = RESULTS / f"{args.name}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {"figures": {"rows": []}, "settings": self.settings}
-        if kept["settings"] != self.settings:
+        stored = json.loads(path.read_text()) if path.exists() else {"figures": {"rows": []}, "settings": self.settings}
+        if stored["settings"] != self.settings:
             raise SystemExit(
-                f"{path} holds a run with other settings: {kept['settings']}. Remove it, or choose another --name."
+                f"{path} holds a run with other settings: {stored['settings']}. Remove it, or choose another --name."
             )
-        self.rows: list[dict[str, Any]] = kept["figures"]["rows"]
+        self.rows: list[dict[str, Any]] = stored["figures"]["rows"]
 
-    def found(self, arm: Arm, seed: int) -> dict[str, Any] | None:
+    def find(self, arm: Arm, seed: int) -> dict[str, Any] | None:
+        """Return the row of an arm and seed, or None."""
         return next(
             (row for row in self.rows if row["seed"] == seed and {key: row[key] for key in asdict(arm)} == asdict(arm)),
             None,
@@ -197,18 +212,22 @@ class ResultsStore:
     def accuracies(
         self, arms: Sequence[Arm], seed: int, run: Callable[[list[Arm]], list[dict[str, Any]]]
     ) -> list[float]:
-        missing = [arm for arm in arms if self.found(arm, seed) is None]
+        """Return the accuracies of arms; run those without a row."""
+        missing = [arm for arm in arms if self.find(arm, seed) is None]
         if missing:
             self.rows += run(missing)
             self.write()
-        return [self.found(arm, seed)["accuracy"] for arm in arms]  # type: ignore[index]
+        return [self.find(arm, seed)["accuracy"] for arm in arms]  # type: ignore[index]
 
     def write(self, **more: Any) -> None:
         record(self.name, {**more, "rows": self.rows}, settings=self.settings)
 
 
 def tune_weights(run: Callable[[list[Arm]], list[float]]) -> dict[str, float]:
-    """The best weight of each method; the grid goes one step further where its edge is the best."""
+    """Return the best weight of each method.
+
+    A grid whose best value is at the edge is extended once.
+    """
     grids = {name: [middle / 10, middle, middle * 10] for name, middle in CENTER_WEIGHTS.items()}
 
     def best(scores: dict[tuple[str, float], float], name: str) -> float:
@@ -232,29 +251,30 @@ def tune_weights(run: Callable[[list[Arm]], list[float]]) -> dict[str, float]:
 
 
 def final_arms(weights: dict[str, float]) -> list[Arm]:
+    """Return the arms of the final runs."""
     parts = [(), ("kd",), ("fitnet",), ("fitnet", "kd"), ("at",), ("at", "kd"), ("moment",), ("moment", "kd")]
     return [Arm({name: weights[name] for name in part}) for part in parts]
 
 
 def comparison_table(arms: Sequence[Arm], accuracies: list[list[float]]) -> list[dict[str, Any]]:
-    """Mean over seeds, and mean and standard error of the paired differences."""
+    """Return means over seeds, and mean ± standard error of the paired differences."""
     values = torch.tensor(accuracies, dtype=torch.float64).T  # (arms, seeds)
     rows = []
-    for arm, own in zip(arms, values, strict=True):
+    for arm, arm_values in zip(arms, values, strict=True):
         row: dict[str, Any] = {
             "method": arm.label,
             "weights": ", ".join(f"{w:g}" for w in arm.weights.values()) or "-",
-            "top-1 %": round(float(own.mean()), 2),
+            "top-1 %": round(float(arm_values.mean()), 2),
         }
         for name, other in (("cross-entropy", values[0]), ("KD", values[1])):
-            row[f"over {name}"] = mean_and_error((own - other).tolist(), signed=True)
+            row[f"over {name}"] = mean_and_error((arm_values - other).tolist(), signed=True)
         rows.append(row)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=8, help="of the student, 6n + 2")
+    parser.add_argument("--depth", type=int, default=8, help="depth of the student, 6n + 2")
     parser.add_argument(
         "--images",
         type=int,
@@ -263,26 +283,33 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--lr", type=float, default=0.1, help="peak; linear warm-up, then cosine to zero")
-    parser.add_argument("--warmup", type=int, default=20, help="steps")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate; linear warm-up, then cosine to zero")
+    parser.add_argument("--warmup", type=int, default=20, help="warm-up steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-images", type=int, default=5000)
-    parser.add_argument("--name", default="bench_distill", help="of the results file")
+    parser.add_argument("--name", default="bench_distill", help="results file")
     args = parser.parse_args()
-    book, teacher = ResultsStore(args), cifar_resnet(56)
+    store, teacher = ResultsStore(args), cifar_resnet(56)
     images, labels = cifar10("train")
 
-    def part(which: slice) -> tuple[Tensor, Tensor]:
-        return images[which], labels[which]
+    def images_and_labels(subset: slice) -> tuple[Tensor, Tensor]:
+        return images[subset], labels[subset]
 
     weights = tune_weights(
-        lambda arms: book.accuracies(
+        lambda arms: store.accuracies(
             arms,
             TUNING_SEED,
-            lambda left: train(left, TUNING_SEED, part(TUNING_IMAGES), part(VALIDATION_IMAGES), teacher, args),
+            lambda missing: train(
+                missing,
+                TUNING_SEED,
+                images_and_labels(TUNING_IMAGES),
+                images_and_labels(VALIDATION_IMAGES),
+                teacher,
+                args,
+            ),
         )
     )
-    tuning = [row for row in book.rows if row["seed"] == TUNING_SEED]
+    tuning = [row for row in store.rows if row["seed"] == TUNING_SEED]
     print(
         table([{key: row[key] for key in ("weights", "options", "accuracy")} for row in tuning]),
         "\nchosen:",
@@ -292,12 +319,14 @@ def main() -> None:
 
     arms, test = final_arms(weights), cifar10("test", args.test_images)
     accuracies = [
-        book.accuracies(arms, seed, lambda left, s=seed: train(left, s, part(TRAIN_IMAGES), test, teacher, args))
+        store.accuracies(
+            arms, seed, lambda missing, s=seed: train(missing, s, images_and_labels(TRAIN_IMAGES), test, teacher, args)
+        )
         for seed in range(args.seeds)
     ]
     rows = comparison_table(arms, accuracies)
     print(table(rows))
-    book.write(table=rows, chosen=weights)
+    store.write(table=rows, chosen=weights)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,22 @@
-"""What the loss costs in a training step: time and peak memory beside plain distillation and beside published feature losses.
+"""Time and memory of a training step: the loss, plain distillation and published feature losses.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.distill.bench_loss               # CPU, about a quarter of an hour
-    python -m benchmarks.distill.bench_loss                                 # the same command takes a GPU where there is one:
-    224 pixels, batch 128
-    python -m benchmarks.distill.bench_loss --autocast                      # bfloat16, on a GPU
+    OMP_NUM_THREADS=2 python -m benchmarks.distill.bench_loss     # CPU, 15 minutes
+    python -m benchmarks.distill.bench_loss                       # uses a GPU if there is one: 224 pixels, batch 128
+    python -m benchmarks.distill.bench_loss --autocast            # bfloat16, on a GPU
+    python -m benchmarks.distill.bench_loss --quick               # smoke test, writes no results
 
-Every contender has networks of its own and stays in memory; in each round each takes one whole step (forward, backward,
-optimizer), in an order drawn
-anew. A closed form takes in one batch of two and is solved at every 10th step: ratios are of medians over the steps
-that take one in, those that do
-not and those that refresh, and "with refresh" weighs them as often as they come; "10 % .. 90 %" is of ratios within a
-round. Every feature loss
-stands beside teacher + KD, so all are held against that.
+Every method has its own networks, which stay in memory. In each round every method runs one complete step (forward,
+backward, optimizer), in random order. A closed form adds every second batch to its moments and is solved in every 10th
+step. Ratios are of medians over each kind of step: adding, not adding, refreshing. "with refresh" weights these by
+frequency. "10 % .. 90 %" are quantiles of ratios within a round. Every feature loss is added to teacher + KD, so all
+ratios are relative to that.
 
-A timed step begins when the device is idle and ends when it is idle again, so what the host takes to launch it counts.
-On a GPU a training loop runs
-ahead of it: "in a row" is of twenty steps one after the other, without waiting in between, the median of three such
-    runs of each, interleaved.
+A timed step starts and ends with an idle device, so it includes the launch time of the host. In training, the host
+runs ahead of a GPU. "in a row" is therefore the time of twenty steps without synchronization, the median of three
+interleaved runs.
 
-Peak memory is what tensors took at most during a refreshing step and a plain one, with weights, optimizer and own
-state: on a GPU from PyTorch's
-allocator; on the CPU from the profiler's record of every allocation, which leaves out the scratch memory inside
-oneDNN's kernels.
+Peak memory includes weights, optimizer and state, over one refreshing and one plain step. On a GPU it comes from
+PyTorch's allocator, on a CPU from the profiler's record of allocations, which excludes the scratch memory of oneDNN.
 """
 
 from __future__ import annotations
@@ -67,7 +62,10 @@ CONTENDERS = ["student alone", "student + teacher forward", BASE, *BASELINES, *L
 
 @dataclass(frozen=True)
 class Case:
-    """A student, its teacher and a peer of the teacher; the layers that are paired, which have the same names; and the images."""
+    """Student, teacher and peer with the layers that are paired and the size of the images.
+
+    Paired layers have equal names.
+    """
 
     name: str
     networks: tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callable[[], nn.Module]]
@@ -77,6 +75,7 @@ class Case:
 
 
 def cases(gpu: bool) -> list[Case]:
+    """Return the pairs of networks for the device."""
     large = tuple(
         lambda name=name: timm.create_model(name, num_classes=1000) for name in ("resnet18", "resnet50", "resnet34")
     )
@@ -88,7 +87,7 @@ def cases(gpu: bool) -> list[Case]:
 
 
 class Contender:
-    """Networks, losses and optimizer of one way to train, and its step."""
+    """Networks, losses, optimizer and training step of one method."""
 
     def __init__(self, kind: str, case: Case, device: torch.device, autocast: bool) -> None:
         torch.manual_seed(0)
@@ -103,11 +102,11 @@ class Contender:
         ]
         self.teacher = self.frozen[0]
         self.iso: IsomorphismLoss | None = None
-        self.rival: nn.Module | None = None
-        self.of_student: dict[str, Tensor] = {}
-        self.of_teacher: dict[str, Tensor] = {}
+        self.baseline: nn.Module | None = None
+        self.student_features: dict[str, Tensor] = {}
+        self.teacher_features: dict[str, Tensor] = {}
         if kind in BASELINES:
-            self.rival = self._rival(case)
+            self.baseline = self._baseline(case)
         if kind in LOSS_OPTIONS:
             self.iso = IsomorphismLoss(
                 self.student,
@@ -119,23 +118,26 @@ class Contender:
             )
             self.iso.to(device).attach()
         self.optimizer = torch.optim.SGD(
-            [*self.student.parameters(), *self.own().parameters()], lr=1e-3, momentum=0.9, weight_decay=1e-4
+            [*self.student.parameters(), *self.loss_module().parameters()], lr=1e-3, momentum=0.9, weight_decay=1e-4
         )
         self.steps = 0
 
-    def own(self) -> nn.Module:
-        """The loss's own module, if any."""
-        return self.iso or self.rival or nn.Module()
+    def loss_module(self) -> nn.Module:
+        """Return the module of the loss, or an empty one."""
+        return self.iso or self.baseline or nn.Module()
 
-    def _rival(self, case: Case) -> nn.Module:
-        for model, kept in ((self.student, self.of_student), (self.teacher, self.of_teacher)):
+    def _baseline(self, case: Case) -> nn.Module:
+        for model, features in ((self.student, self.student_features), (self.teacher, self.teacher_features)):
             for layer in case.layers:
                 model.get_submodule(layer).register_forward_hook(
-                    lambda _m, _x, out, layer=layer, kept=kept: kept.update({layer: out})
+                    lambda _m, _x, out, layer=layer, features=features: features.update({layer: out})
                 )
         with torch.no_grad():
             self.student.eval()(self.images[:2]), self.student.train(), self.teacher(self.images[:2])
-        widths = [[feature.shape[1] for feature in kept.values()] for kept in (self.of_student, self.of_teacher)]
+        widths = [
+            [feature.shape[1] for feature in features.values()]
+            for features in (self.student_features, self.teacher_features)
+        ]
         return BASELINES[self.kind](*widths).to(self.device)
 
     def step(self) -> None:
@@ -146,39 +148,42 @@ class Contender:
             if self.iso is not None:
                 loss = loss + self.iso() + kd_loss(logits, self.iso.teacher_output)
             elif self.kind != "student alone":
-                loss = loss + self._taught(logits)
+                loss = loss + self._distillation_loss(logits)
         loss.backward()
         self.optimizer.step()
-        self.of_student.clear(), self.of_teacher.clear()
+        self.student_features.clear(), self.teacher_features.clear()
         self.steps += 1
 
-    def _taught(self, logits: Tensor) -> Tensor:
+    def _distillation_loss(self, logits: Tensor) -> Tensor:
         with torch.no_grad():
             output = self.teacher(self.images)
         loss = 0 * logits.sum() if self.kind == "student + teacher forward" else kd_loss(logits, output)
         return (
             loss
-            if self.rival is None
-            else loss + self.rival(list(self.of_student.values()), list(self.of_teacher.values()))
+            if self.baseline is None
+            else loss + self.baseline(list(self.student_features.values()), list(self.teacher_features.values()))
         )
 
     def warm_up(self) -> None:
-        """Until every map stands, and to a step at which closed forms are refreshed: all contenders are refreshed in the same rounds."""
-        while self.steps < REFRESH_INTERVAL or self.steps % REFRESH_INTERVAL or not self.on():
+        """Train until every map is ready and closed forms are due to be refreshed.
+
+        All methods then refresh in the same rounds.
+        """
+        while self.steps < REFRESH_INTERVAL or self.steps % REFRESH_INTERVAL or not self.is_active():
             if self.steps >= 20 * REFRESH_INTERVAL:
                 raise RuntimeError(f"{self.kind}: the loss is not on after {self.steps} steps")
             if self.iso is None and self.steps >= 3:
-                self.steps = REFRESH_INTERVAL  # nothing to wait for
+                self.steps = REFRESH_INTERVAL  # these have no map to wait for
             else:
                 self.step()
 
-    def on(self) -> bool:
-        return self.iso is None or all(map_.ready for map_ in self.iso.maps.values())
+    def is_active(self) -> bool:
+        return self.iso is None or all(feature_map.ready for feature_map in self.iso.maps.values())
 
-    def held(self) -> int:
-        """Bytes between steps: images, networks, own state, optimizer."""
+    def held_bytes(self) -> int:
+        """Return the bytes held between steps: images, networks, loss, optimizer."""
         tensors = [self.images, self.labels]
-        for module in (self.student, *self.frozen, self.own()):
+        for module in (self.student, *self.frozen, self.loss_module()):
             tensors += [*module.parameters(), *module.buffers()]
         tensors += [
             value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
@@ -187,7 +192,10 @@ class Contender:
 
 
 def with_recomputed_statistics(model: nn.Module, images: Tensor) -> nn.Module:
-    """A frozen network whose batch norms know the images, so that its features are of ordinary size."""
+    """Freeze a network after computing its batch-norm statistics on the images.
+
+    Its features then have ordinary magnitudes.
+    """
     with torch.no_grad():
         for _ in range(3):
             model.train()(images)
@@ -195,7 +203,7 @@ def with_recomputed_statistics(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def time_steps(contender: Contender, clock: Callable[[], float], steps: int = 1) -> float:
-    """Of one step among so many in a row."""
+    """Return the seconds per step of consecutive steps."""
     synchronize(contender.device)
     began = clock()
     for _ in range(steps):
@@ -210,7 +218,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(contender: Contender) -> int:
-    """Bytes at the peak of a refreshing step and a plain one, all that is held between steps included."""
+    """Return the peak bytes of a refreshing and a plain step, with all that is held between steps."""
     contender.optimizer.zero_grad()
     if contender.device.type == "cuda":
         torch.cuda.synchronize()
@@ -218,41 +226,50 @@ def peak_memory(contender: Contender) -> int:
         torch.cuda.reset_peak_memory_stats()
         contender.step(), contender.step()
         torch.cuda.synchronize()
-        return contender.held() + torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        return contender.held_bytes() + torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         contender.step(), contender.step()
-    return contender.held() + peak_allocated_bytes(watched)
+    return contender.held_bytes() + peak_allocated_bytes(profiler)
 
 
 def table_rows(times: dict[str, list[float]], first: dict[str, int], peaks: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """`first` is the number of each contender's first timed step, a multiple of `REFRESH_INTERVAL`."""
+    """Yield the row of each method.
+
+    Args:
+        times: Seconds of each method's steps.
+        first: Index of each method's first timed step, a multiple of `REFRESH_INTERVAL`.
+        peaks: Peak memory of each method in bytes.
+    """
     rounds = range(len(times[BASE]))
     refreshed, plain = [i for i in rounds if i % REFRESH_INTERVAL == 0], [i for i in rounds if i % REFRESH_INTERVAL]
 
     def ratios(kind: str, rounds: list[int]) -> list[float]:
         return [times[kind][i] / times[BASE][i] for i in rounds]
 
-    def middle(kind: str, rounds: list[int]) -> float:
+    def median(kind: str, rounds: list[int]) -> float:
         return quantile([times[kind][i] for i in rounds], 0.5)
 
     for kind in times:
-        seldom = middle(kind, refreshed) / middle(BASE, refreshed)
+        refresh_ratio = median(kind, refreshed) / median(BASE, refreshed)
         parts = [[i for i in plain if updates_moments(first[kind] + i) == joined] for joined in (False, True)]
-        often = sum(len(part) * middle(kind, part) / middle(BASE, part) for part in parts if part) / len(plain)
+        plain_ratio = sum(len(part) * median(kind, part) / median(BASE, part) for part in parts if part) / len(plain)
         yield {
             "contender": kind,
-            "ms": 1000 * middle(kind, plain),
-            f"of {BASE}": round(often, 3),
+            "ms": 1000 * median(kind, plain),
+            f"of {BASE}": round(plain_ratio, 3),
             "10 % .. 90 %": " .. ".join(f"{quantile(ratios(kind, plain), q):.3f}" for q in (0.1, 0.9)),
-            "refreshing step": round(seldom, 3),
-            "with refresh": round(((REFRESH_INTERVAL - 1) * often + seldom) / REFRESH_INTERVAL, 3),
+            "refreshing step": round(refresh_ratio, 3),
+            "with refresh": round(((REFRESH_INTERVAL - 1) * plain_ratio + refresh_ratio) / REFRESH_INTERVAL, 3),
             "peak MiB": round(peaks[kind] / 2**20, 1),
             "memory": round(peaks[kind] / peaks[BASE], 3),
         }
 
 
 def compare_with_targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The targets: at most 5 % over teacher + KD in time, 10 % in memory, and less than FitNet with its adapters."""
+    """Compare with the targets.
+
+    They are at most 5 % time and 10 % memory over teacher + KD, and less than FitNet with its adapters.
+    """
     ours, hints = (next(row for row in rows if row["contender"] == kind) for kind in (OURS, HINTS))
     time_over, memory_over = ours["with refresh"] - 1, ours["memory"] - 1
     return {
@@ -269,20 +286,23 @@ def compare_with_targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=0, help="a multiple of 10; 0 is 40 on the CPU, 100 on a GPU")
+    parser.add_argument("--rounds", type=int, default=0, help="a multiple of 10; default: 40 on a CPU, 100 on a GPU")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="cpu: time on the processor, for a busy machine; use OMP_NUM_THREADS=1 with it",
+        help="cpu: processor time, for a busy machine; use with OMP_NUM_THREADS=1",
     )
     parser.add_argument("--autocast", action="store_true", help="bfloat16")
-    parser.add_argument("--only", nargs="*", help="contenders; the targets need all")
+    parser.add_argument("--only", nargs="*", help="methods; the targets need all")
     parser.add_argument("--case", help="part of a case's name")
-    parser.add_argument("--batch", type=int, help="images per step, in place of the case's")
-    parser.add_argument("--side", type=int, help="pixels, in place of the case's")
-    parser.add_argument("--name", help="of the results file; bench_loss, or bench_loss_gpu where there is a GPU")
+    parser.add_argument("--batch", type=int, help="images per step; default: that of the case")
+    parser.add_argument("--side", type=int, help="height and width in pixels; default: that of the case")
+    parser.add_argument("--name", help="results file; default: bench_loss, or bench_loss_gpu on a GPU")
+    parser.add_argument("--quick", action="store_true", help="ten rounds of small batches, no results file")
     args = parser.parse_args()
+    if args.quick:
+        args.case, args.batch, args.side, args.rounds = "resnet20", 8, 32, 10
     gpu = torch.cuda.is_available()
     device, rounds = torch.device("cuda" if gpu else "cpu"), args.rounds or (100 if gpu else 40)
     torch.backends.cudnn.benchmark = True
@@ -306,7 +326,7 @@ def main() -> None:
             for _ in range(NUM_RUNS):
                 for contender in order.sample(contenders, len(contenders)):
                     runs[contender.kind].append(time_steps(contender, CLOCKS[args.clock], STEPS_PER_RUN))
-            medians = {kind: quantile(own, 0.5) for kind, own in runs.items()}
+            medians = {kind: quantile(run_times, 0.5) for kind, run_times in runs.items()}
             for row in rows:
                 row["in a row, ms"] = round(1000 * medians[row["contender"]], 2)
                 row["in a row"] = round(medians[row["contender"]] / medians[BASE], 3)
@@ -316,7 +336,7 @@ def main() -> None:
             "pixels": case.side,
             "layers": case.layers,
             "rows": rows,
-            "seconds": {kind: [round(t, 5) for t in own] for kind, own in times.items()},
+            "seconds": {kind: [round(t, 5) for t in step_times] for kind, step_times in times.items()},
         }
         if not args.only:
             figures[case.name]["target"] = compare_with_targets(rows)
@@ -324,6 +344,8 @@ def main() -> None:
         for contender in contenders:
             if contender.iso is not None:
                 contender.iso.detach()
+    if args.quick:
+        return
     record(
         args.name or ("bench_loss_gpu" if gpu else "bench_loss"),
         figures,

@@ -1,11 +1,9 @@
-"""What `recipes/distill.py` does when it is launched without arguments: how long it takes, and what its students come to know of their teacher.
+"""Time and results of `recipes/distill.py` with its default arguments.
 
-    python -m benchmarks.distill.bench_recipe     # writes results/recipe_distill.json; two minutes on two cores that have
-    nothing else to do
+    python -m benchmarks.distill.bench_recipe     # two minutes on two idle cores
 
-Teacher and students are trained on real digits, each student with another loss; one seed. "explains" is the share of a
-teacher's layer that the
-student's reproduces, by order-0 maps on held-out digits.
+Teacher and students are trained on digits, each student with another loss, one seed. "explains" is the share of a
+teacher's layer that the student's layer explains, by order-0 maps on held-out digits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Fitting a disentangler: the closed form against the paper's network trained by the paper's recipe, on the same real features.
+"""Fit of a disentangler: closed form, and the paper's network with the paper's recipe, on the same real features.
 
-    python -m benchmarks.measure.bench_fit                 # interleaved comparison, a few minutes
-    python -m benchmarks.measure.bench_fit --rival-full    # the rival's whole 1,000 epochs, once, about 20 minutes a stage;
-    writes its curve
+    python -m benchmarks.measure.bench_fit                 # interleaved comparison, 10 minutes
+    python -m benchmarks.measure.bench_fit --paper-full    # 1,000 epochs of the paper's recipe, 20 minutes per stage
 
-CIFAR-10 ResNet-32 → ResNet-44, outputs of stages 2 and 3; 2,400 images to fit (ours holds 300 of them out to select
-on), 600 held out.
+CIFAR-10 ResNet-32 → ResNet-44, outputs of stages 2 and 3; 2,400 images to fit (the closed form selects its ridge on
+300 of them), 600 held out. `--paper-full` writes the curve of held-out shares.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ def features(stage: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_closed_form(order: int, x: Tensor, y: Tensor, seed: int) -> tuple[Disentangler, float]:
+    """Fit a disentangler in closed form; return it and the seconds."""
     began = time.perf_counter()
     inner = FIT_IMAGES - SELECT_IMAGES
     maps = Disentangler(order=order, kernel_size=3, max_rows=10**6, seed=seed).fit(
@@ -42,6 +42,7 @@ def fit_closed_form(order: int, x: Tensor, y: Tensor, seed: int) -> tuple[Disent
 
 
 def time_paper_epoch(epochs: int, x: Tensor, y: Tensor, seed: int) -> float:
+    """Return the seconds of one epoch of the paper's recipe."""
     torch.manual_seed(seed)
     net, began = PublishedDisentangler(x.shape[1]), 0.0
     for epoch in train_epochs(net, x[:FIT_IMAGES], y[:FIT_IMAGES], seed=seed):
@@ -53,12 +54,13 @@ def time_paper_epoch(epochs: int, x: Tensor, y: Tensor, seed: int) -> float:
 
 
 def train_paper_network(stage: int, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Train the paper's network for 1,000 epochs and return its curve."""
     torch.manual_seed(0)
-    net, curve, spent, began = PublishedDisentangler(x.shape[1]), [], 0.0, time.perf_counter()
+    net, curve, seconds, began = PublishedDisentangler(x.shape[1]), [], 0.0, time.perf_counter()
     for epoch in train_epochs(net, x[:FIT_IMAGES], y[:FIT_IMAGES], epochs=PAPER_EPOCHS):
-        spent += time.perf_counter() - began
+        seconds += time.perf_counter() - began
         if epoch < 10 or epoch % 10 == 9:
-            curve.append([epoch + 1, held_out_unexplained(net, x[FIT_IMAGES:], y[FIT_IMAGES:]), round(spent, 1)])
+            curve.append([epoch + 1, held_out_unexplained(net, x[FIT_IMAGES:], y[FIT_IMAGES:]), round(seconds, 1)])
             print(stage, *curve[-1], flush=True)
         began = time.perf_counter()
     return {
@@ -70,23 +72,24 @@ def train_paper_network(stage: int, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def compare_interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: int) -> list[dict[str, Any]]:
-    kinds: dict[str, Callable[[int], tuple[Disentangler | None, float]]] = {
+    """Time both solvers interleaved and return the rows."""
+    methods: dict[str, Callable[[int], tuple[Disentangler | None, float]]] = {
         f"closed form, K = {k}": lambda s, k=k: fit_closed_form(k, x, y, s) for k in (0, 1, 2)
     }
-    kinds["paper, K = 2, one epoch"] = lambda s: (None, time_paper_epoch(epochs, x, y, s))
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    left: dict[str, list[float]] = {kind: [] for kind in kinds}
+    methods["paper, K = 2, one epoch"] = lambda s: (None, time_paper_epoch(epochs, x, y, s))
+    times: dict[str, list[float]] = {kind: [] for kind in methods}
+    unexplained: dict[str, list[float]] = {kind: [] for kind in methods}
     for seed in range(repeats):
-        for kind, run in kinds.items():
+        for kind, run in methods.items():
             maps, seconds = run(seed)
             times[kind].append(seconds)
             if maps is not None:
-                left[kind].append(held_out_unexplained(maps, x[FIT_IMAGES:], y[FIT_IMAGES:]))
-    rival = torch.tensor(times["paper, K = 2, one epoch"]).median().item() * PAPER_EPOCHS
+                unexplained[kind].append(held_out_unexplained(maps, x[FIT_IMAGES:], y[FIT_IMAGES:]))
+    paper_seconds = torch.tensor(times["paper, K = 2, one epoch"]).median().item() * PAPER_EPOCHS
     rows = []
-    for kind in list(kinds)[:-1]:
+    for kind in list(methods)[:-1]:
         seconds = torch.tensor(times[kind]).median().item()
-        u = torch.tensor(left[kind])
+        u = torch.tensor(unexplained[kind])
         rows.append(
             {
                 "stage": stage,
@@ -94,7 +97,7 @@ def compare_interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: 
                 "held-out unexplained": float(u.mean()),
                 "over seeds": f"{float(u.min()):.4f}..{float(u.max()):.4f}",
                 "seconds": seconds,
-                "faster than 1,000 epochs": rival / seconds,
+                "faster than 1,000 epochs": paper_seconds / seconds,
             }
         )
     curves = RESULTS / "fit_rival_curve.json"
@@ -109,7 +112,7 @@ def compare_interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: 
             "what": "paper, K = 2, 1,000 epochs",
             "held-out unexplained": best,
             "over seeds": "best epoch",
-            "seconds": rival,
+            "seconds": paper_seconds,
             "faster than 1,000 epochs": 1.0,
         }
     )
@@ -118,20 +121,22 @@ def compare_interleaved(stage: int, x: Tensor, y: Tensor, repeats: int, epochs: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rival-full", action="store_true", help="train the rival's 1,000 epochs and write its curve")
+    parser.add_argument(
+        "--paper-full", action="store_true", help="train the paper's network for 1,000 epochs and write its curve"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions, each with its own seed")
-    parser.add_argument("--epochs", type=int, default=5, help="rival epochs timed in each repetition")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of the paper's network timed in each repetition")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for stage in (2, 3):
         x, y = features(stage)
-        if args.rival_full:
+        if args.paper_full:
             rows.append(train_paper_network(stage, x, y))
         else:
             rows += compare_interleaved(stage, x, y, args.repeats, args.epochs)
             print(table([row for row in rows if row["stage"] == stage]), flush=True)
     record(
-        "fit_rival_curve" if args.rival_full else "fit",
+        "fit_rival_curve" if args.paper_full else "fit",
         rows,
         task="CIFAR-10 ResNet-32 → ResNet-44, 3×3, 2,400 images fit, 600 held out",
     )

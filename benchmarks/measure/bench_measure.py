@@ -1,10 +1,10 @@
-"""How `measure` scales: time and peak memory against images, channels, kernel size and number of layer pairs, and where it stops fitting.
+"""Time and peak memory of `ki.measure` over images, channels, kernel size and layer pairs.
 
-    python -m benchmarks.measure.bench_measure
+    python -m benchmarks.measure.bench_measure     # 5 minutes on two CPU cores
 
-Beside it what a user would write instead: keep every feature, then `torch.linalg.lstsq`. Each case runs in a process
-of its own, the two kinds in turn.
-Networks are views of the input, so that the time is that of the measurement.
+The baseline stores every feature and calls `torch.linalg.lstsq`. Each case runs in its own process, the two methods in
+turn. The networks only slice the input, so the time is that of the measurement. A case that is too large shows the
+error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOO_LARGE = {**BASE, "kernel_size": 3, "channels": 4096, "grid": 7}
 
 
 class NoiseImages(Dataset[Tensor]):
-    """Correlated noise, made on the fly, so that the data take no memory."""
+    """Correlated noise that is generated on access, so that the data take no memory."""
 
     def __init__(self, case: dict[str, int]) -> None:
         self.case = case
@@ -51,7 +51,7 @@ class NoiseImages(Dataset[Tensor]):
 
 
 class ChannelSlice(nn.Module):
-    """One half of the channels, tapped `pairs` times."""
+    """Network that returns a slice of the channels through `pairs` layers."""
 
     def __init__(self, part: slice, pairs: int) -> None:
         super().__init__()
@@ -65,10 +65,12 @@ class ChannelSlice(nn.Module):
 
 
 def peak_memory_mib() -> float:
+    """Return the peak memory of the process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
 
 
 def run_ours(case: dict[str, int]) -> float:
+    """Return the unexplained share, measured with the library."""
     c = case["channels"]
     options: dict[str, Any] = {
         "order": case["order"],
@@ -84,8 +86,8 @@ def run_ours(case: dict[str, int]) -> float:
 
 
 def run_stored_features(case: dict[str, int]) -> float:
-    """Store, then solve: the ten lines that one writes first. Order 0 only."""
-    c, k, left = case["channels"], case["kernel_size"], 0.0
+    """Return the unexplained share, from stored features and least squares. Order 0 only."""
+    c, k, unexplained = case["channels"], case["kernel_size"], 0.0
     stored: list[list[Tensor]] = [[] for _ in range(2 * case["pairs"])]
     for batch in DataLoader(NoiseImages(case), batch_size=64):
         for pair in range(case["pairs"]):
@@ -98,20 +100,25 @@ def run_stored_features(case: dict[str, int]) -> float:
         fit = int(0.8 * len(x))
         x, y = x - x[:fit].mean(0), y - y[:fit].mean(0)
         w = torch.linalg.lstsq(x[:fit], y[:fit]).solution
-        left = float((y[fit:] - x[fit:] @ w).var(0).sum() / y[fit:].var(0).sum())
-    return left
+        unexplained = float((y[fit:] - x[fit:] @ w).var(0).sum() / y[fit:].var(0).sum())
+    return unexplained
 
 
 def run_case(kind: str, case: dict[str, int]) -> None:
+    """Run one case in this process and print its result as JSON."""
     torch.set_num_threads(2)
     before, began = peak_memory_mib(), time.perf_counter()
     try:
-        left: float | str = (run_ours if kind == "ours" else run_stored_features)(case)
+        unexplained: float | str = (run_ours if kind == "ours" else run_stored_features)(case)
     except KnowisoError as error:
-        left = f"{type(error).__name__}: {error}"
+        unexplained = f"{type(error).__name__}: {error}"
     print(
         json.dumps(
-            {"seconds": time.perf_counter() - began, "MiB above start": peak_memory_mib() - before, "unexplained": left}
+            {
+                "seconds": time.perf_counter() - began,
+                "MiB above start": peak_memory_mib() - before,
+                "unexplained": unexplained,
+            }
         )
     )
 
@@ -127,24 +134,24 @@ def main() -> None:
             if kind != "ours" and (case["order"] or case["channels"] * case["kernel_size"] ** 2 > 3000):
                 row |= {f"{kind}: seconds": "-", f"{kind}: MiB": "-"}
                 continue
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-m", "benchmarks.measure.bench_measure", kind.split()[0], json.dumps(case)],
                 capture_output=True,
                 text=True,
                 check=True,
             )
-            result = json.loads(done.stdout.splitlines()[-1])
+            result = json.loads(process.stdout.splitlines()[-1])
             row |= {f"{kind}: seconds": result["seconds"], f"{kind}: MiB": result["MiB above start"]}
         rows.append(row)
         print(table(rows[-1:]), flush=True)
     print(table(rows))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "benchmarks.measure.bench_measure", "ours", json.dumps(TOO_LARGE)],
         capture_output=True,
         text=True,
         check=True,
     )
-    refused = json.loads(done.stdout.splitlines()[-1])
+    refused = json.loads(process.stdout.splitlines()[-1])
     print(TOO_LARGE, "->", refused)
     record("measure", rows, too_large={**TOO_LARGE, **refused})
 

@@ -1,9 +1,8 @@
-"""Real pretrained networks, measured: CIFAR-10 ResNets pair by pair, and two EfficientNet-Lite with their ImageNet weights.
+"""Shares between real pretrained networks: CIFAR-10 ResNets and two EfficientNet-Lite with ImageNet weights.
 
-    python -m benchmarks.measure.bench_networks            # everything; writes results/networks.json and the README's picture
+    python -m benchmarks.measure.bench_networks     # an hour on two CPU cores; also writes results/networks.png
 
-Beside the shares: linear CKA (Kornblith et al. 2019), the number that a user would otherwise look at, on the same
-    report images.
+Linear CKA (Kornblith et al. 2019) is computed on the same images for comparison.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ LITE_BLOCKS = [f"blocks.{i}" for i in (1, 2, 4, 6)]
 
 
 def linear_cka(a: torch.nn.Module, b: torch.nn.Module, images: Tensor, layers: list[str]) -> list[float]:
-    """Linear CKA over images and positions, target's grid."""
-    with Extractor(a, layers) as left, Extractor(b, layers) as right, torch.no_grad():
-        x, y = left.run(images), right.run(images)
+    """Compute linear CKA over images and positions, on the grid of the target."""
+    with Extractor(a, layers) as extractor_a, Extractor(b, layers) as extractor_b, torch.no_grad():
+        x, y = extractor_a.run(images), extractor_b.run(images)
     values = []
     for layer in layers:
         xs, ys = align(x[layer], (y[layer].shape[2], y[layer].shape[3])), y[layer]
-        cross, own, other = batch_moments(xs, ys).xy, batch_moments(xs, xs).xx, batch_moments(ys, ys).xx
-        values.append(float(cross.square().sum() / (own.norm() * other.norm())))
+        cross, gram_a, gram_b = batch_moments(xs, ys).xy, batch_moments(xs, xs).xx, batch_moments(ys, ys).xx
+        values.append(float(cross.square().sum() / (gram_a.norm() * gram_b.norm())))
     return values
 
 
 class Photographs(Dataset[Tensor]):
-    """`imagenet1k_sample`, short side 224, center crop, normalized to [-1, 1]."""
+    """`imagenet1k_sample`: short side 224, center crop, normalized to [-1, 1]."""
 
     def __init__(self) -> None:
         self.files = sorted((DATA / "imagenet1k_sample").glob("*.jpg"))
@@ -56,6 +55,7 @@ class Photographs(Dataset[Tensor]):
 
 
 def table_rows(report: Report, cka: list[float] | None = None) -> list[dict[str, Any]]:
+    """Return a row for each layer pair of a report."""
     rows = []
     for i, pair in enumerate(report.pairs):
         low, high = pair.interval
@@ -82,10 +82,10 @@ def main() -> None:
         "--max-rows",
         type=int,
         default=32_768,
-        help="positions that orders >= 1 are trained on; more costs time and finds a little more",
+        help="number of positions to train orders >= 1 on",
     )
     parser.add_argument(
-        "--picture", type=Path, default=RESULTS / "networks.png", help="picture of ResNet-20 against ResNet-56"
+        "--picture", type=Path, default=RESULTS / "networks.png", help="plot of ResNet-20 and ResNet-56"
     )
     args = parser.parse_args()
     images, _ = cifar10("train", args.images)
@@ -108,7 +108,7 @@ def main() -> None:
             print(report, flush=True)
             rows += table_rows(report, linear_cka(*nets, images[:600], STAGES))
             if (a, b) == (20, 56):
-                report.plot(args.picture, title="CIFAR-10: what ResNet-20 and ResNet-56 know of each other")
+                report.plot(args.picture, title="CIFAR-10: shares of knowledge between ResNet-20 and ResNet-56")
     lite = efficientnet_lite(0), efficientnet_lite(1)
     photographs = DataLoader(Photographs(), batch_size=50, num_workers=1)
     report = measure(

@@ -1,18 +1,16 @@
-"""Time and memory of the operations: the plain reference in eager mode, the same under `torch.compile`, and ours, interleaved in one run.
+"""Time and memory of the custom operators, relative to eager mode and `torch.compile`.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.ops.bench_ops          # CPU
-    python -m benchmarks.ops.bench_ops                            # the same command takes a GPU where there is one, with
-    larger shapes and its targets
+    OMP_NUM_THREADS=1 python -m benchmarks.ops.bench_ops          # CPU, 10 minutes
+    python -m benchmarks.ops.bench_ops                            # uses a GPU if there is one, with larger shapes
+    python -m benchmarks.ops.bench_ops --quick                    # smoke test, writes no results
 
-"forward" runs without gradient; "both" is forward and backward to everything that is learned; "backward" is the second
-half of that, where the
-forward has not done it already. In each round every contender runs once, in an order drawn anew; time is the median
-over the rounds, beside the
-10 and 90 % quantiles. On a GPU it is the device's alone: work waits in the queue until all of it is there, as in a
-training step whose queue never
-runs dry; "host ms" is what launching it took. Memory is the peak above inputs and outputs (results and gradients).
-Ceilings are measured in the same
-run: a copy of a large tensor for what moves memory, a large product of the same precision for what multiplies.
+Modes: "forward" runs without gradient. "both" is forward and backward to all learned inputs. "backward" is the second
+half of "both".
+
+In each round every implementation runs once, in random order. Time is the median over the rounds, with the 10 and 90 %
+quantiles. On a GPU it is device time: the work is queued behind a sleep, as in a training step with a full queue;
+"host ms" is the launch time. Memory is the peak above inputs and outputs (results and gradients). The limits of the
+hardware are measured in the same run: a copy of a large tensor, and a large matrix product of the same precision.
 """
 
 from __future__ import annotations
@@ -37,20 +35,31 @@ from knowiso_train.ops.reference import moments as plain_moments
 from knowiso_train.ops.reference import residual_energy as plain_energy
 
 MODES = ("forward", "backward", "both")
-GPU_CYCLES_PER_SECOND = 2e9  # of a GPU in a second, about
+GPU_CYCLES_PER_SECOND = 2e9  # approximately, of a recent GPU
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at one shape: what is learned, what is given, ours, the reference, and what the least work is."""
+    """Operator at one shape, with its reference and its minimal work.
+
+    Attributes:
+        op: Name of the operator.
+        shape: Shape, formatted.
+        learned: Inputs that get a gradient.
+        ours: The operator.
+        plain: The reference in plain PyTorch.
+        moved: Bytes that must be read and written, by mode.
+        products: Floating-point operations, by mode.
+        modes: Modes to time.
+    """
 
     op: str
     shape: str
     learned: tuple[Tensor, ...]
     ours: Callable[..., Any]
     plain: Callable[..., Any]
-    moved: dict[str, int]  # bytes that have to be read and written, by mode
-    products: dict[str, int]  # floating operations, by mode
+    moved: dict[str, int]
+    products: dict[str, int]
     modes: tuple[str, ...] = ("forward", "both")
 
     @property
@@ -59,18 +68,20 @@ class Case:
 
 
 def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]:
-    def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    """Yield the operators and shapes for the device."""
+
+    def random_tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
     p = torch.tensor(0.4, device=device)
     for n, c, side in (
         ((256, 256, 14), (256, 64, 56), (256, 1024, 14)) if gpu else ((32, 256, 14), (16, 64, 56), (32, 512, 7))
     ):
-        x, h = made(n, c, side, side), made(n, c, side, side)
+        x, h = random_tensor(n, c, side, side), random_tensor(n, c, side, side)
         size = x.numel() * x.element_size()
         moved = {"forward": 3 * size, "backward": 3 * size, "both": 6 * size}
         yield Case("gate", format_shape(x), (x, h, p), ops.gate, plain_gate.gate, moved, {}, MODES)
-    orders = torch.stack([made(*((256, 256, 14, 14) if gpu else (16, 256, 14, 14))) for _ in range(3)])
+    orders = torch.stack([random_tensor(*((256, 256, 14, 14) if gpu else (16, 256, 14, 14))) for _ in range(3)])
     size = orders.numel() * orders.element_size()
     moved = {"forward": 2 * size, "backward": 3 * size, "both": 5 * size}
     yield Case(
@@ -82,8 +93,8 @@ def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]
         if gpu
         else ((32, 256, 256, 14), (32, 128, 512, 14))
     ):
-        x, y = made(n, c, side, side), made(n, d, side, side)
-        weight, bias = made(d, c, 1, 1, dtype=torch.float32) / c**0.5, made(d, dtype=torch.float32)
+        x, y = random_tensor(n, c, side, side), random_tensor(n, d, side, side)
+        weight, bias = random_tensor(d, c, 1, 1, dtype=torch.float32) / c**0.5, random_tensor(d, dtype=torch.float32)
         matrix, mean_x, mean_y = weight[:, :, 0, 0].contiguous(), torch.zeros(c, device=device), bias
         one = 2 * n * side**2 * c * d
         shape = f"{format_shape(x)} to {d}"
@@ -126,7 +137,7 @@ def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]
             (32, 256, 512, 14, 1),
         )
     ):
-        x, y = made(n, c, side, side), made(n, d, side, side)
+        x, y = random_tensor(n, c, side, side), random_tensor(n, d, side, side)
         columns = k * k * c
         flops = 2 * n * side**2 * columns * (columns + d)
         yield Case(
@@ -142,11 +153,12 @@ def cases(device: torch.device, dtype: torch.dtype, gpu: bool) -> Iterator[Case]
 
 
 def format_shape(x: Tensor) -> str:
+    """Format a shape."""
     return "×".join(map(str, x.shape))
 
 
 class Run:
-    """One contender at one case."""
+    """One implementation of one case."""
 
     def __init__(self, case: Case, function: Callable[..., Any]) -> None:
         self.function = function
@@ -162,7 +174,7 @@ class Run:
             self.out = self.function(*self.inputs)
 
     def prepare(self, mode: str) -> None:
-        """What the timed part finds done."""
+        """Compute what the timed part requires."""
         self.gradients: tuple[Tensor, ...] = ()
         self.out = self.function(*self.inputs) if mode == "backward" else None
 
@@ -174,13 +186,16 @@ class Run:
         self.backward()
 
     def results(self) -> int:
-        """Bytes of outputs and gradients."""
+        """Return the bytes of outputs and gradients."""
         outs = [self.out] if self.single else list(self.out)
         return sum(t.numel() * t.element_size() for t in [*outs, *self.gradients])
 
 
 def time_run(run: Run, mode: str, clock: Callable[[], float], wait: float | None) -> tuple[float, float]:
-    """Seconds of the work and of launching it; a GPU sleeps for `wait` seconds before it begins."""
+    """Return the seconds of the work and of its launch.
+
+    A GPU sleeps for `wait` seconds before it starts, so that all of the work is queued.
+    """
     run.prepare(mode)
     if wait is None:
         began = clock()
@@ -199,7 +214,7 @@ def time_run(run: Run, mode: str, clock: Callable[[], float], wait: float | None
 
 
 def peak_memory(run: Run, mode: str, gpu: bool) -> int:
-    """Peak bytes above inputs and outputs."""
+    """Return the peak bytes above inputs and outputs."""
     run.prepare(mode)
     gc.collect()
     if gpu:
@@ -208,18 +223,18 @@ def peak_memory(run: Run, mode: str, gpu: bool) -> int:
         torch.cuda.reset_peak_memory_stats()
         getattr(run, mode)()
         torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated() - before
+        peak = torch.cuda.max_memory_allocated() - before
     else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             getattr(run, mode)()
-        most = peak_allocated_bytes(watched)
-    return max(0, most - run.results())
+        peak = peak_allocated_bytes(profiler)
+    return max(0, peak - run.results())
 
 
 def hardware_limits(
     device: torch.device, dtype: torch.dtype, clock: Callable[[], float], gpu: bool
 ) -> dict[str, float]:
-    """GB/s of a copy (read and write counted) and GFLOP/s of a product, the best of ten."""
+    """Measure GB/s of a copy (read and write) and GFLOP/s of a matrix product, best of ten."""
     large = torch.randn(2**28 if gpu else 2**24, device=device, dtype=dtype)
     into = torch.empty_like(large)
     side = 8192 if gpu else 1536
@@ -245,19 +260,22 @@ def hardware_limits(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=0, help="0 is 30 on the CPU, 100 on a GPU")
+    parser.add_argument("--rounds", type=int, default=0, help="timed rounds; default: 30 on a CPU, 100 on a GPU")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="cpu: time on the processor, for a busy machine; use OMP_NUM_THREADS=1 with it",
+        help="cpu: processor time, for a busy machine; use with OMP_NUM_THREADS=1",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--tf32", action="store_true", help="let products of float32 use it, ours and theirs")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--only", default="", help="part of an operation's name")
-    parser.add_argument("--name", help="of the results file; bench_ops, or bench_ops_gpu where there is a GPU")
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 in all implementations")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
+    parser.add_argument("--quick", action="store_true", help="one round, no torch.compile, no results file")
+    parser.add_argument("--only", default="", help="part of an operator's name")
+    parser.add_argument("--name", help="results file; default: bench_ops, or bench_ops_gpu on a GPU")
     args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.no_compile = 1, True
     gpu = torch.cuda.is_available()
     device, dtype, clock = torch.device("cuda" if gpu else "cpu"), getattr(torch, args.dtype), CLOCKS[args.clock]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -278,12 +296,12 @@ def main() -> None:
                 for name in order.sample(list(runs), len(runs)):
                     wait = 2e-4 + 2 * max(hosts[name][-3:], default=0.0) if gpu else None
                     seconds, host = time_run(runs[name], mode, clock, wait)
-                    hosts[name] = [*hosts[name], host] if turn else []  # the first compiles
+                    hosts[name] = [*hosts[name], host] if turn else []  # the first run compiles
                     if turn >= 3:
                         times[name].append(seconds)
-            needed = {name: peak_memory(run, mode, gpu) for name, run in runs.items()}
+            peaks = {name: peak_memory(run, mode, gpu) for name, run in runs.items()}
             rows += [
-                table_row(case, mode, name, times, needed)
+                table_row(case, mode, name, times, peaks)
                 | ({"host ms": 1e3 * quantile(hosts[name], 0.5)} if gpu else {})
                 for name in runs
             ]
@@ -301,6 +319,8 @@ def main() -> None:
     print(table(rows), "\n", {name: round(value, 1) for name, value in limits.items()})
     targets = compare_with_targets(rows, gpu)
     print("\n".join(f"{name}: {value}" for name, value in targets.items()))
+    if args.quick:
+        return
     name = args.name or ("bench_ops_gpu" if gpu else "bench_ops")
     driver = {"triton": _version("triton"), "cuda": torch.version.cuda, "tf32": args.tf32, "dtype": args.dtype}
     record(name, {"rows": rows, "ceilings": limits, "targets": targets}, clock=args.clock, **driver)
@@ -314,9 +334,8 @@ def _version(module: str) -> str | None:
         return None
 
 
-def table_row(
-    case: Case, mode: str, name: str, times: dict[str, list[float]], needed: dict[str, int]
-) -> dict[str, Any]:
+def table_row(case: Case, mode: str, name: str, times: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+    """Return the row of one implementation."""
     ms = 1e3 * quantile(times[name], 0.5)
     return {
         "operation": case.op,
@@ -326,34 +345,34 @@ def table_row(
         "ms": ms,
         "10 % .. 90 %": " .. ".join(f"{1e3 * quantile(times[name], q):.2f}" for q in (0.1, 0.9)),
         "of eager": round(quantile(times[name], 0.5) / quantile(times["eager"], 0.5), 3),
-        "MiB": round(needed[name] / 2**20, 2),
-        "memory of eager": round(needed[name] / max(needed["eager"], 1), 3),
+        "MiB": round(peaks[name] / 2**20, 2),
+        "memory of eager": round(peaks[name] / max(peaks["eager"], 1), 3),
         "moved": case.moved.get(mode, 0),
         "products": case.products.get(mode, 0),
     }
 
 
 def compare_with_targets(rows: list[dict[str, Any]], gpu: bool) -> dict[str, str]:
-    """What was to be reached beside what was found, the worst case of each."""
+    """Return each target with the worst measured case."""
 
-    def worst(op: str, key: str, mode: str = "", most: bool = True) -> float:
-        found = [
+    def worst(op: str, key: str, mode: str = "", largest: bool = True) -> float:
+        values = [
             row[key]
             for row in rows
             if row["contender"] == "ours" and row["operation"].startswith(op) and mode in row["mode"]
         ]
-        return (max if most else min)(found, default=float("nan"))
+        return (max if largest else min)(values, default=float("nan"))
 
     def against_compiled(op: str) -> float:
         times = {(row["operation"], row["shape"], row["mode"], row["contender"]): row["ms"] for row in rows}
         if not any(row["contender"] == "compiled" for row in rows):
             return float("nan")
-        gains = [
+        speedups = [
             times[name, shape, mode, "compiled"] / ms
-            for (name, shape, mode, who), ms in times.items()
-            if who == "ours" and name == op
+            for (name, shape, mode, contender), ms in times.items()
+            if contender == "ours" and name == op
         ]
-        return min(gains, default=float("nan"))
+        return min(speedups, default=float("nan"))
 
     if not gpu:
         return {
@@ -362,12 +381,16 @@ def compare_with_targets(rows: list[dict[str, Any]], gpu: bool) -> dict[str, str
             for name, key, limit in (("time", "of eager", "1.05"), ("memory", "memory of eager", "1/3"))
         }
     return {
-        "gate: of copy bandwidth, forward, at least 0.8": f"{worst('gate', 'of copy', 'forward', most=False):.2f}",
-        "gate: of copy bandwidth, backward, at least 0.8": f"{worst('gate', 'of copy', 'backward', most=False):.2f}",
+        "gate: of copy bandwidth, forward, at least 0.8": f"{worst('gate', 'of copy', 'forward', largest=False):.2f}",
+        "gate: of copy bandwidth, backward, at least 0.8": f"{worst('gate', 'of copy', 'backward', largest=False):.2f}",
         "gate: times eager's speed, at least 3": f"{1 / worst('gate', 'of eager'):.2f}",
         "gate: times the compiled speed, at least 1.2": f"{against_compiled('gate'):.2f}",
-        "residual_energy: of a product's rate, forward, at least 0.7": f"{worst('residual_energy', 'of product', 'forward', most=False):.2f}",
-        "residual_energy: of a product's rate, both, at least 0.7": f"{worst('residual_energy', 'of product', 'both', most=False):.2f}",
+        "residual_energy: of a product's rate, forward, at least 0.7": (
+            f"{worst('residual_energy', 'of product', 'forward', largest=False):.2f}"
+        ),
+        "residual_energy: of a product's rate, both, at least 0.7": (
+            f"{worst('residual_energy', 'of product', 'both', largest=False):.2f}"
+        ),
         "residual_energy: memory of eager at most 0.1": f"{worst('residual_energy', 'memory of eager'):.3f}",
         "moments 3x3: times eager's speed, at least 3": f"{1 / worst('moments 3x3', 'of eager'):.2f}",
         "moments 3x3: memory of eager at most 1/9": f"{worst('moments 3x3', 'memory of eager'):.3f}",
@@ -375,7 +398,7 @@ def compare_with_targets(rows: list[dict[str, Any]], gpu: bool) -> dict[str, str
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory relative to the eager reference, a bar per contender."""
+    """Plot time and memory relative to eager mode, one bar per implementation."""
     import matplotlib.pyplot as plt
 
     labels = list(dict.fromkeys((row["operation"], row["shape"], row["mode"]) for row in rows))
@@ -384,13 +407,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, key, title in zip(
         axes, ("of eager", "memory of eager"), ("time", "memory above inputs and outputs"), strict=True
     ):
-        found = {(row["operation"], row["shape"], row["mode"], row["contender"]): row[key] for row in rows}
+        values = {(row["operation"], row["shape"], row["mode"], row["contender"]): row[key] for row in rows}
         contenders = [name for name in ("compiled", "ours") if any(row["contender"] == name for row in rows)]
         for turn, name in enumerate(contenders):
-            places = [at + 0.38 * (turn - (len(contenders) - 1) / 2) for at in range(len(labels))]
+            bar_positions = [index + 0.38 * (turn - (len(contenders) - 1) / 2) for index in range(len(labels))]
             axis.barh(
-                places,
-                [min(found[(*label, name)], 2.0) for label in labels],
+                bar_positions,
+                [min(values[(*label, name)], 2.0) for label in labels],
                 height=0.36,
                 color=colors[name],
                 label=name,

@@ -1,19 +1,14 @@
-"""How long it takes to prune a large network without training, and how much memory: half of ResNet-50's multiply-adds, 512 photographs.
+"""Time and memory of pruning ResNet-50 to half of its multiply-adds, with 512 photographs, without training.
 
-    python -m benchmarks.prune.bench_prune_time           # writes results/bench_prune_time.json, or …_gpu.json where there is
-    a GPU; wants the cores alone
-    python -m benchmarks.prune.bench_prune_time --quick   # does it run? ResNet-18 on 32 photographs, nothing is written
+    python -m benchmarks.prune.bench_prune_time           # 6 minutes on two idle cores; uses a GPU if there is one
+    python -m benchmarks.prune.bench_prune_time --quick   # smoke test: ResNet-18, 32 photographs, no results file
 
-Beside `ki.prune` (rows=20) what a user would pick instead: torch-pruning's L1, one shot, and batch norms' statistics
-from the same images of 224 px.
-Each in a process of its own, whose peak memory is told: the process's, or on a GPU what PyTorch allocated there. No
-weights of ResNet-50 are at hand,
-so these are random, with live branches (timm's `zero_init_last=False`; zeroed ones would be skipped) and statistics of
-the photographs. These are in
-channels_last, in which CPUs convolve faster.
-"unexplained" is the share of its output's variance over other photographs that the pruned network does not give, which
-for random weights only says
-that something was fitted.
+The baseline is one-shot L1 of torch-pruning with recomputed batch-norm statistics, on the same images of 224 px. Each
+method runs in its own process. Peak memory is that of the process, or on a GPU that of PyTorch's allocator.
+
+Weights are random, with active branches (`zero_init_last=False` of timm; zero branches would be skipped) and statistics
+of the photographs, in channels_last. "unexplained" is the unexplained share of the output's variance on other
+photographs; for random weights it only shows that the refit works.
 """
 
 from __future__ import annotations
@@ -42,6 +37,7 @@ BATCH_SIZE, EVALUATION_IMAGES, SAMPLES_PER_FEATURE = 32, 96, 20
 
 
 def build_network(name: str, images: Tensor) -> nn.Module:
+    """Build the network with random weights and statistics of the images."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, zero_init_last=False).to(images.device)
     with torch.no_grad():
@@ -50,13 +46,14 @@ def build_network(name: str, images: Tensor) -> nn.Module:
 
 
 def prune_by_isomorphism(model: nn.Module, images: Tensor) -> nn.Module:
+    """Prune with the library."""
     return ki.prune(
         model, images.split(BATCH_SIZE), macs=0.5, max_images=len(images), rows=SAMPLES_PER_FEATURE, progress=False
     ).model
 
 
 def prune_by_l1(model: nn.Module, images: Tensor) -> nn.Module:
-    """The largest ratio of thirty-two that keeps no more than half of the multiply-adds."""
+    """Prune by L1 with the smallest pruning ratio, in steps of 1/32, that meets the budget."""
     macs, head = MacCounter(model, images[:2]), model.get_classifier()  # type: ignore[operator]
     for part in range(8, 32):
         torch.manual_seed(0)
@@ -80,6 +77,7 @@ METHODS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
 
 
 def run(method: str, name: str, count: int) -> dict[str, Any]:
+    """Run one method in this process and return its row."""
     warnings.simplefilter("ignore")
     photographs = normalize(TASKS["lite0"](False).photographs[0][: count + EVALUATION_IMAGES])
     gpu = torch.cuda.is_available()
@@ -90,7 +88,7 @@ def run(method: str, name: str, count: int) -> dict[str, Any]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     wall, cpu = time.perf_counter(), time.process_time()
-    small = METHODS[method](model, images)
+    pruned = METHODS[method](model, images)
     if gpu:
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -98,8 +96,8 @@ def run(method: str, name: str, count: int) -> dict[str, Any]:
         torch.cuda.max_memory_allocated() / 2**30 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     )
     with torch.no_grad():
-        wanted, given = model(others), small(others)
-    left = float((given - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+        expected, actual = model(others), pruned(others)
+    unexplained = float((actual - expected).square().sum() / (expected - expected.mean(0)).square().sum())
     row = {
         "network": name,
         "images": count,
@@ -109,21 +107,21 @@ def run(method: str, name: str, count: int) -> dict[str, Any]:
     }
     return row | {
         "peak GiB": round(peak, 2),
-        "MACs %": round(100 * macs(small) / macs(model), 2),
-        "unexplained": round(left, 4),
+        "MACs %": round(100 * macs(pruned) / macs(model), 2),
+        "unexplained": round(unexplained, 4),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="ResNet-18 on 32 photographs; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 on 32 photographs, no results file")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
-    what = ("resnet18", 32) if args.quick else ("resnet50", 512)
+    network_and_images = ("resnet18", 32) if args.quick else ("resnet50", 512)
     rows = []
     for method in args.methods:
         with get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(run, (method, *what)))
+            rows.append(pool.apply(run, (method, *network_and_images)))
         print(rows[-1], flush=True)
     print(table(rows))
     if not args.quick:

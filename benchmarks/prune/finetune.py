@@ -1,20 +1,18 @@
-"""Short trainings that may follow `ki.prune`, without labels and with them; for bench_prune.py at the screened ratio, all but one for ResNet-56.
+"""Finetunings after `ki.prune` at the screened ratio, with and without labels, for bench_prune.py.
 
-tuned                    `ki.finetune` on the images that pruned, crops with mirrored margins, flips, mixed patches: without
-labels
+tuned                    `ki.finetune` on the calibration images without labels: crops with mirrored margins, flips,
+                         CutMix
 tuned, four times        the same with four times as many updates
-blocks, tuned            the same, from blocks that were tuned as a whole (`block_steps`)
-5 epochs, cross-entropy  the control: SGD on the 15,000 labeled images at hand, crops and flips
-5 epochs, ki.finetune        as many passes over these images towards the original's blocks, in updates of 64, augmented as
-for "tuned": no labels
+blocks, tuned            the same, from blocks that were finetuned (`block_steps`)
+5 epochs, cross-entropy  control: SGD on the 15,000 labeled training images, crops and flips
+5 epochs, ki.finetune    as many passes over these images towards the original's blocks, without labels, in updates of
+                         64, augmented as for "tuned"
 
-ResNet-56 was trained on these images and knows them by heart. Rates were chosen on the select images of seed 0:
-`ki.finetune`'s from 0.005, 0.009 and
-0.018 in short runs, the control's from 0.003 and 0.01 in full, and from 0.03 too in one epoch. Labels and logits in
-`ki.finetune` made it worse there.
-Updates of 32 images at 0.0065 were better there than half as many of 64 at 0.009; in five epochs 64 at 0.018 (32 at
-0.0065 and 64 at 0.009 were tried
-too) had no more right on the select images than the first of these, but agreed more often with the original.
+ResNet-56 was trained on these images and fits them almost perfectly. Learning rates were chosen on the select images
+of seed 0: for `ki.finetune` from 0.005, 0.009 and 0.018 in short runs, for the control from 0.003 and 0.01 in full and
+0.03 in one epoch. Labels and logits in `ki.finetune` reduced the accuracy there. Updates of 32 images at 0.0065 were
+better than half as many of 64 at 0.009. For five epochs, 64 at 0.018 had the same accuracy on the select images as 32
+at 0.0065, and a higher agreement with the original.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ CONTROL_LR, CONTROL_DECAY = 0.003, 5e-4
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Updates, images of each, their length, and pixels by which crops move."""
+    """Number of updates, batch size, learning rate, and padding of the crops in pixels."""
 
     steps: int
     batch: int
@@ -54,19 +52,22 @@ FINETUNE_SETTINGS = {
 }
 
 
-def finetune(setting: MethodContext, model: nn.Module) -> None:
-    _finetune(setting, model, setting.data.images, FINETUNE_SETTINGS[setting.task.name])
+def finetune(context: MethodContext, model: nn.Module) -> None:
+    """Finetune on the calibration images."""
+    _finetune(context, model, context.data.images, FINETUNE_SETTINGS[context.task.name])
 
 
-def finetune_longer(setting: MethodContext, model: nn.Module) -> None:
-    how = FINETUNE_SETTINGS[setting.task.name]
-    _finetune(setting, model, setting.data.images, replace(how, steps=4 * how.steps))
+def finetune_longer(context: MethodContext, model: nn.Module) -> None:
+    """Finetune with four times as many updates."""
+    settings = FINETUNE_SETTINGS[context.task.name]
+    _finetune(context, model, context.data.images, replace(settings, steps=4 * settings.steps))
 
 
-def finetune_on_training_images(setting: MethodContext, model: nn.Module) -> None:
-    images, _ = setting.task.labeled
+def finetune_on_training_images(context: MethodContext, model: nn.Module) -> None:
+    """Finetune on the training images, without labels."""
+    images, _ = context.task.labeled
     _finetune(
-        setting,
+        context,
         model,
         images,
         FinetuneSettings(
@@ -75,34 +76,43 @@ def finetune_on_training_images(setting: MethodContext, model: nn.Module) -> Non
     )
 
 
-def _finetune(setting: MethodContext, model: nn.Module, images: Tensor, how: FinetuneSettings) -> None:
-    generator, steps = torch.Generator().manual_seed(setting.seed), 8 if setting.task.quick else how.steps
+def _finetune(context: MethodContext, model: nn.Module, images: Tensor, settings: FinetuneSettings) -> None:
+    generator, steps = torch.Generator().manual_seed(context.seed), 8 if context.task.quick else settings.steps
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
     def transform(batch: Tensor) -> Tensor:
-        return cutmix(augment(batch, generator, "reflect", how.padding).contiguous(memory_format=layout))
+        return cutmix(augment(batch, generator, "reflect", settings.padding).contiguous(memory_format=layout))
 
     ki.finetune(
-        model, setting.task.original, [images], steps=steps, lr=how.lr, batch_size=how.batch, max_images=len(images), validation_fraction=VALIDATION_FRACTION,
-        transform=transform, seed=setting.seed, progress=False,
-    )  # fmt: skip
+        model,
+        context.task.original,
+        [images],
+        steps=steps,
+        lr=settings.lr,
+        batch_size=settings.batch,
+        max_images=len(images),
+        validation_fraction=VALIDATION_FRACTION,
+        transform=transform,
+        seed=context.seed,
+        progress=False,
+    )
 
 
-def train_with_labels(setting: MethodContext, model: nn.Module, lr: float = CONTROL_LR) -> None:
-    """What a user would do: SGD with momentum in training mode, a warm-up and a cosine."""
-    images, labels = setting.task.labeled
-    generator, total = torch.Generator().manual_seed(setting.seed), TRAINING_EPOCHS * len(images) // TRAINING_BATCH_SIZE
+def train_with_labels(context: MethodContext, model: nn.Module, lr: float = CONTROL_LR) -> None:
+    """Train with SGD on labels: momentum, training mode, warm-up and cosine schedule."""
+    images, labels = context.task.labeled
+    generator, total = torch.Generator().manual_seed(context.seed), TRAINING_EPOCHS * len(images) // TRAINING_BATCH_SIZE
     order, schedule = (
-        shuffled_epochs(torch.arange(len(images)), TRAINING_BATCH_SIZE * total, setting.seed),
+        shuffled_epochs(torch.arange(len(images)), TRAINING_BATCH_SIZE * total, context.seed),
         WeightSchedule(warmup=total // 20, total=total + 1),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=CONTROL_DECAY, nesterov=True)
     model.train()
     with torch.enable_grad():
         for step in range(total):
-            which = order[TRAINING_BATCH_SIZE * step : TRAINING_BATCH_SIZE * (step + 1)]
+            indices = order[TRAINING_BATCH_SIZE * step : TRAINING_BATCH_SIZE * (step + 1)]
             optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
-            loss = F.cross_entropy(model(augment(images[which], generator)), labels[which])
+            loss = F.cross_entropy(model(augment(images[indices], generator)), labels[indices])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -112,7 +122,10 @@ def train_with_labels(setting: MethodContext, model: nn.Module, lr: float = CONT
 def augment(
     images: Tensor, generator: torch.Generator, margin: str = "constant", padding: int = CROP_PADDING
 ) -> Tensor:
-    """Random crops of the images with a margin of the mean color, or as they are mirrored there; half of them flipped."""
+    """Apply random crops and flips.
+
+    The margin is the mean color, or mirrored for `margin="reflect"`.
+    """
     return random_crops_and_flips(F.pad(images, (padding,) * 4, mode=margin), images.shape[-1], generator)
 
 

@@ -1,4 +1,4 @@
-"""How bench_prune.py chooses channels, and what may follow the choice."""
+"""Channel selection methods of bench_prune.py, and the finishes that follow them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.baselines.tp_pruner import BudgetPruner, scale_widths
 from benchmarks.prune.tasks import Task
 
 FINISHES = ("bare", "statistics", "refit", "blocks")
-REFIT_FINISHES = ("refit", "blocks")  # by ki.refit, from the surviving original weights
+REFIT_FINISHES = ("refit", "blocks")  # these call ki.refit, from the surviving original weights
 BLOCK_STEPS = 60
 OURS = "ki.prune"
 ITERATIVE_STEPS = 5
@@ -25,13 +25,13 @@ ITERATIVE_STEPS = 5
 
 @dataclass
 class MethodContext:
-    """One task, seed and ratio: what a method may look at."""
+    """Task, seed, ratio and data that a method may use."""
 
     task: Task
     seed: int
     ratio: float
     data: CalibrationData
-    memory: dict[str, Any] = field(default_factory=dict)  # of the seed
+    memory: dict[str, Any] = field(default_factory=dict)  # shared by the methods of a seed
 
     @property
     def batches(self) -> list[Tensor]:
@@ -41,10 +41,11 @@ class MethodContext:
     def target(self) -> float:
         return self.task.macs(self.task.original) / self.ratio
 
-    def cutter(self, model: nn.Module, space: str = "inner") -> BudgetPruner:
+    def pruner(self, model: nn.Module, space: str = "inner") -> BudgetPruner:
         return BudgetPruner(model, self.task.example, self.task.macs, self.task.spaces[space])
 
-    def remembered(self, key: str, make: Callable[[], Any]) -> Any:
+    def cached(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return a cached value; compute it at first use."""
         if key not in self.memory:
             self.memory[key] = make()
         return self.memory[key]
@@ -52,14 +53,14 @@ class MethodContext:
 
 @dataclass(frozen=True)
 class Method:
-    """How channels are chosen, and what may follow.
+    """Channel selection method.
 
     Attributes:
-        name: of the choice.
-        cut: prunes the model in place.
-        weights: sets weights of the consumers, before "bare" and "statistics"; a refit starts from the surviving
-            original weights.
-        finishes: that make sense.
+        name: Name of the method.
+        cut: Function that prunes the model in place.
+        weights: Function that sets the consumers' weights, before "bare" and "statistics". A refit starts from the
+            surviving original weights instead.
+        finishes: Finishes that apply.
     """
 
     name: str
@@ -69,56 +70,67 @@ class Method:
 
 
 def isomorphism_importance(model: nn.Module, data: CalibrationData) -> Any:
+    """Prepare the importance of the library."""
     batches = list(data.images.split(64))
     return ki.IsomorphismImportance(model, batches, max_images=len(data.images), seed=data.seed, progress=False)
 
 
 def importance_method(name: str, scope: str, steps: int, space: str) -> Method:
+    """Return the method that prunes by an importance."""
     prepare = IMPORTANCES.get(name, isomorphism_importance)
 
-    def cut(setting: MethodContext, model: nn.Module) -> None:
-        prune_with(setting.cutter(model, space), prepare, setting.data, setting.target, scope, steps)
+    def cut(context: MethodContext, model: nn.Module) -> None:
+        prune_with(context.pruner(model, space), prepare, context.data, context.target, scope, steps)
 
     pace = "one-shot" if steps == 1 else "iterative"
     return Method(f"{name}, {scope}, {pace}" + ("" if space == "inner" else ", all channels"), cut)
 
 
-def consumer_grams(setting: MethodContext, taps: bool) -> dict[str, Tensor]:
-    """Gram matrices of what the consumers read in the original network."""
-    original = setting.task.original
-    consumers = list(consumers_of(setting).values())
-    return setting.remembered(
-        f"grams {taps}", lambda: input_grams(original, consumers, setting.batches, taps=taps, seed=setting.seed)
+def consumer_grams(context: MethodContext, taps: bool) -> dict[str, Tensor]:
+    """Return the Gram matrices of the consumers' inputs in the original network."""
+    original = context.task.original
+    consumers = list(consumers_of(context).values())
+    return context.cached(
+        f"grams {taps}", lambda: input_grams(original, consumers, context.batches, taps=taps, seed=context.seed)
     )
 
 
-def kept_channels(setting: MethodContext) -> dict[str, list[int]]:
-    """Channels that are left of each root, from the record of the cut."""
-    kept = setting.memory["kept"]
-    widths = {name: setting.task.original.get_submodule(name).weight.shape[0] for name in setting.task.spaces["inner"]}
+def kept_channels(context: MethodContext) -> dict[str, list[int]]:
+    """Return the kept channels of each root layer, from the record of the cut."""
+    kept = context.memory["kept"]
+    widths = {name: context.task.original.get_submodule(name).weight.shape[0] for name in context.task.spaces["inner"]}
     return {name: (kept.get(f"{name}.weight") or [None])[0] or list(range(width)) for name, width in widths.items()}
 
 
-def consumers_of(setting: MethodContext) -> dict[str, str]:
-    return setting.remembered("consumers", lambda: setting.cutter(setting.task.original).consumers())
+def consumers_of(context: MethodContext) -> dict[str, str]:
+    return context.cached("consumers", lambda: context.pruner(context.task.original).consumers())
 
 
-def set_consumer_weights(setting: MethodContext, model: nn.Module, of: Callable[[str, list[int]], Tensor]) -> None:
-    """`of(root, kept)` gives the weights of the root's consumer; a consumer that is a root itself has lost outputs too."""
-    kept, consumers = kept_channels(setting), consumers_of(setting)
-    found = {name: of(root, kept[root]) for root, name in consumers.items()}
-    set_weights(model, {name: weight[kept[name]] if name in kept else weight for name, weight in found.items()})
+def set_consumer_weights(
+    context: MethodContext, model: nn.Module, compute_weight: Callable[[str, list[int]], Tensor]
+) -> None:
+    """Set the weights of all consumers.
+
+    Args:
+        context: Context of the method.
+        model: Pruned model.
+        compute_weight: Function of a root and its kept channels that returns the weight of the root's consumer. A
+            consumer that is itself a root has lost outputs too.
+    """
+    kept, consumers = kept_channels(context), consumers_of(context)
+    weights = {name: compute_weight(root, kept[root]) for root, name in consumers.items()}
+    set_weights(model, {name: weight[kept[name]] if name in kept else weight for name, weight in weights.items()})
 
 
-def set_grail_weights(setting: MethodContext, model: nn.Module) -> None:
-    """Consumers' weights compensated by the ridge map from kept to all channels of the original network."""
+def set_grail_weights(context: MethodContext, model: nn.Module) -> None:
+    """Compensate the consumers' weights by GRAIL's ridge map from the kept to all channels."""
     original, matrices, consumers = (
-        setting.task.original,
-        consumer_grams(setting, taps=False),
-        consumers_of(setting),
+        context.task.original,
+        consumer_grams(context, taps=False),
+        consumers_of(context),
     )
     set_consumer_weights(
-        setting,
+        context,
         model,
         lambda root, kept: grail_weights(
             original.get_submodule(consumers[root]).weight, matrices[consumers[root]], kept
@@ -126,55 +138,57 @@ def set_grail_weights(setting: MethodContext, model: nn.Module) -> None:
     )
 
 
-def osscar_regressions(setting: MethodContext) -> dict[str, OsscarRegression]:
-    original, matrices = setting.task.original, consumer_grams(setting, taps=True)
-    consumers = consumers_of(setting)
+def osscar_regressions(context: MethodContext) -> dict[str, OsscarRegression]:
+    """Return the regression of each root's consumer."""
+    original, matrices = context.task.original, consumer_grams(context, taps=True)
+    consumers = consumers_of(context)
     return {
         root: OsscarRegression(original.get_submodule(name).weight, matrices[name]) for root, name in consumers.items()
     }
 
 
-def uniform_widths(setting: MethodContext) -> dict[str, int]:
-    """Of every root, by bisection on the share that goes."""
-    task = setting.task
+def uniform_widths(context: MethodContext) -> dict[str, int]:
+    """Return widths of all roots for the ratio, by bisection on a common factor."""
+    task = context.task
     widths = {name: task.original.get_submodule(name).weight.shape[0] for name in task.spaces["inner"]}
 
     def macs(kept: dict[str, int]) -> float:
         model = copy.deepcopy(task.original)
-        setting.cutter(model).remove({name: list(range(width)) for name, width in kept.items()})
+        context.pruner(model).remove({name: list(range(width)) for name, width in kept.items()})
         return task.macs(model)
 
     low, high = 0.0, 1.0
     for _ in range(12):
         ratio = (low + high) / 2
-        low, high = (low, ratio) if macs(scale_widths(widths, ratio)) <= setting.target else (ratio, high)
+        low, high = (low, ratio) if macs(scale_widths(widths, ratio)) <= context.target else (ratio, high)
     return scale_widths(widths, high)
 
 
-def recorded_widths(setting: MethodContext) -> dict[str, int]:
-    key = f"widths {setting.ratio}"
-    if key not in setting.memory:
-        raise LookupError(f"there is no row of {OURS} at this ratio and seed to take widths from")
-    return setting.memory[key]
+def recorded_widths(context: MethodContext) -> dict[str, int]:
+    """Return the widths that ki.prune chose at this ratio and seed."""
+    key = f"widths {context.ratio}"
+    if key not in context.memory:
+        raise LookupError(f"no widths at this ratio and seed: expected a row of {OURS}; run it first")
+    return context.memory[key]
 
 
 def prune_by_osscar(
-    widths: Callable[[MethodContext], dict[str, int]], setting: MethodContext, model: nn.Module
+    widths: Callable[[MethodContext], dict[str, int]], context: MethodContext, model: nn.Module
 ) -> None:
-    """Channels by the local search, at given widths."""
-    chosen = widths(setting)
-    found = setting.remembered("problems", lambda: osscar_regressions(setting))
-    setting.cutter(model).remove({root: found[root].search(chosen[root]) for root in found})
+    """Prune to given widths; channels are chosen by the local search."""
+    target_widths = widths(context)
+    regressions = context.cached("regressions", lambda: osscar_regressions(context))
+    context.pruner(model).remove({root: regressions[root].search(target_widths[root]) for root in regressions})
 
 
-def set_osscar_weights(setting: MethodContext, model: nn.Module) -> None:
-    """The closed form on the original network's inputs."""
-    found = setting.remembered("problems", lambda: osscar_regressions(setting))
-    set_consumer_weights(setting, model, lambda root, kept: found[root].weights(kept))
+def set_osscar_weights(context: MethodContext, model: nn.Module) -> None:
+    """Set the closed-form weights for the inputs of the original network."""
+    regressions = context.cached("regressions", lambda: osscar_regressions(context))
+    set_consumer_weights(context, model, lambda root, kept: regressions[root].weights(kept))
 
 
 def baseline_methods(task: Task) -> list[Method]:
-    """All that is screened, ours inside of torch-pruning's pruners too."""
+    """Return all screened methods, including the library's importance in torch-pruning's pruners."""
     grid = [
         (name, scope, steps, space)
         for space in task.spaces

@@ -1,4 +1,4 @@
-"""The networks of bench_prune.py, the images that calibrate them and the images that judge them."""
+"""Networks of bench_prune.py with their calibration and evaluation images."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache" / "bench_prune"
 
 
 class Task:
-    """A network, what calibrates it and what judges it.
+    """Network with calibration and evaluation images.
 
     Attributes:
-        name: of the network.
-        ratios: how many times fewer multiply-adds.
-        screened: the ratio of the screening.
-        parts: of the judging images.
-        claimed: the part that is claimed on; `chosen`: the part that choices are made on.
-        afterwards: what of prune_afterwards.py makes sense.
+        name: Name of the network.
+        ratios: Factors by which multiply-adds are reduced.
+        screened: Ratio of the screening.
+        selection_part: Part of the evaluation images on which methods are selected.
+        reported_part: Part of the evaluation images that is reported.
+        afterwards: Names of the finetunings of `finetune.py` to run.
+        batch: Batch size.
     """
 
     name: str
     ratios: tuple[float, ...]
     screened: float
-    claimed, chosen = "judged", "judged"
+    # "judged" is the name in the recorded results
+    reported_part, selection_part = "judged", "judged"
     afterwards: tuple[str, ...] = ("tuned",)
     batch = 100
 
@@ -49,7 +51,7 @@ class Task:
 
     @cached_property
     def spaces(self) -> dict[str, list[str]]:
-        """Names of the layers whose output channels may go."""
+        """Names of the layers whose output channels may be pruned, by search space."""
         raise NotImplementedError
 
     @property
@@ -61,14 +63,14 @@ class Task:
 
     @cached_property
     def labeled(self) -> tuple[Tensor, Tensor]:
-        """Images and labels to train with after pruning."""
+        """Images and labels for training after pruning."""
         raise NotImplementedError
 
     def calibration(self, seed: int) -> Tensor:
         raise NotImplementedError
 
-    def judges(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
-        """Batches, labels, the original's logits, and the parts."""
+    def evaluation_data(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
+        """Return evaluation batches, labels, logits of the original, and the parts."""
         raise NotImplementedError
 
     def importances(self) -> list[str]:
@@ -78,7 +80,7 @@ class Task:
 class CifarTask(Task):
     """ResNet-56 on CIFAR-10."""
 
-    name, ratios, screened, chosen = "resnet56", (1.5, 2.0, 2.5, 3.0), 2.0, "select"
+    name, ratios, screened, selection_part = "resnet56", (1.5, 2.0, 2.5, 3.0), 2.0, "select"
     afterwards = ("tuned", "tuned, four times", "blocks, tuned", "5 epochs, cross-entropy", "5 epochs, ki.finetune")
 
     def build(self) -> nn.Module:
@@ -119,7 +121,7 @@ class CifarTask(Task):
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         return self.train[order[: 256 if self.quick else 1024]]
 
-    def judges(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
+    def evaluation_data(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
         n = 600 if self.quick else 2000 if screen else 10_000
         images, labels = self.test
         select = n // 2 if self.quick else 2000
@@ -155,7 +157,7 @@ class LiteTask(Task):
 
     @cached_property
     def photographs(self) -> tuple[Tensor, Tensor]:
-        """As bytes, and class numbers."""
+        """Images as uint8, and class indices."""
         return cache_tensors("photographs", load_photographs)
 
     @cached_property
@@ -173,25 +175,25 @@ class LiteTask(Task):
     def calibration(self, seed: int) -> Tensor:
         return normalize(self.photographs[0][self.halves(seed)[0]])
 
-    def judges(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
-        at = self.halves(seed)[1]
+    def evaluation_data(self, seed: int, screen: bool) -> tuple[list[Tensor], Tensor, Tensor, dict[str, slice]]:
+        indices = self.halves(seed)[1]
         images, labels = self.photographs
         return (
-            list(map(normalize, images[at].split(self.batch))),
-            labels[at],
-            self.logits[at],
-            {"judged": slice(0, len(at))},
+            list(map(normalize, images[indices].split(self.batch))),
+            labels[indices],
+            self.logits[indices],
+            {"judged": slice(0, len(indices))},
         )
 
     def importances(self) -> list[str]:
-        return [name for name in IMPORTANCES if name != "OBD-C"]  # knows no depthwise layers
+        return [name for name in IMPORTANCES if name != "OBD-C"]  # does not support depthwise layers
 
 
 TASKS = {task.name: task for task in (CifarTask, LiteTask)}
 
 
 def load_photographs() -> tuple[Tensor, Tensor]:
-    """`imagenet1k_sample`, short side 256, center crop 224."""
+    """Load `imagenet1k_sample`: short side 256, center crop 224."""
     import csv
 
     from PIL import Image
@@ -208,11 +210,12 @@ def load_photographs() -> tuple[Tensor, Tensor]:
 
 
 def normalize(images: Tensor) -> Tensor:
-    # Depthwise layers run twice as fast
+    """Normalize uint8 images; channels_last, in which depthwise layers are twice as fast."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def cache_tensors(name: str, make: Callable[[], tuple[Tensor, ...]]) -> Any:
+    """Load tensors from the cache; compute and store them if they are missing."""
     path = CACHE / f"{name}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,4 +225,5 @@ def cache_tensors(name: str, make: Callable[[], tuple[Tensor, ...]]) -> Any:
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """Return the logits of all batches."""
     return torch.cat([model(batch) for batch in batches])

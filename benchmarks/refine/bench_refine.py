@@ -1,27 +1,21 @@
-"""Refinement by peers, on real checkpoints: what one network gains from others that are then thrown away.
+"""Refinement by peers on real checkpoints: gains of one network from others that are not used at inference.
 
-    python -m benchmarks.refine.bench_refine                        # all sections; stopped and started again, it goes on where
-    it was
-    python -m benchmarks.refine.bench_refine --sections peers head  # some of them
+    python -m benchmarks.refine.bench_refine                        # all sections, hours; resumes
+    python -m benchmarks.refine.bench_refine --sections peers head  # some sections
 
-peers: what lite1, lite2 and networks that should be useless know of lite0, without labels.
-head:  `clothing10`, 3 to 50 labels per class and all of them, lite0 with ImageNet weights at 160 px and a new
-    classifier in closed form; the rest of
-       the 3,068 training images without labels. Hyper-parameters of every method are chosen for each seed on the 341
-       validation images, the controls'
-       from more settings than ours; "as shipped" tunes nothing, but takes the classes' proportions from there, as
-       `refine` does. Its defaults were
-       found on 800 of the training images, before a test image was looked at; the inverse temperature later, on the validation
-       images.
-harm:  useless peers through `refine` itself, alone and beside a good one: they must be noticed and cost nothing.
-cifar, cifar-100: fine-tuning of a small network on few labeled images, without augmentation and with, see
-refine_cifar.py.
-full:  fine-tuning of all of lite0 on few labels of `clothing10`, from classifiers in closed form, see refine_full.py.
-transfer: the same of a ResNet-20 that was trained on CIFAR-100, on few labels of CIFAR-10, with crops and flips or as
-    it is; and the other way round.
+peers: label-free scores of lite1, lite2 and useless networks as peers of lite0.
+head:  `clothing10`, 3 to 50 labels per class and all labels. lite0 has ImageNet weights, 160 px and a new closed-form
+    classifier; the rest of the 3,068 training images is unlabeled. Hyperparameters of every method are chosen for each
+    seed on the 341 validation images, those of the controls from more settings. "as shipped" tunes nothing, but takes
+    the class prior from there, as `refine` does. The defaults were chosen on 800 training images before any test image
+    was used, the inverse temperature later on the validation images.
+harm:  useless peers through `refine`, alone and with a good one: they must be detected and cost nothing.
+cifar, cifar-100: finetuning of a small network on few labels, see cifar.py.
+full:  finetuning of lite0 on few labels of `clothing10`, from closed-form classifiers, see full.py.
+transfer: the same for a ResNet-20 between CIFAR-100 and CIFAR-10, in both directions.
 paper: the published composite, two networks at inference, in its own regime: few images, no augmentation.
 
-Test images are only reported on. Differences are paired over seeds (mean ± standard error); `over images` is a
+Test images are only reported on. Differences are paired over seeds (mean ± standard error). "over images" is a
 bootstrap over the test images.
 """
 
@@ -53,8 +47,8 @@ from knowiso_train.refinement.peers import score_peer
 from knowiso_train.regression.ridge import ridge_map
 
 LABELS = (3, 5, 10, 20, 50)
-REPORTED_LABELS = (3, 5, 10, 20)  # that the targets speak of
-CLASS_PRIOR_SUFFIX = ", in proportion"  # of the classes among the validation images, as ours
+REPORTED_LABELS = (3, 5, 10, 20)  # the differences are averaged over these
+CLASS_PRIOR_SUFFIX = ", in proportion"  # class prior of the validation images, in the recorded names
 RIDGES = tuple(10.0**e for e in range(-3, 3))
 HEAD_CONFIGS = [
     HeadConfig(label_ridge=few, inverse_temperature=sharp, num_rounds=rounds, head_ridge=ridge)
@@ -81,26 +75,26 @@ SECTIONS = ["peers", "head", "harm", *CIFAR_TASKS, *TASKS, "paper"]
 
 
 def score_peers() -> list[dict[str, Any]]:
-    """Label-free verdict on good and bad peers."""
-    own, rows = features("lite0")["train"], []
-    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
+    """Score good and useless peers without labels."""
+    lite0_features, rows = features("lite0")["train"], []
+    order = torch.randperm(len(lite0_features), generator=torch.Generator().manual_seed(0))
     for name in ("lite1", "lite2", *USELESS_PEERS):
-        found = score_peer(own[order], features(name)["train"][order], name)
+        score = score_peer(lite0_features[order], features(name)["train"][order], name)
         rows.append(
             {
                 "peer": name,
-                "explains": found.r2_of_model,
-                "is explained": found.r2_of_peer,
-                "noise floor": found.noise_floor,
+                "explains": score.r2_of_model,
+                "is explained": score.r2_of_peer,
+                "noise floor": score.noise_floor,
             }
         )
-        rows[-1]["useful"] = found.useful
+        rows[-1]["useful"] = score.useful
         print(rows[-1], flush=True)
     return rows
 
 
 class Methods:
-    """Every method's candidates for a set of labels, as classifiers or scores; what does not depend on the labels is made once."""
+    """Candidates of every method for a set of labels; holds what does not depend on the labels."""
 
     def __init__(self) -> None:
         self.data = {name: features(name) for name in ("lite0", "lite1", "lite2", "lite0, mirrored", USELESS_PEERS[1])}
@@ -108,8 +102,8 @@ class Methods:
         own, mirrored = x["lite0"], x["lite0, mirrored"]
         view = FeatureScaling.fit(own)(own)
         other = FeatureScaling.fit(mirrored)(mirrored)
-        shrunk = [self._alike(view @ ridge_map(view, y, r)) for y in (view, other) for r in (1.0, 3.0, 10.0)]
-        self.single = [ConsensusFeatures(own, rows) for rows in (view, *shrunk)]
+        projected = [self._unit_power(view @ ridge_map(view, y, r)) for y in (view, other) for r in (1.0, 3.0, 10.0)]
+        self.single = [ConsensusFeatures(own, rows) for rows in (view, *projected)]
         self.projections = self._projections(own, mirrored, x["lite1"])
         self.groups = {
             "lite1": ["lite1"],
@@ -125,15 +119,15 @@ class Methods:
             for name, names in self.groups.items()
         }
         self.labels = features("lite0")["labels"]
-        self.recipes = with_class_prior(HEAD_CONFIGS, self.labels["validation"], NUM_CLASSES)
+        self.configs = with_class_prior(HEAD_CONFIGS, self.labels["validation"], NUM_CLASSES)
         self.shipped = with_class_prior([HeadConfig()], self.labels["validation"], NUM_CLASSES)[-1]
 
     @staticmethod
-    def _alike(rows: Tensor) -> Tensor:
+    def _unit_power(rows: Tensor) -> Tensor:
         return rows / rows.square().mean().sqrt()
 
     def _projections(self, own: Tensor, mirrored: Tensor, peer: Tensor) -> dict[str, list[Any]]:
-        """For linear methods: functions from raw features of any split to what the ridge classifier sees."""
+        """Return, for linear methods, scalings and matrices from raw features to the classifier's input."""
         scaling = FeatureScaling.fit(own)
         view, other, first = scaling(own), FeatureScaling.fit(mirrored)(mirrored), FeatureScaling.fit(peer)(peer)
         maps = {
@@ -142,17 +136,17 @@ class Methods:
             "own → lite1 → own": [ridge_map(view, first, r) @ ridge_map(first, view, r) for r in (0.3, 1.0, 3.0)],
             "own → lite1": [ridge_map(view, first, r) for r in (0.3, 1.0, 3.0)],
         }
-        return {name: [(scaling, matrix) for matrix in found] for name, found in maps.items()}
+        return {name: [(scaling, matrix) for matrix in matrices] for name, matrices in maps.items()}
 
     def linear(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
-        """Scores (images, classes) on validation and test of every setting of the methods that see no guesses; and as they are in proportion."""
-        found: dict[str, list[dict[str, Tensor]]] = {}
+        """Return scores, (images, classes), of all settings of the methods without pseudo-labels."""
+        scores_by_method: dict[str, list[dict[str, Tensor]]] = {}
         own = self.data["lite0"]
         for name, maps in self.projections.items():
             rows = [{s: scaling(own[s]) @ matrix for s in ("train", "validation", "test")} for scaling, matrix in maps]
-            found[name] = [scores for part in rows for scores in self._ridges(part, index, labels)]
+            scores_by_method[name] = [scores for part in rows for scores in self._ridges(part, index, labels)]
             if name == "raw features":
-                found[f"{name}{CLASS_PRIOR_SUFFIX}"] = [
+                scores_by_method[f"{name}{CLASS_PRIOR_SUFFIX}"] = [
                     scores for part in rows for scores in self._ridges(part, index, labels, self.shipped)
                 ]
         for name, names in {
@@ -163,81 +157,93 @@ class Methods:
                 s: torch.cat([FeatureScaling.fit(self.data[n]["train"])(self.data[n][s]) for n in names], 1)
                 for s in ("train", "validation", "test")
             }
-            found[name] = self._ridges(part, index, labels)
-            found[f"{name}{CLASS_PRIOR_SUFFIX}"] = self._ridges(part, index, labels, self.shipped)
-        return found
+            scores_by_method[name] = self._ridges(part, index, labels)
+            scores_by_method[f"{name}{CLASS_PRIOR_SUFFIX}"] = self._ridges(part, index, labels, self.shipped)
+        return scores_by_method
 
-    def guessing(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
-        """The same of the methods that fit guesses on the other images."""
-        found = {
+    def pseudo_labeled(self, index: Tensor, labels: Tensor) -> dict[str, list[dict[str, Tensor]]]:
+        """Return scores of all settings of the methods with pseudo-labels."""
+        scores_by_method = {
             "self-training, no peer": [
-                self._scores(c.head(index, labels, NUM_CLASSES, r)) for c in self.single for r in self.recipes
+                self._scores(c.head(index, labels, NUM_CLASSES, r)) for c in self.single for r in self.configs
             ]
         }
-        found["self-training as shipped"] = [
+        scores_by_method["self-training as shipped"] = [
             self._scores(self.single[0].head(index, labels, NUM_CLASSES, self.shipped))
         ]
         for name, consensus in self.ours.items():
-            found[f"ours, {name}"] = [
-                self._scores(c.head(index, labels, NUM_CLASSES, r)) for c in consensus for r in self.recipes
+            scores_by_method[f"ours, {name}"] = [
+                self._scores(c.head(index, labels, NUM_CLASSES, r)) for c in consensus for r in self.configs
             ]
-            found[f"ours as shipped, {name}"] = [
+            scores_by_method[f"ours as shipped, {name}"] = [
                 self._scores(consensus[0].head(index, labels, NUM_CLASSES, self.shipped))
             ]
-        return found
+        return scores_by_method
 
     def _scores(self, head: Head) -> dict[str, Tensor]:
         return {split: head(self.data["lite0"][split]) for split in ("validation", "test")}
 
     @staticmethod
     def _ridges(
-        part: dict[str, Tensor], index: Tensor, labels: Tensor, recipe: HeadConfig | None = None
+        part: dict[str, Tensor], index: Tensor, labels: Tensor, config: HeadConfig | None = None
     ) -> list[dict[str, Tensor]]:
-        """With a recipe, a bias for each class brings the guesses on all training images to its proportions."""
-        found = []
+        """Return the scores of ridge classifiers.
+
+        With a configuration, a bias for each class aligns the predictions on all training images with its class prior.
+        """
+        scores = []
         for ridge in RIDGES:
             classifier = ridge_head(part["train"][index], labels, NUM_CLASSES, ridge)
-            if recipe is not None:
-                classifier = align_to_class_prior(classifier, part["train"], recipe)
-            found.append({split: classifier(part[split]) for split in ("validation", "test")})
-        return found
+            if config is not None:
+                classifier = align_to_class_prior(classifier, part["train"], config)
+            scores.append({split: classifier(part[split]) for split in ("validation", "test")})
+        return scores
 
 
-def compare_heads(seeds: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
-    """One row for each number of labels and seed: accuracy of every method, and which test images it got right."""
-    points = [*((k, s) for s in range(seeds) for k in LABELS), (ALL_LABELS, 0)]  # once, since nothing is drawn
-    arms: Methods | None = None
+def compare_heads(seeds: int, rows: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+    """Return one row for each number of labels and seed.
+
+    A row holds the accuracy of every method and the test images that it classified correctly.
+    """
+    points = [*((k, s) for s in range(seeds) for k in LABELS), (ALL_LABELS, 0)]  # once, because nothing is drawn
+    methods: Methods | None = None
     for k, seed in points:
-        row = next((row for row in kept if (row["labels"], row["seed"]) == (k, seed)), None)
+        row = next((row for row in rows if (row["labels"], row["seed"]) == (k, seed)), None)
         if row is None:
-            kept.append(
+            rows.append(
                 row := {"labels": k, "seed": seed, "accuracy": {}, "validation": {}, "right": {}, "settings": {}}
             )
-        # What is added later is judged then
-        for part, name in (("linear", f"raw features{CLASS_PRIOR_SUFFIX}"), ("guessing", "self-training, no peer")):
+        # Methods that were added later are run for old rows too
+        for part, name in (
+            ("linear", f"raw features{CLASS_PRIOR_SUFFIX}"),
+            ("pseudo_labeled", "self-training, no peer"),
+        ):
             if name in row["accuracy"]:
                 continue
-            arms = arms or Methods()
-            index = draw_labeled(arms.labels["train"], k, seed)
-            for method, tried in getattr(arms, part)(index, arms.labels["train"][index]).items():
+            methods = methods or Methods()
+            index = draw_labeled(methods.labels["train"], k, seed)
+            for method, tried in getattr(methods, part)(index, methods.labels["train"][index]).items():
                 on_validation = [
-                    float((t["validation"].argmax(1) == arms.labels["validation"]).double().mean()) for t in tried
+                    float((t["validation"].argmax(1) == methods.labels["validation"]).double().mean()) for t in tried
                 ]
                 best = max(range(len(tried)), key=on_validation.__getitem__)
-                right = tried[best]["test"].argmax(1) == arms.labels["test"]
-                row["accuracy"][method] = 100 * float(right.double().mean())
+                correct = tried[best]["test"].argmax(1) == methods.labels["test"]
+                row["accuracy"][method] = 100 * float(correct.double().mean())
                 row["validation"][method] = 100 * on_validation[best]
-                row["right"][method] = pack_bits(right)
+                row["right"][method] = pack_bits(correct)
                 row["settings"][method] = len(tried)
             save()
             print(
                 f"{k} labels per class, seed {seed}:", {n: round(a, 1) for n, a in row["accuracy"].items()}, flush=True
             )
-    return kept
+    return rows
 
 
 def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean accuracy by number of labels, and mean differences over JUDGED: to raw features, and to the best control without a peer."""
+    """Return mean accuracy by number of labels, and mean differences over REPORTED_LABELS.
+
+    Differences are to raw features and to the best control without a peer.
+    """
     names = list(rows[0]["accuracy"])
     seeds = sorted(
         {
@@ -246,7 +252,7 @@ def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if all(any(o["seed"] == row["seed"] and o["labels"] == k for o in rows) for k in LABELS)
         }
     )
-    by = {(row["labels"], row["seed"]): row for row in rows}
+    by_key = {(row["labels"], row["seed"]): row for row in rows}
     controls = [
         f"raw features{CLASS_PRIOR_SUFFIX}",
         "own → own, own → mirrored",
@@ -254,41 +260,43 @@ def head_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "self-training as shipped",
     ]
     means = {
-        n: torch.tensor([[by[k, s]["accuracy"][n] for k in REPORTED_LABELS] for s in seeds]).mean(1) for n in names
+        n: torch.tensor([[by_key[k, s]["accuracy"][n] for k in REPORTED_LABELS] for s in seeds]).mean(1) for n in names
     }
     control = max(controls, key=lambda n: float(means[n].mean()))
-    found = []
+    lines = []
     for name in names:
         line: dict[str, Any] = {"method": name, "settings tried": rows[0]["settings"][name]}
         line |= {
-            f"{k} labels": round(float(torch.tensor([by[k, s]["accuracy"][name] for s in seeds]).mean()), 1)
+            f"{k} labels": round(float(torch.tensor([by_key[k, s]["accuracy"][name] for s in seeds]).mean()), 1)
             for k in LABELS
         }
-        line["all labels"] = round(by[ALL_LABELS, 0]["accuracy"][name], 1)
+        line["all labels"] = round(by_key[ALL_LABELS, 0]["accuracy"][name], 1)
         for title, other in (("over raw", "raw features"), ("over control", control)):
             line[title] = mean_and_error((means[name] - means[other]).tolist(), signed=True)
-            line[f"{title}, over images"] = f"± {bootstrap_error(difference_per_image(by, seeds, name, other)):.2f}"
-        found.append(line)
-    return found
+            line[f"{title}, over images"] = f"± {bootstrap_error(difference_per_image(by_key, seeds, name, other)):.2f}"
+        lines.append(line)
+    return lines
 
 
-def difference_per_image(by: dict[tuple[int, int], dict[str, Any]], seeds: list[int], name: str, other: str) -> Tensor:
-    """(images,) difference of two methods in points, mean over the judged labels and the seeds."""
+def difference_per_image(
+    by_key: dict[tuple[int, int], dict[str, Any]], seeds: list[int], name: str, other: str
+) -> Tensor:
+    """Return the difference of two methods in points, (images,), averaged over labels and seeds."""
 
-    def right(method: str) -> Tensor:
+    def correct_fraction(method: str) -> Tensor:
         return torch.stack(
-            [unpack_bits(by[k, s]["right"][method], TEST_IMAGES) for k in REPORTED_LABELS for s in seeds]
+            [unpack_bits(by_key[k, s]["right"][method], TEST_IMAGES) for k in REPORTED_LABELS for s in seeds]
         ).mean(0)
 
-    return 100 * (right(name) - right(other))
+    return 100 * (correct_fraction(name) - correct_fraction(other))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--seeds-trained", type=int, default=5, help="of the sections that train, and of harm")
-    parser.add_argument("--name", default="bench_refine", help="of the results file")
+    parser.add_argument("--seeds-trained", type=int, default=5, help="seeds of the sections that train, and of harm")
+    parser.add_argument("--name", default="bench_refine", help="results file")
     args = parser.parse_args()
     path: Path = RESULTS / f"{args.name}.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}

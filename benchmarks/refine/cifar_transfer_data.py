@@ -1,4 +1,4 @@
-"""CIFAR for the tasks of refine_tasks.py: networks that were trained on the other of the two, their pooled features, and bytes to train on."""
+"""Networks, pooled features and images for the transfer between CIFAR-10 and CIFAR-100."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ _BYTES: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
 
 def transfer_network(images: str, depth: str) -> nn.Module:
-    """Trained on CIFAR-100 where the images are CIFAR-10's, and the other way round."""
+    """Load a network trained on the other of the two datasets."""
     return cifar100_resnet(int(depth)) if images == "cifar10" else cifar_resnet(int(depth))
 
 
 def transfer_normalize(images: str, pixels: Tensor) -> Tensor:
-    """As the networks want it."""
+    """Normalize uint8 images as in the training of the networks."""
     mean, std = (CIFAR100_MEAN, CIFAR100_STD) if images == "cifar10" else (CIFAR10_MEAN, CIFAR10_STD)
     shift, scale = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
     return (pixels.float() / 255 - shift) / scale
 
 
 def transfer_augment(images: str, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of the image padded with gray, and flips."""
+    """Apply random crops of the image padded with gray, and flips."""
     return random_crops_and_flips(F.pad(transfer_normalize(images, pixels), (PADDING,) * 4), 32, generator)
 
 
 def transfer_pixels(images: str, split: str) -> Tensor:
-    """(N, 3, 32, 32) bytes."""
+    """Return the images of a split as uint8, (N, 3, 32, 32)."""
     return _split(images)[split][0]
 
 
 def transfer_features(images: str, depth: str) -> dict[str, Any]:
-    """(N, channels) before the classifier, by split; and "labels", by split."""
+    """Return the classifier's inputs, (N, channels), by split, and "labels", by split."""
     path = CACHE / f"{images}, ResNet-{depth} of the other.pt"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
         torch.save({split: _pooled(images, transfer_network(images, depth), split) for split in SPLITS}, path)
-    kept: dict[str, Any] = torch.load(path, weights_only=True)
-    return kept | {"labels": {split: _split(images)[split][1] for split in SPLITS}}
+    stored: dict[str, Any] = torch.load(path, weights_only=True)
+    return stored | {"labels": {split: _split(images)[split][1] for split in SPLITS}}
 
 
 def _split(images: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -69,8 +69,8 @@ def _split(images: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def _pooled(images: str, model: nn.Module, split: str) -> Tensor:
-    kept: list[Tensor] = []
-    model.get_submodule("linear").register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
+    features: list[Tensor] = []
+    model.get_submodule("linear").register_forward_pre_hook(lambda _m, args: features.append(args[0].clone()))
     for x in transfer_pixels(images, split).split(250):
         model(transfer_normalize(images, x))
-    return torch.cat(kept)
+    return torch.cat(features)

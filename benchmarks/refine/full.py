@@ -1,33 +1,28 @@
-"""Sections `compare_finetuning` and `transfer` of bench_refine.py: every weight trained on few labeled images, from classifiers in closed form.
+"""Sections `full` and `transfer` of bench_refine.py: finetuning of all weights from closed-form classifiers.
 
-Some images per class with labels, the rest of the training images without (tasks in refine_tasks.py; where all have
-labels, they are all of them once
-more, without). Each way takes the same steps of 32 images,
-crops and flips, batch norm's statistics frozen, from the best classifier in closed form:
+Few images per class are labeled; the rest of the training images is unlabeled (if all are labeled, they are also used
+without labels). Tasks are in tasks.py. Each method takes the same steps of 32 images with crops and flips and frozen
+batch-norm statistics, from the best closed-form classifier:
 
-plain              from a ridge classifier, cross-entropy: 32 labeled images a step; every other way sees 16 of them
-and 16 unlabeled ones
-self-distillation  from the same classifier, and its own frozen probabilities on all images
-ensemble           from the ridge classifier, and the mean probabilities of three of them, one on each network
-self-training      from `consensus_head` of the network alone, which guesses the unlabeled images' labels, and its
-probabilities: ours without peers
-ours               from `consensus_head` with the two peers, and the probabilities of consensus heads on all images, the
-network's or three's mean
-ours, labels       from `consensus_head` with the two peers, 32 labeled images a step and nothing else
-ours, features     as "ours" by `finetune_classifier`, as `ki.refine(method="consensus")` trains: three's mean, and the part of
-its features that peers know
+plain              from a ridge classifier, cross-entropy on 32 labeled images per step; every other method uses 16
+                   labeled and 16 unlabeled ones
+self-distillation  from the same classifier, with its own frozen probabilities on all images
+ensemble           from the ridge classifier, with the mean probabilities of three, one on each network
+self-training      ours without peers: from `consensus_head` of the network alone, with its probabilities
+ours               from `consensus_head` with two peers, with the probabilities of the network's consensus head or the
+                   mean of three
+ours, labels       from `consensus_head` with two peers, 32 labeled images per step and nothing else
+ours, features     as "ours" by `finetune_classifier`, as `ki.refine(method="consensus")` trains: the mean of three, and
+                   the part of the features that peers reproduce
 
-Probabilities are those on the clean images, made once; the last way takes them, and the peers' features, from the
-images as the network sees them.
-Ridges and recipes are chosen for each seed on the validation images, from as many settings for every classifier, and
-its temperature too: half of
-them with guesses in the classes' proportions among the validation images, the labels' own classifiers among those with
-guesses, as in `refine`.
-"as auto chooses" trains nothing: of the consensus head and the last ways the best on the validation images, for each
-seed, as `refine` takes it.
-Learning rate and weight are chosen on a tuning seed and the validation images, from four settings for every way, and so
-is who teaches ours.
-Test images are only reported on.
+Probabilities are computed once, on unaugmented images. The last method computes them, and the peers' features, on the
+augmented images.
+
+Ridges, configurations and the temperature are chosen for each seed on the validation images, from equally many
+settings for every classifier. Half of these have pseudo-labels with the class prior of the validation images. "as auto
+chooses" is the best of the consensus head and the last methods on the validation images, as in `refine`. Learning rate
+and weight are chosen on a tuning seed and the validation images, from four settings for every method. So is the choice
+between one and three consensus heads. Test images are only reported on.
 """
 
 from __future__ import annotations
@@ -59,83 +54,92 @@ from knowiso_train.refinement.heads import (
 from knowiso_train.refinement.metrics import best_temperature
 from knowiso_train.refinement.models import classifier_model
 
-TUNING_LABELS, TUNING_SEED = 10, 1000  # other numbers of labels per class are trained with the settings of ten
+TUNING_LABELS, TUNING_SEED = 10, 1000  # settings of ten labels are used for all numbers
 HALF_BATCH, CLIP, DECAY = 16, 1.0, 1e-4
-# As they are and in proportion: as many as there are recipes and ALONE
+# With and without class prior: equally many as HEAD_CONFIGS and LABEL_RIDGES
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-8, 9))
-LABEL_RIDGES = (0.1, 1.0, 10.0)  # ridges of the labels' own classifiers, where nothing else of these is chosen
+LABEL_RIDGES = (0.1, 1.0, 10.0)  # ridges of the classifiers from labels alone
 AUTO_METHODS, AUTO_COLUMN = ("ours, labels", "ours, features"), "as auto chooses"
 METHODS = ("plain", "self-distillation", "ensemble", "self-training", "ours", *AUTO_METHODS)
-SLOW_METHOD, SLOW_LABELS = "ours, features", (10, 5)  # three networks run in every step of it
+SLOW_METHOD, SLOW_LABELS = "ours, features", (10, 5)  # runs three networks in every step
 CONSENSUS = "consensus head"
 UNTRAINED_METHODS = ("ridge head", "self-training head", CONSENSUS, "three ridge heads", "three consensus heads")
 
 
-def with_class_prior(recipes: Sequence[HeadConfig], labels: Tensor, classes: int) -> list[HeadConfig]:
-    """Each with guesses as they are, and in the proportions of the validation images."""
-    shares = tuple(estimate_class_prior(labels, classes).tolist())
-    return [replace(recipe, class_prior=known) for recipe in recipes for known in (None, shares)]
+def with_class_prior(configs: Sequence[HeadConfig], labels: Tensor, classes: int) -> list[HeadConfig]:
+    """Return each configuration without a class prior and with that of the validation images."""
+    class_prior = tuple(estimate_class_prior(labels, classes).tolist())
+    return [replace(config, class_prior=prior) for config in configs for prior in (None, class_prior)]
 
 
-def align_to_class_prior(head: Head, features: Tensor, recipe: HeadConfig) -> Head:
-    """The classifier with a bias for each class that brings its guesses on `features` to the recipe's shares."""
+def align_to_class_prior(head: Head, features: Tensor, config: HeadConfig) -> Head:
+    """Add a bias for each class that aligns the pseudo-labels on `features` with the class prior."""
     scores = head(features)
-    alike = pseudo_labels(scores, recipe.inverse_temperature, torch.tensor(recipe.class_prior))
-    # Up to a number for each image, which decides nothing
-    bias = (alike.log() - recipe.inverse_temperature * scores).mean(0)
-    return Head(recipe.inverse_temperature * head.weight, recipe.inverse_temperature * head.bias + bias, head.targets)
+    aligned = pseudo_labels(scores, config.inverse_temperature, torch.tensor(config.class_prior))
+    # Equal up to a constant for each image, which does not change the prediction
+    bias = (aligned.log() - config.inverse_temperature * scores).mean(0)
+    return Head(config.inverse_temperature * head.weight, config.inverse_temperature * head.bias + bias, head.targets)
 
 
 class FinetuneBenchmark:
-    """Images, features and the network; what does not depend on the labels is made once."""
+    """Images, features and networks; holds what does not depend on the labels."""
 
-    def __init__(self, task: Task, recipes: Sequence[HeadConfig]) -> None:
-        self.task, self.own = task, task.names[0]
+    def __init__(self, task: Task, configs: Sequence[HeadConfig]) -> None:
+        self.task, self.name = task, task.names[0]
         self.x = {name: task.features(name) for name in task.names}
-        self.labels: dict[str, Tensor] = self.x[self.own]["labels"]
-        self.recipes = with_class_prior(recipes, self.labels["validation"], task.classes)
+        self.labels: dict[str, Tensor] = self.x[self.name]["labels"]
+        self.configs = with_class_prior(configs, self.labels["validation"], task.classes)
         self.shipped = with_class_prior([HeadConfig()], self.labels["validation"], task.classes)[-1]
         train = {name: self.x[name]["train"] for name in task.names}
         self.consensus = {
             name: ConsensusFeatures.from_views([train[name], *(train[other] for other in task.names if other != name)])
             for name in task.names
         }
-        self.alone = ConsensusFeatures.from_views([train[self.own]])
+        self.alone = ConsensusFeatures.from_views([train[self.name]])
         self.images = {split: task.pixels(split) for split in SPLITS}
         self.networks = {name: task.network(name) for name in task.names}
 
     def heads(self, index: Tensor) -> dict[str, dict[str, Head]]:
-        """Ridge classifiers and consensus heads of every network, and the head without peers: the best on the validation images, calibrated there."""
-        labels, found = self.labels["train"][index], {}
-        for kind in ("ridge", "consensus"):
-            found[kind] = {name: self._best(self._tried(kind, name, index, labels), name) for name in self.task.names}
-        return found | {"alone": {self.own: self._best(self._guessing(self.alone, self.own, index, labels), self.own)}}
+        """Return ridge classifiers and consensus heads of every network, and the head without peers.
 
-    def _tried(self, kind: str, name: str, index: Tensor, labels: Tensor) -> list[Head]:
+        Each is the best one on the validation images, with its temperature calibrated there.
+        """
+        labels, heads = self.labels["train"][index], {}
+        for kind in ("ridge", "consensus"):
+            heads[kind] = {
+                name: self._select(self._candidates(kind, name, index, labels), name) for name in self.task.names
+            }
+        return heads | {
+            "alone": {
+                self.name: self._select(self._pseudo_label_heads(self.alone, self.name, index, labels), self.name)
+            }
+        }
+
+    def _candidates(self, kind: str, name: str, index: Tensor, labels: Tensor) -> list[Head]:
         if kind == "consensus":
-            return self._guessing(self.consensus[name], name, index, labels)
+            return self._pseudo_label_heads(self.consensus[name], name, index, labels)
         plain = self._ridges(name, index, labels, RIDGES)
         return [*plain, *(align_to_class_prior(head, self.x[name]["train"], self.shipped) for head in plain)]
 
     def _ridges(self, name: str, index: Tensor, labels: Tensor, ridges: Sequence[float]) -> list[Head]:
         return [ridge_head(self.x[name]["train"][index], labels, self.task.classes, ridge) for ridge in ridges]
 
-    def _guessing(self, consensus: ConsensusFeatures, name: str, index: Tensor, labels: Tensor) -> list[Head]:
-        fitted = [consensus.head(index, labels, self.task.classes, recipe) for recipe in self.recipes]
+    def _pseudo_label_heads(self, consensus: ConsensusFeatures, name: str, index: Tensor, labels: Tensor) -> list[Head]:
+        fitted = [consensus.head(index, labels, self.task.classes, config) for config in self.configs]
         return [*self._ridges(name, index, labels, LABEL_RIDGES), *fitted]
 
-    def _best(self, heads: list[Head], name: str) -> Head:
+    def _select(self, heads: list[Head], name: str) -> Head:
         x, y = self.x[name]["validation"], self.labels["validation"]
-        chosen = max(heads, key=lambda head: int((head(x).argmax(1) == y).sum()))
-        return chosen.scaled(best_temperature(chosen(x), y))
+        best = max(heads, key=lambda head: int((head(x).argmax(1) == y).sum()))
+        return best.scaled(best_temperature(best(x), y))
 
-    def told(self, heads: dict[str, Head], split: str) -> Tensor:
-        """Mean probabilities (images, classes)."""
+    def mean_probabilities(self, heads: dict[str, Head], split: str) -> Tensor:
+        """Return mean probabilities, (images, classes)."""
         return torch.stack([head(self.x[name][split]).softmax(1) for name, head in heads.items()]).mean(0)
 
-    def trained(
+    def train(
         self,
-        way: str,
+        method: str,
         heads: dict[str, dict[str, Head]],
         index: Tensor,
         seed: int,
@@ -144,34 +148,45 @@ class FinetuneBenchmark:
         weight: float,
         three: bool,
     ) -> nn.Module:
-        """The network after the task's steps; batches and crops depend on the seed alone."""
-        if way == "ours, features":
+        """Return the network after the steps of the task.
+
+        Batches and crops depend on the seed only.
+        """
+        if method == "ours, features":
             return self.with_features(heads["consensus"], index, seed, lr=lr, weight=weight)
-        own, steps = (
-            heads[{"ours": "consensus", "ours, labels": "consensus", "self-training": "alone"}.get(way, "ridge")],
+        start_heads, steps = (
+            heads[{"ours": "consensus", "ours, labels": "consensus", "self-training": "alone"}.get(method, "ridge")],
             self.task.steps,
         )
-        taught = own if way == "ensemble" or (way == "ours" and three) else {self.own: own[self.own]}
-        targets, model = self.told(taught, "train").float(), self.with_head(own[self.own])
+        target_heads = (
+            start_heads if method == "ensemble" or (method == "ours" and three) else {self.name: start_heads[self.name]}
+        )
+        targets, model = self.mean_probabilities(target_heads, "train").float(), self.with_head(start_heads[self.name])
         for module in model.train().modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY, nesterov=True)
         schedule = WeightSchedule(warmup=steps // 10, total=steps + 1)
-        known, others = (
+        labeled, unlabeled = (
             shuffled_epochs(index, 2 * HALF_BATCH * steps, seed),
             shuffled_epochs(self.others(index), HALF_BATCH * steps, seed + 1),
         )
-        generator, few = torch.Generator().manual_seed(seed), 2 * HALF_BATCH if way in LABELS_ONLY else HALF_BATCH
+        generator, num_labeled = (
+            torch.Generator().manual_seed(seed),
+            2 * HALF_BATCH if method in LABELS_ONLY else HALF_BATCH,
+        )
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * schedule(step + 1)
-            which = torch.cat(
-                [known[few * step : few * (step + 1)], others[HALF_BATCH * step : HALF_BATCH * (step + 1)]]
+            indices = torch.cat(
+                [
+                    labeled[num_labeled * step : num_labeled * (step + 1)],
+                    unlabeled[HALF_BATCH * step : HALF_BATCH * (step + 1)],
+                ]
             )[: 2 * HALF_BATCH]
-            logits = model(self.task.changed(self.images["train"][which], generator))
-            loss = F.cross_entropy(logits[:few], self.labels["train"][which[:few]]) + weight * F.cross_entropy(
-                logits, targets[which]
-            )
+            logits = model(self.task.augment(self.images["train"][indices], generator))
+            loss = F.cross_entropy(
+                logits[:num_labeled], self.labels["train"][indices[:num_labeled]]
+            ) + weight * F.cross_entropy(logits, targets[indices])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -179,14 +194,14 @@ class FinetuneBenchmark:
         return model.eval()
 
     def others(self, index: Tensor) -> Tensor:
-        """Training images without labels, where those at `index` have them; all where all have."""
-        rest = torch.ones(len(self.labels["train"]), dtype=torch.bool)
-        rest[index] = False
-        return (rest if rest.any() else ~rest).nonzero().flatten()
+        """Return the indices of training images without labels, or all if all are labeled."""
+        unlabeled = torch.ones(len(self.labels["train"]), dtype=torch.bool)
+        unlabeled[index] = False
+        return (unlabeled if unlabeled.any() else ~unlabeled).nonzero().flatten()
 
     def with_head(self, head: Head) -> nn.Module:
-        """A copy of the network with this classifier."""
-        model = copy.deepcopy(self.networks[self.own])
+        """Return a copy of the network with this classifier."""
+        model = copy.deepcopy(self.networks[self.name])
         layer = nn.Linear(head.weight.shape[1], self.task.classes)
         with torch.no_grad():
             layer.weight.copy_(head.weight)
@@ -195,20 +210,25 @@ class FinetuneBenchmark:
         return model
 
     def with_features(self, heads: dict[str, Head], index: Tensor, seed: int, *, lr: float, weight: float) -> nn.Module:
-        """The library's own training, on as many batches of as many images."""
-        count = HALF_BATCH * (self.task.steps + 1)  # fine_tune looks at one batch more, to learn the shapes
-        known, others = shuffled_epochs(index, count, seed), shuffled_epochs(self.others(index), count, seed + 1)
+        """Train with the library's finetuning, on as many batches of the same size."""
+        count = HALF_BATCH * (self.task.steps + 1)  # one more batch, from which the shapes are inferred
+        labeled_order, unlabeled_order = (
+            shuffled_epochs(index, count, seed),
+            shuffled_epochs(self.others(index), count, seed + 1),
+        )
         generator = torch.Generator().manual_seed(seed)
-        few = [
-            (self.task.changed(self.images["train"][part], generator), self.labels["train"][part])
-            for part in known.split(HALF_BATCH)
+        labeled = [
+            (self.task.augment(self.images["train"][part], generator), self.labels["train"][part])
+            for part in labeled_order.split(HALF_BATCH)
         ]
-        many = [self.task.changed(self.images["train"][part], generator) for part in others.split(HALF_BATCH)]
+        unlabeled = [
+            self.task.augment(self.images["train"][part], generator) for part in unlabeled_order.split(HALF_BATCH)
+        ]
         start, peers = (
-            self.with_head(heads[self.own]),
+            self.with_head(heads[self.name]),
             [classifier_model(self.networks[name], name) for name in self.task.names[1:]],
         )
-        say = {
+        peer_heads = {
             i: partial(F.linear, weight=heads[p.name].weight.float(), bias=heads[p.name].bias.float())
             for i, p in enumerate(peers)
         }
@@ -221,48 +241,53 @@ class FinetuneBenchmark:
             layers=self.task.layers,
             max_grad_norm=CLIP,
         )
-        return finetune_classifier(start, classifier_model(start, self.own), peers, many, few, settings, heads=say)
+        return finetune_classifier(
+            start, classifier_model(start, self.name), peers, unlabeled, labeled, settings, heads=peer_heads
+        )
 
     @torch.inference_mode()
-    def right(self, model: nn.Module, split: str) -> Tensor:
-        """Which images of a split it gets right."""
-        guessed = torch.cat([model(self.task.normalized(x)).argmax(1) for x in torch.split(self.images[split], 64)])
-        return guessed == self.labels[split]
+    def correct(self, model: nn.Module, split: str) -> Tensor:
+        """Return which images of a split are classified correctly."""
+        predictions = torch.cat([model(self.task.normalize(x)).argmax(1) for x in torch.split(self.images[split], 64)])
+        return predictions == self.labels[split]
 
 
 def compare_finetuning(
-    task: Task, seeds: int, recipes: Sequence[HeadConfig], kept: list[dict[str, Any]], save: Any
+    task: Task, seeds: int, configs: Sequence[HeadConfig], rows: list[dict[str, Any]], save: Any
 ) -> list[dict[str, Any]]:
-    """A row for the tuning, and one for each number of labels and seed; kept after every training."""
+    """Return a row for the tuning, and one for each number of labels and seed.
+
+    Rows are saved after every training.
+    """
     bench: FinetuneBenchmark | None = None
-    if not kept:
-        kept.append({"labels": TUNING_LABELS, "seed": TUNING_SEED, "tried": {}})
+    if not rows:
+        rows.append({"labels": TUNING_LABELS, "seed": TUNING_SEED, "tried": {}})
     for k, seed in [(TUNING_LABELS, TUNING_SEED), *((k, s) for k in task.labels for s in range(seeds))]:
-        row = next((r for r in kept if r["labels"] == k and r["seed"] == seed), None)
+        row = next((r for r in rows if r["labels"] == k and r["seed"] == seed), None)
         if row is None:
-            kept.append(
+            rows.append(
                 row := {"labels": k, "seed": seed, "accuracy": {}, "right": {}, "validation": {}, "seconds": {}}
             )
         if _complete(task, row):
             continue
-        bench = bench or FinetuneBenchmark(task, recipes)
+        bench = bench or FinetuneBenchmark(task, configs)
         index = draw_labeled(bench.labels["train"], k, seed, task.classes)
         heads = bench.heads(index)
         if seed == TUNING_SEED:
             _tune(bench, heads, index, row, save)
             continue
         _record_untrained(bench, heads, row)
-        for way in _trained_methods(task, k):
-            if way not in row["accuracy"]:
+        for method in _trained_methods(task, k):
+            if method not in row["accuracy"]:
                 began = time.perf_counter()
-                settings = {**kept[0]["chosen"][way], "three": kept[0]["three"]}
-                done = bench.trained(way, heads, index, seed, **settings)
-                _record(row, way, bench.right(done, "test"))
-                row["validation"][way] = 100 * float(bench.right(done, "validation").double().mean())
-                row["seconds"][way] = round(time.perf_counter() - began)
+                settings = {**rows[0]["chosen"][method], "three": rows[0]["three"]}
+                model = bench.train(method, heads, index, seed, **settings)
+                _record(row, method, bench.correct(model, "test"))
+                row["validation"][method] = 100 * float(bench.correct(model, "validation").double().mean())
+                row["seconds"][method] = round(time.perf_counter() - began)
                 save()
         if task.auto:
-            # Of equal ones the first, which is the simplest
+            # max returns the first of equal ones, which is the simplest
             best = max((CONSENSUS, *AUTO_METHODS), key=row["validation"].__getitem__)
             row["accuracy"][AUTO_COLUMN], row["right"][AUTO_COLUMN], row["chosen"] = (
                 row["accuracy"][best],
@@ -276,11 +301,11 @@ def compare_finetuning(
             row["seconds"],
             flush=True,
         )
-    return kept
+    return rows
 
 
 def _complete(task: Task, row: dict[str, Any]) -> bool:
-    """A way that is added later is tuned and judged then."""
+    """Return whether a row has the results of all methods."""
     if row["seed"] == TUNING_SEED:
         return set(row.get("chosen", ())) >= set(_trained_methods(task, TUNING_LABELS))
     return set(row["accuracy"]) >= set(_columns(task, row["labels"]))
@@ -288,7 +313,9 @@ def _complete(task: Task, row: dict[str, Any]) -> bool:
 
 def _trained_methods(task: Task, labels: int) -> list[str]:
     return [
-        way for way in METHODS if (way != SLOW_METHOD or labels in SLOW_LABELS) and (way != "ours, labels" or task.auto)
+        method
+        for method in METHODS
+        if (method != SLOW_METHOD or labels in SLOW_LABELS) and (method != "ours, labels" or task.auto)
     ]
 
 
@@ -300,58 +327,61 @@ def _tune(
     bench: FinetuneBenchmark, heads: dict[str, dict[str, Head]], index: Tensor, row: dict[str, Any], save: Any
 ) -> None:
     y, consensus = bench.labels["validation"], heads["consensus"]
-    sure = [
-        int((bench.told(part, "validation").argmax(1) == y).sum())
-        for part in ({bench.own: consensus[bench.own]}, consensus)
+    num_correct = [
+        int((bench.mean_probabilities(part, "validation").argmax(1) == y).sum())
+        for part in ({bench.name: consensus[bench.name]}, consensus)
     ]
-    row["three"] = sure[1] > sure[0]
-    for way in _trained_methods(bench.task, TUNING_LABELS):
-        tried = row["tried"].setdefault(way, [])
-        for settings in bench.task.grid(way)[len(tried) :]:
-            done = bench.trained(way, heads, index, TUNING_SEED, **settings, three=row["three"])
-            tried.append([100 * float(bench.right(done, "validation").double().mean()), settings])
+    row["three"] = num_correct[1] > num_correct[0]
+    for method in _trained_methods(bench.task, TUNING_LABELS):
+        tried = row["tried"].setdefault(method, [])
+        for settings in bench.task.grid(method)[len(tried) :]:
+            model = bench.train(method, heads, index, TUNING_SEED, **settings, three=row["three"])
+            tried.append([100 * float(bench.correct(model, "validation").double().mean()), settings])
             save()
-            print("tuning", way, tried[-1], flush=True)
-    row["chosen"] = {way: max(tried, key=lambda item: item[0])[1] for way, tried in row["tried"].items()}
+            print("tuning", method, tried[-1], flush=True)
+    row["chosen"] = {method: max(tried, key=lambda item: item[0])[1] for method, tried in row["tried"].items()}
     save()
 
 
 def _record_untrained(bench: FinetuneBenchmark, heads: dict[str, dict[str, Head]], row: dict[str, Any]) -> None:
     ridge, consensus = heads["ridge"], heads["consensus"]
-    parts = ({bench.own: ridge[bench.own]}, heads["alone"], {bench.own: consensus[bench.own]}, ridge, consensus)
+    parts = ({bench.name: ridge[bench.name]}, heads["alone"], {bench.name: consensus[bench.name]}, ridge, consensus)
     for name, part in zip(UNTRAINED_METHODS, parts, strict=True):
-        _record(row, name, bench.told(part, "test").argmax(1) == bench.labels["test"])
+        _record(row, name, bench.mean_probabilities(part, "test").argmax(1) == bench.labels["test"])
         row["validation"][name] = 100 * float(
-            (bench.told(part, "validation").argmax(1) == bench.labels["validation"]).double().mean()
+            (bench.mean_probabilities(part, "validation").argmax(1) == bench.labels["validation"]).double().mean()
         )
 
 
-def _record(row: dict[str, Any], name: str, right: Tensor) -> None:
-    row["accuracy"][name] = 100 * float(right.double().mean())
-    row["right"][name] = pack_bits(right)
+def _record(row: dict[str, Any], name: str, correct: Tensor) -> None:
+    row["accuracy"][name] = 100 * float(correct.double().mean())
+    row["right"][name] = pack_bits(correct)
 
 
 def finetuning_table(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean accuracy, and paired differences to three of the rivals: mean ± standard error over seeds, and over test images drawn again."""
-    found = []
+    """Return mean accuracy, and paired differences to three baselines.
+
+    Standard errors are over seeds, and bootstrapped over test images.
+    """
+    lines = []
     for k in task.labels:
-        judged = [row for row in rows if row["labels"] == k and row["seed"] != TUNING_SEED and _complete(task, row)]
-        if len(judged) < 2:
+        final_rows = [row for row in rows if row["labels"] == k and row["seed"] != TUNING_SEED and _complete(task, row)]
+        if len(final_rows) < 2:
             continue
-        right = {
-            name: torch.stack([unpack_bits(row["right"][name], task.tested) for row in judged])
+        correct = {
+            name: torch.stack([unpack_bits(row["right"][name], task.num_test_images) for row in final_rows])
             for name in _columns(task, k)
         }
-        for name, own in right.items():
+        for name, method_correct in correct.items():
             line: dict[str, Any] = {
                 "labels": "all" if k == ALL_LABELS else k,
                 "method": name,
-                "seeds": len(own),
-                "top-1 %": round(100 * float(own.mean()), 2),
+                "seeds": len(method_correct),
+                "top-1 %": round(100 * float(method_correct.mean()), 2),
             }
             for other in ("plain", "ensemble", "self-training"):
-                gap = 100 * (own - right[other])
+                gap = 100 * (method_correct - correct[other])
                 line[f"over {other}"] = mean_and_error(gap.mean(1).tolist(), signed=True)
                 line[f"over {other}, over images"] = f"± {bootstrap_error(gap.mean(0)):.2f}"
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines

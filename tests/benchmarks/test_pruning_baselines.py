@@ -119,11 +119,11 @@ def test_a_channel_that_nothing_says_goes_first_under_every_importance_of_weight
 def test_gradients_are_means_over_the_images_and_squares_count_every_image() -> None:
     model, _, _ = resnet()
     data = calibration(model, 6)
-    loss = nn.functional.cross_entropy(model(data.images), data.said)
+    loss = nn.functional.cross_entropy(model(data.images), data.predictions)
     expected = torch.autograd.grad(loss, model.conv1.weight)[0]
     accumulate_gradient(model, data, batch=4)
     torch.testing.assert_close(model.conv1.weight.grad, expected, rtol=1e-3, atol=1e-6)
-    pairs = zip(data.images.split(1), data.said.split(1), strict=True)
+    pairs = zip(data.images.split(1), data.predictions.split(1), strict=True)
     single = [torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.conv1.weight)[0] for x, y in pairs]
     scorer = hessian(model, data, images=6)
     torch.testing.assert_close(scorer._accu_grad[model.conv1.weight], sum(g.square() for g in single))
