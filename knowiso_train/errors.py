@@ -1,10 +1,13 @@
-"""The one family of errors. Each also inherits the builtin that a caller would expect, and says what was expected, what arrived and what to do."""
+"""Errors of the library, each also a subclass of the builtin error that callers expect.
+
+Messages state what was expected, what was passed, and what to do.
+"""
 
 from __future__ import annotations
 
 
 class KnowisoError(Exception):
-    """Base of every error that this library raises on purpose.
+    """Base class of the errors that this library raises.
 
     Example:
         >>> import knowiso_train as ki
@@ -16,27 +19,28 @@ class KnowisoError(Exception):
     """
 
     def __str__(self) -> str:
-        return str(self.args[0]) if len(self.args) == 1 else super().__str__()  # KeyError would print the repr
+        # KeyError would print the repr of the message.
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
 
 
 class LayerNameError(KnowisoError, KeyError):
-    """A layer name or pattern that matches nothing, or pairs that cannot be formed."""
+    """Layer name or pattern without a match, or layers that cannot be paired."""
 
 
 class LayoutError(KnowisoError, ValueError):
-    """A feature whose layout (which axis is channels, which are positions) is unknown or contradicts `layout=`."""
+    """Feature whose channel and position axes are unknown or contradict `layout=`."""
 
 
 class ShapeError(KnowisoError, ValueError):
-    """Tensors whose shapes do not fit each other or the operation."""
+    """Tensors of shapes that do not fit each other or the operation."""
 
 
 class OptionError(KnowisoError, ValueError):
-    """An option with a value that has no meaning, or options that exclude each other."""
+    """Invalid value of an option, or options that exclude each other."""
 
 
 class InputTypeError(KnowisoError, TypeError):
-    """A batch, model or argument of a type that cannot be used."""
+    """Batch, model or argument of an unsupported type."""
 
 
 class OptionTypeError(OptionError, InputTypeError):
@@ -44,28 +48,28 @@ class OptionTypeError(OptionError, InputTypeError):
 
 
 class CaptureError(KnowisoError, RuntimeError):
-    """A tapped layer that never fired, fired more than once, or whose output cannot be trusted."""
+    """Hooked layer that did not run, ran more than once, or whose output was overwritten."""
 
 
 class NonFiniteError(KnowisoError, FloatingPointError):
-    """NaN or Inf in features; nothing was accumulated from that batch."""
+    """NaN or Inf in features; nothing of that batch was accumulated."""
 
 
 class CapacityError(KnowisoError, MemoryError):
-    """The job would not fit in memory; raised before the memory is gone."""
+    """Computation that would exceed the memory, raised before it starts."""
 
 
 class DataError(KnowisoError, RuntimeError):
-    """A loader that gives too few images, or different images when it is read again."""
+    """Loader with too few images or labels, or with different images in another pass."""
 
 
 class FormatError(KnowisoError, ValueError):
-    """A saved file that is not what this version reads."""
+    """Saved file that this version cannot read."""
 
 
 class MissingDependencyError(KnowisoError, ImportError):
-    """An optional dependency is needed; the message names the extra that brings it."""
+    """Missing optional dependency; the message names the extra that installs it."""
 
 
 class KnowisoWarning(UserWarning):
-    """A result that is defined but deserves a second look; the message names the layer."""
+    """Warning about a result that is defined but needs attention; the message names the layer."""

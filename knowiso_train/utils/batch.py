@@ -17,15 +17,15 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 def check_loader(loader: Any, what: str = "loader", *, again: bool = True) -> None:
-    """That something can be read batch by batch.
+    """Check that an argument is an iterable of batches.
 
     Args:
         loader: DataLoader or another iterable of batches.
-        what: it is, for the error.
-        again: whether it is read more than once, which an iterator cannot be.
+        what: Name of the argument in error messages.
+        again: Require that it can be read more than once, which excludes iterators.
 
     Raises:
-        InputTypeError: it cannot.
+        InputTypeError: Not an iterable of batches, or an iterator where it is read more than once.
 
     Example:
         >>> check_loader([torch.zeros(2, 3, 8, 8)])
@@ -33,38 +33,39 @@ def check_loader(loader: Any, what: str = "loader", *, again: bool = True) -> No
     """
     if isinstance(loader, (Tensor, nn.Module)) or not hasattr(loader, "__iter__"):
         raise InputTypeError(
-            f"{what}: expected a DataLoader or any other iterable of batches of images, got {type(loader).__name__}; put a single batch into a list"
+            f"{what}: expected a DataLoader or another iterable of batches, got {type(loader).__name__}; "
+            "put a single batch into a list"
         )
     if again and isinstance(loader, Iterator):
         raise InputTypeError(
-            f"{what}: expected a DataLoader or a list of batches, which can be read more than once; got an iterator ({type(loader).__name__})"
+            f"{what}: expected a DataLoader or a list of batches, which can be read more than once; "
+            f"got an iterator ({type(loader).__name__})"
         )
 
 
 def get_inputs(batch: Any) -> Tensor:
-    """The images of a batch.
+    """Return the images of a batch.
 
     Args:
-        batch: the tensor itself; a tuple or list, whose first element is taken; or a mapping, of which the first
-            present of `INPUT_KEYS` is taken,
-            else the only floating tensor with two axes or more.
+        batch: Tensor; tuple or list with the images as its first element; or mapping with the images at one of
+            `INPUT_KEYS`, else as its only floating tensor with two or more axes.
 
     Raises:
-        InputTypeError: no tensor there, or a choice between several.
+        InputTypeError: No tensor there, or several candidates.
 
     Example:
         >>> get_inputs({"label": torch.zeros(4), "image": torch.ones(4, 3, 8, 8)}).shape
         torch.Size([4, 3, 8, 8])
     """
     key = _input_key(batch)
-    found = batch if key is None else batch[key]
-    if not isinstance(found, Tensor):
-        where = "" if key is None else f" with a {type(found).__name__} at {key!r}"
+    images = batch if key is None else batch[key]
+    if not isinstance(images, Tensor):
+        entry = "" if key is None else f" with a {type(images).__name__} at {key!r}"
         raise InputTypeError(
-            f"expected a batch that is a tensor, a tuple or list whose first element is one, or a mapping with one at {INPUT_KEYS}; "
-            f"got {type(batch).__name__}{where}. Pass forward= to call the network on such batches."
+            "expected a batch that is a tensor, a tuple or list that begins with one, or a mapping with one at "
+            f"{INPUT_KEYS}; got {type(batch).__name__}{entry}. Pass forward= to call the network on such batches."
         )
-    return found
+    return images
 
 
 def labels_of(batch: Any, description: str = "images") -> Tensor:
@@ -92,12 +93,13 @@ def labels_of(batch: Any, description: str = "images") -> Tensor:
     if not isinstance(labels, Tensor):
         content = "none" if labels is None else type(labels).__name__
         raise DataError(
-            f"{description}: expected a tensor of labels as the second element of each batch or at one of {LABEL_KEYS}, "
-            f"got {content} in a {type(batch).__name__}"
+            f"{description}: expected a tensor of labels as the second element of each batch, "
+            f"or at one of {LABEL_KEYS}, got {content} in a {type(batch).__name__}"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.shape != (batch_size(batch),):
         raise DataError(
-            f"{description}: expected one integer label for each image, got {labels.dtype} of shape {tuple(labels.shape)}"
+            f"{description}: expected one integer label for each image, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if bool((labels < 0).any()):
         raise DataError(
@@ -107,30 +109,30 @@ def labels_of(batch: Any, description: str = "images") -> Tensor:
 
 
 def replace_inputs(batch: Any, inputs: Any) -> Any:
-    """The batch with other images in the place where `get_inputs` finds them.
+    """Return a copy of a batch with other images in the place of those that `get_inputs` returns.
 
     Raises:
-        InputTypeError: as `get_inputs`.
+        InputTypeError: See `get_inputs`.
     """
     get_inputs(batch)
     key = _input_key(batch)
     if key is None:
         return inputs
     if isinstance(batch, Mapping):
-        return _rebuilt_mapping(batch, {**batch, key: inputs})
-    return _rebuilt_sequence(batch, [inputs, *batch[1:]])
+        return _rebuild_mapping(batch, {**batch, key: inputs})
+    return _rebuild_sequence(batch, [inputs, *batch[1:]])
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """The batch with every tensor in it on a device; what is no tensor, tuple, list or mapping stays as it is."""
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    """Move all tensors of a batch to a device, through tuples, lists and mappings; other values stay unchanged."""
+    return _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples: the length of the images, or of the first tensor where `get_inputs` finds none.
+    """Return the number of samples: the length of the images, else of the first tensor with an axis.
 
     Raises:
-        InputTypeError: no tensor with at least one axis.
+        InputTypeError: No tensor with at least one axis.
 
     Example:
         >>> batch_size((torch.zeros(4, 3, 8, 8), torch.zeros(4)))
@@ -138,7 +140,8 @@ def batch_size(batch: Any) -> int:
     """
     try:
         return len(get_inputs(batch))
-    except (InputTypeError, TypeError):  # TypeError: a tensor without axes
+    # TypeError: images without axes
+    except (InputTypeError, TypeError):
         for tensor in _tensors(batch):
             if tensor.ndim:
                 return len(tensor)
@@ -146,19 +149,18 @@ def batch_size(batch: Any) -> int:
 
 
 def index_batch(batch: Any, index: Tensor) -> Any:
-    """Some samples of a batch.
+    """Select samples of a batch.
 
-    Tensors with one row per sample are indexed along their first axis, wherever they are; so are lists and tuples
-    inside the batch with one item
-    per sample (file names, boxes). Everything else is passed on.
+    Tensors with one row per sample are indexed along their first axis, also in nested containers. Nested lists and
+    tuples with one item per sample, such as file names or boxes, are indexed too. Other values stay unchanged.
 
     Args:
-        batch: see `get_inputs`.
-        index: 1-D, indices or a boolean mask.
+        batch: Batch in a form that `get_inputs` accepts.
+        index: (K,) indices, or (N,) boolean mask.
 
     Raises:
-        ShapeError: a mask of another length, or an index that is not 1-D.
-        InputTypeError: a batch without tensors.
+        ShapeError: A mask of another length, or an index that is not 1-D.
+        InputTypeError: A batch without tensors.
 
     Example:
         >>> index_batch({"image": torch.zeros(3, 1), "name": ["a", "b", "c"]}, torch.tensor([2, 0]))["name"]
@@ -169,28 +171,29 @@ def index_batch(batch: Any, index: Tensor) -> Any:
         raise ShapeError(
             f"expected a 1-D index, or a boolean mask of length {size}; got {index.dtype} of shape {tuple(index.shape)}"
         )
-    chosen = index.nonzero().flatten() if index.dtype == torch.bool else index
-    return _selected(batch, chosen, size, top=True)
+    indices = index.nonzero().flatten() if index.dtype == torch.bool else index
+    return _select(batch, indices, size, top=True)
 
 
-def _selected(batch: Any, index: Tensor, size: int, *, top: bool = False) -> Any:
+def _select(batch: Any, index: Tensor, size: int, *, top: bool = False) -> Any:
     if isinstance(batch, Tensor):
-        # What comes to the CPU is read at once; what goes to a GPU it finds in its queue
-        waits = batch.device.type == "cpu"
-        return batch[index.to(batch.device, non_blocking=not waits)] if batch.ndim and len(batch) == size else batch
+        # A non-blocking copy to the CPU could be read before it is complete; on a GPU the stream orders it.
+        non_blocking = batch.device.type != "cpu"
+        is_indexed = batch.ndim and len(batch) == size
+        return batch[index.to(batch.device, non_blocking=non_blocking)] if is_indexed else batch
     if isinstance(batch, Mapping):
-        return _rebuilt_mapping(batch, {key: _selected(value, index, size) for key, value in batch.items()})
+        return _rebuild_mapping(batch, {key: _select(value, index, size) for key, value in batch.items()})
     if not isinstance(batch, (tuple, list)):
         return batch
-    # [images, labels] of two samples
+    # [images, labels] of a batch of two samples is a list of columns, not of samples.
     columns = all(isinstance(item, Tensor) and item.ndim and len(item) == size for item in batch)
     if not top and not columns and len(batch) == size:
-        return _rebuilt_sequence(batch, [batch[i] for i in index.tolist()])
-    return _rebuilt_sequence(batch, [_selected(item, index, size) for item in batch])
+        return _rebuild_sequence(batch, [batch[i] for i in index.tolist()])
+    return _rebuild_sequence(batch, [_select(item, index, size) for item in batch])
 
 
 def _input_key(batch: Any) -> Any:
-    """Where in the batch the images are; None for the batch itself."""
+    """Return the key or index of the images in a batch; None for the batch itself."""
     if isinstance(batch, (tuple, list)) and batch:
         return 0
     if not isinstance(batch, Mapping):
@@ -198,26 +201,26 @@ def _input_key(batch: Any) -> Any:
     for key in INPUT_KEYS:
         if key in batch:
             return key
-    maps = [
+    candidates = [
         key
         for key, value in batch.items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
     ]
-    if len(maps) == 1:
-        return maps[0]
+    if len(candidates) == 1:
+        return candidates[0]
     raise InputTypeError(
-        f"cannot tell which entry of the batch is the images: expected one of {INPUT_KEYS}, or a single floating tensor with two axes or more; "
-        f"got keys {list(batch)}, {len(maps)} such tensor(s). Pass forward= to call the network on such batches."
+        f"expected images at one of {INPUT_KEYS}, or a single floating tensor with two or more axes, in the batch; "
+        f"got keys {list(batch)}, {len(candidates)} such tensor(s). Pass forward= to call the network on such batches."
     )
 
 
-def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return _rebuilt_mapping(batch, {key: _mapped(value, function) for key, value in batch.items()})
+        return _rebuild_mapping(batch, {key: _map_tensors(value, function) for key, value in batch.items()})
     if isinstance(batch, (tuple, list)):
-        return _rebuilt_sequence(batch, [_mapped(item, function) for item in batch])
+        return _rebuild_sequence(batch, [_map_tensors(item, function) for item in batch])
     return batch
 
 
@@ -229,23 +232,24 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _rebuilt_mapping(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    """The same kind of mapping (Hugging Face's BatchEncoding offers attributes) with other values."""
+def _rebuild_mapping(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """Return a mapping of the same class with other values, so that BatchEncoding keeps its attributes."""
     if type(batch) is dict or not hasattr(batch, "__setitem__"):
         return values
-    rebuilt = copy.copy(batch)
+    copied = copy.copy(batch)
     for key, value in values.items():
-        rebuilt[key] = value
-    return rebuilt
+        copied[key] = value
+    return copied
 
 
-def _rebuilt_sequence(batch: Sequence[Any], values: list[Any]) -> Any:
-    kind = type(batch)
-    return kind(*values) if hasattr(batch, "_fields") else kind(values)  # type: ignore[call-arg]  # namedtuples take their fields one by one
+def _rebuild_sequence(batch: Sequence[Any], values: list[Any]) -> Any:
+    batch_type: Any = type(batch)
+    # Named tuples take their fields as separate arguments.
+    return batch_type(*values) if hasattr(batch, "_fields") else batch_type(values)
 
 
 def image_size(images: Tensor) -> tuple[int, int] | None:
-    """(height, width) of images (N, C, H, W); None for other inputs.
+    """Return (height, width) of images (N, C, H, W); None for other inputs.
 
     Example:
         >>> image_size(torch.zeros(2, 3, 8, 6)), image_size(torch.zeros(2, 20))
@@ -255,18 +259,18 @@ def image_size(images: Tensor) -> tuple[int, int] | None:
 
 
 def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 0) -> Iterable[Any]:
-    """The loader, or, where it reads more than `max_images` of a map-style dataset, one that reads so many, drawn at random.
+    """Return a loader of at most `max_images` random images where the dataset allows random access, else the loader.
 
-    Folders are sorted by class, so the first images of them would be those of a few classes. Other loaders are cut off
-    by who reads them.
+    Random, because image folders are sorted by class: their first images would cover only a few classes. Callers stop
+    reading other loaders early.
 
     Args:
-        loader: DataLoader or any iterable of batches that can be read more than once.
-        max_images: most images, or None for all.
-        seed: of the draw.
+        loader: DataLoader, or another iterable of batches that can be read more than once.
+        max_images: Maximum number of images. None: all.
+        seed: Seed of the random choice.
 
     Raises:
-        InputTypeError: an iterator, which can be read only once, or no iterable.
+        InputTypeError: An iterator, which can be read only once, or no iterable.
         OptionError: `max_images` below 1.
 
     Example:
@@ -277,10 +281,10 @@ def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 
     if max_images is not None and max_images < 1:
         raise OptionError(f"max_images must be positive or None, got {max_images}")
     check_loader(loader)
-    plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+    is_map_style = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
     if (
         max_images is None
-        or not plain
+        or not is_map_style
         or not isinstance(loader, DataLoader)
         or not isinstance(loader.sampler, SequentialSampler)
     ):
@@ -288,9 +292,10 @@ def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 
     count = len(loader.dataset)  # type: ignore[arg-type]
     if count <= max_images:
         return loader
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values.tolist()
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randperm(count, generator=generator)[:max_images].sort().values.tolist()
     return DataLoader(
-        Subset(loader.dataset, chosen),
+        Subset(loader.dataset, indices),
         batch_size=loader.batch_size or 64,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

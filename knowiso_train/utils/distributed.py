@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ProcessGroup:
-    """The processes that share one measurement: the initialized default group, or this process alone.
+    """Default process group where it is initialized, else this process alone.
 
     Example:
         >>> ProcessGroup().size
@@ -31,7 +31,7 @@ class ProcessGroup:
                 dist.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
-        """A picklable value of every process, in rank order."""
+        """Return a picklable value of every process, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -39,7 +39,7 @@ class ProcessGroup:
         return values
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
-        """Overwrite the tensors with those of rank 0."""
+        """Overwrite tensors with those of rank 0, in place."""
         if self.size > 1:
             for tensor in tensors:
                 moved = tensor.to(self.device)
@@ -48,17 +48,21 @@ class ProcessGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where collectives need their tensors: CUDA under NCCL, else the CPU."""
+        """Device that collectives need their tensors on: CUDA under NCCL, else the CPU."""
         if self.size > 1 and "nccl" in str(dist.get_backend()):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup) -> list[RemovableHandle]:
-    """Set parameters to those of the first process, and give all the mean of their gradients from now on.
+    """Copy parameters from rank 0 and average their gradients over the processes in every later backward pass.
+
+    Args:
+        parameters: Parameters outside of DDP.
+        group: Processes to average over.
 
     Returns:
-        Handles of the hooks; none where there is a single process or nothing to share.
+        Handles of the gradient hooks; none for a single process or without parameters.
 
     Example:
         >>> all_reduce_gradients([nn.Parameter(torch.zeros(2))], ProcessGroup())
@@ -74,4 +78,5 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup
         group.sum_(total)
         return (total / group.size).to(gradient.device)
 
-    return [parameter.register_hook(mean) for parameter in parameters if parameter.requires_grad]  # type: ignore[no-untyped-call]
+    trained: list[Any] = [parameter for parameter in parameters if parameter.requires_grad]
+    return [parameter.register_hook(mean) for parameter in trained]

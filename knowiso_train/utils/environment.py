@@ -1,4 +1,4 @@
-"""Versions of the libraries and names of networks, as reports record them."""
+"""Versions of the libraries that results depend on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that figures depend on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the libraries that results depend on."""
+    versions = {"python": platform.python_version()}
     for package in ("knowiso_train", "torch", "timm", "numpy"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
