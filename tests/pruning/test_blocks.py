@@ -44,30 +44,25 @@ class Net(nn.Module):
         return out
 
 
-def pictures(n: int = 192, seed: int = 0) -> Tensor:
+def random_images(n: int = 192, seed: int = 0) -> Tensor:
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def original(seed: int) -> Net:
     torch.manual_seed(seed)
-    return settled(Net(), pictures(256, seed=9))
-
-
-def apart(a: nn.Module, b: nn.Module, images: Tensor) -> float:
-    with torch.no_grad():
-        return float((a(images) - b(images)).square().mean())
+    return settled(Net(), random_images(256, seed=9))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fine_tuned_blocks_are_closer_to_the_original_on_new_images(seed: int) -> None:
-    model, images, others = original(seed), pictures(seed=seed), pictures(256, seed=100 + seed)
+    model, images, new_images = original(seed), random_images(seed=seed), random_images(256, seed=100 + seed)
     plain = ki.prune(model, [images], macs=0.5, progress=False)
     tuned = ki.prune(model, [images], macs=0.5, block_steps=40, progress=False)
     assert [block.name for block in tuned.report.blocks] == ["blocks.0", "blocks.1"]
     assert not plain.report.blocks
     assert all(block.after < block.before for block in tuned.report.blocks)
     with torch.no_grad():
-        outputs = [network.blocks(F.relu(network.stem(others))) for network in (model, plain.model, tuned.model)]
+        outputs = [network.blocks(F.relu(network.stem(new_images))) for network in (model, plain.model, tuned.model)]
     assert (outputs[2] - outputs[0]).square().mean() < 0.97 * (outputs[1] - outputs[0]).square().mean()
     assert {key: value.shape for key, value in tuned.model.state_dict().items()} == {
         k: v.shape for k, v in plain.model.state_dict().items()
@@ -75,7 +70,7 @@ def test_fine_tuned_blocks_are_closer_to_the_original_on_new_images(seed: int) -
 
 
 def test_reported_share_equals_the_distance_of_the_models() -> None:
-    model, images = original(0), pictures()
+    model, images = original(0), random_images()
     pruned = ki.prune(model, [images], macs=0.5, block_steps=20, progress=False)
     features: dict[str, Tensor] = {}
     for role, network in (("original", model), ("pruned", pruned.model)):
@@ -89,7 +84,7 @@ def test_reported_share_equals_the_distance_of_the_models() -> None:
 
 
 def test_later_layers_fit_the_residual_of_a_fine_tuned_block() -> None:
-    model, images = original(1), pictures(400)
+    model, images = original(1), random_images(400)
     small = ki.prune(model, [images], macs=0.5, progress=False)
     network = copy.deepcopy(small.model)
     ki.refit(network, model, [images], kept=small.kept, ridge=1e-9, rows=10_000, block_steps=30, progress=False)
@@ -106,7 +101,7 @@ def test_later_layers_fit_the_residual_of_a_fine_tuned_block() -> None:
 
 
 def test_block_is_restored_without_an_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = original(2), pictures()
+    model, images = original(2), random_images()
     small = ki.prune(model, [images], macs=0.5, progress=False)
     plain, tuned = copy.deepcopy(small.model), copy.deepcopy(small.model)
     ki.refit(plain, model, [images], kept=small.kept, progress=False)
@@ -120,7 +115,7 @@ def test_block_is_restored_without_an_improvement(monkeypatch: pytest.MonkeyPatc
 
 
 def test_hooks_are_removed_and_requires_grad_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = original(0), pictures()
+    model, images = original(0), random_images()
     small = ki.prune(model, [images], macs=0.5, progress=False)
     flags = {name: index % 2 == 0 for index, (name, _) in enumerate(small.model.named_parameters())}
     for name, parameter in small.model.named_parameters():
@@ -137,7 +132,7 @@ def test_hooks_are_removed_and_requires_grad_is_restored(monkeypatch: pytest.Mon
 
 
 def test_invalid_arguments_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = original(0), pictures(64)
+    model, images = original(0), random_images(64)
     with pytest.raises(OptionError, match="block_steps needs the refit"):
         ki.prune(model, [images], refit=False, block_steps=3, progress=False)
     with pytest.raises(OptionError, match="block_steps must be"):

@@ -122,8 +122,8 @@ def test_momenta_of_whole_models_are_cut_and_training_continues(name: str) -> No
     momenta = {key: optimizer.state[value]["exp_avg"].clone() for key, value in model.named_parameters()}
     with preserve_optimizer_state(model, optimizer) as kept:
         prune(model)
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert all(mine is theirs for mine, theirs in zip(held, model.parameters(), strict=True))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert all(mine is theirs for mine, theirs in zip(parameters, model.parameters(), strict=True))
     for key, value in model.named_parameters():
         momentum = optimizer.state[value]["exp_avg"]
         assert torch.equal(momentum, index_kept(momenta[key], kept[key]) if key in kept else momenta[key])
@@ -226,21 +226,22 @@ class TestPreservedState:
         )
 
     def test_parameters_of_a_loss_keep_their_state(self) -> None:
-        model, own = Net(), nn.Parameter(torch.ones(3))
-        optimizer = Adam([{"params": model.parameters()}, {"params": [own], "lr": 0.5}], lr=0.1)
-        own.grad = torch.ones(3)
+        model, weight = Net(), nn.Parameter(torch.ones(3))
+        optimizer = Adam([{"params": model.parameters()}, {"params": [weight], "lr": 0.5}], lr=0.1)
+        weight.grad = torch.ones(3)
         step(model, optimizer, 0)
-        own.grad = torch.ones(3)
+        weight.grad = torch.ones(3)
         optimizer.step()
-        state = copy.deepcopy(optimizer.state[own])
+        state = copy.deepcopy(optimizer.state[weight])
         original, old = model, optimizer
         pruned = copy.deepcopy(model)
         with track_kept_indices(pruned) as kept:
             cut(pruned)
         new = transfer_optimizer_state(old, original, pruned, kept)
-        assert new.param_groups[1]["params"][0] is own
-        assert all(torch.equal(new.state[own][key], value) for key, value in state.items())
-        assert new.state[own]["exp_avg"] is not old.state[own]["exp_avg"]
+        assert new.param_groups[1]["params"][0] is weight
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(new.state[weight][key], value) for key, value in state.items())
+        assert new.state[weight]["exp_avg"] is not old.state[weight]["exp_avg"]
 
     def test_the_old_optimizer_is_not_modified(self) -> None:
         model = Net()
@@ -254,6 +255,7 @@ class TestPreservedState:
         step(pruned, new, 1)
         after = optimizer.state_dict()
         assert before["param_groups"] == after["param_groups"]
+        assert len(before["state"]) == 6
         assert all(
             torch.equal(value, after["state"][i][key])
             for i, entry in before["state"].items()
@@ -330,10 +332,10 @@ class TestErrors:
         )
         step(model, first, 0)
         step(model, second, 1)
-        held = [*first.param_groups[0]["params"]]
+        parameters = [*first.param_groups[0]["params"]]
         with pytest.raises(ShapeError, match="no value for each entry"), preserve_optimizer_state(model, first, second):
             cut(model)
-        assert all(mine is theirs for mine, theirs in zip(held, first.param_groups[0]["params"], strict=True))
+        assert all(mine is theirs for mine, theirs in zip(parameters, first.param_groups[0]["params"], strict=True))
 
     def test_optimizers_with_parameters_outside_their_groups_raise(self) -> None:
         model = nn.Linear(3, 2)
