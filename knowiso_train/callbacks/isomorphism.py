@@ -142,13 +142,13 @@ class IsomorphismCallback:
             True
         """
         loss_options: dict[str, Any] = {
-            "kernel_size": iso.kernel_size,
-            "teacher_transform": iso.teacher_transform,
-            "layout": iso.layout,
-            "repeated": iso.repeated,
+            "kernel_size": iso.config.kernel_size,
+            "teacher_transform": iso.config.teacher_transform,
+            "layout": iso.config.layout,
+            "repeated": iso.config.repeated,
         }
         if options.get("forward") is None:
-            loss_options["teacher_forward"] = iso.teacher_forward
+            loss_options["teacher_forward"] = iso.config.teacher_forward
         layers = [(pair.source, pair.target) for pair in iso.pairs]
         return cls(iso.student, iso.teacher, loader, layers, **loss_options | options)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,104 +14,140 @@ from knowiso_train.errors import OptionError
 from knowiso_train.features.state import KeepPrecision
 from knowiso_train.utils.distributed import ProcessGroup
 
-BALANCE_MOMENTUM = 0.9  # of the running mean squares, per backward
+# Decay of the running mean squares, per backward pass
+BALANCE_MOMENTUM = 0.9
 MAX_BALANCED_WEIGHT = 1e4
+# Key of the watched branches in the metadata of an autograd node; all losses share them
 METADATA_KEY = "knowiso balance"
-# Output of the node, gradients of a branch, and what takes rest and own
-Watched = tuple[int, list[Tensor], Callable[[Tensor, Tensor], None]]
-CAPTURE_NODES = ("CloneBackward0", "ViewBackward0", "AliasBackward0")  # the graph node of a capture
+# Autograd nodes of a hook's capture: the captured tensor is a clone, view or alias of the layer's output
+CAPTURE_NODES = ("CloneBackward0", "ViewBackward0", "AliasBackward0")
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One pair's branch of a layer's output.
+
+    Attributes:
+        output_index: Index among the outputs of the layer's autograd node.
+        gradients: Gradients that arrived through this branch in the current backward pass.
+        record: Function of the gradient through everything else, and of the gradient through this branch.
+    """
+
+    output_index: int
+    gradients: list[Tensor]
+    record: Callable[[Tensor, Tensor], None]
 
 
 class GradientBalance(KeepPrecision):
-    """One weight per layer pair: `ratio · ‖∂ rest / ∂ x‖ / ‖∂ own / ∂ x‖` at the student's tapped feature x.
+    """One weight per layer pair: `w = ratio · ‖∂L_other/∂x‖ / ‖∂L_pair/∂x‖` at the student's captured feature x.
 
-    "Rest" is everything else that the total loss asks of that feature: the task, logit distillation, pairs further up;
-    not other balanced pairs of
-    the same feature, of this loss or another, which would drive each other up. A loss scale (GradScaler) cancels. Norms
-    are running means of squares
-    over backwards and processes; weights change at refreshes only and are 1 until there is a measurement.
+    `L_other` is the rest of the total loss that depends on x: task, logit distillation, pairs of later layers. Other
+    balanced pairs of the same feature are excluded, since their weights would grow without bound. A loss scale
+    (GradScaler) cancels. Norms are roots of running mean squares over backward passes and processes. Weights change at
+    refreshes only, and are 1 before the first measurement.
 
     Args:
-        pairs: number of layer pairs.
-        ratio: wanted ratio of the norms, positive.
+        num_pairs: Number of layer pairs.
+        ratio: Target ratio of the norms, positive.
     """
 
     weights: Tensor
-    rest: Tensor
-    own: Tensor
+    other_square: Tensor
+    pair_square: Tensor
 
-    def __init__(self, pairs: int, ratio: float) -> None:
+    def __init__(self, num_pairs: int, ratio: float) -> None:
         super().__init__()
         self.ratio = ratio
-        self.register_buffer("weights", torch.ones(pairs))
-        self.register_buffer("rest", torch.zeros(pairs))
-        self.register_buffer("own", torch.zeros(pairs))
+        self.register_buffer("weights", torch.ones(num_pairs))
+        self.register_buffer("other_square", torch.zeros(num_pairs))
+        self.register_buffer("pair_square", torch.zeros(num_pairs))
 
-    def watch(self, pair: int, branch: Tensor, factor: Tensor | float, layer: str) -> None:
-        """Measure, in the coming backward, the gradient that arrives at a feature through this branch and through everything else.
+    def watch(self, pair: int, branch: Tensor, factor: Tensor, layer: str) -> None:
+        """Measure the gradients at a feature in the coming backward pass: through this branch, and through the rest.
 
         Args:
-            pair: its index.
-            branch: a view of the tap's capture that only the pair's loss reads.
-            factor: what the pair's loss is multiplied by in the total.
-            layer: name of the student's layer, for messages.
+            pair: Index of the pair.
+            branch: View of the captured feature that only this pair's loss uses.
+            factor: Weight of the pair's loss in the total loss, a scalar.
+            layer: Name of the student's layer, for messages.
 
         Raises:
-            OptionError: a compiled student, whose inner gradients cannot be seen.
+            OptionError: A compiled student, whose inner gradients are not accessible.
         """
-        tap = branch.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        if tap is None or tap.name() not in CAPTURE_NODES:
-            raise OptionError(
-                f'weight="balanced" measures the gradient that arrives at {layer!r}, which a compiled student hides. '
-                "Give a fixed weight, or compile only parts of the student that lie around this layer."
-            )
-        node, index = tap.next_functions[0]  # the layer's own, behind the tap's clone or view
+        node, output_index = _layer_node(branch, layer)
         if node is None:
             return
-        through: list[Tensor] = []
-        branch.register_hook(lambda gradient: through.append(gradient.detach()))  # type: ignore[no-untyped-call]
+        gradients: list[Tensor] = []
+        branch.register_hook(lambda gradient: gradients.append(gradient.detach()))  # type: ignore[no-untyped-call]
 
-        def take(rest: Tensor, own: Tensor) -> None:
-            scale = factor if isinstance(factor, Tensor) else torch.tensor(factor, device=own.device)
-            self._record(pair, rest.float().square().sum(), own.float().square().sum() / scale.to(own.device).square())
+        def record(other: Tensor, own: Tensor) -> None:
+            # `own` is the gradient of factor · L_pair
+            pair_square = own.float().square().sum() / factor.to(own.device).square()
+            self._record(pair, other.float().square().sum(), pair_square)
 
-        watched: list[Watched] = node.metadata.setdefault(METADATA_KEY, [])  # type: ignore[union-attr]  # of all losses, since they share the layer's node
-        watched.append((index, through, take))
-        if len(watched) == 1:
-            node.register_prehook(lambda gradients: _measure(gradients, watched))
+        branches: list[_Branch] = node.metadata.setdefault(METADATA_KEY, [])
+        branches.append(_Branch(output_index, gradients, record))
+        if len(branches) == 1:
+            node.register_prehook(lambda output_gradients: _separate_gradients(output_gradients, branches))
 
-    def _record(self, pair: int, rest: Tensor, own: Tensor) -> None:
-        for kept, new in ((self.rest, rest), (self.own, own)):
-            usable = new.isfinite()  # a GradScaler's overflowed step
-            kept[pair] = torch.where(
-                usable, kept[pair] * BALANCE_MOMENTUM + new.to(kept) * (1 - BALANCE_MOMENTUM), kept[pair]
-            )
+    def _record(self, pair: int, other_square: Tensor, pair_square: Tensor) -> None:
+        for mean, square in ((self.other_square, other_square), (self.pair_square, pair_square)):
+            average = mean[pair] * BALANCE_MOMENTUM + square.to(mean) * (1 - BALANCE_MOMENTUM)
+            # A GradScaler's overflowed step has infinite gradients
+            mean[pair] = torch.where(square.isfinite(), average, mean[pair])
 
     @torch.no_grad()
-    def refresh(self, group: ProcessGroup) -> None:
-        """Weights from what was measured, over all processes. Collective."""
-        sums = torch.stack([self.rest, self.own]).to(group.device if group.size > 1 else self.rest.device)
-        group.sum_(sums)
-        rest, own = sums.to(self.weights.device)
-        self.rest.copy_(rest / group.size)  # equal parts, so that one process's state serves all
-        self.own.copy_(own / group.size)
-        if bool(((own > 0) & (rest == 0)).any()):
+    def refresh(self) -> None:
+        """Compute the weights from the measurements of all processes. Collective."""
+        group = ProcessGroup()
+        device = group.device if group.size > 1 else self.weights.device
+        squares = torch.stack([self.other_square, self.pair_square]).to(device)
+        group.sum_(squares)
+        other, own = squares.to(self.weights.device)
+        # Equal parts, so that the state of one process can be loaded into all
+        self.other_square.copy_(other / group.size)
+        self.pair_square.copy_(own / group.size)
+        if bool(((own > 0) & (other == 0)).any()):
             warn_once(
                 self,
-                'weight="balanced" has nothing to balance against: only this loss reaches some of the paired layers in its backward pass, so their '
-                "weights stay as they are. Call backward() once, on the sum of all losses, or give a fixed weight",
+                'weight="balanced" has nothing to balance against: in its backward pass some paired layers get '
+                "gradients from this loss alone, so their weights do not change. Call backward() once, on the sum of "
+                "all losses, or give a fixed weight",
             )
-        known = (own > 0) & (rest > 0)
-        ratio = self.ratio * (rest / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
-        self.weights.copy_(torch.where(known, ratio.clamp(max=MAX_BALANCED_WEIGHT), self.weights))
+        ratio = self.ratio * (other / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
+        measured = (own > 0) & (other > 0)
+        self.weights.copy_(torch.where(measured, ratio.clamp(max=MAX_BALANCED_WEIGHT), self.weights))
 
 
-def _measure(gradients: Sequence[Tensor | None], watched: list[Watched]) -> None:
-    """What arrives at a layer's outputs, less what all watched branches brought."""
-    found = [(index, through.pop(), take) for index, through, take in watched if through]
-    for index, own, take in found:
-        total = gradients[index]
-        if total is not None:
-            for other, branch, _ in found:
-                total = total - branch if other == index else total
-            take(total, own)
+def _layer_node(branch: Tensor, layer: str) -> tuple[Any, int]:
+    """Return the autograd node that computed a layer's output, and the index among the node's outputs.
+
+    Raises:
+        OptionError: A compiled student.
+    """
+    # Three nodes lie on the way from the pair's loss back to the layer:
+    #   branch.grad_fn   ViewBackward0, the branch of this pair alone
+    #   capture_node     the clone or view that the hook made, shared by all pairs of the layer
+    #   layer_node       the layer's last operation; its output gradient is the sum over all uses of the output
+    branch_node: Any = branch.grad_fn
+    capture_node, _ = branch_node.next_functions[0]
+    if capture_node is None or capture_node.name() not in CAPTURE_NODES:
+        raise OptionError(
+            f'weight="balanced" measures the gradient at {layer!r}, which is not accessible in a compiled student. '
+            "Give a fixed weight, or compile only parts of the student outside this layer."
+        )
+    layer_node, output_index = capture_node.next_functions[0]
+    return layer_node, output_index
+
+
+def _separate_gradients(output_gradients: Sequence[Tensor | None], branches: list[_Branch]) -> None:
+    """Subtract the gradients of all watched branches from a layer's output gradient, and record the difference."""
+    arrived = [(branch, branch.gradients.pop()) for branch in branches if branch.gradients]
+    for branch, own in arrived:
+        other = output_gradients[branch.output_index]
+        if other is None:
+            continue
+        for sibling, gradient in arrived:
+            if sibling.output_index == branch.output_index:
+                other = other - gradient
+        branch.record(other, own)

@@ -1,4 +1,4 @@
-"""Frozen teachers and peers, run on the inputs of the student."""
+"""Frozen teacher and peers, run on the images of the student."""
 
 from __future__ import annotations
 
@@ -9,124 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
 from knowiso_train.distillation.estimators import warn_once
-from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
+from knowiso_train.distillation.student_capture import StudentInput
+from knowiso_train.errors import CaptureError, InputTypeError, LayoutError, ShapeError
 from knowiso_train.features.extractor import FeatureReader
-from knowiso_train.features.hooks import DetachedOnCopyHook, FeatureTaps, is_recomputing
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.hooks import FeatureTaps
+from knowiso_train.features.modules import LayerPair, unwrap_model
 from knowiso_train.features.state import device_of
-from knowiso_train.utils.batch import INPUT_KEYS, image_size
-
-Transform = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class StudentInput:
-    """The images of one forward, the keyword under which they were passed, if any, and whether they were written to since."""
-
-    images: Tensor
-    keyword: str | None
-    changed: bool = False
-
-
-class InputCapture:
-    """The input of the student's last forward, remembered until it is taken."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: dict[int, int]
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def attach(self, student: nn.Module) -> RemovableHandle:
-        """Put the hook on the bare network."""
-        return student.register_forward_pre_hook(_InputHook(self), with_kwargs=True)
-
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember what a forward was given."""
-        self.args, self.kwargs, self.fired = args, kwargs, True
-        if not torch.compiler.is_compiling():
-            self.versions = {
-                id(value): version for value in (*args, *kwargs.values()) if (version := _version(value)) is not None
-            }
-
-    def clear(self) -> None:
-        """Forget it."""
-        self.args, self.kwargs, self.versions, self.fired = (), {}, {}, False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has seen nothing."""
-        return vars(InputCapture())
-
-    def take(self) -> StudentInput:
-        """The images: the first positional argument, or the keyword that holds them.
-
-        Raises:
-            CaptureError: no forward since the last call, or no images in it.
-        """
-        try:
-            if not self.fired:
-                raise CaptureError(
-                    "the student has not run since the last iso(): call student(x) before iso(), inside `with iso:`. A student that was compiled and "
-                    "called before the hooks were attached never fires them: attach first, or call torch.compiler.reset() after attaching."
-                )
-            if self.args:
-                if isinstance(self.args[0], Tensor):
-                    return self._seen(self.args[0], None)
-            else:
-                keyword = next((key for key in INPUT_KEYS if isinstance(self.kwargs.get(key), Tensor)), None)
-                if keyword is not None:
-                    return self._seen(self.kwargs[keyword], keyword)
-            kinds = [type(value).__name__ for value in self.args] + [
-                f"{key}={type(value).__name__}" for key, value in self.kwargs.items()
-            ]
-            raise CaptureError(
-                f"expected the student to be called with a tensor of images as its first argument, or under one of {INPUT_KEYS}; "
-                f"got ({', '.join(kinds)})"
-            )
-        finally:
-            self.clear()
-
-    def _seen(self, images: Tensor, keyword: str | None) -> StudentInput:
-        before = self.versions.get(id(images))
-        return StudentInput(images, keyword, before is not None and _version(images) != before)
-
-
-class _InputHook(DetachedOnCopyHook):
-    """Forward pre-hook of the student."""
-
-    def __init__(self, tap: InputCapture) -> None:
-        self.tap = tap
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_recomputing():
-            self.tap.see(args, kwargs)
-
-
-def _version(value: Any) -> int | None:
-    """What every write to a tensor counts up; None where nothing counts."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
-
-
-def autocast_dtype(features: list[Tensor]) -> torch.dtype | None:
-    """The precision that the student ran in, seen from its features: a half where any is one, so that the teacher follows."""
-    return next((feature.dtype for feature in features if feature.dtype in (torch.bfloat16, torch.float16)), None)
+from knowiso_train.utils.batch import image_size
 
 
 class FrozenModel:
-    """Runs a network on the student's images: in eval mode, without gradient, after its own transform; the mode is as before afterwards.
+    """Network that runs on the student's images in eval mode and without gradient; modes are restored afterwards.
 
     Args:
-        model: the network.
-        layers: bare names of its layers.
-        role: for messages.
-        transform: applied to the student's images before this network.
-        forward: `forward(model, images)` in place of the plain call.
-        layout: of its layers, where it cannot be inferred.
-        repeated: for layers that fire more than once.
+        model: Network.
+        layers: Layer names of the unwrapped network.
+        role: Name of the network in messages, such as "teacher".
+        transform: Transform of the student's images for this network. Default: none.
+        forward: Call `forward(model, images)` in place of `model(images)`.
+        layout: Layout of layers for which it cannot be inferred.
+        repeated: Capture to use of layers that fire more than once.
     """
 
     def __init__(
@@ -137,47 +42,54 @@ class FrozenModel:
         transform: Transform | None = None,
         forward: Callable[[nn.Module, Tensor], Any] | None = None,
         layout: str | Mapping[str, str] | None = None,
-        repeated: Any = "error",
+        repeated: Repeated = "error",
     ) -> None:
         self.model, self.role = model, role
         self.taps: FeatureTaps[Tensor] = FeatureTaps(model, list(layers), repeated=repeated)
         self.reader = FeatureReader(model, self.taps.names, role, layout)
-        self._transform, self.forward = transform, forward
+        self._transform, self._custom_forward = transform, forward
         self._modules = list(unwrap_model(model).modules())
 
-    def run(self, given: StudentInput, autocast: torch.dtype | None = None) -> tuple[dict[str, Tensor], Any]:
-        """Features (N, C, H, W) by layer name, and the network's output.
+    def features(
+        self, student_input: StudentInput, autocast: torch.dtype | None = None
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Run the network and return its features (N, C, H, W) by layer name, and its output.
+
+        Args:
+            student_input: Images of the student.
+            autocast: Precision of the forward. None: as the caller's context.
 
         Raises:
-            CaptureError: a layer that did not fire once; images that are not what the student was given.
-            ShapeError: as `FeatureReader.read`.
+            CaptureError: A layer that did not fire once, or images that were written to after the student's forward.
+            ShapeError: As `FeatureReader.read`.
         """
-        if given.changed:
+        if student_input.modified:
             raise CaptureError(
-                f"the student's images were written to since it was given them, so the {self.role} would see others: by the student's own forward "
-                "(an in-place normalization or activation), or between student(x) and iso(). Call student(x.clone())"
+                f"the student's images were written to after its forward began, so the {self.role} would run on other "
+                "images: an in-place operation in the student, or a write between student(x) and iso(). "
+                "Call student(x.clone())"
             )
-        images, output = self.called(given, autocast)
-        return self.collected(images), output
+        images, output = self.forward(student_input, autocast)
+        return self.collect(images), output
 
-    def called(self, given: StudentInput, autocast: torch.dtype | None = None) -> tuple[Tensor, Any]:
-        """The images that this network saw, and its output; the features wait for `collected`."""
+    def forward(self, student_input: StudentInput, autocast: torch.dtype | None = None) -> tuple[Tensor, Any]:
+        """Run the network and return its transformed images and its output; `collect` returns the features."""
         self.taps.clear()
-        images = self.prepared(given.images)
+        images = self.transform(student_input.images)
         precision = nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
-        with torch.no_grad(), self._evaluating(), precision:
-            return images, self._called(images, given.keyword)
+        with torch.no_grad(), self._eval_mode(), precision:
+            return images, self._call(images, student_input.keyword)
 
-    def prepared(self, images: Tensor) -> Tensor:
-        """The student's images as this network wants them."""
+    def transform(self, images: Tensor) -> Tensor:
+        """Return the student's images on this network's device, after its transform."""
         images = images.detach()
         device = device_of(self.model)
         if device is not None and device != images.device:
             if device.type == "cpu":
                 warn_once(
                     self,
-                    f"the {self.role} is on the CPU and the student's images are on {images.device}: it runs there in every step. "
-                    f"Move it: {self.role.split()[0]}.to({str(images.device)!r})",
+                    f"the {self.role} is on the CPU and the student's images are on {images.device}, so it runs on the "
+                    f"CPU in every step. Move it: {self.role.split()[0]}.to({str(images.device)!r})",
                 )
             images = images.to(device)
         with torch.no_grad():
@@ -186,42 +98,54 @@ class FrozenModel:
             raise InputTypeError(f"the {self.role}'s transform must return a tensor, got {type(images).__name__}")
         return images
 
-    def collected(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of a forward that has just run."""
-        return {
-            name: feature.detach()
-            for name, feature in self.reader.read(self.taps.collect(), len(images), image_size(images)).items()
-        }
+    def collect(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features of the last forward, which ran on these transformed images."""
+        features = self.reader.read(self.taps.collect(), len(images), image_size(images))
+        return {name: feature.detach() for name, feature in features.items()}
 
-    def given(self, features: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Features that the caller has, checked."""
-        missing = [name for name in self.reader.names if name not in features]
+    def from_cache(self, features: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """Return features that the caller computed before, as (N, C, H, W) on this network's device.
+
+        Args:
+            features: Outputs of this network's layers by layer name.
+            images: Images of the student.
+
+        Raises:
+            CaptureError: A layer that is missing.
+            InputTypeError: A feature that is not a tensor.
+            ShapeError: Another number of images than the student's batch.
+        """
+        names = self.reader.names
+        missing = [name for name in names if name not in features]
         if missing:
             raise CaptureError(
-                f"{self.role}: expected features of layers {list(self.reader.names)}, got {list(features)}; missing are {missing}"
+                f"{self.role}: expected features of layers {list(names)}, got {list(features)}; missing are {missing}"
             )
-        device = device_of(self.model) or images.device
-        for name in self.reader.names:
-            if not isinstance(features[name], Tensor):
+        for name in names:
+            feature = features[name]
+            if not isinstance(feature, Tensor):
                 raise InputTypeError(
-                    f"{self.role}: the feature of layer {name!r} must be a tensor, got {type(features[name]).__name__}"
+                    f"{self.role}: the feature of layer {name!r} must be a tensor, got {type(feature).__name__}"
                 )
-            if not features[name].ndim or len(features[name]) != len(images):
+            if not feature.ndim or len(feature) != len(images):
                 raise ShapeError(
-                    f"{self.role}: {len(images)} images in the student's batch, shape {tuple(features[name].shape)} given for {name!r}"
+                    f"{self.role}: the feature of layer {name!r} must be of the {len(images)} images in the student's "
+                    f"batch, got shape {tuple(feature.shape)}"
                 )
-        # Whose grid the size of the images settles
-        tokens = any(features[name].ndim == 3 for name in self.reader.names)
-        found = {name: features[name].detach().to(device) for name in self.reader.names}
-        return self.reader.read(found, size=image_size(self.prepared(images)) if tokens else None)
+        device = device_of(self.model) or images.device
+        # The grid of tokens (N, L, C) follows from the size of the transformed images
+        with_tokens = any(features[name].ndim == 3 for name in names)
+        size = image_size(self.transform(images)) if with_tokens else None
+        return self.reader.read({name: features[name].detach().to(device) for name in names}, size=size)
 
-    def _called(self, images: Tensor, keyword: str | None) -> Any:
-        if self.forward is not None:
-            return self.forward(self.model, images)
+    def _call(self, images: Tensor, keyword: str | None) -> Any:
+        if self._custom_forward is not None:
+            return self._custom_forward(self.model, images)
         return self.model(images) if keyword is None else self.model(**{keyword: images})
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _eval_mode(self) -> Iterator[None]:
+        """Set the flags of all modules; `.eval()` may be overridden, and the list of modules is cached for speed."""
         training = [module for module in self._modules if module.training]
         try:
             for module in training:
@@ -230,3 +154,59 @@ class FrozenModel:
         finally:
             for module in training:
                 module.training = True
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Frozen peer of the teacher.
+
+    Attributes:
+        network: Peer with hooks on its layers.
+        layers: Peer layer by teacher layer.
+    """
+
+    network: FrozenModel
+    layers: dict[str, str]
+
+    def features(self, student_input: StudentInput, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Run the peer and return its features by teacher layer."""
+        features, _ = self.network.features(student_input, autocast)
+        return {teacher_layer: features[layer] for teacher_layer, layer in self.layers.items()}
+
+    def num_channels(self, teacher_layer: str) -> int:
+        """Return the channels of the layer that is paired with a teacher layer."""
+        return self.network.reader.channels[self.layers[teacher_layer]]
+
+
+def freeze_peers(
+    peers: Sequence[nn.Module], teacher_layers: Sequence[str], config: IsomorphismLossConfig
+) -> list[Peer]:
+    """Return the peers with hooks on the layers that stand for the teacher's.
+
+    Raises:
+        OptionError, LayerNameError: As `IsomorphismLossConfig.peer_options`.
+    """
+    frozen = []
+    for index, (layers, transform) in enumerate(config.peer_options(len(peers), teacher_layers)):
+        names = list(dict.fromkeys(layers.values()))
+        network = FrozenModel(peers[index], names, f"peer {index}", transform, None, config.layout, config.repeated)
+        frozen.append(Peer(network, layers))
+    return frozen
+
+
+def check_grids(
+    pair: LayerPair, feature: Tensor, target: Tensor, student: FeatureReader, teacher: FeatureReader
+) -> None:
+    """Check that both features of a pair have a grid, or one of them a single position.
+
+    Raises:
+        LayoutError: Tokens without a known grid on one side, a feature map on the other.
+    """
+    sides = (("student", student, pair.source, feature, target), ("teacher", teacher, pair.target, target, feature))
+    for role, reader, name, tokens, other in sides:
+        if name in reader.without_grid and min(other.shape[2:]) > 1:
+            raise LayoutError(
+                f"{role}: the {tokens.shape[2]} tokens of layer {name!r} form no grid, so they cannot be aligned with "
+                f"the other network's {other.shape[2]} × {other.shape[3]} positions. Train without dropping or merging "
+                "tokens (patch_drop_rate), or pair a pooled layer"
+            )

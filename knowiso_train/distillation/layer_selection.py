@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from knowiso_train.errors import LayerNameError
+from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated
+from knowiso_train.distillation.shape_inference import EXAMPLE_IMAGES
+from knowiso_train.errors import LayerNameError, OptionError
 from knowiso_train.features.modules import forward_override, unwrap_model
 from knowiso_train.features.state import device_of
 from knowiso_train.features.summary import stage_grids
@@ -19,13 +20,20 @@ from knowiso_train.measurement.measure import measure
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.batch import get_inputs, to_device
 from knowiso_train.utils.distributed import ProcessGroup
+from knowiso_train.utils.validation import PositiveInt, validate_arguments
 
-MIN_UNEXPLAINED = 0.05  # unexplained share below which there is nothing left to teach
+# Unexplained share below which a pair is not selected
+MIN_UNEXPLAINED = 0.05
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Pairs worth teaching, most unexplained first taken, in the order of the networks; and the report that says so."""
+    """Layer pairs for `IsomorphismLoss`.
+
+    Attributes:
+        layers: Selected (student layer, teacher layer) pairs, in the order of the networks.
+        report: Measurement of all candidate pairs.
+    """
 
     layers: tuple[tuple[str, str], ...]
     report: Report
@@ -33,84 +41,147 @@ class Suggestion:
     def __str__(self) -> str:
         lines = []
         for pair in self.report:
-            chosen = "  teach" if (pair.source, pair.target) in self.layers else "       "
+            mark = "selected" if (pair.source, pair.target) in self.layers else "        "
             lines.append(
-                f"{chosen}  {pair.source} → {pair.target}: unexplained {pair.unexplained:.1%}, noise floor {pair.noise_floor:.1%}"
+                f"  {mark}  {pair.source} → {pair.target}: unexplained {pair.unexplained:.1%}, "
+                f"noise floor {pair.noise_floor:.1%}"
             )
         return "\n".join(lines)
 
 
+@validate_arguments
 def suggest_layers(
     student: nn.Module,
     teacher: nn.Module,
     loader: Iterable[Any],
     *,
-    most: int = 3,
-    max_images: int = 512,
+    max_pairs: PositiveInt = 3,
+    max_images: PositiveInt = 512,
     teacher_transform: Callable[[Tensor], Tensor] | None = None,
     teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
     layout: str | Mapping[str, str] | None = None,
-    repeated: str = "error",
+    repeated: Repeated = "error",
     verbose: bool = True,
 ) -> Suggestion:
-    """Pairs of stages for `IsomorphismLoss`, by what the student does not explain of the teacher yet.
+    """Select pairs of stages for `IsomorphismLoss` by the teacher's unexplained share, given the student's features.
 
-    Every stage of the student is held against the teacher's stage on the nearest grid (of several, at the nearest
-    relative depth), at order 0.
-    Left out are pairs that the student explains to 95 % already, and pairs on which nothing is explained beyond the
-    noise floor; of the others
-    those with the largest unexplained shares are taken.
+    Each stage of the student is paired with the teacher's stage of the nearest grid, among equal grids of the nearest
+    relative depth. The pairs are measured at order 0. Pairs below 5 % unexplained are excluded, and pairs whose
+    explained share is not above the noise floor. Of the others those with the largest unexplained shares are selected.
 
     Args:
-        student: the network that is trained.
-        teacher: the network that is asked.
-        loader: images as the student takes them; read as `measure` reads.
-        most: pairs to take.
-        max_images: to measure on.
-        teacher_transform: applied to the images before the teacher.
-        teacher_forward: `teacher_forward(teacher, images)` in place of `teacher(images)`.
-        layout: of layers whose layout cannot be inferred, as for `measure`.
-        repeated: "error", "first" or "last", for layers that fire more than once.
-        verbose: print the shares, on the main process.
+        student: Network in training.
+        teacher: Frozen reference network.
+        loader: Batches of student images, as for `measure`.
+        max_pairs: Maximal number of pairs. Default: 3.
+        max_images: Maximal number of images of the measurement. Default: 512.
+        teacher_transform: Transform of the images for the teacher. Default: none.
+        teacher_forward: Function `teacher_forward(teacher, images)` in place of `teacher(images)`.
+        layout: Layout of layers for which it cannot be inferred, as for `measure`.
+        repeated: Capture to use of layers that fire more than once: "first", "last", or "error" (default).
+        verbose: Print the shares on the main process.
 
     Raises:
-        LayerNameError: networks without two stages in common, or nothing left to teach.
+        OptionError: An option out of bounds.
+        LayerNameError: A loader without images, networks without stages, or no pair that can be selected.
 
     Example:
         >>> a, b = (nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)) for _ in range(2))
-        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(80, 3, 16, 16)), batch_size=20)
+        >>> images = torch.utils.data.TensorDataset(torch.randn(80, 3, 16, 16))
+        >>> loader = torch.utils.data.DataLoader(images, batch_size=20)
         >>> suggest_layers(a, b, loader, verbose=False).layers
         (('1', '1'), ('2', '2'))
     """
     images = next((get_inputs(batch) for batch in islice(iter(loader), 1)), None)
     if images is None:
-        raise LayerNameError("layers='auto' needs images to measure on, and the loader gives none")
-    few = images[:2]
-    forward = forward_override(teacher, teacher_forward or _plainly)
-    pairs = _nearest(_stages(student, few, None, forward), _stages(teacher, few, teacher_transform, forward))
+        raise LayerNameError('layers="auto" needs images to measure on, and the loader has none')
+    example = images[:EXAMPLE_IMAGES]
+    forward = forward_override(teacher, teacher_forward or _plain_forward)
+    pairs = pair_stages(_stages(student, example, None, forward), _stages(teacher, example, teacher_transform, forward))
     if not pairs:
         raise LayerNameError(
-            "no stages with maps or tokens were found in both networks; name the layers: layers={student layer: teacher layer}"
+            "expected stages with feature maps or tokens in both networks, found none. "
+            "Name the layers: layers={student layer: teacher layer}"
         )
     report = measure(
-        student, teacher, loader, pairs, order=0, max_images=max_images, bootstrap=0, target_transform=teacher_transform, layout=layout,
-        repeated=cast(Literal["error"], repeated), forward=forward, progress=False,
+        student, teacher, loader, pairs, order=0, max_images=max_images, bootstrap=0, layout=layout,
+        target_transform=teacher_transform, repeated=repeated, forward=forward, progress=False,
     )  # fmt: skip
-    open_ = [
+    candidates = [
         pair for pair in report if pair.unexplained > MIN_UNEXPLAINED and sum(pair.shares) > (pair.noise_floor or 0.0)
     ]
-    taken = sorted(open_, key=lambda pair: -pair.unexplained)[:most]
-    suggestion = Suggestion(tuple((pair.source, pair.target) for pair in report if pair in taken), report)
+    selected = sorted(candidates, key=lambda pair: -pair.unexplained)[:max_pairs]
+    suggestion = Suggestion(tuple((pair.source, pair.target) for pair in report if pair in selected), report)
     if verbose and ProcessGroup().rank == 0:
-        print(f"layers of {report.target} that {report.source} may learn:\n{suggestion}")
-    if not taken:
+        print(f"candidate layers, {report.target} → {report.source}:\n{suggestion}")
+    if not selected:
         raise LayerNameError(
-            f"nothing is left to teach, or nothing is explained beyond noise:\n{suggestion}\nName the layers to teach them anyway."
+            f"no pair has both unexplained and explained shares of the teacher:\n{suggestion}\n"
+            "Name the layers to distill them anyway"
         )
     return suggestion
 
 
-def _plainly(model: nn.Module, images: Tensor) -> Any:
+def auto_layers(
+    student: nn.Module, teacher: nn.Module, loader: Iterable[Any] | None, config: IsomorphismLossConfig
+) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of `layers="auto"`.
+
+    Raises:
+        OptionError: No loader.
+        LayerNameError: As `suggest_layers`.
+    """
+    if loader is None:
+        raise OptionError('layers="auto" measures unexplained shares: pass loader=, batches of student images')
+    suggestion = suggest_layers(
+        student,
+        teacher,
+        loader,
+        teacher_transform=config.teacher_transform,
+        teacher_forward=config.teacher_forward,
+        layout=config.layout,
+        repeated=config.repeated,
+    )
+    return suggestion.layers
+
+
+def pair_stages(
+    student_grids: Mapping[str, tuple[int, int]], teacher_grids: Mapping[str, tuple[int, int]]
+) -> list[tuple[str, str]]:
+    """Pair each stage of the student with the teacher's stage of the nearest grid, then of the nearest relative depth.
+
+    The distance of grids is |log(H_S W_S / H_T W_T)|. The relative depth of the i-th of n stages is i / n.
+
+    Args:
+        student_grids: (height, width) by layer name, in the order of the network.
+        teacher_grids: Likewise.
+
+    Returns:
+        (student layer, teacher layer) tuples; empty for a teacher without stages.
+
+    Example:
+        >>> pair_stages({"a": (8, 8), "b": (8, 8)}, {"1": (8, 8), "2": (8, 8), "3": (8, 8), "4": (8, 8)})
+        [('a', '2'), ('b', '4')]
+    """
+    if not teacher_grids:
+        return []
+    teacher_stages = [
+        (name, height * width, index / len(teacher_grids))
+        for index, (name, (height, width)) in enumerate(teacher_grids.items(), 1)
+    ]
+    pairs = []
+    for index, (name, (height, width)) in enumerate(student_grids.items(), 1):
+        depth = index / len(student_grids)
+        distances = [
+            (abs(math.log(height * width / positions)), abs(depth - teacher_depth))
+            for _, positions, teacher_depth in teacher_stages
+        ]
+        nearest = min(range(len(distances)), key=distances.__getitem__)
+        pairs.append((name, teacher_stages[nearest][0]))
+    return pairs
+
+
+def _plain_forward(model: nn.Module, images: Tensor) -> Any:
     return model(images)
 
 
@@ -120,23 +191,8 @@ def _stages(
     transform: Callable[[Tensor], Tensor] | None,
     forward: Callable[[nn.Module, Any], Any],
 ) -> dict[str, tuple[int, int]]:
+    """Return the grid of every stage by layer name, for the transformed images."""
     device = device_of(model)
     images = images if device is None else to_device(images, device)
-    given = images if transform is None else transform(images)
-    return stage_grids(model, lambda: forward(unwrap_model(model), given))
-
-
-def _nearest(student: dict[str, tuple[int, int]], teacher: dict[str, tuple[int, int]]) -> list[tuple[str, str]]:
-    def distance(i: int, j: int) -> tuple[float, float]:
-        (a, b), (c, d) = list(student.values())[i], list(teacher.values())[j]
-        return abs(math.log(a * b / (c * d))), abs(_relative(i, student) - _relative(j, teacher))
-
-    names = list(teacher)
-    if not names:
-        return []
-    nearest = [min(range(len(names)), key=partial(distance, i)) for i in range(len(student))]
-    return [(name, names[j]) for name, j in zip(student, nearest, strict=True)]
-
-
-def _relative(index: int, stages: dict[str, Any]) -> float:
-    return (index + 1) / len(stages)
+    inputs = images if transform is None else transform(images)
+    return stage_grids(model, lambda: forward(unwrap_model(model), inputs))

@@ -1,4 +1,4 @@
-"""Two processes (gloo, DDP) train as one process does on the same global batches: loss, student, and the loss's own state, for every form."""
+"""Equality of training in two processes (gloo, DDP) and in one: losses, student, and state of the loss."""
 
 from __future__ import annotations
 
@@ -75,7 +75,12 @@ def trained(form: str, rank: int = 0, world: int = 1, *, accelerated: bool = Fal
             logs.append(iso.log())
     assert logs[-1]["iso/blocks.0/share"] != 0  # every map was on
     assert logs[-1]["iso/blocks.2/share"] != 0
-    of_each = ("moments", "target", "balance.rest", "balance.own")  # each process holds its part of them
+    of_each = (
+        "moments",
+        "target",
+        "balance.other_square",
+        "balance.pair_square",
+    )  # each process holds its part of them
     own = {name: value for name, value in iso.state_dict().items() if not any(part in name for part in of_each)}
     return {"losses": torch.stack(losses), "student": student.state_dict(), "own": own}
 

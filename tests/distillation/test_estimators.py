@@ -26,9 +26,6 @@ from knowiso_train.errors import (
 )
 from knowiso_train.ops import channel_scale
 from knowiso_train.regression import batch_moments
-from knowiso_train.utils.distributed import ProcessGroup
-
-ALONE = ProcessGroup()
 
 
 def network(seed: int, width: int = 10, grid_stride: int = 1) -> nn.Sequential:
@@ -55,7 +52,7 @@ def stream(calls: int, seed: int = 0, images: int = 16, channels: int = 6, side:
 
 
 def run(map_: ClosedFormMap, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
-    return [float(map_(x, y, call, ALONE).detach()) for call, (x, y) in enumerate(pairs)]
+    return [float(map_(x, y).detach()) for x, y in pairs]
 
 
 class TestMomentForm:
@@ -100,11 +97,11 @@ class TestMomentForm:
         first, second = ClosedFormMap(6, 4, refresh=1), ClosedFormMap(6, 4, refresh=1)
         run(first, list(zip(xs[:12], ys[:12], strict=True)))
         run(second, list(zip(xs[:12], ys[:12], strict=True)))
-        first(xs[12], ys[12], 12, ALONE)
-        second(xs[12], 100 * ys[12], 12, ALONE)
+        first(xs[12], ys[12])
+        second(xs[12], 100 * ys[12])
         assert torch.equal(first.weight, second.weight)
-        first.refresh(ALONE)
-        second.refresh(ALONE)
+        first.solve()
+        second.solve()
         assert not torch.equal(first.weight, second.weight)
 
     def test_it_is_off_until_there_are_rows_enough(self) -> None:
@@ -129,9 +126,9 @@ class TestMomentForm:
             torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True),
             torch.randn(2, 4, 3, 4, dtype=torch.float64),
         )
-        assert torch.autograd.gradcheck(lambda x: map_(x, y, 0, ALONE), x)
+        assert torch.autograd.gradcheck(lambda x: map_(x, y, update=False), x)
         analytic = -2 * F.conv_transpose2d(y - map_.predict(x), map_.weight, padding=kernel_size // 2) / 24 / 2.0
-        (gradient,) = torch.autograd.grad(map_(x, y, 0, ALONE), x)
+        (gradient,) = torch.autograd.grad(map_(x, y, update=False), x)
         torch.testing.assert_close(gradient, analytic)
 
     def test_at_the_optimum_the_gradient_is_the_one_through_the_map(self) -> None:
@@ -144,7 +141,7 @@ class TestMomentForm:
         through = 1 - (moments.xy * torch.linalg.solve(moments.xx, moments.xy)).sum() / moments.yy.sum()
         map_ = ClosedFormMap(3, 5, ridge=0.0).double()
         map_.moments.update(x, y)
-        map_.refresh(ALONE)
+        map_.solve()
         constant = map_.unexplained(x, y)
         torch.testing.assert_close(constant, through)
         torch.testing.assert_close(torch.autograd.grad(constant, x)[0], torch.autograd.grad(through, x)[0])
@@ -177,14 +174,14 @@ class TestLearnedForm:
             torch.randn(4, 3, 1, 1, dtype=torch.float64, requires_grad=True),
             torch.randn(4, 4, 1, 1, dtype=torch.float64),
         )
-        assert torch.autograd.gradcheck(lambda x, *parameters: map_(x, y, 0, ALONE), (x, *map_.parameters()))
+        assert torch.autograd.gradcheck(lambda x, *parameters: map_(x, y, update=False), (x, *map_.parameters()))
 
     @pytest.mark.parametrize("order", [0, 2])
     @pytest.mark.parametrize("channels", [4, 3])
     def test_equal_to_the_formula(self, order: int, channels: int) -> None:
         map_ = LearnedMap(channels, 4, order, 3, penalty=0.3)
         x, y = torch.randn(5, channels, 6, 6, requires_grad=True), 7 + 3 * torch.randn(5, 4, 6, 6)
-        loss = map_(x, y, 0, ALONE)
+        loss = map_(x, y)
         variance = y.var(dim=(0, 2, 3), correction=0).mean()
         g = y.mean((0, 2, 3)).view(-1, 1, 1) + variance.sqrt() * map_.maps(x)
         expected = (y - g).square().mean() / variance + 0.3 * map_.maps.gates.square().sum()
@@ -200,8 +197,8 @@ class TestLearnedForm:
         map_ = LearnedMap(6, 5, 0)
         optimizer = torch.optim.Adam(map_.parameters(), lr=0.02)
         losses = []
-        for call, x in enumerate(xs):
-            loss = map_(x, plant(x), call, ALONE)
+        for x in xs:
+            loss = map_(x, plant(x))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -219,10 +216,7 @@ class TestConsensusForm:
         students = [torch.cat([x[:, :2], b], 1) for x, b in zip(xs, shared, strict=True)]
         moment, consensus = ClosedFormMap(6, 8), ConsensusMap(6, 8, 4)
         plain = run(moment, list(zip(students, teachers, strict=True)))
-        taught = [
-            float(consensus(x, y, call, ALONE, peer))
-            for call, (x, y, peer) in enumerate(zip(students, teachers, shared, strict=True))
-        ]
+        taught = [float(consensus(x, y, peer)) for x, y, peer in zip(students, teachers, shared, strict=True)]
         assert sum(plain[40:]) / 40 == pytest.approx(0.5, abs=0.03)
         assert sum(taught[40:]) / 40 == pytest.approx(0.0, abs=0.03)
 
@@ -234,15 +228,17 @@ class TestConsensusForm:
             part.ready = True
         x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
         y, peers = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 2, 3, 3, dtype=torch.float64)
-        assert torch.autograd.gradcheck(lambda x: map_(x, y, 0, ALONE, peers), x)
+        assert torch.autograd.gradcheck(lambda x: map_(x, y, peers, update=False), x)
 
-    def test_the_peers_map_settles(self) -> None:
-        consensus = ConsensusMap(6, 8, 4)
-        for call, (x, peer) in enumerate(zip(stream(60), stream(60, 6, channels=4), strict=True)):
-            consensus(x, torch.cat([peer, peer], 1), call, ALONE, peer)
-        assert consensus.settled
+    def test_peers_map_freezes_at_200_samples_per_regressor(self) -> None:
+        consensus = ConsensusMap(6, 8, 4, refresh=1)
+        for x, peer in zip(stream(60), stream(60, 6, channels=4), strict=True):
+            samples = float(consensus.peers.moments.count)
+            consensus(x, torch.cat([peer, peer], 1), peer)
+            assert consensus.frozen == (samples >= 200 * 4)
+        assert consensus.frozen
         before = consensus.peers.moments.count.clone()
-        consensus(x, torch.cat([peer, peer], 1), 61, ALONE, peer)
+        consensus(x, torch.cat([peer, peer], 1), peer)
         assert consensus.peers.moments.count == before
 
 
@@ -396,7 +392,7 @@ class TestInALoop:
         iso = IsomorphismLoss(student, teacher, "auto", loader=loader)
         assert [(pair.source, pair.target) for pair in iso.pairs] == [("1", "1"), ("3", "3")]
         assert "unexplained" in capsys.readouterr().out
-        with pytest.raises(LayerNameError, match="nothing is left to teach"):
+        with pytest.raises(LayerNameError, match="no pair has both"):
             suggest_layers(student, copy.deepcopy(student), loader, verbose=False)
         with pytest.raises(OptionError, match="loader="):
             IsomorphismLoss(student, teacher, "auto")
@@ -420,8 +416,8 @@ class TestMessages:
     def test_options(self) -> None:
         a, b = built(1), built(2)
         for wrong, message in (
-            ({"solver": "other"}, "solver must be 'closed_form' or 'learned', got 'other'"),
-            ({"target": "peers"}, "target must be 'teacher' or 'consensus', got 'peers'"),
+            ({"solver": "other"}, "solver must be 'closed_form' or 'learned', got the string 'other'"),
+            ({"target": "peers"}, "target must be 'teacher' or 'consensus', got the string 'peers'"),
             (
                 {"solver": "learned", "target": "consensus", "peers": [b]},
                 'target="consensus" needs solver="closed_form"',
@@ -433,7 +429,7 @@ class TestMessages:
             ({"ridge": -1.0}, "ridge must be"),
             ({"window": 0.5}, "window must be"),
             ({"weight": "heavy"}, "weight must be"),
-            ({"weight": -1.0}, "weights must be"),
+            ({"weight": -1.0}, "weights must be finite"),
             ({"target": "consensus"}, "needs peers"),
             ({"peers": [b]}, 'peers= needs target="consensus"'),
             ({"repeated": "all"}, "repeated must be"),
@@ -490,7 +486,7 @@ class TestMessages:
                 out: Tensor = self.inner(x)
                 return out
 
-        with pytest.raises(OptionError, match=r"Pass example=images.*only 17"):
+        with pytest.raises(OptionError, match=r"only 17. Pass example=images"):
             IsomorphismLoss(Odd(), built(1), {"inner": "3"})
         IsomorphismLoss(Odd(), nn.Sequential(nn.Conv2d(3, 4, 3)), {"inner": "0"}, example=torch.zeros(1, 3, 17, 17))
 

@@ -1,4 +1,4 @@
-"""What loops, wrappers and options do to the loss beside a plain step: copies, casts, views in turns, writes to the images, shared layers."""
+"""The loss under copies, casts, alternating views, in-place writes to images, and shared layers."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_tokens_without_a_grid_are_not_laid_over_a_map() -> None:
     teacher = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.ReLU())
     with IsomorphismLoss(student, teacher, {"blocks.1": "1"}, example=torch.randn(2, 3, 128, 128)) as iso:
         student(torch.randn(2, 3, 128, 128))
-        with pytest.raises(LayoutError, match=r"tokens of layer 'blocks.1' form no grid .* 8 × 8"):
+        with pytest.raises(LayoutError, match=r"tokens of layer 'blocks.1' form no grid, .* 8 × 8"):
             iso()
 
 
@@ -313,7 +313,7 @@ def test_frozen_parts_are_named() -> None:
     student[:4].requires_grad_(False)
     with IsomorphismLoss(student, built(2), ["3"]) as iso:
         student(torch.randn(2, 3, 8, 8))
-        with pytest.raises(CaptureError, match=r"'3' carry no gradient .* is frozen"):
+        with pytest.raises(CaptureError, match=r"'3' carry no gradient: .* is frozen"):
             iso()
 
 
