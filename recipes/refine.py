@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +31,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import knowiso_train as ki
-from knowiso_train.distillation import kd_loss
 from knowiso_train.errors import DataError
 from knowiso_train.experiment import (
     RecipeParser,
@@ -47,7 +45,6 @@ from knowiso_train.experiment import (
     loader_options,
     network_card,
     run_settings,
-    sgd_with_schedule,
     top1_accuracy,
     training_options,
 )
@@ -59,9 +56,7 @@ from knowiso_train.loading import (
     load_checkpoint,
     training_loader,
 )
-from knowiso_train.refinement import PeerEnsemble, RefineFinetuneConfig, classifier_model, consensus_loss
-
-MAX_GRAD_NORM = 1.0  # a classifier in closed form can have large weights, and thus large gradients
+from knowiso_train.refinement import RefineFinetuneConfig, RefineTrainer, classifier_model
 
 
 def main(words: list[str] | None = None) -> int:
@@ -154,52 +149,29 @@ def finetune(
     load_checkpoint(network, args.output / "closed.safetensors")
     network.to(device)
     to_input = input_transform(network, size=args.image_size).to(device)
-    iso, ensemble, loader, sampler = None, None, None, None
-    if objective == "consensus":
-        useful = [peers[i].to(device) for i in (output.read_json("closed.json") or {})["useful"]]
-        example = to_input(torch.stack([labeled[i][0] for i in range(2)]).to(device))
-        teacher = start.to(device).eval().requires_grad_(False)
-        iso, ensemble = consensus(network, teacher, useful, to_input, example, data.classes, args)
+    example = to_input(torch.stack([labeled[i][0] for i in range(2)]).to(device))
+    trainer = build_trainer(objective, network, start.to(device), peers, to_input, example, accelerator, args)
+    loader, sampler = None, None
+    if trainer.consensus:
         loader = training_loader(data.train, **loader_options(args))
-        sampler = loader.sampler
-    optimizer, scheduler = sgd_with_schedule(
-        network.parameters(),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        warmup=max(1, args.steps // 20),
-        total=args.steps + 1,
-    )
-    model, optimizer, scheduler = accelerator.prepare(network, optimizer, scheduler)
-    if iso:
-        loader = accelerator.prepare(loader)
-        accelerator.register_for_checkpointing(iso)
+        sampler, loader = loader.sampler, accelerator.prepare(loader)
+    accelerator.register_for_checkpointing(trainer)
     # Half a batch of labeled images beside a batch of unlabeled ones; with labels alone, as many images in total
     num_labeled = max(1, args.batch_size // 2 // accelerator.num_processes)
-    num_labeled += 0 if iso else args.batch_size // accelerator.num_processes
+    num_labeled += 0 if trainer.consensus else args.batch_size // accelerator.num_processes
     augmented = TrainingImages(labeled, seed=args.seed, padding=args.padding, flip=args.flip)
 
     part = {"towards": objective}
     training = ResumableTraining(accelerator, run, output, part, total=args.steps, **training_options(args))
-    set_training_mode(network)
-    with training, iso or nullcontext(), ensemble or nullcontext():
+    with training, trainer:
         for batch in training.batches(loader, sampler):
             index = torch.randperm(len(labeled))[:num_labeled].tolist()
             # The augmentation is drawn by index: another one at every step
             items = [augmented[len(labeled) * training.step + i] for i in index]
-            images = torch.stack([image for image, _ in items]).to(device)
-            labels = torch.tensor([label for _, label in items]).to(device)
-            logits: Tensor = model(to_input.applied(torch.cat([images, batch[0]]) if iso else images))
-            losses = {"cross_entropy": F.cross_entropy(logits[: len(labels)], labels)}
-            if iso and ensemble:
-                losses["consensus"] = args.weight * iso()  # runs the closed form's network and the peers
-                targets = ensemble.soft_targets(iso.teacher_output, args.temperature)
-                losses["ensemble"] = args.kd_weight * kd_loss(logits, targets, args.temperature)
-            accelerator.backward(sum(losses.values()))
-            accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            training.advance(losses, iso=iso)
+            images = to_input.applied(torch.stack([image for image, _ in items]).to(device))
+            labels = torch.tensor([label for _, label in items])
+            losses = trainer.step(None if batch is None else to_input.applied(batch[0]), (images, labels))
+            training.advance(losses, iso=trainer.consensus)
             training.save_if_due()
 
     options = {"to_input": to_input.applied, "batch_size": args.batch_size, "workers": args.workers}
@@ -212,38 +184,38 @@ def finetune(
     return card
 
 
-def consensus(
+def build_trainer(
+    objective: str,
     student: nn.Module,
     teacher: nn.Module,
     peers: list[nn.Module],
     to_input: Any,
     example: Tensor,
-    num_classes: int,
+    accelerator: Accelerator,
     args: argparse.Namespace,
-) -> tuple[ki.IsomorphismLoss, PeerEnsemble]:
-    """Return the loss to the features that the peers reproduce, and the ensemble of all classifiers."""
-    device = example.device
-    bridges = [InputBridge(to_input, input_transform(peer, size=args.image_size)).to(device) for peer in peers]
-    models = [
-        classifier_model(peer, f"peer {i}", transform=bridge)
-        for i, (peer, bridge) in enumerate(zip(peers, bridges, strict=True))
-    ]
-    weights = {name: tensor.to(device) for name, tensor in load_file(args.output / "teachers.safetensors").items()}
-    classifiers = {
-        i: partial(F.linear, weight=weights[f"{i}.weight"], bias=weights[f"{i}.bias"]) for i in range(len(peers))
-    }
-    peer_layers = dict(zip(args.layers, args.peer_layers, strict=True)) if args.peer_layers else None
-    config = RefineFinetuneConfig(layers=args.layers or None, peer_layers=peer_layers)
-    iso = consensus_loss(student, teacher, classifier_model(teacher, "network"), models, example, config)
-    return iso, PeerEnsemble(models, classifiers, num_classes)
-
-
-def set_training_mode(model: nn.Module) -> None:
-    """Set the training mode, except for batch norms: few images would spoil their running statistics."""
-    model.train()
-    for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.eval()
+) -> RefineTrainer:
+    """Set up the training to the consensus of the useful peers, or to the labels alone."""
+    device, with_peers = example.device, objective == "consensus"
+    config = RefineFinetuneConfig(
+        steps=args.steps,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        consensus_weight=args.weight if with_peers else 0.0,
+        kd_weight=args.kd_weight if with_peers else 0.0,
+        temperature=args.temperature,
+        layers=args.layers or None,
+        peer_layers=dict(zip(args.layers, args.peer_layers, strict=True)) if args.peer_layers else None,
+    )
+    models, classifiers = [], {}
+    if config.uses_peers:
+        useful = (RunFolder(args.output, writes=False).read_json("closed.json") or {})["useful"]
+        weights = {name: tensor.to(device) for name, tensor in load_file(args.output / "teachers.safetensors").items()}
+        for i, peer in enumerate(peers[j].to(device) for j in useful):
+            bridge = InputBridge(to_input, input_transform(peer, size=args.image_size)).to(device)
+            models.append(classifier_model(peer, f"peer {i}", transform=bridge))
+            classifiers[i] = partial(F.linear, weight=weights[f"{i}.weight"], bias=weights[f"{i}.bias"])
+    model = classifier_model(teacher.eval().requires_grad_(False), "network")
+    return RefineTrainer(student, teacher, model, models, config, example, heads=classifiers, accelerator=accelerator)
 
 
 def load_data(args: argparse.Namespace) -> SimpleNamespace:

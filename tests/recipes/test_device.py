@@ -94,4 +94,4 @@ def test_refine(elsewhere: str, pictures: Path, tmp_path: Path) -> None:
     assert (
         refine.main([*data(pictures, tmp_path), *nets.split(), "--labels", "4", "--lr", "0.001", "--steps", "4"]) == 0
     )
-    assert_finite_losses(tmp_path, {"cross_entropy", "consensus", "ensemble"})
+    assert_finite_losses(tmp_path, {"cross_entropy", "consensus", "soft_targets"})

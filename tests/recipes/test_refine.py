@@ -76,10 +76,10 @@ def test_results(whole: Path) -> None:
     report = json.loads((whole / "report.json").read_text())
     assert report["num_images"] == {"unlabeled": 210, "labeled": 12, "validation": 33, "test": 33}
     entries = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    for way, terms in (("consensus", {"cross_entropy", "consensus", "ensemble"}), ("labels", {"cross_entropy"})):
+    for way, terms in (("consensus", {"cross_entropy", "consensus", "soft_targets"}), ("labels", {"cross_entropy"})):
         of_way = [entry for entry in entries if entry["towards"] == way]
         assert [entry["step"] for entry in of_way] == list(range(1, STEPS + 1))
-        assert all(terms == {"cross_entropy", "consensus", "ensemble"} & set(entry) for entry in of_way)
+        assert all(terms == {"cross_entropy", "consensus", "soft_targets"} & set(entry) for entry in of_way)
     assert not list(whole.rglob("checkpoint-*"))
 
 
@@ -166,5 +166,5 @@ def test_two_processes_refine_as_one_and_a_peer_may_be_of_another_family(
         ("labels", 1),
         ("labels", 2),
     ]
-    assert all(entry["ensemble"] >= 0 for entry in logs[1][:2])
+    assert all(entry["soft_targets"] >= 0 for entry in logs[1][:2])
     assert all(entry["cross_entropy"] > 0 for entry in logs[1])

@@ -10,7 +10,7 @@ import torch
 from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.refinement import HeadConfig, consensus_head, fit_peer_projection, ridge_head, score_peer
 from knowiso_train.refinement.heads import ConsensusFeatures, isomorphic_parts, pseudo_labels
-from knowiso_train.refinement.metrics import best_temperature, classification_score, consensus_vs_labels_cv
+from knowiso_train.refinement.metrics import consensus_vs_labels_cv
 from knowiso_train.regression.ridge import RidgeSolver
 from tests.helpers.refine_models import SIGNAL, WIDTH, Eye, images
 
@@ -181,16 +181,6 @@ def test_all_images_labeled_is_a_ridge_classifier() -> None:
     head = consensus_head(train, Y[:200], [f[:0] for f in train], 3, HeadConfig(head_ridge=0.5))
     wanted = ridge_head(train[0], Y[:200], 3, 0.5)
     torch.testing.assert_close(head.weight, wanted.weight)
-
-
-def test_calibration() -> None:
-    logits = torch.tensor([[2.0, 0.0]] * 4)
-    labels = torch.tensor([0, 0, 0, 1])
-    assert classification_score(logits, labels).ece == pytest.approx(
-        100 * abs(0.75 - float(torch.tensor(2.0).sigmoid())), abs=1e-4
-    )
-    temperature = best_temperature(logits, labels)
-    assert float((logits[0] / temperature).softmax(0)[0]) == pytest.approx(0.75, abs=0.02)
 
 
 def test_errors_say_what_to_do() -> None:
