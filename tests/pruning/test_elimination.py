@@ -178,3 +178,30 @@ def test_errors_name_the_layer_and_what_is_wrong() -> None:
     for ridge in (-1.0, math.nan):
         with pytest.raises(OptionError, match="ridge"):
             BackwardElimination([consumer(x, weight)], ridge)
+
+
+def test_pools_cost_no_more_than_a_little_over_the_exact_choice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 40, generator=generator, dtype=torch.float64) @ torch.randn(
+        40, 200, generator=generator, dtype=torch.float64
+    )
+    x = x + 0.5 * torch.randn(2000, 200, generator=generator, dtype=torch.float64)
+    xx, weight = x.T @ x / 2000, torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    every = torch.arange(200)[:, None]
+    consumer = Consumer("fc", xx, weight, every, float((weight * (xx @ weight)).sum()))
+    pooled, exact = BackwardElimination([consumer], 1e-6), BackwardElimination([consumer], 1e-6)
+    order, costs = pooled.eliminate_until(keep=50)
+    for _ in range(150):
+        exact.remove(int(exact.costs().argmin()))
+    assert len(set(order)) == len(order) == 150
+    left = [c for c in range(200) if c not in order]
+    solved = torch.zeros_like(weight)
+    added = 1e-6 * xx.diagonal().mean() * torch.eye(200, dtype=torch.float64)
+    quadratic = xx + added
+    solved[left] = torch.linalg.solve(quadratic[left][:, left], (quadratic @ weight)[left])
+    # An independent solution for the same set
+    torch.testing.assert_close(pooled.weights()[0], solved, atol=1e-6, rtol=1e-5)
+    apart = weight - solved
+    assert sum(costs) == pytest.approx(float((apart * (quadratic @ apart)).sum()) / consumer.variance, rel=1e-6)
+    rival = weight - exact.weights()[0]
+    assert sum(costs) <= 1.05 * float((rival * (quadratic @ rival)).sum()) / consumer.variance

@@ -63,10 +63,11 @@ def test_a_copied_channel_goes_first_and_its_twin_stays() -> None:
     importance = ki.IsomorphismImportance(model, pictures(), progress=False, ridge=1e-8, per="channel")
     scores = importance(group_of(model, model[0]))
     assert scores.shape == (6,)
-    first, second = scores.argsort()[:2].tolist()
+    first = int(scores.argmin())
     assert first in (1, 4)
     assert float(scores[first]) < 1e-4
-    assert second not in (1, 4) or float(scores[second]) > 100 * float(scores[first])
+    # Without the first one, the equal channel is as necessary as any other
+    assert float(scores[5 - first]) > 100 * float(scores[first])
     alone = ki.IsomorphismImportance(model, pictures(), progress=False, ridge=1e-8, cumulative=False)(
         group_of(model, model[0])
     )
@@ -83,7 +84,9 @@ def test_scores_are_those_of_the_mathematics() -> None:
     elimination = BackwardElimination(importance.consumers(group), 1e-4)
     order, costs = elimination.eliminate_until(1)
     scores = ki.IsomorphismImportance(model, pictures(), progress=False, per="channel")(group)
-    assert scores.argsort()[:5].tolist() == order or costs != sorted(costs)
+    assert len(order) == len(costs) == 5
+    # In the order of removal, and no score below an earlier one
+    torch.testing.assert_close(scores[order].double(), torch.tensor(costs).double().cummax(0).values)
     assert scores.max() >= max(costs) * 0.999
 
 
@@ -170,8 +173,9 @@ def test_architectures(name: str) -> None:
         graph.get_all_groups(ignored_layers=[model.get_classifier()], root_module_types=[nn.Conv2d, nn.Linear])
     )
     scores = [importance(group) for group in groups[:4]]
-    assert any(found is not None for found in scores)
-    assert all(found.isfinite().all() for found in scores if found is not None)
+    finite = [bool(found.isfinite().all()) for found in scores if found is not None]
+    assert len(finite) >= 1
+    assert all(finite)
 
 
 class TestErrors:

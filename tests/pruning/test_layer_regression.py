@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError
 from knowiso_train.ops.linalg import MIN_TRIANGLE_COLUMNS, gram
-from knowiso_train.pruning.allocation import LayerCost, allocate, allowed_widths, total_cost
 from knowiso_train.pruning.layer_regression import LayerRegression
 from knowiso_train.regression import batch_moments
 from knowiso_train.regression.moments import ROW_BUFFER_SIZE, RowSums
@@ -88,56 +85,3 @@ def test_columns_that_are_left_out_are_columns_that_are_not_there() -> None:
         assert less.search_ridge(original[:, at], None, RIDGES)[0] == pytest.approx(
             whole.search_ridge(original, keep, RIDGES)[0]
         )
-
-
-def test_what_is_looked_at_again_is_what_changed() -> None:
-    """Chains, in which what one group saves hangs on its neighbors: as if every group were looked at in each step."""
-    generator = torch.Generator().manual_seed(0)
-    for round_to, share in itertools.product((1, 3), (0.7, 0.4, 0.2)):
-        sizes = {name: 7 + 3 * i for i, name in enumerate("abcd")}
-        harms = {
-            name: torch.cat(
-                [
-                    torch.rand(size, generator=generator, dtype=torch.float64).cumsum(0).flip(0),
-                    torch.zeros(1, dtype=torch.float64),
-                ]
-            )
-            for name, size in sizes.items()
-        }
-        ends = [3, *sizes.values(), 2]
-        names = [None, *sizes, None]
-        costs = {
-            f"layer{i}": LayerCost(1.0 + i, float(m), float(n), {a: 1.0} if a else {}, {b: 1.0} if b else {})
-            for i, (m, n, a, b) in enumerate(zip(ends, ends[1:], names, names[1:], strict=False))
-        }
-        target = share * total_cost(costs, {})
-        assert allocate(harms, costs, target, min_width=0.1, round_to=round_to) == plainly(
-            harms, costs, target, 0.1, round_to
-        )
-
-
-def plainly(
-    harms: dict[str, Tensor], costs: dict[str, LayerCost], target: float, min_width: float, round_to: int
-) -> dict[str, int]:
-    sizes = {name: len(harm) - 1 for name, harm in harms.items()}
-    widths = dict(sizes)
-
-    def cost(changed: dict[str, int]) -> float:
-        return total_cost(costs, {name: sizes[name] - width for name, width in {**widths, **changed}.items()})
-
-    while cost({}) > target:
-        steps = []
-        for name, size in sizes.items():
-            narrower = [width for width in allowed_widths(size, min_width, round_to) if width < widths[name]]
-            enough = [width for width in narrower if cost({name: width}) <= target]
-            for width in narrower if not enough else narrower[: narrower.index(enough[0]) + 1]:
-                steps.append(
-                    (
-                        float(harms[name][width] - harms[name][widths[name]]) / (cost({}) - cost({name: width})),
-                        name,
-                        width,
-                    )
-                )
-        _, name, width = min(steps)
-        widths[name] = width
-    return widths

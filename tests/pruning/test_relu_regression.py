@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from knowiso_train.pruning import layer_regression
 from knowiso_train.pruning.layer_regression import ActivationRange, LayerRegression, ReLURegression
 from knowiso_train.pruning.tracing import trace_epilogues
 
@@ -103,6 +104,20 @@ def test_what_only_moves_outputs_beyond_the_limit_is_not_missed() -> None:
     shares = [share for share, *_ in islice(found.iterates(torch.zeros(1, 3, 1).double(), None, [1e-9]), 150)]
     assert shares[0] > 0.1
     assert shares[-1] < 1e-3
+
+
+def test_momentum_reaches_a_smaller_loss_in_the_same_number_of_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = problem(0)
+    count, start = 2700, torch.zeros(1, 8, 4).double()
+
+    def last_loss() -> float:
+        *_, solution = islice(of_ones(x, y, RELU).iterates(start, None, [1e-9]), layer_regression.MAX_RELU_ITERATIONS)
+        return float(loss(x[:count] @ solution.weight[0] + solution.bias[0], y[:count], *RELU))
+
+    with_momentum, bound = last_loss(), least(x[:count], y[:count], RELU)
+    monkeypatch.setattr(layer_regression, "ITERATE_MOMENTUM", 0.0)
+    # Distances to the minimum, about which the iterates converge linearly
+    assert with_momentum - bound < 0.7 * (last_loss() - bound)
 
 
 def test_limits_in_the_unit_of_the_layer() -> None:
