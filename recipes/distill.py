@@ -1,9 +1,9 @@
-"""Distill a teacher into a smaller student with labels, the teacher's logits (KD) and its features (isomorphism loss).
+r"""Distill a teacher into a smaller student with labels, the teacher's logits (KD) and its features (isomorphism loss).
 
     pip install -e ".[demo]"
     accelerate launch recipes/distill.py                        # real digits, under three minutes on two CPU cores
-    accelerate launch recipes/distill.py --dataset torch/cifar100 --data-dir data --data-options download=True \\
-        --image-size 32 --padding 4 --flip --teacher resnet34 --teacher-epochs 60 --student resnet18 --epochs 60 \\
+    accelerate launch recipes/distill.py --dataset torch/cifar100 --data-dir data --data-options download=True \
+        --image-size 32 --padding 4 --flip --teacher resnet34 --teacher-epochs 60 --student resnet18 --epochs 60 \
         --batch-size 256 --mixed-precision bf16 --output output/cifar100
 
 Teacher and student are timm networks, by name or weight file; the dataset is any that timm reads. All arms have the

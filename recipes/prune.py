@@ -1,9 +1,9 @@
-"""Prune a network and refit it in closed form; optionally fine-tune it to its original, with or without labels.
+r"""Prune a network and refit it in closed form; optionally fine-tune it to its original, with or without labels.
 
     pip install -e ".[demo]"
     accelerate launch recipes/prune.py                          # real digits, under three minutes on two CPU cores
-    accelerate launch recipes/prune.py --dataset torch/cifar10 --data-dir data --image-size 32 --model resnet18 \\
-        --model-checkpoint FILE --macs 0.4 --steps 3 --tune-steps 200 --epochs 5 --padding 4 --flip \\
+    accelerate launch recipes/prune.py --dataset torch/cifar10 --data-dir data --image-size 32 --model resnet18 \
+        --model-checkpoint FILE --macs 0.4 --steps 3 --tune-steps 200 --epochs 5 --padding 4 --flip \
         --batch-size 256 --output output/cifar10
 
 The network is timm's, by name or weight file; the dataset is any that timm reads. Only --epochs and the table use

@@ -1,8 +1,8 @@
-"""Refine a checkpoint with a few labels, unlabeled images and peer networks for the same kind of images.
+r"""Refine a checkpoint with a few labels, unlabeled images and peer networks for the same kind of images.
 
     pip install -e ".[demo]"
     accelerate launch recipes/refine.py     # EfficientNet-Lite0, peer Lite1, real digits, five labels per class
-    accelerate launch recipes/refine.py --dataset FOLDER --splits train validation test --image-size 224 --labels 10 \\
+    accelerate launch recipes/refine.py --dataset FOLDER --splits train validation test --image-size 224 --labels 10 \
         --model resnet18 --peers resnet34 resnet50 --steps 1000 --output output/clothes
 
 1. Closed form (`knowiso_train.refine`): features that the peers reproduce, and a classifier on them.

@@ -15,17 +15,18 @@ from knowiso_train.utils.text_table import format_table
 def network_card(
     model: nn.Module, architecture: str, options: Mapping[str, Any], image_size: Sequence[int]
 ) -> dict[str, Any]:
-    """What it takes to load a timm network's plain state dict without this library, and to feed it.
+    """Return the information that is needed to load a plain state dict with timm alone, and to preprocess its images.
 
     Args:
-        model: made by timm.
-        architecture: its name in timm.
-        options: of `timm.create_model`, `num_classes` among them.
-        image_size: (C, H, W) that it is used with.
+        model: Network of timm.
+        architecture: Name in timm.
+        options: Options of `timm.create_model`, with `num_classes`.
+        image_size: (C, H, W) of its images.
 
     Example:
         >>> from knowiso_train.loading.timm import load_model
-        >>> card = network_card(load_model("test_resnet", pretrained=False, num_classes=4), "test_resnet", {"num_classes": 4}, (3, 32, 32))
+        >>> model = load_model("test_resnet", pretrained=False, num_classes=4)
+        >>> card = network_card(model, "test_resnet", {"num_classes": 4}, (3, 32, 32))
         >>> card["load"]
         "timm.create_model('test_resnet', num_classes=4, checkpoint_path='FILE')"
     """
@@ -40,15 +41,16 @@ def network_card(
 
 
 def results_table(cards: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]) -> str:
-    """One row for each network: accuracy, loss over the training, and what it explains of the teacher's layers.
+    """Return a table of networks: accuracy, loss during training, and explained shares of the teacher's layers.
 
     Args:
-        cards: with `arm`, `parameters` and `top1` (percent); where they apply `best_top1`, `best_epoch`, `seconds`, and
-            `explained`: shares by layer.
-        log: entries with `arm` and `loss`, in order.
+        cards: Cards with `arm`, `parameters` and `top1` (percent), and optionally `best_top1`, `best_epoch`, `seconds`
+            and `explained` (share by layer).
+        log: Log entries with `arm` and `loss`, in order.
 
     Example:
-        >>> print(results_table([{"arm": "student", "parameters": 1200, "top1": 98.5, "explained": {"a": 0.5}}], [{"arm": "student", "loss": 2.0}]))
+        >>> card = {"arm": "student", "parameters": 1200, "top1": 98.5, "explained": {"a": 0.5}}
+        >>> print(results_table([card], [{"arm": "student", "loss": 2.0}]))
                  parameters    top-1  best (epoch)  loss: first, last  explains a  seconds
         student       1,200  98.50 %                     2.000, 2.000      50.0 %
     """

@@ -1,4 +1,4 @@
-"""Hugging Face's `Trainer`: the isomorphism loss as one more term, and measurements while it trains."""
+"""Trainer and callback for Hugging Face transformers: isomorphism loss, and measurements during training."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ except ImportError as error:
         'the Trainer adapter needs transformers, which is not installed; pip install "knowiso_train[transformers]"'
     ) from error
 
-LOSS_FILE, MONITOR_FILE = "isomorphism.safetensors", "isomorphism.json"  # in the Trainer's checkpoint folder
+# In the Trainer's checkpoint folders
+LOSS_FILE, MONITOR_FILE = "isomorphism.safetensors", "isomorphism.json"
 
 
 class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """Drives a loss's hooks and an `IsomorphismCallback` from the events of any `Trainer(..., callbacks=[this])`; states lie in its checkpoints.
+    """Callback for any `Trainer` that attaches a loss and runs an `IsomorphismCallback`, with both in checkpoints.
 
-    The loss term itself is added by `IsomorphismTrainer`, or by a `compute_loss` of your own: `loss + iso()`, where the
-    model is in training mode.
+    The callback does not add the loss term. Use `IsomorphismTrainer` for that, or return `loss + iso()` from a custom
+    `compute_loss` in training mode.
 
     Args:
-        iso: the loss, attached while the Trainer trains.
-        monitor: what measures; it counts optimizer steps.
+        iso: Loss, attached during training. None: no loss.
+        monitor: Measurements, per optimizer step. None: no measurements.
+
+    Attributes:
+        folder: Checkpoint folder to resume from. None: that of the Trainer's arguments.
     """
 
     def __init__(self, iso: IsomorphismLoss | None = None, monitor: IsomorphismCallback | None = None) -> None:
         self.iso, self.monitor = iso, monitor
-        self.folder: str | Path | None = None  # that this training is resumed from, where it is known
+        self.folder: str | Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Take up the states where the training is resumed; hooks on."""
-        for watcher in (self.iso, self.monitor):
-            if watcher is not None and model is not None and unwrap_model(model) is not unwrap_model(watcher.student):
+        """Restore the states of a resumed training, and register the hooks."""
+        for part in (self.iso, self.monitor):
+            if part is not None and model is not None and unwrap_model(model) is not unwrap_model(part.student):
                 raise OptionError(
-                    f"the Trainer trains another network than {type(watcher).__name__} watches; build both from one (no model_init=)"
+                    f"the Trainer and {type(part).__name__} have different networks; "
+                    "create both with the same model (no model_init=)"
                 )
         if state.global_step > 0:
-            self._load(
-                Path(
-                    self.folder
-                    or args.resume_from_checkpoint
-                    or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                )
-            )
+            default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._load(Path(self.folder or args.resume_from_checkpoint or default))
         if self.iso is not None and not self.iso.attached:
             self.iso.attach()
 
     def on_step_begin(self, *events: Any, **more: Any) -> None:
-        """Gradients of the loss's own parameters: the Trainer clears its model's only."""
+        """Clear the gradients of the loss's parameters; the Trainer clears only those of its model."""
         if self.iso is not None:
             self.iso.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """An optimizer step; the last one is always measured."""
+        """Count an optimizer step, and always measure the last one."""
         if (
             self.monitor is not None
             and self.monitor.step() is None
@@ -73,7 +73,7 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
             self.monitor.measure()
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """States beside the Trainer's."""
+        """Save the states in the Trainer's checkpoint folder."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and self.iso is not None:
             save_file(
@@ -83,20 +83,21 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
             write_json(folder / MONITOR_FILE, self.monitor.state_dict())
 
     def on_train_end(self, *events: Any, **more: Any) -> None:
-        """Report written; hooks off."""
+        """Write the report, and remove the hooks."""
         if self.monitor is not None:
             self.monitor.end()
         if self.iso is not None:
             self.iso.detach()
 
     def _load(self, folder: Path) -> None:
-        for name, watcher in ((LOSS_FILE, self.iso), (MONITOR_FILE, self.monitor)):
-            if watcher is not None and not (folder / name).is_file():
+        for name, part in ((LOSS_FILE, self.iso), (MONITOR_FILE, self.monitor)):
+            if part is not None and not (folder / name).is_file():
                 raise DataError(
-                    f"{folder} has no {name}: resume what this callback saved, and name its folder in args.resume_from_checkpoint too"
+                    f"{folder} has no {name}; resume a checkpoint of this callback, "
+                    "and give its folder as args.resume_from_checkpoint too"
                 )
-            if watcher is not None:
-                watcher.load_state_dict(
+            if part is not None:
+                part.load_state_dict(
                     load_file(folder / name)
                     if name == LOSS_FILE
                     else parse_json((folder / name).read_text(encoding="utf-8"))
@@ -104,26 +105,27 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
 
 
 class IsomorphismTrainer(Trainer):  # type: ignore[misc]
-    """A `Trainer` whose loss has the isomorphism term: `IsomorphismTrainer(model=student, ..., iso=iso, monitor=monitor)`.
+    """`Trainer` with the isomorphism loss: `IsomorphismTrainer(model=student, ..., iso=iso, monitor=monitor)`.
 
-    `iso.parameters()` join the optimizer, `iso.log()` the logs. With a Trainer class of your own: `class
-    Mine(IsomorphismTrainer, YourTrainer): ...`.
-    Models are called with keywords: a teacher with others needs `teacher_forward=lambda teacher, images:
-        teacher(images)` in the loss.
+    The optimizer includes `iso.parameters()`, the logs include `iso.log()`. Combine it with another Trainer class by
+    `class MyTrainer(IsomorphismTrainer, OtherTrainer): ...`. The Trainer calls models with keywords; a teacher without
+    these keywords needs `teacher_forward=lambda teacher, images: teacher(images)` in the loss.
 
     Args:
-        *args, **kwargs: of Trainer.
-        iso: the loss, made for the same model.
-        monitor: an `IsomorphismCallback`; its figures go to the Trainer's logs unless it has a `log`.
+        *args: Arguments of `Trainer`.
+        iso: Loss for the same model.
+        monitor: Measurements; logged by the Trainer if `monitor.log` is None. None: no measurements.
+        **kwargs: Keyword arguments of `Trainer`.
 
     Example:
         >>> import tempfile
         >>> from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
-        >>> config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", hidden_act="silu")
+        >>> config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
         >>> student, teacher = (ResNetForImageClassification(config) for _ in range(2))
         >>> images = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(16)]
         >>> iso = IsomorphismLoss(student, teacher, "resnet.encoder.stages.1", example=torch.zeros(1, 3, 16, 16))
-        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no")
+        >>> quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=2, use_cpu=True, **quiet)
         >>> IsomorphismTrainer(model=student, args=args, train_dataset=images, iso=iso).train().global_step
         {'train_runtime': ...}
         2
@@ -136,10 +138,10 @@ class IsomorphismTrainer(Trainer):  # type: ignore[misc]
         self.iso, self._isomorphism = iso, IsomorphismTrainerCallback(iso, monitor)
         self.add_callback(self._isomorphism)
         if monitor is not None and monitor.log is None:
-            monitor.log = self._log_measured
+            monitor.log = self._log_measurement
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; hooks come off also by an error."""
+        """Train as the Trainer does, and remove the hooks also after an error."""
         self._isomorphism.folder = (
             get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is True
@@ -153,33 +155,36 @@ class IsomorphismTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
-        """The Trainer's loss, and in training the isomorphism's."""
+        """Return the Trainer's loss, plus the isomorphism loss in training mode."""
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
         if model.training and torch.is_grad_enabled():
-            scaled = getattr(self, "loss_is_scaled_for_ga", None)
-            if scaled is None:
-                scaled = (
+            # The loss is either divided by the accumulation steps already, or by the Trainer afterwards
+            divided = getattr(self, "loss_is_scaled_for_ga", None)
+            if divided is None:
+                divided = self.compute_loss_func is not None or (
                     self.model_accepts_loss_kwargs and num_items_in_batch is not None
-                ) or self.compute_loss_func is not None
-            # Else the Trainer divides
-            loss = loss + self.iso().to(loss.device) / (self.current_gradient_accumulation_steps if scaled else 1)
+                )
+            term = self.iso().to(loss.device)
+            loss = loss + (term / self.current_gradient_accumulation_steps if divided else term)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, which also trains what the loss has of its own."""
+        """Create the Trainer's optimizer with the loss's parameters as a further group."""
         super().create_optimizer(*args, **kwargs)
-        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        if own := [parameter for parameter in self.iso.to(self.args.device).parameters() if id(parameter) not in known]:
-            self.optimizer.add_param_group({"params": own, "weight_decay": self.args.weight_decay})
+        registered = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        parameters = [p for p in self.iso.to(self.args.device).parameters() if id(p) not in registered]
+        if parameters:
+            self.optimizer.add_param_group({"params": parameters, "weight_decay": self.args.weight_decay})
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's logs of training steps, with the loss's figures."""
+        """Log as the Trainer does, with the loss's metrics in the entries of training steps."""
         super().log({**logs, **self.iso.log()} if "loss" in logs else logs, *args, **kwargs)
 
-    def _log_measured(self, values: dict[str, float], /, *, step: int) -> None:
-        wanted = self.control.should_log  # of the Trainer's own figures, at this step; logging clears it
+    def _log_measurement(self, values: dict[str, float], /, *, step: int) -> None:
+        # Logging clears this flag, which the Trainer's own metrics of this step need
+        should_log = self.control.should_log
         self.log(dict(values))
-        self.control.should_log = wanted
+        self.control.should_log = should_log
