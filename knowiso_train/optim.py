@@ -31,8 +31,8 @@ class Muon(Optimizer):
 
     The step of a matrix (m, n) does not depend on the scale of its gradient. With the orthogonalized momentum O:
 
-    - "fan_in": `W ← (1 - lr · weight_decay) W - lr · √(max(m, n) / n) · O`, about `lr / √n` an element. It is relative to
-      the scale of a standard initialization.
+    - "fan_in": `W ← (1 - lr · weight_decay) W - lr · √(max(m, n) / n) · O`, about `lr / √n` an element. It is relative
+      to the scale of a standard initialization.
     - "relative": `W ← W - lr · ‖W‖ / ‖O‖ · O`. It is relative to the norm of trained weights.
 
     Source: Jordan et al. (2024), *Muon*. The relative step is our own.

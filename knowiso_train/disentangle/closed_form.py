@@ -25,8 +25,8 @@ class ClosedFormMaps(nn.Module):
     - `x^(0) = W x + b`,
     - `x^(k) = V_k ã_k = Σ_{j≤k} V_{k,j} a_j + b_k` for k ≥ 1, with V_{k,0} applied to x itself.
 
-    ã_k is a_k without its linear regression on the earlier features x, a_1 … a_{k-1}; the V_{k,j} with j < k subtract it.
-    M_k is fitted to the residual of the orders below and then frozen.
+    ã_k is a_k without its linear regression on the earlier features x, a_1 … a_{k-1}; the V_{k,j} with j < k subtract
+    it. M_k is fitted to the residual of the orders below and then frozen.
 
     Args:
         source_channels: C_A.
@@ -189,7 +189,7 @@ def order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
 
 
 def _columns_by_feature(widths: list[int], kernel_size: int) -> Tensor:
-    """Return the permutation from the columns of `patch_rows` of concatenated features to one block for each feature."""
+    """Return the permutation that sorts the columns of `patch_rows` of concatenated features by feature."""
     columns = torch.arange(kernel_size**2 * sum(widths)).view(kernel_size**2, -1)
     return torch.cat([block.flatten() for block in torch.split(columns, widths, dim=1)])
 

@@ -46,6 +46,7 @@ class ClosedFormFitter(Fitter):
         num_targets: int,
         expected_rows: int | None,
     ) -> MemoryEstimate:
+        """Estimate the memory, see `Fitter.estimate_memory`."""
         kernel_area = (config.kernel_size or 1) ** 2
         num_features = min(source_channels, config.source_channels or source_channels) * kernel_area
         hidden = (config.hidden or default_hidden(target_channels)) * kernel_area
@@ -61,6 +62,7 @@ class ClosedFormFitter(Fitter):
         return MemoryEstimate(num_features, moments + sample, solving)
 
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
+        """Add images, see `Fitter.update`."""
         if self.projection is not None:
             x = torch.einsum("pc,nchw->nphw", self.projection.to(x), x)
         for role, mask in enumerate((~select, select)):
@@ -80,6 +82,7 @@ class ClosedFormFitter(Fitter):
         return sample_positions(index, num_positions, count, self.config.seed).to(y.device)
 
     def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
+        """Fit the maps, see `Fitter.finish`."""
         group = self.spec.group
         for moments in self.moments:
             moments.all_reduce(group)

@@ -32,8 +32,9 @@ CONFIG_FILE, TENSORS_FILE = "disentangler.json", "disentangler.safetensors"
 class Disentangler(nn.Module):
     """Exact split of a target feature by non-linear order: `x_B = x^(0) + … + x^(K) + residual`.
 
-    x^(k) is reproduced from the source with k non-linear steps (arXiv 1908.01581). The default solver fits order 0 by ridge
-    regression and every further order to the residual of those below. `solver="paper"` trains the published network.
+    x^(k) is reproduced from the source with k non-linear steps (arXiv 1908.01581). The default solver fits order 0 by
+    ridge regression and every further order to the residual of those below. `solver="paper"` trains the published
+    network.
 
     Args:
         order: K ≥ 0, the number of non-linear steps.
@@ -104,8 +105,8 @@ class Disentangler(nn.Module):
         Args:
             x_source: (N, C_A, H, W) or (N, C_A).
             x_target: (N, C_B, H', W') or (N, C_B), of the same N images. The source is resampled to its grid.
-            select: Fraction of the images for choosing the ridge and stopping, or a (source, target) pair of other images.
-                0 uses none and needs a fixed `ridge`.
+            select: Fraction of the images for choosing the ridge and stopping, or a (source, target) pair of other
+                images. 0 uses none and needs a fixed `ridge`.
             progress: Show a progress bar.
 
         Returns:
@@ -121,8 +122,8 @@ class Disentangler(nn.Module):
         parts = _split(x, y, select, config.seed)
         if config.solver == "closed_form" and config.ridge == "search" and not len(parts[1][0]):
             raise OptionError(
-                'ridge="search" needs selection images: use select=0.2, a (source, target) pair, or a fixed ridge such as '
-                "ridge=1e-4"
+                'ridge="search" needs selection images: use select=0.2, a (source, target) pair, or a fixed ridge '
+                "such as ridge=1e-4"
             )
         fitter = make_fitter(config, x, y, len(parts[0][0]))
         for is_select, (part_x, part_y, index) in enumerate(parts):
@@ -316,6 +317,7 @@ def _read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FormatError(f"{folder} does not hold a saved disentangler: {error}") from error
     if config.get("format_version") != DISENTANGLER_FORMAT_VERSION:
         raise FormatError(
-            f"{folder} has format version {config.get('format_version')!r}; this version of knowiso_train reads {DISENTANGLER_FORMAT_VERSION}"
+            f"{folder} has format version {config.get('format_version')!r}; "
+            f"this version of knowiso_train reads {DISENTANGLER_FORMAT_VERSION}"
         )
     return config, tensors

@@ -152,7 +152,7 @@ def _train(
 
 
 def _scaled_component(maps: ClosedFormMaps, order: int, part: Sample) -> Tensor:
-    """Return x^(order) / scale as a differentiable function of the trained parameters, with V_{k,0} on x / maps.scale."""
+    """Return x^(order) / scale, differentiable in the trained parameters, with V_{k,0} on x / maps.scale."""
     with torch.no_grad():
         features = maps.features(part.x, order - 1, part.inside)
         if order > 1:
@@ -165,7 +165,7 @@ def _scaled_component(maps: ClosedFormMaps, order: int, part: Sample) -> Tensor:
 
 
 class _EarlyStopping:
-    """Selection of the best parameters and their shrinkage on the selection sample; without one the last state stays."""
+    """Selection of the best parameters and their shrinkage on the selection sample, if there is one."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class _EarlyStopping:
 
 @torch.no_grad()
 def _normalize_hidden(maps: ClosedFormMaps, order: int, fit: Sample) -> None:
-    """Give the channels of a_k unit standard deviation, as the next order's input, without a change of the component."""
+    """Scale the channels of a_k to unit standard deviation for the next order, without a change of the component."""
     images = min(len(fit), max(1, MAX_NORMALIZATION_ROWS * len(fit) // fit.rows))
     part = fit.batch(torch.arange(images, device=fit.x.device))
     deviation = trim(maps.features(part.x, order, part.inside)[-1], part.halo).std((0, 2, 3))

@@ -26,9 +26,9 @@ CHECKPOINT_EPOCHS = 50
 class PaperMaps(nn.Module):
     """Recursion of linear maps and learned gates, with an exact split by non-linear order.
 
-    `h_0 = U_0 x + b_0`, `z_k = p_k · ReLU(h_{k-1} / σ(h_{k-1}))`, `h_k = U_k x + V_k z_k + b_k`, `g(x) = h_K`. The source x
-    is divided by its own σ first. σ is the standard deviation over positions of each image and channel, without gradient.
-    Tied and bias-free, U_k = V_k, this is the paper's network.
+    `h_0 = U_0 x + b_0`, `z_k = p_k · ReLU(h_{k-1} / σ(h_{k-1}))`, `h_k = U_k x + V_k z_k + b_k`, `g(x) = h_K`. The
+    source x is divided by its own σ first. σ is the standard deviation over positions of each image and channel,
+    without gradient. Tied and bias-free, U_k = V_k, this is the paper's network.
 
     Args:
         source_channels: C_A.
@@ -92,8 +92,8 @@ class PaperMaps(nn.Module):
         The residual `y - g(x)` can then be computed with `ops.residual_energy`, which never stores g(x).
 
         Returns:
-            (N, C, H, W), (C_B, C, k, k) and (C_B,) or None. C is C_A for tied maps, and C_A + C_B for untied ones, whose
-            input is the source and the gated signal side by side.
+            (N, C, H, W), (C_B, C, k, k) and (C_B,) or None. C is C_A for tied maps, and C_A + C_B for untied ones,
+            whose input is the source and the gated signal side by side.
         """
         last = self.of_source[self.order]
         weight, bias = last.get_parameter("weight"), last.bias
@@ -104,7 +104,8 @@ class PaperMaps(nn.Module):
             return gate(x, h, p), weight, bias  # type: ignore[return-value]
         # U x + V z = [U V] [x; z]
         gated_weight = self.of_gated[-1].get_parameter("weight")
-        return torch.cat([x, gate(None, h, p)], 1), torch.cat([weight, gated_weight], 1), bias  # type: ignore[return-value]
+        inputs, weights = torch.cat([x, gate(None, h, p)], 1), torch.cat([weight, gated_weight], 1)
+        return inputs, weights, bias  # type: ignore[return-value]
 
     def _hidden(self, steps: int, x: Tensor) -> Tensor:
         """Return h_steps."""
@@ -169,7 +170,8 @@ def fit_paper(
             mean = float(total) / len(sample)
             if not math.isfinite(mean):
                 raise NonFiniteError(
-                    f"{label}: the loss was not finite in epoch {epoch}; lower solver_options={{'lr': ...}}, now {config.lr:g}"
+                    f"{label}: the loss was not finite in epoch {epoch}; "
+                    f"lower solver_options={{'lr': ...}}, now {config.lr:g}"
                 )
             bar.set_postfix(loss=f"{mean:.4f}")
             if config.checkpoint and ((epoch + 1) % CHECKPOINT_EPOCHS == 0 or epoch == config.epochs - 1):
@@ -203,7 +205,8 @@ def _resume(config: PaperConfig, maps: PaperMaps, optimizer: torch.optim.Optimiz
     state = torch.load(config.checkpoint, weights_only=True, map_location=maps.q.device)
     if state["config"] != _identity(config):
         raise OptionError(
-            f"{config.checkpoint} was written with other options ({state['config']}); delete it or name another checkpoint"
+            f"{config.checkpoint} was written with other options ({state['config']}); "
+            "delete it or name another checkpoint"
         )
     maps.load_state_dict(state["maps"])
     optimizer.load_state_dict(state["optimizer"])
@@ -231,13 +234,16 @@ class PaperFitter(Fitter):
         num_targets: int,
         expected_rows: int | None,
     ) -> MemoryEstimate:
+        """Estimate the memory, see `Fitter.estimate_memory`."""
         sample = Fitter.sample_bytes(config, source_channels, target_channels, num_targets, expected_rows)
         return MemoryEstimate(source_channels * (config.kernel_size or 1) ** 2, sample, sample)
 
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
+        """Add images, see `Fitter.update`."""
         self.sample.add(x, y, index)
 
     def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
+        """Fit the maps, see `Fitter.finish`."""
         spec, config = self.spec, self.spec.config
         sample = self.sample.result(spec.group)
         if sample is None:

@@ -1,8 +1,8 @@
 """Layers as regressions: im2col of their inputs, and their weights as matrices.
 
-The columns of a sample run over the row of the patch, then the column of the patch, then the channel. Patches can then be
-copied in runs of C values. Weight matrices have the same order. `patch_rows` serves all positions of square zero-padded
-patches; `gather_patches` serves single positions of any convolution.
+The columns of a sample run over the row of the patch, then the column of the patch, then the channel. Patches can then
+be copied in runs of C values. Weight matrices have the same order. `patch_rows` serves all positions of square
+zero-padded patches; `gather_patches` serves single positions of any convolution.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def gather_patches(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     channels_last = x.permute(0, 2, 3, 1)
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1  # of the output
-    # Output (r, c) takes the padded input at (r · s + i · dilation, c · s + j · dilation) for each cell (i, j) of the kernel
+    # Output (r, c) takes the padded input at (r · s + i · dilation, c · s + j · dilation) for each cell (i, j) of the
+    # kernel
     image, row, column = torch.arange(len(x), device=x.device)[:, None], positions // width * sh, positions % width * sw
     cells = [channels_last[image, row + i * dh, column + j * dw] for i in range(kh) for j in range(kw)]
     patches = torch.stack(cells, 2)  # (N, P, kh · kw, C)
@@ -175,8 +176,8 @@ class SampledPositions:
         Example:
             >>> layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 8, 8)
             >>> positions = SampledPositions.draw(2, 16, 6, torch.Generator().manual_seed(0))
-            >>> y = torch.einsum("rgd,gdo->rgo", positions.inputs(layer, x), grouped_weight(layer)).flatten(1) + layer.bias
-            >>> torch.allclose(y, positions.outputs(layer(x), conv=True), atol=1e-5)
+            >>> y = torch.einsum("rgd,gdo->rgo", positions.inputs(layer, x), grouped_weight(layer)).flatten(1)
+            >>> torch.allclose(y + layer.bias, positions.outputs(layer(x), conv=True), atol=1e-5)
             True
         """
         return (
@@ -339,7 +340,8 @@ def conv_padding(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int, i
         (1, 2, 1, 2)
     """
     if _has_dynamic_padding(layer):
-        # TensorFlow's "same": ⌈size / stride⌉ outputs need (⌈size / stride⌉ - 1) · stride + dilation · (k - 1) + 1 inputs
+        # TensorFlow's "same": ⌈size / stride⌉ outputs need (⌈size / stride⌉ - 1) · stride + dilation · (k - 1) + 1
+        # inputs
         axes = zip((height, width), layer.kernel_size, layer.stride, layer.dilation, strict=True)
         total = [
             max((-(-size // stride) - 1) * stride + dilation * (k - 1) + 1 - size, 0)

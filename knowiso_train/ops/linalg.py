@@ -13,50 +13,50 @@ from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError
 
-GPU_BYTES = 2**27  # alive at once on a GPU: little of its memory, and products that are worth their launches
+GPU_CHUNK_BYTES = 2**27  # of a chunk on a GPU: little of its memory, and products large enough for their launches
 
-# Of the quintic iteration, tuned by its authors for few rounds
+# Of the quintic iteration of Muon, tuned by its authors for few steps
 QUINTIC_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 MIN_NORM = 1e-12
-SHORT, LONG = 32, 128  # sides of a batch are multiples of these
-MAX_BATCH_VALUES = 2**22  # values of a batch, at most, but one matrix
+SHORT_SIDE_MULTIPLE, LONG_SIDE_MULTIPLE = 32, 128  # to which matrices are padded in a batch
+MAX_BATCH_VALUES = 2**22  # of a batch of several matrices
 
 JITTER_GROWTH, MAX_JITTER_STEPS = 10.0, 16
 
-# Columns from which on one triangle is computed, in so many blocks
+# Gram matrices of at least this many columns are computed on and above the diagonal only, in this many bands
 MIN_TRIANGLE_COLUMNS, NUM_TRIANGLE_BANDS = 512, 8
 
 
-def chunk_slices(x: Tensor, each: int, at_once: int) -> list[slice]:
-    """Slices of images.
+def chunk_slices(x: Tensor, image_bytes: int, chunk_bytes: int) -> list[slice]:
+    """Return slices of images whose working memory is bounded.
 
     Args:
         x: (N, …), for its length and device.
-        each: bytes that an image takes.
-        at_once: bytes that are alive at once on a CPU; on a GPU `GPU_BYTES` are, where that is more.
+        image_bytes: Working memory of one image.
+        chunk_bytes: Working memory of a chunk on a CPU; on a GPU at least `GPU_CHUNK_BYTES`.
 
     Example:
         >>> import torch
         >>> chunk_slices(torch.zeros(5, 1), 100, 250)
         [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
     """
-    step = max(1, (at_once if x.device.type == "cpu" else max(at_once, GPU_BYTES)) // each)
+    step = max(1, (chunk_bytes if x.device.type == "cpu" else max(chunk_bytes, GPU_CHUNK_BYTES)) // image_bytes)
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
-def triangle_bands(columns: int, wide: int) -> list[slice]:
-    """Rows of each band.
+def triangle_bands(columns: int, band_rows: int) -> list[slice]:
+    """Return the rows of each band of a square matrix.
 
     Example:
         >>> triangle_bands(5, 2)
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    return [slice(start, min(start + wide, columns)) for start in range(0, columns, wide)]
+    return [slice(start, min(start + band_rows, columns)) for start in range(0, columns, band_rows)]
 
 
-def mirror_triangle(total: Tensor, parts: list[slice]) -> None:
-    """Fill what the bands of a (…, d, d) product have left out, in place.
+def mirror_triangle(total: Tensor, bands: list[slice]) -> None:
+    """Copy the upper triangle of a symmetric (…, d, d) matrix to the blocks below its diagonal bands, in place.
 
     Example:
         >>> import torch
@@ -65,34 +65,34 @@ def mirror_triangle(total: Tensor, parts: list[slice]) -> None:
         >>> total.tolist()
         [[1.0, 2.0], [2.0, 3.0]]
     """
-    for band in parts[1:]:
+    for band in bands[1:]:
         total[..., band, : band.start] = total[..., : band.start, band].mT
 
 
-def _switches() -> list[tuple[Any, str, Any]]:
-    """What else holds a precision of its own, the attribute, and the value for full precision; the older one before torch 2.9."""
-    places = [
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """Return the further settings of the precision: object, attribute, and the value for full precision."""
+    # fp32_precision exists since torch 2.9, allow_tf32 before
+    backends = [
         torch.backends.cuda.matmul,
         getattr(torch.backends.mkldnn, "matmul", None),
         getattr(torch.backends.cudnn, "conv", None),
     ]
-    new: list[tuple[Any, str, Any]] = [
-        (place, "fp32_precision", "ieee") for place in places if hasattr(place, "fp32_precision")
+    switches: list[tuple[Any, str, Any]] = [
+        (backend, "fp32_precision", "ieee") for backend in backends if hasattr(backend, "fp32_precision")
     ]
-    return new or [(torch.backends.cudnn, "allow_tf32", False)]
+    return switches or [(torch.backends.cudnn, "allow_tf32", False)]
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, and no TF32 or less in products and convolutions: differences of large sums, and small eigenvalues of second moments, are lost
-    otherwise.
+    """Disable autocast and TF32 in products and convolutions within a context.
 
-    PyTorch has two ways to allow these, `torch.set_float32_matmul_precision` and, since 2.9,
-    `torch.backends.cuda.matmul.fp32_precision`; where they
-    have been used against each other the first cannot be read. Both are as before afterwards.
+    Reduced precision would lose differences of large sums, and small eigenvalues of second moments. PyTorch has two
+    settings, `torch.set_float32_matmul_precision` and, since 2.9, `torch.backends.cuda.matmul.fp32_precision`. Both are
+    restored.
 
     Args:
-        device: whose autocast is meant.
+        device: Device type of the autocast.
 
     Example:
         >>> torch.set_float32_matmul_precision("high")
@@ -103,25 +103,28 @@ def full_precision(device: torch.device) -> Iterator[None]:
         'high'
         >>> torch.set_float32_matmul_precision("highest")
     """
-    switches = [(place, name, full, getattr(place, name)) for place, name, full in _switches()]
+    switches = [(backend, name, full, getattr(backend, name)) for backend, name, full in _precision_switches()]
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the new way says less than "highest", of which the old one does not know
+    except RuntimeError:
+        # The two settings contradict each other, and the first cannot be read
         before = "highest"
     torch.set_float32_matmul_precision("highest")
     try:
-        for place, name, full, _ in switches:
-            setattr(place, name, full)
+        for backend, name, full, _ in switches:
+            setattr(backend, name, full)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-        for place, name, _, own in switches:
-            setattr(place, name, own)
+        for backend, name, _, previous in switches:
+            setattr(backend, name, previous)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Nearly the nearest matrix whose singular values are one: between 0.7 and 1.2, which serves as well and takes products only.
+    """Return a matrix with the singular vectors of another and singular values between about 0.7 and 1.2.
+
+    This approximates the nearest semi-orthogonal matrix with products only.
 
     Args:
         matrix: (…, m, n), one or several.
@@ -134,21 +137,24 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     a, b, c = QUINTIC_COEFFICIENTS
     x = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp_min(MIN_NORM)
     x = x.mT if _tall(matrix) else x
+    # Newton-Schulz iteration: each step maps every singular value s to a s + b s³ + c s⁵, with a fixed region around 1
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    found: Tensor = x.mT if _tall(matrix) else x
-    return found
+    result: Tensor = x.mT if _tall(matrix) else x
+    return result
 
 
 def orthogonalize_all(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonalize` of each; a GPU, which takes longer to launch a small one than to compute it, gets those of about one size together.
+    """Orthogonalize several matrices, on a GPU in batches of similar sizes.
+
+    Launching the kernels of a small matrix takes a GPU longer than computing it.
 
     Args:
         matrices: (m, n) each, of one dtype and device.
 
     Example:
-        >>> [tuple(found.shape) for found in orthogonalize_all([torch.randn(8, 20), torch.randn(30, 7)])]
+        >>> [tuple(matrix.shape) for matrix in orthogonalize_all([torch.randn(8, 20), torch.randn(30, 7)])]
         [(8, 20), (30, 7)]
     """
     if not matrices or matrices[0].device.type == "cpu":
@@ -157,7 +163,7 @@ def orthogonalize_all(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _in_batches(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """With zeros at their ends, which change nothing.
+    """Orthogonalize matrices in padded batches; zero rows and columns stay zero.
 
     Example:
         >>> several = [torch.randn(8, 20), torch.randn(30, 7), torch.randn(200, 300)]
@@ -165,39 +171,43 @@ def _in_batches(matrices: Sequence[Tensor]) -> list[Tensor]:
         True
     """
     batches: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for at, matrix in enumerate(matrices):
-        batches[_rounded(min(matrix.shape), SHORT), _rounded(max(matrix.shape), LONG)].append(at)
-    found: list[Tensor] = list(matrices)
+    for i, matrix in enumerate(matrices):
+        batches[
+            _round_up(min(matrix.shape), SHORT_SIDE_MULTIPLE), _round_up(max(matrix.shape), LONG_SIDE_MULTIPLE)
+        ].append(i)
+    results: list[Tensor] = list(matrices)
     for (short, long), members in batches.items():
         step = max(1, MAX_BATCH_VALUES // (short * long))
         for start in range(0, len(members), step):
             part = members[start : start + step]
-            wide = [matrices[at].mT if _tall(matrices[at]) else matrices[at] for at in part]
-            done = orthogonalize(torch.stack([F.pad(x, (0, long - x.shape[1], 0, short - x.shape[0])) for x in wide]))
-            for at, x, own in zip(part, wide, done, strict=True):
-                own = own[: x.shape[0], : x.shape[1]]
-                found[at] = own.mT if _tall(matrices[at]) else own
-    return found
+            wide = [matrices[i].mT if _tall(matrices[i]) else matrices[i] for i in part]
+            padded = torch.stack([F.pad(x, (0, long - x.shape[1], 0, short - x.shape[0])) for x in wide])
+            for i, x, result in zip(part, wide, orthogonalize(padded), strict=True):
+                result = result[: x.shape[0], : x.shape[1]]
+                results[i] = result.mT if _tall(matrices[i]) else result
+    return results
 
 
 def _tall(matrix: Tensor) -> bool:
     return matrix.shape[-2] > matrix.shape[-1]
 
 
-def _rounded(size: int, to: int) -> int:
-    return -(-size // to) * to
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
-def jittered_cholesky(matrix: Tensor, added: Tensor) -> Tensor:
-    """L with `L Lᵀ = matrix + diag(added)`. Moments that were multiplied in float32 may have eigenvalues a little below zero, where the rows do not
-    fill the space; what is added then grows tenfold until the factor exists.
+def jittered_cholesky(matrix: Tensor, jitter: Tensor) -> Tensor:
+    """Return the Cholesky factor L with `L Lᵀ = matrix + diag(jitter)`; the jitter grows until the factor exists.
+
+    Second moments that were multiplied in float32 may have eigenvalues a little below zero if the samples do not span
+    the space.
 
     Args:
         matrix: (…, d, d), symmetric.
-        added: (…, d), to the diagonal, positive.
+        jitter: Addition to the diagonal, (…, d), positive.
 
     Raises:
-        NonFiniteError: no such factor: NaN or Inf in the moments.
+        NonFiniteError: NaN or Inf in the matrix.
 
     Example:
         >>> tilted = torch.diag(torch.tensor([1.0, -1e-6], dtype=torch.float64))
@@ -206,17 +216,17 @@ def jittered_cholesky(matrix: Tensor, added: Tensor) -> Tensor:
     """
     for _ in range(MAX_JITTER_STEPS):
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(added))
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(jitter))
         if not bool(failed.any()):
             return factor
-        added = JITTER_GROWTH * added
+        jitter = JITTER_GROWTH * jitter
     raise NonFiniteError(
-        "the moments of what a layer reads are not finite, or too large to factor; check the images and the weights"
+        "the second moments of a layer's input are not finite, or too large to factor; check the images and the weights"
     )
 
 
 def gram(parts: Iterable[Tensor], total: Tensor) -> Tensor:
-    """Σ x·xᵀ over parts (…, d, R), added to `total` (…, d, d) in place; of wide ones the products on and above the diagonal's blocks.
+    """Add Σ x·xᵀ over parts (…, d, R) to `total` (…, d, d) in place; wide matrices compute one triangle only.
 
     Example:
         >>> x = torch.randn(600, 50, dtype=torch.float64)
@@ -224,9 +234,9 @@ def gram(parts: Iterable[Tensor], total: Tensor) -> Tensor:
         True
     """
     d = total.shape[-1]
-    rows = triangle_bands(d, d if d < MIN_TRIANGLE_COLUMNS else -(-d // NUM_TRIANGLE_BANDS))
+    bands = triangle_bands(d, d if d < MIN_TRIANGLE_COLUMNS else -(-d // NUM_TRIANGLE_BANDS))
     for x in parts:
-        for band in rows:
+        for band in bands:
             total[..., band, band.start :] += x[..., band, :] @ x[..., band.start :, :].mT
-    mirror_triangle(total, rows)
+    mirror_triangle(total, bands)
     return total

@@ -12,7 +12,9 @@ EPS = 1e-5
 
 
 def channel_scale(h: Tensor) -> Tensor:
-    """σ(h): unbiased standard deviation over positions plus 1e-5, per sample and channel; 1 where there is one position. No gradient.
+    """Return σ(h), the unbiased standard deviation over positions plus 1e-5, per image and channel, without gradient.
+
+    A single position has σ = 1.
 
     Args:
         h: (N, C, H, W).
@@ -31,17 +33,17 @@ def channel_scale(h: Tensor) -> Tensor:
 
 
 def gate_factor(h: Tensor, p: Tensor) -> Tensor:
-    """D = p · 1[h > 0] / σ(h): the frozen gate as a diagonal, so that `D · h` is the gated signal. Shape of `h`."""
+    """Return the frozen gate D = p · 1[h > 0] / σ(h), of the shape of h; `D · h` is the gated signal."""
     return (h > 0).to(h.dtype) * (p / channel_scale(h))
 
 
 def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
-    """`x + p · ReLU(h / σ(h))`; gradient with respect to x, h and p, σ held constant.
+    """Return `x + p · ReLU(h / σ(h))`, with gradients to x, h and p and σ held constant.
 
     Args:
-        x: (N, C, H, W), what the gated signal is added to; None for the gated signal alone.
-        h: (N, C, H, W), output of the linear map below.
-        p: scalar in (0, 1).
+        x: Addend, (N, C, H, W); None for the gated signal alone.
+        h: Output of the previous linear map, (N, C, H, W).
+        p: Scalar in (0, 1).
 
     Example:
         >>> gate(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 4.0), torch.tensor(0.5)).item()
@@ -52,11 +54,11 @@ def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
 
 
 def gate_orders(orders: Tensor, p: Tensor) -> Tensor:
-    """`D · x^(j)` for every order component, side by side, through the gate D of their sum h: `D = p · 1[h > 0] / σ(h)`, held constant.
+    """Return `D · x^(j)` for every component, with the gate `D = p · 1[h > 0] / σ(h)` of their sum h held constant.
 
     Args:
-        orders: (J, N, C, H, W), components that sum to h.
-        p: scalar in (0, 1); its gradient goes through D.
+        orders: Components that sum to h, (J, N, C, H, W).
+        p: Scalar in (0, 1); its gradient goes through D.
 
     Example:
         >>> parts = torch.stack([torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0)])
@@ -67,12 +69,12 @@ def gate_orders(orders: Tensor, p: Tensor) -> Tensor:
 
 
 def moments(x: Tensor, y: Tensor, kernel_size: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Means of source patches and targets, `Σ (x - mean)(x - mean)ᵀ`, `Σ (x - mean)(y - mean)ᵀ` and the diagonal of the target's own.
+    """Return means and centered second moments of source patches and targets; see `knowiso_train.ops.moments`.
 
     Args:
-        x: (N, C, H, W); enters as its zero-padded k×k patches, d = k² · C columns in the order of `patch_rows`.
-        y: (N, D, H, W).
-        kernel_size: odd k.
+        x: Source, (N, C, H, W).
+        y: Target, (N, D, H, W).
+        kernel_size: Odd k.
 
     Returns:
         (d,), (D,), (d, d), (d, D), (D,), float32 or float64.
@@ -91,7 +93,7 @@ def moments(x: Tensor, y: Tensor, kernel_size: int = 1) -> tuple[Tensor, Tensor,
 def residual_energy(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None, channel_weight: Tensor | None = None
 ) -> Tensor:
-    """`Σ w_c (y - conv(x, weight) - bias)²`, in float32 or better; arguments as for `knowiso_train.ops.residual_energy`.
+    """Return `Σ w_c (y - conv(x, weight) - bias)²` in float32 or better; see `knowiso_train.ops.residual_energy`.
 
     Example:
         >>> residual_energy(torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 3, 3), torch.ones(1, 2, 1, 1))

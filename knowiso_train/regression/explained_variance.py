@@ -42,8 +42,8 @@ class ResidualStatistics:
     """Energies of the target, of every residual and of every component, summed over images.
 
     The intervals are those of a Poisson bootstrap. Image i enters replicate b with a weight drawn from Poisson(1) by a
-    seeded hash of (i, b). Replicates are therefore sums: no image is stored, and neither the order of the images nor the
-    number of processes matters.
+    seeded hash of (i, b). Replicates are therefore sums: no image is stored, and neither the order of the images nor
+    the number of processes matters.
 
     Args:
         num_components: K + 1.
@@ -121,7 +121,7 @@ class ResidualStatistics:
         )
 
     def _split(self, energies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return shares, unexplained shares and relative component variances of energies (R, num_rows), each (R, K + 1)."""
+        """Return shares, unexplained shares and component variances (R, K + 1) of energies (R, num_rows)."""
         ratios = _relative_to_target(energies)
         unexplained, variances = ratios[:, 1 : 1 + self.num_components], ratios[:, 1 + self.num_components :]
         # U_{-1} = 1
@@ -143,7 +143,7 @@ def _relative_to_target(energies: Tensor) -> Tensor:
 
 
 def _intervals(samples: Tensor | None, points: Tensor) -> tuple[tuple[float, float], ...]:
-    """Return the percentile interval of each column of samples (R, K + 1), widened to contain its point estimate (K + 1,)."""
+    """Return percentile intervals of the columns of samples (R, K + 1), widened to contain the points (K + 1,)."""
     if samples is None:
         return ((float("nan"), float("nan")),) * len(points)
     quantiles = torch.tensor(INTERVAL_QUANTILES, dtype=samples.dtype, device=samples.device)

@@ -5,8 +5,8 @@
 - `batch_moments` computes it from one batch, with gradients.
 - `StreamingMoments` adds constant memory over any number of batches, and checks for NaN and Inf.
 - `RunningMoments` adds exponential forgetting, in-place updates and buffers that are saved with a module.
-- `RowSums` adds the second moments of one matrix of samples in its own precision, which is faster for the wide inputs of
-  pruned layers.
+- `RowSums` adds the second moments of one matrix of samples in its own precision, which is faster for the wide inputs
+  of pruned layers.
 
 `regression.ridge.PrimalMoments` holds averages over samples for each group of a layer, as the solver takes them.
 """
@@ -99,7 +99,8 @@ class Moments:
     def merged(self, other: Moments) -> Moments:
         """Return the moments of both sets of samples together, exact to rounding.
 
-        Source: Chan, Golub & LeVeque (1979), *Updating formulae and a pairwise algorithm for computing sample variances*.
+        Source: Chan, Golub & LeVeque (1979), *Updating formulae and a pairwise algorithm for computing sample
+            variances*.
 
         Example:
             >>> x, y = torch.randn(8, 3, 2, 2), torch.randn(8, 2, 2, 2)
@@ -206,7 +207,8 @@ class StreamingMoments:
             return
         step = len(x)
         if positions is not None:
-            # These patches are written out, P · d values an image. A merge costs d², so a chunk has at least 2d samples.
+            # These patches are written out, P · d values an image. A merge costs d², so a chunk has at least 2d
+            # samples.
             step = max(1, max(PATCH_CHUNK_BYTES, 8 * d * d) // (positions.shape[1] * d * max(x.element_size(), 4)))
         total = self.value
         for start in range(0, len(x), step):
@@ -227,9 +229,9 @@ class StreamingMoments:
 class RunningMoments(nn.Module):
     """Exponentially forgotten moments as buffers of a module.
 
-    They stay float64 when the module is cast, and on the CPU where the device has no float64 (MPS). Forgetting is linear
-    in the samples. The moments of processes that take parts of every batch therefore add up to those of one process that
-    takes it all.
+    They stay float64 when the module is cast, and on the CPU where the device has no float64 (MPS). Forgetting is
+    linear in the samples. The moments of processes that take parts of every batch therefore add up to those of one
+    process that takes it all.
 
     Args:
         source_channels: C_A.
@@ -318,8 +320,8 @@ class RunningMoments(nn.Module):
     def all_reduce(self, group: ProcessGroup) -> Moments:
         """Return the moments of all processes, and leave an equal part of them in each.
 
-        The state of any one process can then be saved and loaded into all. Collective: every process calls it at the same
-        step.
+        The state of any one process can then be saved and loaded into all. Collective: every process calls it at the
+        same step.
         """
         total = self.value.reduced(group)
         if group.size > 1:

@@ -118,7 +118,8 @@ def solve_ridge(
     Example:
         >>> from knowiso_train.regression import batch_moments
         >>> x = torch.randn(64, 3, 1, 1, dtype=torch.float64)
-        >>> bool(torch.allclose(solve_ridge(batch_moments(x, 2 * x), 0.0).weight, 2 * torch.eye(3, dtype=torch.float64)))
+        >>> weight = solve_ridge(batch_moments(x, 2 * x), 0.0).weight
+        >>> torch.allclose(weight, 2 * torch.eye(3, dtype=torch.float64))
         True
     """
     search = ridge == "search"
@@ -174,7 +175,8 @@ def solve_ridge_cholesky(fit: Moments, ridge: float, floor: Tensor | float = 0.0
     factor, failed = torch.linalg.cholesky_ex(fit.xx + penalty * torch.eye(d, dtype=fit.xx.dtype, device=fit.xx.device))
     if failed:
         raise OptionError(
-            f"{d} features of {int(fit.count)} samples are linearly dependent at ridge={ridge:g}; use ridge=1e-4 or more"
+            f"{d} features of {int(fit.count)} samples are linearly dependent at ridge={ridge:g}; "
+            "use ridge=1e-4 or more"
         )
     weight = torch.cholesky_solve(fit.xy, factor)
     return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, ridge)
@@ -282,7 +284,7 @@ class _GroupMeans:
 
 @dataclass(frozen=True)
 class PrimalMoments(_GroupMeans):
-    """Average moments of the inputs and the targets of each of a layer's G groups, float64, for primal ridge regression.
+    """Average moments of the inputs and targets of each of a layer's G groups, for primal ridge regression.
 
     Attributes:
         mean_x: (G, d).
@@ -421,7 +423,8 @@ class KernelMoments(_GroupMeans):
             NonFiniteError: NaN or Inf in the samples.
 
         Example:
-            >>> x, y, a = torch.randn(20, 1, 50).double(), torch.randn(20, 1, 2).double(), torch.zeros(1, 50, 2).double()
+            >>> x, y = torch.randn(20, 1, 50).double(), torch.randn(20, 1, 2).double()
+            >>> a = torch.zeros(1, 50, 2).double()
             >>> torch.allclose(KernelMoments.of(x, y).weight(a, ridge=0.1), PrimalMoments.of(x, y).weight(a, ridge=0.1))
             True
         """

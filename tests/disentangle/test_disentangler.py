@@ -1,17 +1,21 @@
-"""The public class: shapes, save and load, what it refuses."""
+"""Public class: shapes, save and load, errors."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from knowiso_train import Disentangler
+from knowiso_train.disentangle import closed_form_fit
+from knowiso_train.disentangle.config import DisentangleConfig
 from knowiso_train.errors import FormatError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.regression import batch_moments
 from knowiso_train.regression.ridge import RIDGE_GRID, Spectrum, solve_ridge
+from knowiso_train.utils.hashing import split_by_hash
 
 FAST = {"epochs": 2}
 
@@ -100,7 +104,7 @@ def test_without_ridge_dependent_sources_get_the_minimum_norm_map() -> None:
     torch.testing.assert_close(weight, torch.tensor([0.5, 0, 0, 0.5, 0, 0], dtype=torch.float64), atol=1e-8, rtol=0)
 
 
-def test_what_it_refuses() -> None:
+def test_invalid_options_and_features_raise() -> None:
     x, y = torch.randn(20, 4, 5, 5), torch.randn(20, 3, 5, 5)
     with pytest.raises(OptionError, match="order must be an integer"):
         Disentangler(order=-1)
@@ -127,7 +131,7 @@ def test_what_it_refuses() -> None:
         Disentangler(order=0).fit(x.masked_fill(x > 3, float("inf")).index_fill(0, torch.tensor([1]), float("nan")), y)
 
 
-def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_raise(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="not there"):
         Disentangler.load(tmp_path)
     x, y = torch.randn(20, 4, 5, 5), torch.randn(20, 3, 5, 5)
@@ -165,3 +169,55 @@ def test_above_the_search_limit_the_ridge_is_fixed(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(found.weight, expected.weight)
     with pytest.raises(OptionError, match="linearly dependent"):
         solve_ridge(doubled, 0.0)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_hidden_channels_have_unit_deviation_on_the_fitting_images(kernel_size: int) -> None:
+    x = 5 * torch.randn(150, 4, 5, 5) + 2
+    y = torch.relu(torch.einsum("dc,nchw->ndhw", torch.randn(3, 4), x))
+    maps = Disentangler(order=2, kernel_size=kernel_size, hidden=6, solver_options={"epochs": 3}).fit(x, y).maps
+    fit_images = x[[i for i in range(150) if i not in _selection_images(150)]]
+    features = maps.features(fit_images, 2)[1:]
+    assert len(features) == 2
+    for hidden in features:
+        deviation = hidden.std((0, 2, 3))
+        live = deviation[deviation > 0]  # a ReLU may be dead
+        assert len(live) >= 3
+        torch.testing.assert_close(live, torch.ones(len(live)), rtol=1e-3, atol=1e-3)
+
+
+def _selection_images(count: int) -> set[int]:
+    return set(np.flatnonzero(split_by_hash(np.arange(count), (0.2, 0.8), 0) == 0).tolist())
+
+
+def test_order_zero_builds_nothing_for_higher_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("built for order 0")
+
+    monkeypatch.setattr(closed_form_fit, "FeatureSample", fail)
+    monkeypatch.setattr(closed_form_fit, "fit_order", fail)
+    x, y = torch.randn(40, 4, 5, 5), torch.randn(40, 3, 5, 5)
+    maps = Disentangler(order=0).fit(x, y).maps
+    assert len(maps.layers) == len(maps.readouts) == 0
+    with pytest.raises(AssertionError, match="built for order 0"):
+        Disentangler(order=1).fit(x, y)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": 1.5}, "order must be an integer"),
+        ({"ridge": -1.0}, "ridge must be a number at least 0 or 'search'"),
+        ({"ridge": "auto"}, "ridge must be"),
+        ({"hidden": 0}, "hidden must be an integer at least 1"),
+        ({"max_rows": 0}, "max_rows must be an integer at least 1"),
+        ({"solver": "paper", "hidden": 4}, "hidden cannot be set with solver"),
+        ({"order": 0, "solver_options": {"steps": 3}}, "unknown options"),
+        ({"solver_options": {"readout": "best"}}, "readout must be 'auto', 'trained' or 'exact'"),
+        ({"solver_options": {"epochs": 0}}, "epochs must be an integer at least 1"),
+        ({"solver": "paper", "solver_options": {"lr": 0}}, "lr must be a number above 0"),
+    ],
+)
+def test_configurations_are_validated_when_they_are_built(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        DisentangleConfig(**options)  # type: ignore[arg-type]

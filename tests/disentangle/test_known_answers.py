@@ -1,4 +1,4 @@
-"""Targets made from the source by a known map: the shares are known, so they must come out. Tolerances are stated where they are used."""
+"""Shares of targets made from the source by a known map, which are known."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from knowiso_train import Report, measure
 from knowiso_train.disentangle import Disentangler
 
 
-class Twins(nn.Module):
-    """Gives back one half of its input's channels, as a network whose features are known."""
+class ChannelSlice(nn.Module):
+    """Network that returns part of its input's channels, so that its features are known."""
 
     def __init__(self, part: slice) -> None:
         super().__init__()
@@ -31,7 +31,15 @@ def report_on(x: Tensor, y: Tensor, **options: Any) -> Report:
     options = {"solver_options": {"rows_seen": 150_000}} | options if options.get("order", 2) else options
     joined, c = torch.cat([x, y], 1), x.shape[1]
     loader = DataLoader(TensorDataset(joined), batch_size=50)
-    return measure(Twins(slice(0, c)), Twins(slice(c, None)), loader, "layer", layout="nchw", progress=False, **options)
+    return measure(
+        ChannelSlice(slice(0, c)),
+        ChannelSlice(slice(c, None)),
+        loader,
+        "layer",
+        layout="nchw",
+        progress=False,
+        **options,
+    )
 
 
 def source(n: int = 300, channels: int = 6, grid: int = 5, seed: int = 0) -> Tensor:
@@ -44,7 +52,7 @@ def source(n: int = 300, channels: int = 6, grid: int = 5, seed: int = 0) -> Ten
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_permuted_and_orthogonally_mixed_sources_are_fully_known(seed: int, kernel_size: int) -> None:
+def test_permuted_and_orthogonally_mixed_sources_are_fully_explained(seed: int, kernel_size: int) -> None:
     x = source(seed=seed)
     for mix in (
         torch.eye(6, dtype=torch.float64)[torch.randperm(6)],
@@ -140,7 +148,7 @@ def test_at_any_ridge_more_orders_leave_no_more_on_the_fitting_data(ridge: float
     assert energies[1] < energies[0]
 
 
-def test_directions_differ_where_one_network_knows_more() -> None:
+def test_directions_differ_if_one_network_has_more_information() -> None:
     x = source(n=300, channels=6)
     both = report_on(x, x[:, :2], order=0, directions="both")
     assert both.forward[0].unexplained < 1e-9  # all of the few channels is in the many

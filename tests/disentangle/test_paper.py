@@ -1,4 +1,4 @@
-"""The paper's solver: its exact split against a term-by-term evaluation of the published recursion, and its recipe."""
+"""Paper's solver: its exact split against a term-by-term evaluation of the recursion, and its training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from knowiso_train.regression import Sample
 
 
 def term_by_term(maps: PaperMaps, x: torch.Tensor) -> list[torch.Tensor]:
-    """x^(j) = V_K D_K ⋯ V_{K-j+1} D_{K-j+1} (U_{K-j} x + b_{K-j}), each term on its own, with gates recorded from one plain forward pass."""
+    """Evaluate x^(j) = V_K D_K ⋯ V_{K-j+1} D_{K-j+1} (U_{K-j} x + b_{K-j}) one term at a time.
+
+    The gates D are recorded from one plain forward pass.
+    """
     pad, order = maps.kernel_size // 2, maps.order
 
     def scale(h: torch.Tensor) -> torch.Tensor:
@@ -72,7 +75,7 @@ def test_split_takes_one_pass() -> None:
     assert sum(calls) == 2 * (3 + 1) * (3 + 2) // 2
 
 
-def test_network_equals_the_rival_written_as_published() -> None:
+def test_network_equals_the_published_one() -> None:
     rival, ours = PublishedDisentangler(5, order=2), PaperMaps(5, 5, order=2)
     for mine, theirs in zip(ours.of_source, rival.maps, strict=True):
         mine.weight.data.copy_(theirs.weight.data)
@@ -80,7 +83,7 @@ def test_network_equals_the_rival_written_as_published() -> None:
     torch.testing.assert_close(ours(x), rival(x), atol=1e-6, rtol=1e-5)
 
 
-def test_recipe_gives_the_weights_of_the_rival_trained_as_published() -> None:
+def test_training_gives_the_weights_of_the_published_training() -> None:
     rival, ours = PublishedDisentangler(4, order=2), PaperMaps(4, 4, order=2)
     for mine, theirs in zip(ours.of_source, rival.maps, strict=True):
         mine.weight.data.copy_(theirs.weight.data)
@@ -93,7 +96,7 @@ def test_recipe_gives_the_weights_of_the_rival_trained_as_published() -> None:
         torch.testing.assert_close(mine.weight, theirs.weight, atol=1e-5, rtol=1e-4)
 
 
-def test_recipe_resumes_where_it_stopped(tmp_path: Path) -> None:
+def test_training_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     sample = Sample(torch.randn(20, 3, 4, 4), torch.randn(20, 3, 4, 4), None, 0)
 
     class Stop(Exception):
@@ -147,7 +150,7 @@ def test_untied_form_between_different_channels() -> None:
         maps(torch.randn(2, 7, 5, 5))
 
 
-def test_solver_through_the_public_class_learns() -> None:
+def test_the_public_class_learns_a_linear_map() -> None:
     x = torch.randn(60, 4, 6, 6)
     y = torch.einsum("dc,nchw->ndhw", torch.linalg.qr(torch.randn(4, 4))[0], x / channel_scale(x))
     maps = Disentangler(

@@ -1,4 +1,4 @@
-"""Factors of moments that rounding made indefinite, and the importance that met them."""
+"""Cholesky factors of moments that rounding made indefinite, alone and in elimination and importance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from knowiso_train.pruning.elimination import BackwardElimination, Consumer
 
 
 def rounded_gram(rows: int, columns: int) -> torch.Tensor:
-    """Of low rank, multiplied in float32."""
+    """Return a Gram matrix of low rank, multiplied in float32."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     return (x.T @ x).double() / rows
 
 
 @pytest.mark.parametrize("strength", [1e-3, 1e-10])
-def test_it_factors_what_was_asked_for_or_a_little_more(strength: float) -> None:
+def test_the_factor_has_the_requested_jitter_or_a_larger_one(strength: float) -> None:
     gram = rounded_gram(40, 300)
     added = torch.full((300,), strength, dtype=torch.float64)
     assert (torch.linalg.eigvalsh(gram) < 0).any()
@@ -32,7 +32,7 @@ def test_it_factors_what_was_asked_for_or_a_little_more(strength: float) -> None
     assert more == pytest.approx(1.0, rel=1e-6) if strength == 1e-3 else 10 <= round(more) <= 1e6
 
 
-def test_what_is_not_finite_is_said() -> None:
+def test_values_that_are_not_finite_raise() -> None:
     with pytest.raises(NonFiniteError, match="not finite"):
         jittered_cholesky(torch.full((2, 2), torch.nan), torch.ones(2))
 

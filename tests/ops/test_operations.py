@@ -1,6 +1,6 @@
-"""Operations against their plain float64 references: dtypes, layouts, odd shapes, gradients, `opcheck`, and one graph when compiled.
+"""Operations against their float64 references: dtypes, layouts, odd shapes, gradients, `opcheck` and compilation.
 
-All of it runs on a GPU where there is one. `test_ops_kernels.py` runs it once more with Triton's interpreter.
+All tests run on a GPU if one is available. `test_triton.py` runs some of them once more with Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, to
 
 @pytest.fixture(autouse=True)
 def exact_and_poisoned() -> Iterator[None]:
-    """Memory that nobody wrote is NaN (what `use_deterministic_algorithms` does to `torch.empty`), and no product is rounded to TF32."""
+    """Fill uninitialized memory with NaN, by `use_deterministic_algorithms`, and disable TF32."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -130,22 +130,22 @@ class TestAgainstTheReference:
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 3), (3, 2), (6, 5)], ids=str)
 @pytest.mark.parametrize("k", [3, 5, 7])
-def test_implicit_patches_equal_the_written_ones_to_rounding(grid: tuple[int, int], k: int) -> None:
+def test_implicit_patches_equal_the_reference_to_rounding(grid: tuple[int, int], k: int) -> None:
     x, y = normal(3, 2, *grid, dtype=torch.float64, offset=5), normal(3, 3, *grid, dtype=torch.float64, seed=1)
     for mine, theirs in zip(moments(x, y, k), plain_moments(x, y, k), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_written_patches_in_bands_equal_the_implicit_ones(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
-    """What GPUs do."""
+def test_explicit_patches_in_bands_equal_the_reference(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """GPUs use this form."""
     module = sys.modules["knowiso_train.ops.moments"]
     x, y = normal(4, 3, 5, 6, dtype=torch.float64, offset=2), normal(4, 7, 5, 6, dtype=torch.float64, seed=1, offset=-1)
     monkeypatch.setattr(
         module, "_bands", lambda columns, _: [slice(0, 2), slice(2, columns - 1), slice(columns - 1, columns)]
     )
     monkeypatch.setattr(module, "MOMENTS_CHUNK_BYTES", 1)
-    for found, wanted in zip(module._written(x, y, k), plain_moments(x, y, k), strict=True):
+    for found, wanted in zip(module._explicit_moments(x, y, k), plain_moments(x, y, k), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-11)
 
 

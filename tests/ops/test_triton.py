@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, in a process of its own: it has to be chosen before Triton is first imported."""
+"""Triton kernels under Triton's interpreter, in a process of its own, as it is chosen before Triton's first import."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from tests.ops.test_operations import both, close, normal
 HERE = Path(__file__).parent
 runs_kernels = pytest.mark.skipif(
     not (kernels.interpreted() or torch.cuda.is_available()),
-    reason="Triton's interpreter is off here; test_all_of_it_interpreted turns it on",
+    reason="Triton's interpreter is off here; test_kernels_agree_with_the_references_when_interpreted turns it on",
 )
 
 
 @pytest.mark.skipif(kernels.interpreted(), reason="already interpreted")
-def test_all_of_it_interpreted() -> None:
-    """These tests and those of the operations that have kernels, with the kernels."""
+def test_kernels_agree_with_the_references_when_interpreted() -> None:
+    """Run these tests, and those of the operations with kernels, with the kernels."""
     pytest.importorskip("triton")
-    chosen = "runs_the or held or blocks or falls or (TestAgainstTheReference and not torch.float16 and (test_gate or (residual_energy and 1-)))"
+    chosen = (
+        "runs_the or held or blocks or falls or "
+        "(TestAgainstTheReference and not torch.float16 and (test_gate or (residual_energy and 1-)))"
+    )
     command = [
         sys.executable,
         "-m",
@@ -66,7 +69,7 @@ def test_runs_the_kernels() -> None:
 @runs_kernels
 @pytest.mark.parametrize(("last", "by_gram"), [(False, True), (True, True), (False, False)])
 def test_what_runs_the_fixed_map_rounds_it_and_leaves_no_mean_over(last: bool, by_gram: bool) -> None:
-    """Thirty standard deviations of offset: without a bias that fits the rounded map a third of the energy would be its mistake."""
+    """Use an offset of 30 standard deviations: a bias for the unrounded map would add a third of the energy."""
     x, weight = normal(6, 5, 4, 3, dtype=torch.bfloat16, offset=30.0, last=last), normal(12, 5, seed=2) / 5**0.5
     mean_x = x.double().mean((0, 2, 3))
     y = torch.einsum("dc,nchw->ndhw", weight.double(), x.double() - mean_x.view(-1, 1, 1)) + 0.2 * normal(
@@ -140,7 +143,7 @@ def test_falls_back_where_the_kernel_does_not_reach() -> None:
 @pytest.mark.skipif(kernels.interpreted(), reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_kernels_compile_for_a_gpu_that_is_not_here(dtype: str) -> None:
-    """Through Triton's own assembler to the machine code of an H100, and every configuration within its shared memory."""
+    """Compile to machine code of an H100, with every configuration within its shared memory."""
     pytest.importorskip("triton")
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -182,8 +185,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(dtype: str) -> None:
         assert made.metadata.shared < 227 * 1024
 
 
-def test_without_triton_everything_works() -> None:
-    """As on a platform that has none."""
+def test_operations_work_without_triton() -> None:
+    """Run in a process in which Triton cannot be imported."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from knowiso_train import ops\n"

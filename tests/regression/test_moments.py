@@ -1,4 +1,4 @@
-"""Moments: against numpy, streamed, merged, all-reduced, and their gradients."""
+"""Moments against NumPy, streamed and merged, and their gradients."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_batch_moments_equal_numpy(kernel_size: int) -> None:
     np.testing.assert_allclose(m.mean_x, rows.mean(0))
 
 
-def test_patch_rows_are_what_a_convolution_sees() -> None:
+def test_patch_rows_times_weight_equal_a_convolution() -> None:
     x, weight = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
     rows = patch_rows(x, 3) @ weight.permute(2, 3, 1, 0).reshape(27, 4)
     expected = torch.nn.functional.conv2d(x, weight, padding=1).permute(0, 2, 3, 1).reshape(-1, 4)
@@ -103,7 +103,7 @@ def test_half_precision_is_accumulated_in_full(dtype: torch.dtype) -> None:
     assert_same(batch_moments(x, y, 3), batch_moments(x.float(), y.float(), 3), 1e-6)
 
 
-def test_autocast_does_not_reach_the_products() -> None:
+def test_autocast_does_not_change_the_products() -> None:
     x, y = features(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         inside = batch_moments(x, y)
@@ -123,7 +123,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(of, (x, y))
 
 
-def test_non_finite_features_leave_the_state_as_it_was() -> None:
+def test_non_finite_features_raise_and_leave_the_moments_unchanged() -> None:
     x, y = features()
     stream = StreamingMoments(3, 2)
     stream.update(x, y)
@@ -135,7 +135,7 @@ def test_non_finite_features_leave_the_state_as_it_was() -> None:
     assert stream.value is before
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_shapes_that_do_not_fit_raise() -> None:
     x, y = features()
     with pytest.raises(ShapeError, match="same N, H, W"):
         batch_moments(x, y[:, :, :4])

@@ -1,4 +1,4 @@
-"""The bounded sample and the report's statistics."""
+"""Bounded samples, hashes, and residual statistics with bootstrap intervals."""
 
 from __future__ import annotations
 

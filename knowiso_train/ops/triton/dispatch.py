@@ -13,12 +13,12 @@ from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Source channels whose gradient stays in registers while the kernel walks over the target's
+# Maximum source channels: their gradient stays in registers while the kernel loops over the target channels
 MAX_SOURCE_CHANNELS = 256
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, as tests do (`TRITON_INTERPRET=1`, set before the first import of Triton)."""
+    """Return True if Triton interprets its kernels on the CPU: `TRITON_INTERPRET=1` before its first import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -29,17 +29,20 @@ def _module(name: str) -> ModuleType | None:
 
 def _usable(*tensors: Tensor) -> bool:
     device = tensors[0].device
-    here = interpreted() if device.type == "cpu" else device.type == "cuda"
-    return here and all(tensor.dtype in KERNEL_DTYPES and tensor.device == device for tensor in tensors)
+    has_kernels = interpreted() if device.type == "cpu" else device.type == "cuda"
+    return has_kernels and all(tensor.dtype in KERNEL_DTYPES and tensor.device == device for tensor in tensors)
 
 
 def gate_kernels(h: Tensor) -> ModuleType | None:
-    """The kernels of `ops.gate` for this tensor, or None."""
+    """Return the kernels of `ops.gate` for this tensor, or None."""
     return _module("gate") if _usable(h) else None
 
 
 def supports_residual_energy(x: Tensor, y: Tensor, weight: Tensor) -> bool:
-    """Whether there is a kernel of `ops.residual_energy`: for bfloat16 sources of at most 256 channels under 1x1 maps that are not learned."""
+    """Return True if a kernel of `ops.residual_energy` takes these tensors.
+
+    It takes bfloat16 sources of at most 256 channels under 1×1 maps that need no gradient.
+    """
     return (
         HAS_TRITON
         and x.dtype == torch.bfloat16
@@ -50,5 +53,5 @@ def supports_residual_energy(x: Tensor, y: Tensor, weight: Tensor) -> bool:
 
 
 def residual_energy_kernel(x: Tensor, y: Tensor, weight: Tensor) -> ModuleType | None:
-    """That kernel, or None."""
+    """Return the kernel of `ops.residual_energy` for these tensors, or None."""
     return _module("residual_energy") if supports_residual_energy(x, y, weight) else None

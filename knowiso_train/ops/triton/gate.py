@@ -13,8 +13,8 @@ from torch import Tensor
 from knowiso_train.ops.reference import EPS
 from knowiso_train.ops.triton.autotune import autotuned
 
-MAX_HELD_POSITIONS = 4096
-MAX_VECTOR_WIDTH = 8  # values of a load, at most
+MAX_HELD_POSITIONS = 4096  # of a row held in registers; longer rows are read once more in each pass
+MAX_VECTOR_WIDTH = 8  # values of one load
 GATE_CONFIGS = [{"ROWS": r, "num_warps": w} for r, w in ((4, 4), (1, 4), (1, 8), (4, 2), (8, 2), (8, 4))]
 
 
@@ -43,7 +43,8 @@ def _write(
 def _forward(
     x_ptr, h_ptr, out_ptr, scale_ptr, p_ptr, rows, parts, channels,
     xn, xc, xp, hn, hc, hp, hj, on, oc, op, oj,
-    eps, ORDERS: tl.constexpr, HAS_X: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    eps, ORDERS: tl.constexpr, HAS_X: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n, c = (row // channels).to(tl.int64), (row % channels).to(tl.int64)
@@ -132,12 +133,16 @@ def _backward(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """(…, H, W) → (…, H · W), without a copy where the strides allow it."""
+    """Reshape (…, H, W) to (…, H · W), without a copy if the strides allow it."""
     return tensor.flatten(-2)
 
 
 def _launch(h: Tensor, *others: Tensor) -> tuple[tuple[int, ...], dict[str, Any], Any]:
-    """Sizes, constants and grid. Numbers of positions, and strides of the orders, are in units of ALIGNED, of which all rows begin at a multiple."""
+    """Return sizes, constants and grid of a launch.
+
+    All rows begin at a multiple of ALIGNED, the unit of the number of positions and of the strides of the orders. The
+    compiler can then use vector loads.
+    """
     *_, images, channels, positions = h.shape
     starts = [
         positions,
@@ -156,7 +161,7 @@ def _launch(h: Tensor, *others: Tensor) -> tuple[tuple[int, ...], dict[str, Any]
 
 
 def _strides(tensor: Tensor, aligned: int) -> tuple[int, ...]:
-    """Of images, channels, positions and orders."""
+    """Return the strides of images, channels, positions and orders."""
     orders, *rest = tensor.stride()
     return *rest, orders // aligned
 
@@ -186,22 +191,22 @@ def _run_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) ->
 
 
 def forward(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """`x + p · ReLU(h / σ(h))` and σ (N, C)."""
+    """Return `x + p · ReLU(h / σ(h))` and σ (N, C)."""
     out, scale = _run_forward(x, h[None], p)
     return out[0], scale
 
 
 def backward(upstream: Tensor, h: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of h and p."""
+    """Return the gradients of h and p."""
     of_h, of_p = _run_backward(upstream[None], h[None], scale, p)
     return of_h[0], of_p
 
 
 def orders_forward(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """`D · x^(j)` and σ (N, C) of the sum."""
+    """Return `D · x^(j)` and σ (N, C) of the sum."""
     return _run_forward(None, orders, p)
 
 
 def orders_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the components and of p."""
+    """Return the gradients of the components and of p."""
     return _run_backward(upstream, orders, scale, p)

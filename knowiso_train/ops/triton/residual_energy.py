@@ -24,8 +24,8 @@ RESIDUAL_ENERGY_CONFIGS = [
 def _kernel(
     x_ptr, y_ptr, w_ptr, bias_ptr, channel_ptr, of_x_ptr, energy_ptr, total, positions, C, D,
     xn, xc, xp, yn, yc, yp, gn, gc, gp,
-    HAS_BIAS: tl.constexpr, HAS_CHANNEL: tl.constexpr, WANTED: tl.constexpr, FACTOR: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CHANNEL: tl.constexpr, WANTED: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n, cell = (at // positions).to(tl.int64), (at % positions).to(tl.int64)
@@ -63,24 +63,29 @@ def _kernel(
 
 
 def energy_and_gradient(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None, wanted: bool
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, channel_weight: Tensor | None, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """`Σ w_c (y - W x - b)²`, and its gradient with respect to x where it is wanted, else an empty tensor."""
+    """Return `Σ w_c (y - W x - b)²`, and its gradient with respect to x if `needs_grad`, else an empty tensor."""
     channels, width = weight.shape[1], weight.shape[0]
     source, target = x.flatten(2), y.flatten(2)
     positions = source.shape[2]
     total = len(x) * positions
     of_x = (
-        torch.empty_like(x, dtype=gradient_dtype(x.dtype)) if wanted else x.new_empty(0, dtype=gradient_dtype(x.dtype))
+        torch.empty_like(x, dtype=gradient_dtype(x.dtype))
+        if needs_grad
+        else x.new_empty(0, dtype=gradient_dtype(x.dtype))
     )
-    into = of_x.flatten(2) if wanted else source
+    into = of_x.flatten(2) if needs_grad else source
     energy = torch.empty(total, dtype=torch.float32, device=x.device)
     map_ = weight.reshape(width, channels).contiguous()
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _kernel[lambda meta: (triton.cdiv(total, meta["BLOCK_P"]),)](
-            source, target, map_, map_ if bias is None else bias, map_ if channel_weight is None else channel_weight, into, energy,
+            source, target, map_,
+            map_ if bias is None else bias, map_ if channel_weight is None else channel_weight, into, energy,
             total, positions, channels, width, *source.stride(), *target.stride(), *into.stride(),
-            HAS_BIAS=bias is not None, HAS_CHANNEL=channel_weight is not None, WANTED=wanted, FACTOR=tl.float32 if interpreted() else tl.bfloat16,
+            HAS_BIAS=bias is not None, HAS_CHANNEL=channel_weight is not None, WANTED=needs_grad,
+            # The interpreter multiplies bfloat16 wrongly
+            FACTOR=tl.float32 if interpreted() else tl.bfloat16,
             BLOCK_C=max(16, triton.next_power_of_2(channels)),
         )  # fmt: skip
     return energy.sum(), of_x
