@@ -6,8 +6,8 @@
     python -m benchmarks.regression_guard check FILE --only loss prune    # some sections
 
 Run `check` before and after a change that must not change any number. Everything runs on one CPU thread with fixed
-seeds, on the real networks and images of benchmarks/common/models.py, and takes two to three minutes. Floats are stored with all their
-digits, tensors as statistics and a SHA-256 of their bytes. Hashes are compared only when --rtol is 0.
+seeds, on the real networks and images of benchmarks/common/models.py, and takes two to three minutes. Floats are stored
+with all their digits, tensors as statistics and a SHA-256 of their bytes. Hashes are compared only when --rtol is 0.
 
 A section also saves and loads what it computed, and fails if the loaded numbers differ from the saved ones.
 """
@@ -28,17 +28,13 @@ os.environ.update(  # before torch is imported: one thread, and the same instruc
 
 import argparse
 import copy
-import hashlib
 import json
-import math
-import platform
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +46,18 @@ from torch import Tensor, nn
 # Every import, option and report field of the library is in the part that ends with "End of the library's names".
 # Follow renames there. The keys of the recorded file are this file's own and stay.
 import knowiso_train as ki
-from benchmarks.common.models import CifarResNet, cifar10, cifar100_resnet, cifar_features, cifar_resnet
+from benchmarks.common.fingerprints import Numbers, compare, digest, environment, keyed, require_equal, state_numbers
+from benchmarks.common.models import (
+    CifarResNet,
+    cifar10,
+    cifar100_resnet,
+    cifar_features,
+    cifar_resnet,
+    halve_inner_widths,
+)
 from knowiso_train.pruning import cutmix
 from knowiso_train.refinement import RefineFinetuneConfig
 
-Numbers = dict[str, Any]
 QUIET: dict[str, Any] = {"progress": False}
 Calls = dict[str, dict[str, Any]]
 MEASURE_CALLS: Calls = {
@@ -259,78 +262,6 @@ def refine_json_numbers(text: str) -> list[float]:
 # End of the library's names.
 
 
-def keyed(place: str, **values: Any) -> Numbers:
-    """Flatten numbers, lists of numbers and tensors into one level of keys."""
-    found: Numbers = {}
-    for name, value in values.items():
-        key = f"{place} / {name.replace('_', ' ')}"
-        if isinstance(value, Tensor):
-            found |= keyed(key, **statistics(value))
-        elif isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                found |= keyed(key, **{str(i): item})
-        elif isinstance(value, float) and not math.isfinite(value):
-            found[key] = str(value)  # JSON has no NaN
-        else:
-            found[key] = value
-    return found
-
-
-def statistics(value: Tensor) -> Numbers:
-    """Describe a tensor by a few numbers and the hash of its bytes."""
-    value = value.detach().cpu().contiguous()
-    exact = value.double()
-    return {
-        "shape": "x".join(map(str, value.shape)) or "scalar",
-        "mean": float(exact.mean()),
-        "norm": float(exact.square().sum().sqrt()),
-        "largest": float(exact.abs().max()),
-        "sha256": "sha256:" + digest([value]),
-    }
-
-
-def digest(tensors: Iterable[Tensor], names: Iterable[str] | None = None) -> str:
-    """Hash tensors, with their names where given."""
-    total = hashlib.sha256()
-    for i, tensor in enumerate(tensors):
-        shape = f"{tuple(tensor.shape)} {tensor.dtype} {'' if names is None else list(names)[i]}"
-        total.update(shape.encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def state_numbers(place: str, model: nn.Module, named: bool = True) -> Numbers:
-    """Describe the weights of a module.
-
-    Args:
-        place: the first part of the keys.
-        model: the module.
-        named: hash the names too; False for modules of the library, whose names and order of tensors may change.
-    """
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    floats = [value.double().flatten() for value in state.values() if value.is_floating_point()]
-    together = torch.cat(floats) if floats else torch.zeros(1, dtype=torch.float64)
-    if not named:
-        together = together.sort().values
-    if named:
-        hashed = digest(state.values(), list(state))
-    else:
-        hashed = hashlib.sha256("".join(sorted(digest([value]) for value in state.values())).encode()).hexdigest()
-    return keyed(
-        place,
-        count=together.numel(),
-        sum=float(together.sum()),
-        norm=float(together.square().sum().sqrt()),
-        sha256="sha256:" + hashed,
-    )
-
-
-def require_equal(saved: Any, loaded: Any, what: str) -> None:
-    """Stop where what was loaded is not what was saved."""
-    if saved != loaded:
-        raise RuntimeError(f"{what}: numbers differ after saving and loading")
-
-
 @cache
 def images(count: int) -> tuple[Tensor, Tensor]:
     """Return the first training images and labels of CIFAR-10."""
@@ -353,23 +284,6 @@ def batches(x: Tensor, y: Tensor | None = None, size: int = 64) -> list[Any]:
 def outputs(model: nn.Module) -> Tensor:
     """Return the logits of a few test images."""
     return model.eval()(held_out_images(400)[0][:32])
-
-
-def halved(model: CifarResNet) -> CifarResNet:
-    """Return a copy whose blocks have half of their inner channels, those with the largest L1 norms."""
-    small = copy.deepcopy(model)
-    for stage in (small.layer1, small.layer2, small.layer3):
-        for block in stage:
-            norms = block.conv1.weight.detach().abs().sum((1, 2, 3))
-            left = norms.argsort(descending=True)[: len(norms) // 2].sort().values
-            block.conv1.weight = nn.Parameter(block.conv1.weight.detach()[left])
-            block.conv2.weight = nn.Parameter(block.conv2.weight.detach()[:, left])
-            for name in ("weight", "bias"):
-                setattr(block.bn1, name, nn.Parameter(getattr(block.bn1, name).detach()[left]))
-            for name in ("running_mean", "running_var"):
-                setattr(block.bn1, name, getattr(block.bn1, name)[left])
-            block.conv1.out_channels = block.bn1.num_features = block.conv2.in_channels = len(left)
-    return small
 
 
 def section_measure() -> Numbers:
@@ -466,7 +380,7 @@ def section_refit() -> Numbers:
     original, few = cifar_resnet(20), batches(images(1000)[0][:128])
     found: Numbers = {}
     for name, options in REFIT_CALLS.items():
-        small = halved(original)
+        small = halve_inner_widths(original)
         found |= described(name, refit_numbers(call_refit(small, original, few, **options)), small)
     return found
 
@@ -529,20 +443,6 @@ SECTIONS: dict[str, Callable[[], Numbers]] = {
 }
 
 
-def environment() -> dict[str, str]:
-    """Return the versions that bits depend on."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    packages = {name: version(name) for name in ("torch", "numpy", "timm", "torch-pruning")}
-    return packages | {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": names[0] if names else platform.processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
 def run(names: Sequence[str]) -> dict[str, Numbers]:
     """Run sections, one thread, deterministic."""
     torch.set_num_threads(1)
@@ -555,32 +455,6 @@ def run(names: Sequence[str]) -> dict[str, Numbers]:
         found[name] = SECTIONS[name]()
         print(f"{name}: {len(found[name])} numbers, {time.perf_counter() - began:.1f} s", flush=True)
     return found
-
-
-def relative(old: Any, new: Any) -> float:
-    """Return the relative difference of two values; infinite where they cannot be compared as numbers."""
-    both = (old, new)
-    if old == new:
-        return 0.0
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in both):
-        return math.inf
-    return abs(new - old) / max(abs(old), abs(new))
-
-
-def compare(old: dict[str, Numbers], new: dict[str, Numbers], rtol: float) -> tuple[int, int]:
-    """Print every value that differs; return how many differ, and how many by more than rtol."""
-    differing = failing = 0
-    for section, numbers in new.items():
-        before = old.get(section, {})
-        for key in dict.fromkeys((*before, *numbers)):
-            was, now = before.get(key, "missing"), numbers.get(key, "missing")
-            hashed = all(isinstance(value, str) and value.startswith("sha256:") for value in (was, now))
-            if was == now or (hashed and rtol > 0):
-                continue
-            apart = relative(was, now)
-            differing, failing = differing + 1, failing + (apart > rtol)
-            print(f"{section} | {key} | old {was} | new {now} | relative {apart:.3g}")
-    return differing, failing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

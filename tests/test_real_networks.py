@@ -1,4 +1,4 @@
-"""Trained networks on real images (`data`); recorded figures are in benchmarks/results/networks.json."""
+"""Test trained networks on real images (marker `data`); benchmarks/results/networks.json has the recorded figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def images() -> torch.Tensor:
 
 
 def test_shares_equal_those_of_stored_features_and_least_squares(images: torch.Tensor) -> None:
-    """The instrument, streaming, against storing everything and solving once with numpy."""
+    """Compare the streaming measurement with stored features and least squares in numpy."""
     loader = DataLoader(TensorDataset(images), batch_size=64)
     pair = measure(
         models.cifar_resnet(20), models.cifar_resnet(56), loader, "layer3", order=0, ridge=0.0, progress=False
@@ -31,12 +31,12 @@ def test_shares_equal_those_of_stored_features_and_least_squares(images: torch.T
     rows, targets = (f[role == 0].reshape(-1, 64) for f in (x, y))
     design = np.concatenate([rows, np.ones((len(rows), 1))], 1)
     weight = np.linalg.lstsq(design, targets, rcond=None)[0]
-    held, truth = (f[role == 2].reshape(-1, 64) for f in (x, y))
-    residual = truth - np.concatenate([held, np.ones((len(held), 1))], 1) @ weight
-    assert pair.unexplained == pytest.approx(residual.var(0).sum() / truth.var(0).sum(), abs=1e-4)
+    report_inputs, report_targets = (f[role == 2].reshape(-1, 64) for f in (x, y))
+    residual = report_targets - np.concatenate([report_inputs, np.ones((len(report_inputs), 1))], 1) @ weight
+    assert pair.unexplained == pytest.approx(residual.var(0).sum() / report_targets.var(0).sum(), abs=1e-4)
 
 
-def test_a_network_knows_itself_and_another_in_part(images: torch.Tensor) -> None:
+def test_a_network_explains_itself_completely_and_another_in_part(images: torch.Tensor) -> None:
     loader = DataLoader(TensorDataset(images), batch_size=64)
     net = models.cifar_resnet(20)
     assert all(
@@ -48,7 +48,7 @@ def test_a_network_knows_itself_and_another_in_part(images: torch.Tensor) -> Non
     for pair in report:
         assert pair.noise_floor is not None
         assert pair.noise_floor < 0.25 < pair.explained < 0.95
-        assert pair.shares[1] > 0.01  # on held-out images a non-linear step finds what a linear one cannot
+        assert pair.shares[1] > 0.01  # order 1 explains more on held-out images
         assert sum(pair.shares) + pair.unexplained == pytest.approx(1)
 
 

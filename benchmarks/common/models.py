@@ -5,6 +5,7 @@ They are not part of the installed library.
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -79,6 +80,23 @@ def cifar_resnet(depth: int) -> CifarResNet:
     model = CifarResNet(depth)
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     return model.eval()
+
+
+def halve_inner_widths(model: CifarResNet) -> CifarResNet:
+    """Return a copy whose blocks keep the half of their inner channels with the largest L1 norms."""
+    pruned = copy.deepcopy(model)
+    for stage in (pruned.layer1, pruned.layer2, pruned.layer3):
+        for block in stage:
+            norms = block.conv1.weight.detach().abs().sum((1, 2, 3))
+            kept_indices = norms.argsort(descending=True)[: len(norms) // 2].sort().values
+            block.conv1.weight = nn.Parameter(block.conv1.weight.detach()[kept_indices])
+            block.conv2.weight = nn.Parameter(block.conv2.weight.detach()[:, kept_indices])
+            for name in ("weight", "bias"):
+                setattr(block.bn1, name, nn.Parameter(getattr(block.bn1, name).detach()[kept_indices]))
+            for name in ("running_mean", "running_var"):
+                setattr(block.bn1, name, getattr(block.bn1, name)[kept_indices])
+            block.conv1.out_channels = block.bn1.num_features = block.conv2.in_channels = len(kept_indices)
+    return pruned
 
 
 def cifar10(split: str = "train", n: int | None = None) -> tuple[Tensor, Tensor]:

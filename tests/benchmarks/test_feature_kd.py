@@ -1,4 +1,4 @@
-"""The rivals of the benchmarks, against the published formulas computed another way, in numpy and float64."""
+"""Test the feature distillation baselines against the published formulas, in numpy and float64."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def features(channels: list[int], sides: list[int], images: int = 3) -> list[Ten
 
 
 def normalized(z: np.ndarray, gain: Tensor, shift: Tensor) -> np.ndarray:
-    """Batch norm in training mode."""
+    """Apply batch norm in training mode."""
     mean, variance = z.mean((0, 2, 3), keepdims=True), z.var((0, 2, 3), keepdims=True)
     g, b = (v.detach().numpy()[None, :, None, None] for v in (gain, shift))
     return (z - mean) / np.sqrt(variance + 1e-5) * g + b
 
 
 def convolved(x: np.ndarray, weight: Tensor) -> np.ndarray:
-    """A convolution without bias, one shift of the kernel at a time."""
+    """Convolve without bias, one shift of the kernel at a time."""
     w = weight.detach().numpy()
     pad = w.shape[2] // 2
     wide, out = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad))), 0.0
@@ -35,7 +35,7 @@ def convolved(x: np.ndarray, weight: Tensor) -> np.ndarray:
 
 
 def pooled(x: np.ndarray, side: int) -> np.ndarray:
-    """Average pooling where the sides divide."""
+    """Average-pool to a side that divides the input."""
     n, c, h, w = x.shape
     return x.reshape(n, c, side, h // side, side, w // side).mean((3, 5))
 
@@ -56,7 +56,7 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_fitnet_is_the_square_of_what_the_adapter_misses() -> None:
+def test_fitnet_equals_the_squared_error_of_the_adapter() -> None:
     student, teacher = features([4, 6], [8, 4]), features([5, 12], [8, 4])
     rival = shaken(FitNet([4, 6], [5, 12]))
     expected = 0.0
@@ -76,7 +76,7 @@ def test_attention_transfer_equals_the_published_formula() -> None:
     assert float(AttentionTransfer()(student, teacher)) == pytest.approx(expected, rel=1e-10)
 
 
-def test_attention_in_two_places_is_as_far_as_attention_can_be() -> None:
+def test_disjoint_attention_has_the_largest_distance() -> None:
     student, teacher = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4)
     student[:, :, 0, 0], teacher[:, :, 2, 1] = 7.0, 0.3
     assert float(AttentionTransfer()([student], [teacher])) == pytest.approx(2 / 16)
@@ -86,7 +86,7 @@ def test_attention_in_two_places_is_as_far_as_attention_can_be() -> None:
 
 
 @pytest.mark.parametrize("side", [8, 4, 2, 1])
-def test_hierarchical_context(side: int) -> None:
+def test_hierarchical_context_equals_the_published_formula(side: int) -> None:
     (a,), (b,) = features([3], [side]), features([3], [side])
     assert float(hierarchical_context(a, b)) == pytest.approx(hcl(a.numpy(), b.numpy()), rel=1e-10)
     # A constant looks the same at every level

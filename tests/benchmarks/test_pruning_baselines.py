@@ -1,4 +1,4 @@
-"""The pruning rivals of the benchmarks: multiply-adds counted by hand, closed forms against brute force, known answers."""
+"""Test the pruning baselines against multiply-adds counted by hand, brute force and known answers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_importance_prunes(name: str) -> None:
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_channel_that_nothing_says_goes_first_under_every_importance_of_weights_and_gradients() -> None:
+def test_a_zero_channel_is_removed_first_under_every_importance_of_weights_and_gradients() -> None:
     for name in ("L1", "L2", "LAMP", "Taylor", "Hessian", "OBD-C", "Activation"):
         model, example, _ = resnet()
         with torch.no_grad():
@@ -129,7 +129,7 @@ def test_gradients_are_means_over_the_images_and_squares_count_every_image() -> 
     torch.testing.assert_close(scorer._accu_grad[model.conv1.weight], sum(g.square() for g in single))
 
 
-def test_recomputed_statistics_are_those_of_the_network_as_it_is_now() -> None:
+def test_recomputed_statistics_equal_those_of_the_current_network() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2), nn.Dropout()
@@ -143,7 +143,7 @@ def test_recomputed_statistics_are_those_of_the_network_as_it_is_now() -> None:
     assert model[1].momentum == 0.1
 
 
-def test_grail_gives_the_output_back_where_the_lost_channels_are_mixtures_of_the_kept() -> None:
+def test_grail_restores_the_output_where_the_lost_channels_are_mixtures_of_the_kept() -> None:
     torch.manual_seed(2)
     x = torch.randn(16, 6, 5, 5, dtype=torch.float64)
     x[:, 4], x[:, 1] = 2 * x[:, 0] - x[:, 2], 0.5 * x[:, 3]
