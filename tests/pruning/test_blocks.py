@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import knowiso_train as ki
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
 from knowiso_train.pruning import blocks
-from knowiso_train.pruning.blocks import _update_images, finetunable_blocks
+from knowiso_train.pruning.blocks import _RecordedBlock, _update_images, finetunable_blocks
 from knowiso_train.pruning.calibration import Calibration
 from tests.helpers.pruned_models import settled
 
@@ -157,3 +157,15 @@ def test_an_update_of_a_block_takes_fewer_images_of_large_maps() -> None:
     assert _update_images(torch.empty(4, 3, 64, 64)) == 32
     assert _update_images(torch.empty(4, 3, 512, 512)) == 16
     assert _update_images(torch.empty(4, 2**12, 3)) == 32
+
+
+def test_arguments_of_another_length_are_shared_by_all_images() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor, *, shift: Tensor) -> Tensor:
+            return x * scale + shift
+
+    x, scale, shift = torch.randn(6, 3), torch.randn(3), torch.tensor(2.0)
+    target = x * scale + shift
+    block = _RecordedBlock("block", Scaled(), [x, scale], {"shift": shift}, target, variance=1.0)
+    assert torch.equal(block.forward(torch.tensor([4, 1])), target[[4, 1]])
+    assert block.mean_distance(torch.arange(6), 4) == 0

@@ -330,3 +330,18 @@ def test_biases_take_a_twentieth_of_the_learning_rate(original: nn.Module, image
     for name, value in biases.items():
         change = (pruned.get_parameter(name) - value).detach().abs()
         torch.testing.assert_close(change, torch.full_like(value, 0.5 * 0.05 * 0.1), rtol=1e-3, atol=0)
+
+
+def test_equal_objectives_select_the_earlier_weights(original: nn.Module, perturbed: nn.Module, images: Tensor) -> None:
+    """Steps of 1e-7 of a weight's norm change bits, but not the six reported digits of the objective."""
+    start = state(perturbed)
+    bits: list[bool] = []
+
+    def transform(x: Tensor) -> Tensor:
+        bits.append(same(state(perturbed), start))
+        return x
+
+    report = finetune(perturbed, original, [images], **QUIET | {"lr": 1e-7, "steps": 2}, transform=transform)
+    assert bits == [True, False]
+    assert len({point.objective for point in report.validations}) == 1
+    assert same(state(perturbed), start)
