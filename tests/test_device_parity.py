@@ -25,7 +25,7 @@ from knowiso_train.refinement import RefineFinetuneConfig
 from tests.distillation.test_estimators import built
 from tests.helpers import fake_device
 from tests.helpers.prune_models import FAMILIES, chain, family, little
-from tests.helpers.refine_models import Eye, batches
+from tests.helpers.refine_models import SignalNet, batches
 from tests.helpers.refine_models import images as labeled_images
 from tests.measurement.test_measure import network
 
@@ -302,7 +302,14 @@ def test_refine_gives_the_same_accuracy(device: str, options: dict[str, Any]) ->
         "progress": False,
     }
     on_cpu, on_device, moved = (
-        ki.refine(Eye(0).to(model_device), [Eye(1).to(model_device)], batches(x), device=run_device, **sets, **options)
+        ki.refine(
+            SignalNet(0).to(model_device),
+            [SignalNet(1).to(model_device)],
+            batches(x),
+            device=run_device,
+            **sets,
+            **options,
+        )
         for model_device, run_device in (("cpu", None), (device, None), ("cpu", device))
     )
     for other, expected_device in ((on_device, device), (moved, "cpu")):

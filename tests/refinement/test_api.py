@@ -1,4 +1,4 @@
-"""`refine` from end to end: what it returns, what it reports, what it leaves alone."""
+"""End-to-end tests of `refine`: result, report, and absence of side effects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from knowiso_train.refinement import HeadConfig, RefineFinetuneConfig, RefineRes
 from knowiso_train.refinement.models import classifier_model
 from knowiso_train.refinement.peers import PeerEnsemble
 from knowiso_train.utils.batch import subsample_loader
-from tests.helpers.refine_models import Eye, batches, images, with_best_classifier
+from tests.helpers.refine_models import SignalNet, batches, images, with_best_classifier
 
 X, Y = images(1500)
 FEW = torch.cat([torch.nonzero(c == Y)[:4, 0] for c in range(3)])
@@ -33,11 +33,11 @@ POOL = batches(X)
 
 
 def refined(*peers: nn.Module, **options: Any) -> RefineResult:
-    return refine(Eye(0), list(peers), POOL, **{**SETS, **options})
+    return refine(SignalNet(0), list(peers), POOL, **{**SETS, **options})
 
 
 def test_auto_is_better_than_every_part_alone_and_reports_all() -> None:
-    result = refined(Eye(1), Eye(2), names=["own", "a", "b"], test=batches(*images(3000, seed=3)))
+    result = refined(SignalNet(1), SignalNet(2), names=["own", "a", "b"], test=batches(*images(3000, seed=3)))
     report = result.report
     after, candidates = report.row("after"), {row.name: row for row in report.rows if row.role == "candidate"}
     labels = max(row.test.accuracy for name, row in candidates.items() if name.startswith("labels only"))
@@ -55,8 +55,8 @@ def test_auto_is_better_than_every_part_alone_and_reports_all() -> None:
     assert json.loads(report.to_json())["chosen"] == report.chosen
 
 
-def test_the_model_gives_the_reported_accuracy() -> None:
-    result = refined(Eye(1), method="head")
+def test_the_model_reproduces_the_reported_accuracy() -> None:
+    result = refined(SignalNet(1), method="head")
     x, y = images(600, seed=3)
     with torch.no_grad():
         assert 100 * float((result.model(x).argmax(1) == y).float().mean()) == pytest.approx(
@@ -65,21 +65,21 @@ def test_the_model_gives_the_reported_accuracy() -> None:
 
 
 def test_the_original_is_kept_where_nothing_is_better() -> None:
-    """A network whose classifier is the best there is: no candidate beats it, and it comes back as it was."""
-    model = with_best_classifier(Eye(0), X, Y, sure=20)
+    """Labels of validation are the network's own predictions, so no candidate can be better."""
+    model = with_best_classifier(SignalNet(0), X, Y, logit_scale=20)
     # Judged by its own guesses
-    result = refine(model, Eye(1), POOL, **{**SETS, "validation": batches(X, model(X).argmax(1))})
+    result = refine(model, SignalNet(1), POOL, **{**SETS, "validation": batches(X, model(X).argmax(1))})
     assert result.report.chosen == "original"
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), result.model.state_dict().values(), strict=True)
     )
 
 
-@pytest.mark.parametrize("bad", [Eye(3, sees_signal=False)])
+@pytest.mark.parametrize("bad", [SignalNet(3, has_signal=False)])
 def test_a_useless_peer_costs_nothing(bad: nn.Module) -> None:
     with pytest.warns(KnowisoWarning, match="bad explains .* left out"):
-        with_bad = refined(Eye(1), bad, names=["own", "good", "bad"])
-    alone = refined(Eye(1), names=["own", "good"])
+        with_bad = refined(SignalNet(1), bad, names=["own", "good", "bad"])
+    alone = refined(SignalNet(1), names=["own", "good"])
     assert [worth.useful for worth in with_bad.report.peers] == [True, False]
     assert with_bad.report.chosen == alone.report.chosen
     assert all(
@@ -90,25 +90,26 @@ def test_a_useless_peer_costs_nothing(bad: nn.Module) -> None:
 
 def test_only_useless_peers_leave_what_the_network_can_do_alone() -> None:
     with pytest.warns(KnowisoWarning, match="left out"):
-        result = refined(Eye(3, sees_signal=False))
+        result = refined(SignalNet(3, has_signal=False))
     assert "consensus" not in result.report.chosen
     with pytest.warns(KnowisoWarning, match="left out"):
-        same = refine(Eye(0), Eye(3, sees_signal=False), POOL, method="fold", progress=False)
+        same = refine(SignalNet(0), SignalNet(3, has_signal=False), POOL, method="fold", progress=False)
     assert all(
-        torch.equal(a, b) for a, b in zip(Eye(0).state_dict().values(), same.model.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(SignalNet(0).state_dict().values(), same.model.state_dict().values(), strict=True)
     )
 
 
 def test_fold_with_itself_changes_nothing_and_needs_no_labels() -> None:
-    model = Eye(0)
-    result = refine(model, Eye(0), POOL, method="fold", progress=False)
+    model = SignalNet(0)
+    result = refine(model, SignalNet(0), POOL, method="fold", progress=False)
     with torch.no_grad():
         torch.testing.assert_close(result.model(X), model(X), rtol=1e-3, atol=1e-3)
     assert result.report.explained["fc (input)"][0] > 0.999
 
 
-def test_nothing_is_left_behind() -> None:
-    model, peer = Eye(0).train(), Eye(1).train()
+def test_weights_modes_hooks_and_random_state_are_restored() -> None:
+    model, peer = SignalNet(0).train(), SignalNet(1).train()
     peer.fc.requires_grad_(False)
     before = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [p.requires_grad for p in peer.parameters()]
     result = refine(model, peer, POOL, finetune_config=RefineFinetuneConfig(steps=2), **SETS)
@@ -125,24 +126,25 @@ def test_nothing_is_left_behind() -> None:
     )
 
 
-def test_consensus_training_learns_what_the_peers_confirm() -> None:
-    """From a trunk that mixes in noise: what the peers explain of its features rises."""
+def test_consensus_training_raises_the_explained_share() -> None:
+    """The trunk mixes in noise that the peers do not share; fine-tuning reduces it."""
     result = refined(
-        Eye(1),
-        Eye(2),
+        SignalNet(1),
+        SignalNet(2),
         method="consensus",
         finetune_config=RefineFinetuneConfig(steps=120, lr=0.1, consensus_weight=3.0, kd_weight=0.1),
     )
     before, after = result.report.explained["fc (input)"]
     assert after is not None
     assert after > before + 0.05
-    assert type(result.model) is Eye
+    assert type(result.model) is SignalNet
     assert "fine-tuned" in result.report.chosen
 
 
 def test_same_seed_same_result() -> None:
     one, two = (
-        refined(Eye(1), method="consensus", finetune_config=RefineFinetuneConfig(steps=3), seed=4) for _ in range(2)
+        refined(SignalNet(1), method="consensus", finetune_config=RefineFinetuneConfig(steps=3), seed=4)
+        for _ in range(2)
     )
     assert all(
         torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True)
@@ -151,12 +153,12 @@ def test_same_seed_same_result() -> None:
 
 def test_paper_rebuilds_the_layer_and_is_not_saved_as_a_plain_network(tmp_path: Path) -> None:
     result = refined(
-        Eye(1), method="paper", layer="global_pool", finetune_config=RefineFinetuneConfig(steps=80, lr=0.05)
+        SignalNet(1), method="paper", layer="global_pool", finetune_config=RefineFinetuneConfig(steps=80, lr=0.05)
     )
     assert result.report.row("after").test.accuracy > 60
     with torch.no_grad():
         own, noise = X.clone(), torch.randn_like(X)
-        own[:, 3:12] = noise[:, 3:12]  # the network's own noise is not in what it is told any more
+        own[:, 3:12] = noise[:, 3:12]  # the composite does not use the network's own noise
         torch.testing.assert_close(result.model(own), result.model(X))
     with pytest.raises(OptionError, match="composite"):
         result.save(tmp_path)
@@ -195,9 +197,9 @@ def test_batches_as_dictionaries_and_transforms() -> None:
     pool = [{"image": x} for x in POOL]
     few = [{"image": x, "label": y} for x, y in SETS["labeled"]]
     halved = [{"image": x["image"] / 2} for x in pool]
-    plain = refine(Eye(0), Eye(1), pool, method="head", labeled=few, progress=False)
+    plain = refine(SignalNet(0), SignalNet(1), pool, method="head", labeled=few, progress=False)
     scaled = refine(
-        Eye(0), Eye(1), halved, method="head", labeled=[{**b, "image": b["image"] / 2} for b in few],
+        SignalNet(0), SignalNet(1), halved, method="head", labeled=[{**b, "image": b["image"] / 2} for b in few],
         transform=lambda x: 2 * x, peer_transforms=lambda x: 2 * x, progress=False,
     )  # fmt: skip
     torch.testing.assert_close(plain.model.fc.weight, scaled.model.fc.weight, rtol=1e-4, atol=1e-5)
@@ -218,26 +220,31 @@ def test_batches_as_dictionaries_and_transforms() -> None:
         ({"max_images": 20}, DataError, "too few"),
     ],
 )
-def test_errors_say_what_to_do(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_invalid_arguments_raise(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        refined(Eye(1), **options)
+        refined(SignalNet(1), **options)
 
 
-def test_no_peers_is_an_error() -> None:
+def test_no_peers_raise() -> None:
     with pytest.raises(InputTypeError, match="at least one peer"):
-        refine(Eye(0), [], POOL, **SETS)
+        refine(SignalNet(0), [], POOL, **SETS)
 
 
-def test_consensus_without_any_label() -> None:
+def test_consensus_needs_no_labels() -> None:
     result = refine(
-        Eye(0), Eye(1), POOL, method="consensus", finetune_config=RefineFinetuneConfig(steps=3), progress=False
+        SignalNet(0),
+        SignalNet(1),
+        POOL,
+        method="consensus",
+        finetune_config=RefineFinetuneConfig(steps=3),
+        progress=False,
     )
     assert result.report.chosen == "original, fine-tuned to the consensus"
     assert result.report.row("after").validation is None
 
 
-def test_the_ensemble_says_the_mean_of_what_its_networks_say() -> None:
-    own, peers = Eye(0), [Eye(1), Eye(2, classes=5)]
+def test_soft_targets_are_the_mean_probability_of_all_networks() -> None:
+    own, peers = SignalNet(0), [SignalNet(1), SignalNet(2, classes=5)]
     networks = [classifier_model(net, "peer") for net in peers]
     head = nn.Linear(12, 3)
     for heads, wanted in ((None, [own(X), peers[0](X)]), ({1: head}, [own(X), head(peers[1].features(X))])):
@@ -249,8 +256,8 @@ def test_the_ensemble_says_the_mean_of_what_its_networks_say() -> None:
     assert not any(module._forward_pre_hooks for net in peers for module in net.modules())
 
 
-def test_a_sorted_folder_is_read_at_random_places() -> None:
-    """Otherwise `max_images` would take the first classes alone."""
+def test_a_sorted_loader_is_sampled_at_random() -> None:
+    """The first images alone would be of the first classes."""
     loader = DataLoader(TensorDataset(torch.arange(100)), batch_size=7)
     for seed in (0, 1):
         read = torch.cat([batch[0] for batch in subsample_loader(loader, 20, seed)])
@@ -265,7 +272,7 @@ def test_a_sorted_folder_is_read_at_random_places() -> None:
 
 
 def sixty_classes() -> tuple[list[nn.Module], torch.Tensor, torch.Tensor]:
-    """That two networks hardly tell apart, and images of them."""
+    """Return two networks with weak features for sixty classes, images and labels."""
     generator = torch.Generator().manual_seed(0)
     center, y = torch.randn(60, 24, generator=generator), torch.arange(3000) % 60
     x = center[y] + 1.2 * torch.randn(3000, 24, generator=generator)
@@ -279,8 +286,8 @@ def sixty_classes() -> tuple[list[nn.Module], torch.Tensor, torch.Tensor]:
     return nets, x, y
 
 
-def test_guesses_that_mislead_are_not_used() -> None:
-    """Without validation images the labels left out in turn say so."""
+def test_misleading_pseudo_labels_are_not_used() -> None:
+    """Without validation images, cross-validation on the labels decides."""
     nets, x, y = sixty_classes()
     options: dict[str, Any] = {
         "labeled": batches(x[:240], y[:240]),

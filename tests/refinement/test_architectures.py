@@ -1,4 +1,4 @@
-"""`refine` with networks and images as users have them: trained classifiers, other classes, two heads, no `global_pool`, images given twice."""
+"""`refine` with trained classifiers, other classes, two heads, networks without `global_pool`, and repeated images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, KnowisoWarning, LayoutError, OptionError
 from knowiso_train.refinement import HeadConfig, RefineFinetuneConfig, refine
 from knowiso_train.refinement.models import PooledFeatures, classifier_model, flag_unusable_heads, pooled_layer
-from tests.helpers.refine_models import Eye, batches, images, with_best_classifier
+from tests.helpers.refine_models import SignalNet, batches, images, with_best_classifier
 
 X, Y = images(1500)
 FEW = torch.cat([torch.nonzero(c == Y)[:4, 0] for c in range(3)])
@@ -23,9 +23,9 @@ LABELED, POOL = batches(X[FEW], Y[FEW]), batches(X)
 VALIDATION, TEST = batches(*images(300, seed=2)), batches(*images(1000, seed=3))
 
 
-def trained(which: int, order: tuple[int, ...] = (0, 1, 2)) -> Eye:
-    """With the best classifier that there is for these classes, in this order."""
-    return with_best_classifier(Eye(which), X, Y, sure=10, order=order)
+def trained(which: int, order: tuple[int, ...] = (0, 1, 2)) -> SignalNet:
+    """Return a network with the least-squares classifier, its classes in this order."""
+    return with_best_classifier(SignalNet(which), X, Y, logit_scale=10, order=order)
 
 
 def test_peers_and_ensemble_keep_classifiers_that_were_trained() -> None:
@@ -52,12 +52,12 @@ def test_consensus_starts_from_a_classifier_that_was_trained() -> None:
     result = refine(model, trained(1), POOL, **options)
     assert result.report.chosen == "original, fine-tuned to the consensus"
     assert torch.equal(result.model.fc.weight, model.fc.weight)
-    assert refine(Eye(0), Eye(1), POOL, **options).report.chosen.startswith("consensus head")
+    assert refine(SignalNet(0), SignalNet(1), POOL, **options).report.chosen.startswith("consensus head")
     report = refine(trained(0), trained(1), POOL, validation=VALIDATION, **options).report
     assert report.row("after").validation.accuracy >= report.row("before").validation.accuracy
 
 
-def test_a_new_classifier_in_place_of_a_trained_one_is_warned_of() -> None:
+def test_replacing_a_better_trained_classifier_warns() -> None:
     with pytest.warns(KnowisoWarning, match="own classifier, trained with it, seems to be better"):
         result = refine(trained(0), trained(1), POOL, method="head", labeled=LABELED, progress=False)
     assert "own classifier" in result.report.warnings[0]
@@ -66,10 +66,10 @@ def test_a_new_classifier_in_place_of_a_trained_one_is_warned_of() -> None:
 def test_classes_without_labels_are_named() -> None:
     some = FEW[Y[FEW] < 2]
     with pytest.warns(KnowisoWarning, match=r"1 of 3 classes have no labeled image \(2\)"):
-        refine(Eye(0), Eye(1), POOL, method="head", labeled=batches(X[some], Y[some]), progress=False)
+        refine(SignalNet(0), SignalNet(1), POOL, method="head", labeled=batches(X[some], Y[some]), progress=False)
 
 
-def test_as_many_classes_need_not_be_the_same() -> None:
+def test_a_peer_with_other_classes_of_equal_number_is_excluded() -> None:
     training = RefineFinetuneConfig(steps=60, lr=0.02)
     with pytest.warns(KnowisoWarning, match="they seem to be others, and its classifier is not used"):
         turned = refine(
@@ -96,15 +96,15 @@ def test_as_many_classes_need_not_be_the_same() -> None:
 
 
 def test_without_a_useful_peer_there_is_no_consensus() -> None:
-    useless = Eye(3, sees_signal=False)
+    useless = SignalNet(3, has_signal=False)
     with (
         pytest.warns(KnowisoWarning, match="left out"),
         pytest.raises(OptionError, match='no useful peer is left for method="consensus"'),
     ):
-        refine(Eye(0), useless, POOL, method="consensus", progress=False)
+        refine(SignalNet(0), useless, POOL, method="consensus", progress=False)
     with pytest.warns(KnowisoWarning, match="left out"):
         report = refine(
-            Eye(0),
+            SignalNet(0),
             useless,
             POOL,
             labeled=LABELED,
@@ -115,7 +115,7 @@ def test_without_a_useful_peer_there_is_no_consensus() -> None:
     assert [row.name.rsplit(" to ", 1)[1] for row in report.rows if "fine-tuned" in row.name] == ["the labels"]
 
 
-class TwoHeads(Eye):
+class TwoHeads(SignalNet):
     def __init__(self, which: int) -> None:
         super().__init__(which)
         self.other = nn.Linear(12, 3)
@@ -125,13 +125,13 @@ class TwoHeads(Eye):
         return (self.fc(pooled) + self.other(pooled)) / 2
 
 
-def test_a_network_with_two_heads_is_refused_and_a_peer_with_two_is_silent() -> None:
+def test_two_heads_raise_in_the_network_and_exclude_a_peer() -> None:
     with pytest.raises(LayoutError, match="not the output of its classifier 'fc'"):
-        refine(TwoHeads(0), Eye(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
+        refine(TwoHeads(0), SignalNet(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
     assert [
         net.head_excluded
         for net in flag_unusable_heads(
-            [classifier_model(Eye(0), "own"), classifier_model(TwoHeads(1), "peer")], POOL[0]
+            [classifier_model(SignalNet(0), "own"), classifier_model(TwoHeads(1), "peer")], POOL[0]
         )
     ] == [False, True]
 
@@ -139,7 +139,7 @@ def test_a_network_with_two_heads_is_refused_and_a_peer_with_two_is_silent() -> 
 @pytest.mark.parametrize(
     ("name", "layer"), [("test_vit", "fc_norm"), ("test_convnext", "head.flatten"), ("test_resnet", "global_pool")]
 )
-def test_what_the_classifier_reads_is_found(name: str, layer: str) -> None:
+def test_the_pooled_layer_is_the_input_of_the_classifier(name: str, layer: str) -> None:
     torch.manual_seed(0)
     net, batch = classifier_model(timm.create_model(name, num_classes=3).eval(), name), torch.rand(3, 3, 160, 160)
     assert pooled_layer(net, batch) == layer
@@ -190,44 +190,44 @@ def test_half_precision_without_labels() -> None:
     assert result.model.fc.weight.dtype == torch.bfloat16
 
 
-def test_images_that_are_given_twice_count_once() -> None:
+def test_labeled_images_in_the_loader_are_counted_once() -> None:
     kept = torch.ones(len(X), dtype=torch.bool)
     kept[FEW] = False
     apart, together = (
-        refine(Eye(0), Eye(1), pool, method="head", labeled=LABELED, progress=False)
+        refine(SignalNet(0), SignalNet(1), pool, method="head", labeled=LABELED, progress=False)
         for pool in (batches(X[kept]), POOL)
     )
     torch.testing.assert_close(apart.model.fc.weight, together.model.fc.weight, rtol=1e-4, atol=1e-5)
-    rows = Eye(0).features(X)
+    rows = SignalNet(0).features(X)
     assert len(PooledFeatures((rows,), None).exclude(PooledFeatures((rows[FEW] + 1e-6,), None))) == len(X) - len(FEW)
 
 
-def test_a_classifier_without_bias_is_left_or_refused() -> None:
+def test_a_classifier_without_bias_raises_or_is_not_modified() -> None:
     model = trained(0)
     model.fc.bias = None
     with pytest.raises(OptionError, match="'fc' of network has no bias"):
-        refine(model, Eye(1), POOL, method="head", labeled=LABELED, progress=False)
+        refine(model, SignalNet(1), POOL, method="head", labeled=LABELED, progress=False)
     with pytest.warns(KnowisoWarning, match="has no bias, so candidates that need one are not tried"):
-        result = refine(model, Eye(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
+        result = refine(model, SignalNet(1), POOL, labeled=LABELED, validation=VALIDATION, progress=False)
     assert result.report.chosen == "original"
 
 
 def test_peers_as_a_module_list_and_names_that_differ() -> None:
-    peers = nn.ModuleList([Eye(1), Eye(2)])
-    result = refine(Eye(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "b"], progress=False)
+    peers = nn.ModuleList([SignalNet(1), SignalNet(2)])
+    result = refine(SignalNet(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "b"], progress=False)
     assert [peer.name for peer in result.report.peers] == ["a", "b"]
     with pytest.raises(InputTypeError, match="'a' occurs 2 times"):
-        refine(Eye(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "a"], progress=False)
+        refine(SignalNet(0), peers, POOL, method="head", labeled=LABELED, names=["own", "a", "a"], progress=False)
 
 
 @pytest.mark.parametrize("name", ["labeled", "validation", "test"])
-def test_images_that_can_be_read_once_are_refused_at_once(name: str) -> None:
+def test_labeled_images_readable_only_once_raise(name: str) -> None:
     given: dict[str, Any] = {"labeled": LABELED, "validation": VALIDATION, "test": TEST, "progress": False}
     with pytest.raises(InputTypeError, match=f"{name}: expected a DataLoader or a list of batches"):
-        refine(Eye(0), Eye(1), POOL, **{**given, name: iter(given[name])})
+        refine(SignalNet(0), SignalNet(1), POOL, **{**given, name: iter(given[name])})
 
 
-def test_what_is_saved_is_checked_against_what_timm_builds(tmp_path: Path) -> None:
+def test_saving_warns_where_timm_builds_another_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     nets = [timm.create_model("test_resnet", num_classes=3, in_chans=1) for _ in range(2)]
     pictures, labels = torch.rand(120, 1, 32, 32), torch.arange(120) % 3

@@ -14,7 +14,7 @@ from knowiso_train.refinement.candidates import Candidate, heads_of_peers, origi
 from knowiso_train.refinement.evaluator import FeatureSets
 from knowiso_train.refinement.heads import HeadConfig, consensus_head, ridge_head
 from knowiso_train.refinement.models import classifier_model
-from tests.helpers.refine_models import Eye, batches, images, with_best_classifier
+from tests.helpers.refine_models import SignalNet, batches, images, with_best_classifier
 
 X, Y = images(1500)
 VALIDATION = images(300, seed=2)
@@ -22,7 +22,10 @@ FEW = torch.cat([torch.nonzero(c == Y)[:4, 0] for c in range(3)])
 
 
 def search(*peers: nn.Module, own: nn.Module | None = None, labeled: bool = True, **options: Any) -> CandidateSearch:
-    models = [classifier_model(own or Eye(0), "own"), *(classifier_model(p, f"p{i}") for i, p in enumerate(peers, 1))]
+    models = [
+        classifier_model(own or SignalNet(0), "own"),
+        *(classifier_model(p, f"p{i}") for i, p in enumerate(peers, 1)),
+    ]
     sets = FeatureSets.extract(
         models,
         batches(X),
@@ -48,52 +51,55 @@ def groups(found: CandidateSet) -> list[str]:
 
 
 def test_fold_has_one_candidate_and_without_useful_peers_the_original() -> None:
-    found = closed_form_candidates("fold", search(Eye(1)))
+    found = closed_form_candidates("fold", search(SignalNet(1)))
     assert [candidate.name for candidate in found.candidates] == ["fold, p1, ridge search"]
     assert found.default is found.candidates[0]
-    found = closed_form_candidates("fold", search(Eye(1), useful=[]))
+    found = closed_form_candidates("fold", search(SignalNet(1), useful=[]))
     assert [candidate.name for candidate in found.candidates] == ["original"]
 
 
 def test_head_compares_labels_and_one_consensus_and_not_the_original() -> None:
-    found = closed_form_candidates("head", search(Eye(1), Eye(2)))
+    found = closed_form_candidates("head", search(SignalNet(1), SignalNet(2)))
     assert titles(found) == ["labels only", "consensus head"]
     assert groups(found) == ["p1 + p2"]
 
 
 def test_head_without_useful_peers_trains_itself() -> None:
-    assert titles(closed_form_candidates("head", search(Eye(1), useful=[]))) == ["labels only", "self-training"]
+    assert titles(closed_form_candidates("head", search(SignalNet(1), useful=[]))) == ["labels only", "self-training"]
 
 
 def test_consensus_starts_from_the_original_or_from_the_best_head() -> None:
-    found = closed_form_candidates("consensus", search(Eye(1)))
+    found = closed_form_candidates("consensus", search(SignalNet(1)))
     assert titles(found) == ["original", "labels only", "consensus head"]
-    without_labels = closed_form_candidates("consensus", search(Eye(1), labeled=False))
+    without_labels = closed_form_candidates("consensus", search(SignalNet(1), labeled=False))
     assert titles(without_labels) == ["original"]
-    trained = with_best_classifier(Eye(0), X, Y, sure=10)
-    assert closed_form_candidates("consensus", search(Eye(1), own=trained, validation=False)).default.name == "original"
-    untrained = closed_form_candidates("consensus", search(Eye(1), validation=False)).default
+    trained = with_best_classifier(SignalNet(0), X, Y, logit_scale=10)
+    assert (
+        closed_form_candidates("consensus", search(SignalNet(1), own=trained, validation=False)).default.name
+        == "original"
+    )
+    untrained = closed_form_candidates("consensus", search(SignalNet(1), validation=False)).default
     assert untrained.name.startswith("consensus head")
 
 
 def test_auto_tries_every_group_of_peers() -> None:
-    found = closed_form_candidates("auto", search(Eye(1), Eye(2)))
+    found = closed_form_candidates("auto", search(SignalNet(1), SignalNet(2)))
     assert titles(found) == ["original", "labels only", "self-training", "consensus head"]
     assert groups(found) == ["p1", "p2", "p1 + p2"]
-    assert groups(closed_form_candidates("auto", search(Eye(1)))) == ["p1"]
+    assert groups(closed_form_candidates("auto", search(SignalNet(1)))) == ["p1"]
 
 
 def test_auto_folds_into_a_trained_classifier_or_without_labels() -> None:
-    trained = with_best_classifier(Eye(0), X, Y, sure=10)
-    assert "fold" in titles(closed_form_candidates("auto", search(Eye(1), own=trained)))
-    without_labels = closed_form_candidates("auto", search(Eye(1), labeled=False))
+    trained = with_best_classifier(SignalNet(0), X, Y, logit_scale=10)
+    assert "fold" in titles(closed_form_candidates("auto", search(SignalNet(1), own=trained)))
+    without_labels = closed_form_candidates("auto", search(SignalNet(1), labeled=False))
     names = [candidate.name for candidate in without_labels.candidates]
     assert names == ["original", *(f"fold, p1, ridge {ridge}" for ridge in ("search", 0.1, 1.0))]
 
 
 def test_a_peer_gets_the_consensus_head_of_its_own_features() -> None:
     """The consensus of the same networks, with the peer in front."""
-    inputs = search(Eye(1, classes=5), Eye(2, classes=5), validation=False)
+    inputs = search(SignalNet(1, classes=5), SignalNet(2, classes=5), validation=False)
     sets, config = inputs.images, HeadConfig(head_ridge=2.0)
     layers = heads_of_peers(inputs.models, sets.labeled, sets.unlabeled_only, [1, 2], config, None, False)
     assert list(layers) == [0, 1]
@@ -107,7 +113,7 @@ def test_a_peer_gets_the_consensus_head_of_its_own_features() -> None:
 
 
 def test_a_peer_gets_the_head_of_the_labels_alone_on_request() -> None:
-    inputs = search(Eye(1, classes=5), validation=False)
+    inputs = search(SignalNet(1, classes=5), validation=False)
     sets, config = inputs.images, HeadConfig(label_ridge=0.7)
     layer = heads_of_peers(inputs.models, sets.labeled, sets.unlabeled_only, [1], config, None, True)[0]
     head = ridge_head(sets.labeled.features[1], sets.labeled.labels, 3, 0.7)
@@ -116,7 +122,7 @@ def test_a_peer_gets_the_head_of_the_labels_alone_on_request() -> None:
 
 @pytest.mark.parametrize("validation", [True, False])
 def test_a_peer_keeps_its_own_classifier_where_it_is_better(validation: bool) -> None:
-    trained = with_best_classifier(Eye(1), X, Y, sure=10)
+    trained = with_best_classifier(SignalNet(1), X, Y, logit_scale=10)
     inputs = search(trained, validation=validation)
     sets = inputs.images
     # A ridge that leaves a new classifier near chance
@@ -131,7 +137,7 @@ def test_a_peer_keeps_its_own_classifier_where_it_is_better(validation: bool) ->
 
 
 def test_a_replaced_classifier_leaves_the_network_itself_alone() -> None:
-    network = Eye(0).bfloat16()
+    network = SignalNet(0).bfloat16()
     before = network.fc.weight.clone()
     candidate = Candidate("new", torch.ones(3, 12).double(), torch.ones(3).double())
     changed = replace_classifier(network, "fc", candidate)

@@ -12,15 +12,15 @@ from knowiso_train.errors import DataError, ShapeError
 from knowiso_train.refinement.candidates import Candidate, original_classifier
 from knowiso_train.refinement.evaluator import CandidateEvaluator, FeatureSets, explained_by_peers
 from knowiso_train.refinement.models import classifier_model
-from tests.helpers.refine_models import Eye, batches, images, with_best_classifier
+from tests.helpers.refine_models import SignalNet, batches, images, with_best_classifier
 
 X, Y = images(600)
 VALIDATION, TEST = images(300, seed=2), images(400, seed=3)
 
 
 def models() -> list:
-    trained = with_best_classifier(Eye(1), X, Y, sure=10)
-    return [classifier_model(Eye(0), "network"), classifier_model(trained, "peer")]
+    trained = with_best_classifier(SignalNet(1), X, Y, logit_scale=10)
+    return [classifier_model(SignalNet(0), "network"), classifier_model(trained, "peer")]
 
 
 def evaluator(labeled: bool = True, validation: bool = True) -> CandidateEvaluator:
@@ -38,7 +38,7 @@ def evaluator(labeled: bool = True, validation: bool = True) -> CandidateEvaluat
 
 
 def good_candidate(name: str = "good") -> Candidate:
-    trained = with_best_classifier(Eye(0), X, Y, sure=10)
+    trained = with_best_classifier(SignalNet(0), X, Y, logit_scale=10)
     return replace(original_classifier(classifier_model(trained, "trained")), name=name)
 
 
@@ -49,7 +49,7 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def test_the_first_row_scores_the_network_itself() -> None:
     row = evaluator().rows[0]
     with torch.no_grad():
-        expected = [accuracy(Eye(0)(x), y) for x, y in (VALIDATION, TEST)]
+        expected = [accuracy(SignalNet(0)(x), y) for x, y in (VALIDATION, TEST)]
     assert (row.name, row.role) == ("network", "before")
     assert [row.validation.accuracy, row.test.accuracy] == pytest.approx(expected)
     assert (row.validation.num_images, row.test.num_images) == (300, 400)
@@ -90,7 +90,7 @@ def test_the_result_repeats_the_row_of_the_choice() -> None:
 
 def test_a_network_with_other_features_is_run_on_the_images() -> None:
     board = evaluator()
-    trained = with_best_classifier(Eye(2), X, Y, sure=10)
+    trained = with_best_classifier(SignalNet(2), X, Y, logit_scale=10)
     validation_accuracy = board.add_model("other", "candidate", trained, batches(*VALIDATION), None)
     with torch.no_grad():
         expected = accuracy(trained(VALIDATION[0]), VALIDATION[1])
@@ -111,7 +111,7 @@ def test_peers_keep_their_own_classifier_where_it_is_better() -> None:
 
 
 def test_peers_with_other_classes_need_labels_for_a_row() -> None:
-    networks = [classifier_model(Eye(0), "network"), classifier_model(Eye(1, classes=5), "peer")]
+    networks = [classifier_model(SignalNet(0), "network"), classifier_model(SignalNet(1, classes=5), "peer")]
     for labeled, roles in ((None, ["before"]), (batches(X[:60], Y[:60]), ["before", "peer", "ensemble"])):
         sets = FeatureSets.extract(networks, batches(X), labeled, None, batches(*TEST), None, False)
         board = CandidateEvaluator(networks, sets)
@@ -137,5 +137,5 @@ def test_images_without_labels_or_with_unknown_classes_raise() -> None:
 def test_a_network_explains_itself_and_not_its_private_noise() -> None:
     pooled = evaluator().images.unlabeled
     assert explained_by_peers(pooled, [0], seed=0) > 0.9999
-    signal, total = X[:, :3].var(0).sum(), Eye(0).features(X).var(0).sum()
+    signal, total = X[:, :3].var(0).sum(), SignalNet(0).features(X).var(0).sum()
     assert explained_by_peers(pooled, [1], seed=0) == pytest.approx(float(signal / total), abs=0.05)

@@ -14,7 +14,7 @@ from knowiso_train.errors import DataError, NonFiniteError, OptionError
 from knowiso_train.refinement import BatchCycle, RefineFinetuneConfig, RefineTrainer
 from knowiso_train.refinement.finetune import finetune_classifier, set_training_mode
 from knowiso_train.refinement.models import ClassifierModel, classifier_model
-from tests.helpers.refine_models import Eye, batches, images
+from tests.helpers.refine_models import SignalNet, batches, images
 
 X, Y = images(64)
 STEPS, SAVED_AT = 7, 4
@@ -24,8 +24,8 @@ class Interrupted(Exception):
     """Stands for a killed process."""
 
 
-class DropoutEye(Eye):
-    """An `Eye` with dropout, so that a step depends on torch's random state."""
+class DropoutSignalNet(SignalNet):
+    """An `SignalNet` with dropout, so that a step depends on torch's random state."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(nn.functional.dropout(x, 0.2, self.training))
@@ -36,7 +36,7 @@ def shuffling_loader(*tensors: torch.Tensor, batch_size: int) -> DataLoader[Any]
 
 
 def model_and_peer() -> tuple[ClassifierModel, list[ClassifierModel]]:
-    return classifier_model(DropoutEye(0), "network"), [classifier_model(Eye(1), "peer")]
+    return classifier_model(DropoutSignalNet(0), "network"), [classifier_model(SignalNet(1), "peer")]
 
 
 @pytest.mark.parametrize("consensus_weight", [1.0, 0.0], ids=["consensus", "labels"])
@@ -92,7 +92,7 @@ def test_a_cycle_without_batches_raises() -> None:
 
 
 def test_a_step_decreases_the_cross_entropy_and_counts() -> None:
-    student = Eye(0)
+    student = SignalNet(0)
     config = RefineFinetuneConfig(steps=30, lr=0.1, consensus_weight=0.0, kd_weight=0.0)
     model = classifier_model(student, "network")
     with RefineTrainer(student, copy.deepcopy(student), model, [], config) as trainer:
@@ -106,7 +106,7 @@ def test_the_terms_of_a_step_are_weighted() -> None:
     terms = []
     for weights in ({}, {"consensus_weight": 2.0, "kd_weight": 3.0}):
         model, peers = model_and_peer()
-        student, teacher = Eye(0), Eye(0).eval()
+        student, teacher = SignalNet(0), SignalNet(0).eval()
         config = RefineFinetuneConfig(**weights)
         with RefineTrainer(student, teacher, model, peers, config, X) as trainer:
             terms.append(trainer.step(X, None))
@@ -118,11 +118,11 @@ def test_the_terms_of_a_step_are_weighted() -> None:
 
 def test_a_trainer_without_peers_or_without_labels_raises() -> None:
     model, _ = model_and_peer()
-    student = Eye(0)
+    student = SignalNet(0)
     with pytest.raises(OptionError, match="no useful peer is left"):
-        RefineTrainer(student, Eye(0), model, [], RefineFinetuneConfig(), X)
+        RefineTrainer(student, SignalNet(0), model, [], RefineFinetuneConfig(), X)
     labels_alone = RefineFinetuneConfig(consensus_weight=0.0, kd_weight=0.0)
-    with RefineTrainer(student, Eye(0), model, [], labels_alone) as trainer:
+    with RefineTrainer(student, SignalNet(0), model, [], labels_alone) as trainer:
         with pytest.raises(OptionError, match="nothing to train on"):
             trainer.step(X, None)
         with pytest.raises(NonFiniteError, match="at step 0"):

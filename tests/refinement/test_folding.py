@@ -1,4 +1,4 @@
-"""Folding a map into the layers that read it is exact, or refused."""
+"""Folding a map into the consumers of a layer is exact, or raises."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAP = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_
 
 
 @pytest.mark.parametrize(("padding", "bias"), [(0, True), (1, False)])
-def test_folded_is_unfolded(padding: int, bias: bool) -> None:
+def test_folded_outputs_equal_unfolded_outputs(padding: int, bias: bool) -> None:
     net, shift = network(padding), torch.arange(4.0).double() if bias else None
     hidden = torch.einsum("oc,nchw->nohw", MAP, net[0](IMAGES)) + (0 if shift is None else shift[:, None, None])
     torch.testing.assert_close(fold(net, "0", ["1"], MAP, shift, IMAGES)(IMAGES), net[1:](hidden), rtol=1e-6, atol=1e-6)
@@ -33,7 +33,7 @@ def test_the_identity_changes_nothing() -> None:
     assert torch.equal(fold(net, "0", ["1"], torch.eye(4), None, IMAGES)(IMAGES), net(IMAGES))
 
 
-def test_refused() -> None:
+def test_inexact_folds_raise() -> None:
     with pytest.raises(OptionError, match="zero padding"):
         fold(network(1), "0", ["1"], MAP, torch.ones(4), IMAGES)
     with pytest.raises(ShapeError, match="k×k"):
@@ -53,7 +53,7 @@ def test_a_relu_that_never_acts_on_the_example_is_refused() -> None:
         fold(net, "0", ["2"], positive, None, IMAGES)
 
 
-class TwoReaders(nn.Module):
+class TwoConsumers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk, self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
@@ -65,7 +65,7 @@ class TwoReaders(nn.Module):
 
 def test_a_missing_consumer_is_refused_and_all_of_them_are_exact() -> None:
     torch.manual_seed(0)
-    net, x = TwoReaders(), torch.randn(6, 4)
+    net, x = TwoConsumers(), torch.randn(6, 4)
     with pytest.raises(LayoutError, match="consumer is missing"):
         fold(net, "trunk", ["one"], MAP, None, x)
     folded, wanted = fold(net, "trunk", ["one", "two"], MAP, torch.ones(4), x), net.trunk(x) @ MAP.float().T + 1
@@ -84,7 +84,7 @@ def test_rounding_of_a_deep_float32_network_is_no_reason_to_refuse() -> None:
 
 
 def test_channels_last_and_tokens() -> None:
-    """Linear layers read the last axis, whatever stands before it."""
+    """Linear layers map the last axis, for any number of leading axes."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
     tokens = torch.randn(2, 7, 3, dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_channels_last_and_tokens() -> None:
     torch.testing.assert_close(fold(net, "0", ["1"], MAP, torch.ones(4), tokens)(tokens), net[1](hidden))
 
 
-def test_modes_and_the_original_are_left_alone() -> None:
+def test_mode_weights_and_random_state_are_not_modified() -> None:
     net = network().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Closed forms of refinement, where the answer is known: a signal that all networks see, and noise that only one of them sees."""
+"""Closed forms of refinement with a known answer: a signal shared by all networks, and private noise of each."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from knowiso_train.refinement import HeadConfig, consensus_head, fit_peer_projec
 from knowiso_train.refinement.heads import ConsensusFeatures, isomorphic_parts, pseudo_labels
 from knowiso_train.refinement.metrics import consensus_vs_labels_cv
 from knowiso_train.regression.ridge import RidgeSolver
-from tests.helpers.refine_models import SIGNAL, WIDTH, Eye, images
+from tests.helpers.refine_models import SIGNAL, WIDTH, SignalNet, images
 
 X, Y = images(3000, noise=1.0)
 TEST, LABELS = images(2000, seed=1, noise=1.0)
-NETS = [Eye(i) for i in range(3)]
+NETS = [SignalNet(i) for i in range(3)]
 
 
 def accuracy(scores: torch.Tensor, labels: torch.Tensor = LABELS) -> float:
     return 100 * float((scores.argmax(1) == labels).float().mean())
 
 
-def test_the_map_keeps_what_the_peer_sees_and_drops_what_it_does_not() -> None:
+def test_the_projection_keeps_the_shared_signal_and_drops_private_noise() -> None:
     own, peer = (net.features(X) for net in NETS[:2])
     made = fit_peer_projection(own, [peer])
     signal, noise = NETS[0].mixing[:, :SIGNAL].double(), NETS[0].mixing[:, SIGNAL:].double()
@@ -31,8 +31,8 @@ def test_the_map_keeps_what_the_peer_sees_and_drops_what_it_does_not() -> None:
     assert (signal.T @ made.matrix @ signal).diagonal().min() > 0.5
 
 
-def test_few_labels_on_the_denoised_features_reach_the_exact_optimum() -> None:
-    """The optimum: the same classifier on the signal alone, as if the noise had never been there."""
+def test_few_labels_on_projected_features_approach_the_optimum() -> None:
+    """The optimum is the same classifier on the signal alone."""
     gained, optimum, raw = [], [], []
     own, peers, test = NETS[0].features(X), [net.features(X) for net in NETS[1:]], NETS[0].features(TEST)
     made = fit_peer_projection(own, peers)
@@ -72,8 +72,8 @@ def test_the_consensus_head_beats_self_training_and_labels_alone() -> None:
     assert with_peers > without + 2
 
 
-def test_guesses_come_in_the_proportions_of_the_labels() -> None:
-    """Sixty classes in 24 directions: guesses favor some of them, and classifiers fitted to guesses favor them more, unless they are balanced."""
+def test_a_class_prior_balances_pseudo_labels_and_raises_accuracy() -> None:
+    """Sixty classes in 24 directions: unbalanced pseudo-labels favor some of them more and more."""
     few = torch.arange(240)
     for seed in range(3):
         train, labels, x, y = many_classes(seed)
@@ -93,7 +93,7 @@ def test_guesses_come_in_the_proportions_of_the_labels() -> None:
 
 
 def many_classes(seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features of two networks for training and labels; features of the first for other images, and their labels."""
+    """Return two networks' training features, labels, and the first network's test features and labels."""
     generator = torch.Generator().manual_seed(seed)
     center, labels = torch.randn(60, 24, generator=generator), torch.arange(6000) % 60
     signal = center[labels] + 1.2 * torch.randn(6000, 24, generator=generator)
@@ -101,7 +101,7 @@ def many_classes(seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Ten
     return [f[:4000] for f in networks], labels[:4000], networks[0][4000:], labels[4000:]
 
 
-def test_guesses_that_mislead_are_noticed_on_labels_left_out() -> None:
+def test_cross_validation_detects_misleading_pseudo_labels() -> None:
     index, recipe = torch.arange(240), HeadConfig(inverse_temperature=math.inf)
     for seed in range(3):
         train, labels, _, _ = many_classes(seed)
@@ -121,7 +121,7 @@ def test_guesses_that_mislead_are_noticed_on_labels_left_out() -> None:
     ).significantly_worse
 
 
-def test_proportions_that_are_known() -> None:
+def test_pseudo_labels_reach_a_given_class_prior() -> None:
     scores = torch.randn(3000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3 + torch.tensor(
         [0.6, 0.1, 0.0, -0.1]
     )
@@ -133,11 +133,11 @@ def test_proportions_that_are_known() -> None:
 
 
 @pytest.mark.parametrize("kind", ["noise", "blind", "shuffled"])
-def test_a_peer_that_knows_nothing_is_noticed_without_labels(kind: str) -> None:
+def test_a_peer_without_shared_signal_is_not_useful(kind: str) -> None:
     own = NETS[0].features(X)
     peer = {
         "noise": torch.randn(len(X), 40),
-        "blind": Eye(1, sees_signal=False).features(X),
+        "blind": SignalNet(1, has_signal=False).features(X),
         "shuffled": NETS[1].features(X).flip(0),
     }[kind]
     found = score_peer(own, peer, kind)
@@ -146,14 +146,14 @@ def test_a_peer_that_knows_nothing_is_noticed_without_labels(kind: str) -> None:
     assert "left out" in found.reason
 
 
-def test_what_a_peer_explains_is_the_known_share() -> None:
-    """E[own | peer] for a signal that is seen exactly: its share of the variance, less what the peer's noise hides (none here)."""
+def test_r2_of_the_model_is_the_known_share_of_the_signal() -> None:
+    """The peer predicts the signal exactly, and nothing of the private noise."""
     own, peer = NETS[0].features(X), NETS[1].features(X)
     of_signal, total = X[:, :SIGNAL].var(0).sum(), own.var(0).sum()
     assert score_peer(own, peer).r2_of_model == pytest.approx(float(of_signal / total), abs=0.03)
 
 
-def test_the_isomorphic_part_has_the_products_of_the_regression() -> None:
+def test_the_isomorphic_part_has_the_gram_matrix_of_the_regression() -> None:
     views = [net.features(X).double() for net in NETS[:2]]
     views = [view - view.mean(0) for view in views]
     part = isomorphic_parts(views, 1e-9)[0]
@@ -162,7 +162,7 @@ def test_the_isomorphic_part_has_the_products_of_the_regression() -> None:
     torch.testing.assert_close(got / got.trace(), wanted / wanted.trace(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_smoother_is_ridge_regression_in_both_forms() -> None:
+def test_the_solver_is_ridge_regression_in_primal_and_dual_form() -> None:
     torch.manual_seed(0)
     for n, d in ((30, 5), (5, 30)):
         x, y = torch.randn(n, d, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_all_images_labeled_is_a_ridge_classifier() -> None:
     torch.testing.assert_close(head.weight, wanted.weight)
 
 
-def test_errors_say_what_to_do() -> None:
+def test_invalid_features_labels_and_options_raise() -> None:
     with pytest.raises(DataError, match="too few"):
         score_peer(torch.randn(30, 2), torch.randn(30, 2))
     with pytest.raises(ShapeError, match="labels must lie"):
