@@ -1,10 +1,11 @@
-"""The shape of the code: imports go one way, and importing costs nothing that was not asked for."""
+"""Tests of import order, third-party imports, module size, docstrings and the public names."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ ORDER = [
 # Files that may import a third-party library when they are loaded or called
 THIRD_PARTY = {
     "timm": ("loading/timm.py", "loading/datasets.py"),
-    "accelerate": ("experiment/processes.py",),
+    "accelerate": ("experiment/processes.py", "experiment/training.py"),
     "torch_pruning": ("pruning/channel_groups.py", "pruning/importance.py"),
     "transformers": ("integrations/transformers.py",),
     "lightning": ("integrations/lightning.py",),
@@ -73,17 +74,79 @@ def test_each_part_sees_only_the_parts_before_it(path: Path) -> None:
 
 def test_importing_is_cheap_and_starts_no_cuda() -> None:
     code = (
-        "import sys, knowiso_train as ki; assert 'torch' not in sys.modules; ki.measure; import torch; assert not torch.cuda.is_initialized(); "
-        "heavy = {'timm', 'accelerate', 'matplotlib', 'datasets', 'torch_pruning'} & set(sys.modules); assert not heavy, heavy"
+        "import sys, knowiso_train as ki; assert 'torch' not in sys.modules; ki.measure; "
+        "import torch; assert not torch.cuda.is_initialized(); "
+        "heavy = {'timm', 'accelerate', 'matplotlib', 'datasets', 'torch_pruning'} & set(sys.modules); "
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+PUBLIC_NAMES = {
+    "Disentangler",
+    "FeatureTaps",
+    "IsomorphismCallback",
+    "IsomorphismImportance",
+    "IsomorphismLoss",
+    "KnowisoError",
+    "KnowisoWarning",
+    "Report",
+    "finetune",
+    "load_pruned",
+    "measure",
+    "preserve_optimizer_state",
+    "prune",
+    "refine",
+    "refit",
+    "save_pruned",
+}
 
 
 def test_public_surface_is_small_and_complete() -> None:
     import knowiso_train as ki
 
-    assert 4 <= len(ki.__all__) <= 16
+    assert set(ki.__all__) == PUBLIC_NAMES
+    assert len(ki.__all__) == len(PUBLIC_NAMES)
     for name in ki.__all__:
         assert getattr(ki, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ki.nothing
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a module of the package."""
+    parts = (PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def runtime_imports(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of the package that a module imports, also in functions, but not under TYPE_CHECKING."""
+    imported: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full_names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= (full_names & modules) or {node.module}
+        pending += ast.iter_child_nodes(node)
+    return imported & modules
+
+
+def test_modules_import_each_other_in_one_direction() -> None:
+    paths = {module_name(path): path for path in FILES if path != PACKAGE / "__init__.py"}
+    sorter = TopologicalSorter({name: runtime_imports(path, set(paths)) for name, path in paths.items()})
+    sorter.prepare()  # raises CycleError
+
+
+def test_torch_pruning_is_imported_in_two_files() -> None:
+    importing = {str(path.relative_to(PACKAGE)) for path in FILES if "torch_pruning" in imports(path)}
+    assert importing == set(THIRD_PARTY["torch_pruning"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_have_at_most_500_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500

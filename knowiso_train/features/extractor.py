@@ -19,29 +19,26 @@ from knowiso_train.utils.batch import get_inputs, image_size, replace_inputs, to
 
 
 class Extractor:
-    """Runs one network, without gradient, and returns its features in one form: (N, C, H, W), finite, float32 (float64 where the layer emitted that).
+    """Context manager that runs a network without gradient and returns finite features (N, C, H, W).
 
-    A context manager: the hooks are on within it. The network's mode and device are left alone (see `undisturbed` and
-        `on_device`), and batches
-    follow the network. The layout of every layer is settled by the first batch; later batches must have the same
-    channels and grid, in any number.
+    Features are float32, or float64 for float64 layers. The mode and device of the network are not changed (see
+    `preserve_state` and `on_device`); batches are moved to its device. The first batch determines the layout of each
+    layer; later batches must have the same channels and grid.
 
     Args:
-        model: the network, wrapped or not.
-        layers: names or globs.
-        name: of the network's role, for messages ("source").
-        at: "output", "input", or by layer name, as in `FeatureTaps`.
-        layout: of all layers, or by layer name (names of other networks are passed over); what is not given is
-            inferred.
-        transform: applied to the images before this network (resolution, normalization), on the network's device.
-        forward: `forward(model, batch)` in place of `model(inputs)`; receives the whole batch, on the network's device,
-            its images transformed.
-        repeated: "error", "first" or "last", for layers that fire more than once.
-        autocast: dtype for autocast around the network.
+        model: Network, wrapped or not.
+        layers: Names or globs.
+        name: Role of the network in error messages, such as "source".
+        at: "output", "input", or a mapping by layer name, as in `FeatureTaps`.
+        layout: Layout of all layers, or a mapping by layer name. None: inferred.
+        transform: Function of the images (resolution, normalization), applied on the network's device.
+        forward: Function `forward(model, batch)` that replaces `model(inputs)`, with the transformed batch.
+        repeated: "error", "first" or "last" for layers that run more than once.
+        autocast: Dtype of autocast around the network. None: no autocast.
 
     Raises:
-        LayerNameError: a layer that does not exist.
-        OptionError: an option without meaning.
+        LayerNameError: A layer that does not exist.
+        OptionError: An invalid option.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(4))
@@ -81,23 +78,23 @@ class Extractor:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Bare names of the tapped layers."""
+        """Names of the hooked layers without wrapper prefixes."""
         return self._taps.names
 
     @property
     def device(self) -> torch.device | None:
-        """Where the network's first parameter or buffer is; None for a network without any."""
+        """Device of the network's first parameter or buffer; None for a network without any."""
         return device_of(self.model)
 
     def run(self, batch: Any) -> dict[str, Tensor]:
-        """Features of one batch by layer name.
+        """Run the network on a batch and return its features by layer name.
 
         Raises:
-            CaptureError: outside the context, or a layer that did not give one floating tensor.
-            LayoutError: a layout that cannot be inferred, or does not fit.
-            ShapeError: other channels or another grid than before, or another number of images than the batch has.
+            CaptureError: Outside the context, or a layer without exactly one floating tensor.
+            LayoutError: A layout that cannot be inferred or does not fit.
+            ShapeError: Other channels or another grid than before, or a first axis that is not the images.
             NonFiniteError: NaN or Inf.
-            InputTypeError: a batch without recognizable images, and no `forward=`.
+            InputTypeError: A batch without recognizable images, and no `forward=`.
         """
         if not self._taps.attached:
             raise CaptureError(
@@ -105,7 +102,7 @@ class Extractor:
             )
         self._taps.clear()
         self.steps += 1
-        # Not inference_mode: its tensors could not be saved for backward where a map is trained on them
+        # Not inference_mode: tensors made in it cannot be saved for backward when a map is trained on them.
         with torch.no_grad():
             images, size = self._call(batch)
             captured = self._taps.collect()
@@ -123,7 +120,7 @@ class Extractor:
         self._taps.detach()
 
     def _call(self, batch: Any) -> tuple[int | None, tuple[int, int] | None]:
-        """Run the network; number and size of its images where it is called on images."""
+        """Run the network; return number and size of its images, None for each with `forward=`."""
         device = self.device
         if device is not None:
             batch = to_device(batch, device)
@@ -149,8 +146,8 @@ class Extractor:
             )
         if images is not None and tensor.ndim and len(tensor) != images:
             raise ShapeError(
-                f"{self.name}: layer {name!r} emitted shape {tuple(tensor.shape)} for {images} images; the first axis must be the images. "
-                "Layers inside windowed attention, or with the batch on another axis, cannot be used: tap a layer around them."
+                f"{self.name}: layer {name!r} emitted shape {tuple(tensor.shape)} for {images} images; "
+                "the first axis must be the images. Tap a layer around it, such as the whole attention block."
             )
         if name not in self.specs:
             layout = self._layout.get(name) if isinstance(self._layout, Mapping) else self._layout
@@ -160,8 +157,9 @@ class Extractor:
             self._shapes[name] = tensor.shape[1:]
         if tensor.shape[1:] != self._shapes[name]:
             raise ShapeError(
-                f"{self.name}: layer {name!r} emitted {tuple(tensor.shape[1:])} per image at batch {self.steps}, {tuple(self._shapes[name])} before; "
-                "channels and grid must stay the same. Bring the images to one size with transform=."
+                f"{self.name}: layer {name!r} emitted {tuple(tensor.shape[1:])} per image at batch {self.steps}, "
+                f"{tuple(self._shapes[name])} before; "
+                "channels and grid must stay the same. Resize the images with transform=."
             )
         feature = self.specs[name].to_nchw(tensor)
         return feature if feature.dtype == torch.float64 else feature.float()
@@ -172,7 +170,8 @@ class Extractor:
         if bad:
             where = features[bad[0]]
             raise NonFiniteError(
-                f"{self.name}: NaN or Inf in layer {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''} at batch {self.steps}: "
+                f"{self.name}: NaN or Inf in layer {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''} "
+                f"at batch {self.steps}: "
                 f"{where.isnan().sum().item()} NaN and {where.isinf().sum().item()} Inf of {where.numel()} values. "
                 "Check the images, the weights and the autocast dtype."
             )
@@ -181,22 +180,20 @@ class Extractor:
 def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resample a source feature to the target's grid.
 
-    Only the source is ever resampled: the shares are shares of the target's variance, which resampling would change.
-        Along an axis where the source
-    is finer it is average-pooled (adaptive); where it is coarser it is interpolated linearly (`align_corners=False`).
-    Where both occur, pooling comes
-    first. A single position is broadcast.
+    Only the source is resampled, because resampling the target would change the variance that shares refer to. An axis
+    with a finer source is average-pooled (adaptive), then an axis with a coarser source is interpolated linearly
+    (`align_corners=False`). A single position is broadcast.
 
     Args:
         source: (N, C, H, W).
         grid: (height, width) of the target.
 
     Returns:
-        (N, C, height, width), differentiable, in the source's dtype; the source itself where the grids are equal, a
-        view of a single position.
+        (N, C, height, width), differentiable, in the source's dtype. The source itself if the grids are equal, a view
+        of a single position.
 
     Raises:
-        ShapeError: a source without four axes or without positions, or a grid that is not two positive sizes.
+        ShapeError: A source without four axes or without positions, or a grid that is not two positive sizes.
 
     Example:
         >>> align(torch.randn(2, 8, 16, 4), (8, 8)).shape
@@ -204,7 +201,8 @@ def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     if source.ndim != 4 or 0 in source.shape[2:]:
         raise ShapeError(
-            f"expected a source feature of shape (N, C, H, W) with at least one position, got {tuple(source.shape)}; see to_nchw"
+            "expected a source feature of shape (N, C, H, W) with at least one position, "
+            f"got {tuple(source.shape)}; see to_nchw"
         )
     if len(grid) != 2 or min(grid) < 1:
         raise ShapeError(f"expected a grid of two positive sizes (height, width), got {tuple(grid)}")
@@ -222,13 +220,13 @@ def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class FeatureReader:
-    """Layout of one network's layers, inferred once for every input size.
+    """Converter of one network's captured tensors to (N, C, H, W), with the layout inferred once per input size.
 
     Args:
-        model: the network.
-        names: bare names of its tapped layers.
-        role: of the network, for messages.
-        layout: of all layers or by name; inferred where it says nothing.
+        model: Network.
+        names: Names of its hooked layers without wrapper prefixes.
+        role: Role of the network in error messages.
+        layout: Layout of all layers, or a mapping by layer name. None: inferred.
     """
 
     def __init__(
@@ -236,7 +234,8 @@ class FeatureReader:
     ) -> None:
         self.names, self.role = tuple(names), role
         self.channels: dict[str, int] = {}
-        self.without_grid: set[str] = set()  # layers whose tokens, when last read, had no known grid
+        # Layers whose tokens had no known grid in the last batch.
+        self.without_grid: set[str] = set()
         self._model, self.layout = model, layout
         self._layouts: dict[tuple[str, int], str] = {}
         self._specs: dict[tuple[str, torch.Size, tuple[int, int] | None], FeatureSpec] = {}
@@ -244,37 +243,37 @@ class FeatureReader:
     def read(
         self, captured: Mapping[str, Tensor], images: int | None = None, size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """Features by layer name, in the layer's dtype.
+        """Convert captured tensors to features by layer name, in the layer's dtype.
 
         Args:
-            captured: what each layer emitted.
-            images: number of images, where known.
-            size: (height, width) of the images, where known.
+            captured: Tensor of each layer.
+            images: Number of images. None: unknown.
+            size: (height, width) of the images. None: unknown.
 
         Raises:
-            CaptureError: a feature that is not floating.
-            ShapeError: another number of images, or other channels than before.
-            LayoutError: a layout that cannot be inferred.
+            CaptureError: A feature that is not floating.
+            ShapeError: Another number of images, or other channels than before.
+            LayoutError: A layout that cannot be inferred.
         """
         return {name: self.read_layer(name, captured[name], images, size) for name in self.names}
 
     def read_layer(
         self, name: str, tensor: Tensor, images: int | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:
-        """Feature of one layer; as `read`."""
+        """Convert the tensor of one layer; see `read`."""
         if not tensor.is_floating_point():
             raise CaptureError(
                 f"{self.role}: layer {name!r} emitted {tensor.dtype}; a feature must be floating. Pair another layer."
             )
         if not tensor.ndim or (images is not None and len(tensor) != images):
             raise ShapeError(
-                f"{self.role}: layer {name!r} emitted shape {tuple(tensor.shape)} for {images} images; the first axis must be the images. "
-                "Layers inside windowed attention, or with the batch on another axis, cannot be used: pair a layer around them."
+                f"{self.role}: layer {name!r} emitted shape {tuple(tensor.shape)} for {images} images; "
+                "the first axis must be the images. Pair a layer around it, such as the whole attention block."
             )
         key = (name, tensor.shape[1:], size)
         if key not in self._specs:
             layout = self.layout.get(name) if isinstance(self.layout, Mapping) else self.layout
-            # A layer keeps its layout; one batch's shape may say less than another's
+            # The layout of a layer does not change, but some shapes alone do not determine it.
             layout = layout or self._layouts.get((name, tensor.ndim))
             spec = describe_feature(name, self._model, tensor, layout, input_size=size)
             if spec.channels != self.channels.setdefault(name, spec.channels):

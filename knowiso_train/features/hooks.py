@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from types import FrameType, TracebackType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, overload
 
@@ -26,34 +26,29 @@ _CHECKPOINT_CODE = CheckpointFunction.forward.__code__
 class FeatureTaps(Generic[Captured]):
     """Context manager that captures the outputs (or inputs) of layers during forward passes.
 
-    A capture is what the layer emitted, with its autograd graph and dtype, also where a later in-place operation
-    overwrites the tensor.
-    A new forward of the network drops what an earlier one left; where only a part of the network is called
-    (`model.forward_features(x)`),
-    captures gather until `collect()`. The repeated forward of gradient checkpointing is ignored, and a
-    `Sequential` is seen also where only its children are called, as checkpointing does. Hooks are gone after the
-    context, also after an
-    error, and never travel with a copied or saved network.
+    A capture keeps the autograd graph and dtype of the layer's output, also if a later in-place operation overwrites
+    the tensor. A new forward pass of the network discards earlier captures. Calls of a part of the network, such as
+    `model.forward_features(x)`, accumulate until `collect()`. The recomputation of gradient checkpointing is ignored. A
+    `Sequential` is captured also if only its children are called, as with checkpointing. Hooks are removed after the
+    context, also after an error, and are not part of a copied or saved network.
 
     Works under `torch.compile` (also `fullgraph=True`) when the taps are attached before the first compiled call.
 
     Args:
-        model: the network, wrapped (DDP, compiled, ...) or not.
-        layers: names or globs, see `resolve_layers`.
-        at: "output", "input" (the first positional tensor that the layer receives), or a dict {name or glob: side};
-            "output" where it says nothing.
-        repeated: for a layer that fires more than once before `collect()`: "error", "first", "last", or "all" (a list
-            of tensors per layer).
-        clone: "auto" clones on the first forward, watches which tensors are overwritten, and from then on clones only
-            those; True clones always;
-            False never, and an overwritten capture is an error. Under `torch.inference_mode` and `torch.compile`
-            overwriting cannot be watched:
-            there every capture is a clone.
+        model: Network, wrapped (DDP, compiled, ...) or not.
+        layers: Names or globs, see `resolve_layers`.
+        at: "output", "input" (the first positional tensor of the call), or a mapping from name or glob to side.
+            Layers missing in the mapping: "output".
+        repeated: Choice for a layer that runs more than once before `collect()`: "error", "first", "last", or "all" (a
+            list of tensors per layer).
+        clone: True clones every capture. False clones none, and an overwritten capture raises. "auto" clones in the
+            first forward pass, and later only the tensors that were overwritten in it. Under `torch.inference_mode` and
+            `torch.compile` overwriting cannot be detected, so every capture is a clone.
 
     Raises:
-        LayerNameError: a layer that does not exist.
-        OptionError: an option without meaning.
-        InputTypeError: not a module, or names that are not strings.
+        LayerNameError: A layer that does not exist.
+        OptionError: An invalid option.
+        InputTypeError: Not a module, or names that are not strings.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True))
@@ -107,29 +102,29 @@ class FeatureTaps(Generic[Captured]):
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on."""
+        """True while the hooks are registered."""
         return bool(self._handles)
 
     @property
     def features(self) -> dict[str, Captured]:
-        """What `collect()` would return now, without forgetting it; raises as `collect()` does."""
+        """Current captures as `collect()` returns them, without discarding them."""
         return {name: self._read(name) for name in self.names}
 
     def side(self, name: str) -> Side:
-        """Whether this layer's input or output is tapped."""
+        """Return the captured side of a layer, "input" or "output"."""
         return self._sides[name]
 
     def attach(self) -> FeatureTaps[Captured]:
-        """Put the hooks on; needed only outside a `with` block.
+        """Register the hooks; needed only outside a `with` block.
 
         Raises:
-            CaptureError: already attached.
+            CaptureError: The hooks are registered already.
         """
         if self.attached:
             raise CaptureError("these taps are attached already; use one FeatureTaps per context, or detach() first")
         modules = named_layers(self._model)
         for slot in self._slots.values():
-            slot.learned.clear()
+            slot.overwritten_in.clear()
         self.clear()
         self._handles.append(
             self._step.root.register_forward_pre_hook(ForwardStartHook(self._step, self._slots.values()), prepend=True)
@@ -144,35 +139,34 @@ class FeatureTaps(Generic[Captured]):
         return self
 
     def detach(self) -> None:
-        """Take every hook off and forget every capture. Safe to call twice."""
+        """Remove all hooks and discard all captures; may be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was captured."""
+        """Discard all captures."""
         self._step.grad = None
         for slot in self._slots.values():
             slot.clear()
 
     def collect(self) -> dict[str, Captured]:
-        """Captures since the last forward of the whole network began, by layer name in resolved order; they are forgotten here.
+        """Return and discard the captures of the last forward pass, by layer name.
 
         Raises:
-            CaptureError: a layer that did not fire, fired more than once with `repeated="error"`, emitted no single
-                tensor, was overwritten without
-                a clone, or ran in a re-entrant checkpoint; also then the captures are forgotten.
+            CaptureError: A layer that did not run, ran more than once with `repeated="error"`, has no one tensor,
+                was overwritten without a clone, or ran in a re-entrant checkpoint. The captures are then discarded too.
         """
         try:
             return self.features
         finally:
             for slot in self._slots.values():
-                slot.learn()
+                slot.observe_overwriting()
             self.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is detached and holds no captures, as the copied network holds no hooks."""
+        """Return the state without hooks and captures, which a copied network does not have either."""
         fresh = {name: CaptureBuffer(slot.repeated, slot.clone) for name, slot in self._slots.items()}
         return vars(self) | {"_handles": [], "_step": ForwardState(self._step.root), "_slots": fresh}
 
@@ -189,15 +183,16 @@ class FeatureTaps(Generic[Captured]):
         if slot.problem is not None:
             side = self._sides[name]
             raise CaptureError(
-                f"the {side} of layer {name!r} must hold exactly one tensor, got {slot.problem}; tap a layer inside or around it"
+                f"the {side} of layer {name!r} must hold exactly one tensor, got {slot.problem}; "
+                "tap a layer inside or around it"
             )
         if not slot.captures:
             raise CaptureError(self._never_fired(name))
         if self.repeated == "error" and len(slot.captures) > 1:
-            times = len(slot.captures) + slot.more
+            times = len(slot.captures) + slot.num_dropped
             raise CaptureError(
-                f"layer {name!r} fired {times} times before collect(), expected once. It is called repeatedly in one forward, or only a "
-                "part of the network was called several times. Choose with repeated='first', 'last' or 'all', or collect() after each call."
+                f"layer {name!r} fired {times} times before collect(), expected once. "
+                "Pass repeated='first', 'last' or 'all', or call collect() after each forward pass."
             )
         if slot.checkpointed and (self._step.grad or torch.is_grad_enabled()):
             raise CaptureError(
@@ -214,13 +209,19 @@ class FeatureTaps(Generic[Captured]):
 
     def _never_fired(self, name: str) -> str:
         if not self.attached:
-            return f"layer {name!r} was not captured: the taps are not attached. Use `with taps:` around the forward and collect() inside."
+            return (
+                f"layer {name!r} was not captured: the taps are not attached. "
+                "Use `with taps:` around the forward pass and call collect() inside."
+            )
         cure = "attach the taps before the first compiled call, or call torch.compiler.reset() after attaching them"
         if any(_is_compiled(module) for module in (self._model, *self._model.modules())):
-            return f"layer {name!r} never fired. The network is compiled, and hooks attached after the first compiled call never fire: {cure}."
+            return (
+                f"layer {name!r} never fired. The network is compiled, and hooks attached after its first call "
+                f"never fire: {cure}."
+            )
         return (
-            f"layer {name!r} never fired since the last collect(). Either no forward ran, or this forward does not call the layer as a module "
-            f"(skipped, fused, or only its weights are used), or it runs compiled code that is older than the taps; then {cure}."
+            f"layer {name!r} never fired since the last collect(): no forward pass ran, or it does not call the layer "
+            f"as a module, or it runs code that was compiled before the taps were attached; then {cure}."
         )
 
 
@@ -242,7 +243,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class CapturedTensor(NamedTuple):
-    """One firing of a layer. `original` is None where overwriting cannot be watched."""
+    """Capture of one call of a layer; `original` is None if overwriting cannot be detected."""
 
     tensor: Tensor
     original: Tensor | None
@@ -252,12 +253,12 @@ class CapturedTensor(NamedTuple):
 
     @property
     def overwritten(self) -> bool:
-        """Whether the layer's tensor was written to after it was emitted."""
+        """True if the layer's tensor was written to after the capture."""
         return self.original is not None and self.original._version != self.version
 
 
 class ForwardState:
-    """The running step of one network. `grad` is grad mode when the root's forward began, None where it was not seen to begin."""
+    """State of one network's forward pass; `grad` is the grad mode at its start, None if the root was not called."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -265,43 +266,52 @@ class ForwardState:
 
 
 class CaptureBuffer:
-    """Captures of one layer. Written by its hook; dynamo traces that code, so it only appends, assigns and never reads earlier captures."""
+    """Captures of one layer, written by its hook.
+
+    torch.compile traces `append` as part of the hook. Under compilation it therefore only assigns and appends: a branch
+    on earlier captures would become a guard and recompile the network in the next step.
+    """
 
     def __init__(self, repeated: str, clone: bool | str) -> None:
         self.repeated = repeated
         self.clone = clone
         self.captures: list[CapturedTensor] = []
-        self.more = 0  # firings that were not kept, where a second one is an error already
+        # Calls after the second one, which are counted for the error message but not stored.
+        self.num_dropped = 0
         self.problem: str | None = None
         self.checkpointed = False
-        self.learned: dict[bool, bool] = {}  # layer in training mode? → overwritten later in the same forward?
+        # By training mode of the layer: True if its tensor was overwritten later in the same forward pass.
+        self.overwritten_in: dict[bool, bool] = {}
 
     def clear(self) -> None:
-        """Forget what was captured; what was learned about overwriting stays."""
+        """Discard the captures, but not the observations of overwriting."""
         self.captures = []
-        self.more = 0
+        self.num_dropped = 0
         self.problem = None
         self.checkpointed = False
 
-    def learn(self) -> None:
-        """Take from a completed forward whether this layer's tensor is overwritten."""
+    def observe_overwriting(self) -> None:
+        """Record for later passes if this layer's tensor was overwritten."""
         for capture in self.captures:
             if capture.original is not None:
-                self.learned[capture.training] = self.learned.get(capture.training, False) or capture.overwritten
+                self.overwritten_in[capture.training] = (
+                    self.overwritten_in.get(capture.training, False) or capture.overwritten
+                )
 
-    def keep(self, tensor: Tensor, training: bool) -> None:
-        """Add one firing."""
+    def append(self, tensor: Tensor, training: bool) -> None:
+        """Append the capture of one call."""
         if self.repeated == "first" and self.captures:
             return
         if self.repeated == "error" and not torch.compiler.is_compiling() and len(self.captures) > 1:
-            self.more += 1
+            self.num_dropped += 1
             return
-        if torch.compiler.is_compiling() or tensor.is_inference():  # no version counter to watch
+        # Neither compiled code nor inference tensors have a version counter that shows later writes.
+        if torch.compiler.is_compiling() or tensor.is_inference():
             capture = CapturedTensor(tensor.clone(), None, 0, training, True)
         else:
-            copy = self.learned.get(training, True) if self.clone == "auto" else bool(self.clone)
-            # clone and view are nodes of the graph at the same place, so gradients are added in the same order, to the
-            # bit, with either
+            copy = self.overwritten_in.get(training, True) if self.clone == "auto" else bool(self.clone)
+            # Both clone() and view_as() add one autograd node at this place, so that gradients are summed in the same
+            # order and are bitwise equal with either.
             capture = CapturedTensor(
                 tensor.clone() if copy else tensor.view_as(tensor), tensor, tensor._version, training, copy
             )
@@ -312,8 +322,9 @@ class CaptureBuffer:
 
 
 class DetachedOnCopyHook:
-    """A hook that stays behind when the network is copied or pickled: the copy holds a function of the standard library that does nothing."""
+    """Hook that a copied or pickled network replaces by a function of the standard library that does nothing."""
 
+    # A bound method of the standard library: loading a pickled network must not need this library.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return nullcontext().__exit__
 
@@ -322,13 +333,14 @@ class DetachedOnCopyHook:
 
 
 class ForwardStartHook(DetachedOnCopyHook):
-    """Forward pre-hook of the root: a new forward drops whatever an earlier one left."""
+    """Forward pre-hook of the root module that discards captures of earlier passes."""
 
     def __init__(self, step: ForwardState, slots: Iterable[CaptureBuffer]) -> None:
         self.step = step
         self.slots = tuple(slots)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """Discard captures and record the grad mode."""
         if is_recomputing():
             return
         self.step.grad = torch.is_grad_enabled()
@@ -337,32 +349,33 @@ class ForwardStartHook(DetachedOnCopyHook):
 
 
 class LayerHook(DetachedOnCopyHook):
-    """Forward hook (output) or forward pre-hook (input) of a tapped layer, registered with keyword arguments."""
+    """Forward hook (output) or forward pre-hook (input) that captures a layer's tensor."""
 
     def __init__(self, slot: CaptureBuffer, step: ForwardState) -> None:
         self.slot = slot
         self.step = step
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        """Capture the tensor of one call."""
         if is_recomputing():
             return
         tensor = _only_tensor(output[0]) if output else _first_tensor(args, kwargs)
         if tensor is None:
             self.slot.problem = _kinds(output[0] if output else (*args, kwargs))
             return
-        if not torch.compiler.is_compiling() and self._lost_its_gradient():
+        if not torch.compiler.is_compiling() and self._in_checkpoint_without_gradient():
             self.slot.checkpointed = True
-        self.slot.keep(tensor, module.training)
+        self.slot.append(tensor, module.training)
 
-    def _lost_its_gradient(self) -> bool:
-        """Whether grad mode is off because a re-entrant checkpoint switched it off, and not because the caller wanted it so."""
+    def _in_checkpoint_without_gradient(self) -> bool:
+        """Return True if a re-entrant checkpoint, and not the caller, disabled gradients."""
         if torch.is_grad_enabled() or self.step.grad is False or torch.is_inference_mode_enabled():
             return False
         return _in_reentrant_checkpoint() and any(parameter.requires_grad for parameter in self.step.root.parameters())
 
 
 def is_recomputing() -> bool:
-    """Whether this forward runs inside a backward pass: gradient checkpointing, which repeats what was captured already."""
+    """Return True inside a backward pass, where gradient checkpointing repeats the forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -376,7 +389,7 @@ def _in_reentrant_checkpoint() -> bool:
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first positional tensor; without positional tensors the only one passed by keyword."""
+    """Return the first positional tensor, else the only keyword tensor."""
     for value in args:
         if isinstance(value, Tensor):
             return value
@@ -399,7 +412,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _kinds(value: Any) -> str:
-    """The types in a layer's output, for an error message."""
+    """Describe the types in a layer's output for an error message."""
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {{{', '.join(f'{key}: {_kinds(item)}' for key, item in value.items())}}}"
     if isinstance(value, (tuple, list)):
@@ -408,16 +421,16 @@ def _kinds(value: Any) -> str:
 
 
 def hook_target(layer: nn.Module, side: Literal["input", "output"], root: nn.Module) -> nn.Module:
-    """The last child of a plain `nn.Sequential` (the first for its input), which emits the same tensor; other layers stand for themselves.
+    """Return the module to hook for a layer: the last child of an `nn.Sequential` (the first for its input).
 
-    Networks call the children one by one where they checkpoint gradients, so that the container's own hooks never fire.
-    A child that is used in
-    several places, or a container with hooks of its own, which may change the tensor, is left as it is.
+    With gradient checkpointing networks call the children one by one, so that hooks of the container never run. A
+    container with hooks of its own is not replaced, as these may change the tensor; nor is a child that is used in
+    several places.
 
     Args:
-        layer: the layer that is tapped.
-        side: what is tapped of it.
-        root: the network, bare.
+        layer: Layer to capture.
+        side: Captured side.
+        root: Network without wrappers.
     """
     used = (
         [id(module) for _, module in root.named_modules(remove_duplicate=False)] if type(layer) is nn.Sequential else []
@@ -430,64 +443,11 @@ def hook_target(layer: nn.Module, side: Literal["input", "output"], root: nn.Mod
     return layer
 
 
-@contextmanager
-def record_outputs(
-    modules: Mapping[str, nn.Module], convert: Callable[[Any], Any] | None = None
-) -> Iterator[dict[str, list[Any]]]:
-    """Record the outputs of modules during the block; the hooks are removed at its end, also after an error.
-
-    Args:
-        modules: Modules to hook, by name.
-        convert: Function of an output that returns the value to record. None: the output itself, not a copy.
-
-    Yields:
-        Recorded values of each module, one per call. Modules are in the order of their first completed call; those that
-        were not called are absent.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-        >>> with record_outputs(dict(model.named_children()), lambda output: tuple(output.shape)) as shapes:
-        ...     _ = model(torch.zeros(4, 2))
-        >>> shapes
-        {'0': [(4, 3)], '1': [(4, 3)]}
-    """
-    values: dict[str, list[Any]] = {}
-
-    def record(name: str, output: Any) -> None:
-        values.setdefault(name, []).append(output if convert is None else convert(output))
-
-    handles = [
-        module.register_forward_hook(lambda module, args, output, name=name: record(name, output))
-        for name, module in modules.items()
-    ]
-    with remove_afterwards(handles):
-        yield values
-
-
-@contextmanager
-def remove_afterwards(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the block, also after an error.
-
-    Example:
-        >>> layer = nn.ReLU()
-        >>> with remove_afterwards([layer.register_forward_hook(lambda module, args, output: output + 1)]):
-        ...     layer(torch.zeros(1)), len(layer._forward_hooks)
-        (tensor([1.]), 1)
-        >>> len(layer._forward_hooks)
-        0
-    """
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor of `layer(x)` and of `layer(input=x)`, as a hook with `with_kwargs=True` sees the call.
+    """Return the input tensor of a hooked module call, `layer(x)` or `layer(input=x)`.
 
     Raises:
-        InputTypeError: neither.
+        InputTypeError: A call of another form.
 
     Example:
         >>> import torch
@@ -498,6 +458,6 @@ def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     if not isinstance(found, Tensor):
         kinds = [type(arg).__name__ for arg in args]
         raise InputTypeError(
-            f"expected a layer that is called on one tensor, layer(x) or layer(input=x); got a call with {kinds} and {list(kwargs)}"
+            f"expected a call with one tensor, layer(x) or layer(input=x); got {kinds} and {list(kwargs)}"
         )
     return found

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, LayerNameError
 from knowiso_train.utils.batch import get_inputs
 
-# Where a wrapper class lives, its name, and the attribute that holds what it wraps. Looked up among the modules that
-# are already imported:
-# an instance can exist only if its class does, so nothing is imported (FSDP and deepspeed are slow) and no name is
-# taken for a type.
+# (module, class, attribute of the wrapped network). The class is looked up only in modules that are imported already:
+# without its module no instance can exist, and importing FSDP or deepspeed is slow.
 _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
@@ -29,12 +27,13 @@ _WRAPPERS = (
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The network inside DDP, DataParallel, FSDP, `torch.compile`, DeepSpeed and activation-checkpoint wrappers, in any nesting.
+    """Return the network inside wrappers, in any nesting.
 
-    What `accelerator.prepare` returns is one of these, or the network itself.
+    Wrappers are DDP, DataParallel, FSDP, `torch.compile`, DeepSpeed and activation checkpointing; `accelerator.prepare`
+    returns one of these or the network itself.
 
     Raises:
-        InputTypeError: not a module.
+        InputTypeError: Not a module.
 
     Example:
         >>> inner = nn.Linear(2, 2)
@@ -49,11 +48,10 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every submodule by its bare name, in the network's order; the network itself (`''`) is left out.
+    """Return every submodule by its name without wrapper segments, in the network's order.
 
-    Names are free of wrapper segments also where a submodule is wrapped, such as a block that is compiled on its own;
-    modules are the ones inside.
-    A module that is registered twice appears under both names.
+    The network itself (`''`) is left out. Wrapped submodules, such as a compiled block, are unwrapped. A module
+    that is registered twice appears under both names.
 
     Example:
         >>> list(named_layers(nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Sequential(nn.ReLU())))))
@@ -63,22 +61,21 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def resolve_layers(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
-    """Bare names of the layers that names or globs stand for.
+    """Return the names of the layers that match names or globs.
 
     `*` and `?` match within one dotted segment, `**` across segments (`**.conv1` also matches `conv1`), `[...]` one
-    character of a set.
-    Names may be written with the wrappers' prefixes (`module.layer1`) where the model is wrapped.
+    character of a set. For wrapped models the patterns may include the wrapper's prefix (`module.layer1`).
 
     Args:
-        model: the network, wrapped or not.
-        patterns: a name, a glob, or several.
+        model: Network, wrapped or not.
+        patterns: A name, a glob, or a sequence of them.
 
     Returns:
-        Names without duplicates: in the network's order for a glob, in the order given for several patterns.
+        Names without wrapper prefixes and duplicates: the matches of each pattern in the network's order.
 
     Raises:
-        LayerNameError: a pattern that matches nothing; the message names the nearest layers.
-        InputTypeError: a pattern that is not a string.
+        LayerNameError: A pattern without a match; the message lists the nearest names.
+        InputTypeError: A pattern that is not a string.
 
     Example:
         >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ReLU())
@@ -103,7 +100,7 @@ def resolve_layers(model: nn.Module, patterns: str | Sequence[str]) -> list[str]
 
 
 def wrapped_attribute(model: nn.Module) -> str | None:
-    """The attribute that holds the wrapped network; None for a module that is no wrapper."""
+    """Return the attribute that holds the wrapped network; None for other modules."""
     for home, name, attribute in _WRAPPERS:
         wrapper = getattr(sys.modules.get(home), name, None)
         if wrapper is not None and isinstance(model, wrapper):
@@ -112,17 +109,19 @@ def wrapped_attribute(model: nn.Module) -> str | None:
 
 
 def _walk(model: nn.Module, prefix: str = "", written: str = "") -> Iterator[tuple[str, str, nn.Module]]:
-    """(bare name, name with wrapper segments, bare module) of every submodule, parents first."""
+    """Yield (name, name with wrapper segments, unwrapped module) of every submodule, parents first."""
     while attribute := wrapped_attribute(model):
         model, written = getattr(model, attribute), f"{written}{attribute}."
-    for name, child in model._modules.items():  # named_children would hide the second name of a shared module
+    # named_children() would omit the second name of a shared module.
+    for name, child in model._modules.items():
         if child is not None:
             yield prefix + name, written + name, unwrap_model(child)
             yield from _walk(child, f"{prefix}{name}.", f"{written}{name}.")
 
 
 def _matching(pattern: str, layers: Sequence[tuple[str, str]]) -> list[str]:
-    for spelling in (0, 1):  # bare names first: a network may have an attribute that is really called `module`
+    # Unwrapped names first: a network may have a submodule that is called `module`.
+    for spelling in (0, 1):
         exact = [layer[0] for layer in layers if layer[spelling] == pattern]
         if exact:
             return exact
@@ -162,11 +161,14 @@ def _no_match(pattern: str, names: Sequence[str], model: nn.Module) -> str:
         if near
         else f"its layers begin with {', '.join(map(repr, names[:8])) or '(none)'}"
     )
-    return f"no layer of {type(model).__name__} matches {pattern!r}; {hint}. `*` matches within one dotted segment, `**` across segments."
+    return (
+        f"no layer of {type(model).__name__} matches {pattern!r}; {hint}. "
+        "`*` matches within one dotted segment, `**` across segments."
+    )
 
 
 def nearest(name: str, names: Iterable[str], limit: int = 6) -> list[str]:
-    """Names that look like this one, then names that end in the same segment."""
+    """Return similar names, then names with the same last segment."""
     names = list(names)
     last = name.rsplit(".", 1)[-1]
     alike = get_close_matches(name, names, n=limit, cutoff=0.6)
@@ -175,7 +177,7 @@ def nearest(name: str, names: Iterable[str], limit: int = 6) -> list[str]:
 
 @dataclass(frozen=True)
 class LayerPair:
-    """Bare names of two layers."""
+    """Names of a source layer and a target layer."""
 
     source: str
     target: str
@@ -184,22 +186,22 @@ class LayerPair:
 def pair_layers(
     source: nn.Module, target: nn.Module, layers: str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str]
 ) -> list[LayerPair]:
-    """Pairs of layers from names or globs.
+    """Return pairs of layers from names or globs.
 
     Args:
-        source: the network that explains.
-        target: the network that is explained.
-        layers: a name or glob, or several, for the same names in both networks; or (source, target) tuples, or a dict
-            {source: target}.
-            Both sides of a tuple may be globs that match the same number of layers: these are paired in order.
+        source: Network that explains.
+        target: Network that is explained.
+        layers: A name or glob, or a sequence of them, for the same names in both networks; or (source, target) tuples,
+            or a mapping from source to target. Two globs of a tuple must match equally many layers, which are paired in
+            order.
 
     Returns:
-        Pairs in the order given; a pair that is given twice appears once.
+        Pairs in the given order without duplicates.
 
     Raises:
-        LayerNameError: a pattern that matches nothing, names that only one network has, or two globs that match
-            different numbers of layers.
-        InputTypeError: layers in another form.
+        LayerNameError: A pattern without a match, names that only one network has, or two globs with different numbers
+            of matches.
+        InputTypeError: Layers in another form.
 
     Example:
         >>> a, b = (nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2))
@@ -212,7 +214,8 @@ def pair_layers(
         return _same_names(source, target, [layers])
     if not isinstance(layers, Iterable):
         raise InputTypeError(
-            f"layers must be names or globs, (source, target) tuples, or a dict {{source: target}}; got {type(layers).__name__}"
+            "layers must be names or globs, (source, target) tuples, or a dict {source: target}; "
+            f"got {type(layers).__name__}"
         )
     given = list(layers)
     names = [item for item in given if isinstance(item, str)]
@@ -235,8 +238,10 @@ def _same_names(source: nn.Module, target: nn.Module, patterns: Sequence[str]) -
             sorted(set(a) - set(b)) for a, b in ((of_source, of_target), (of_target, of_source))
         )
         raise LayerNameError(
-            f"{list(patterns)} stands for different layers in the two networks: only in the source ({type(unwrap_model(source)).__name__}) {only_source}, "
-            f"only in the target ({type(unwrap_model(target)).__name__}) {only_target}. Give (source, target) tuples or a dict {{source: target}}."
+            f"{list(patterns)} stands for different layers in the two networks: "
+            f"only in the source ({type(unwrap_model(source)).__name__}) {only_source}, "
+            f"only in the target ({type(unwrap_model(target)).__name__}) {only_target}. "
+            "Pass (source, target) tuples or a dict {source: target}."
         )
     return [LayerPair(name, name) for name in of_source]
 
@@ -259,7 +264,7 @@ def _zipped(source: nn.Module, target: nn.Module, patterns: Iterable[tuple[str, 
 def forward_override(
     network: nn.Module, forward: Callable[[nn.Module, Tensor], Any]
 ) -> Callable[[nn.Module, Any], Any]:
-    """One forward for two networks, as `measure` takes it, out of one that is meant for this network alone.
+    """Return a `forward=` for two networks that applies a function to one of them and calls the other plainly.
 
     Example:
         >>> teacher, student = nn.Linear(2, 3), nn.Linear(2, 3)
@@ -277,7 +282,7 @@ def forward_override(
 
 
 def network_name(model: nn.Module) -> str:
-    """timm's architecture name where there is one, else the class."""
+    """Return the architecture name of a timm network, else the class name."""
     inner = unwrap_model(model)
     config = getattr(inner, "default_cfg", None) or {}
     name = config.get("architecture") if hasattr(config, "get") else None

@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import LayoutError
-from knowiso_train.features.hooks import record_outputs
 from knowiso_train.features.layout import describe_feature
 from knowiso_train.features.modules import named_layers, unwrap_model
+from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import preserve_state
 
 
 def named_stages(model: nn.Module) -> set[str]:
-    """Layers that timm names as the ends of the network's stages (`feature_info`); empty where it names none."""
+    """Return the last layers of the stages that timm lists in `feature_info`; empty for other networks."""
     info = getattr(unwrap_model(model), "feature_info", None)
     found: Any = info if isinstance(info, list) else getattr(info, "get_dicts", list)()
     return {item["module"] for item in found if isinstance(item, dict) and "module" in item}
 
 
 def stage_grids(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, int]]:
-    """Grid of every stage's last layer, in the network's order.
+    """Return the grid of every stage's last layer, in the network's order.
 
-    Stages are what timm names; in other networks, of the children of the network that emit maps or tokens, the last one
-    on each grid.
+    Stages are those that timm lists. In other networks the last child on each grid ends a stage, among the children
+    that output maps or tokens.
 
     Args:
-        model: the network.
-        run: runs it on a small batch.
+        model: Network.
+        run: Function that runs it on a small batch.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten())
@@ -62,7 +62,7 @@ def _grid(name: str, model: nn.Module, output: Any) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: its name, its class, what it emits, and why it could not be measured where that is so."""
+    """Name, class, channels and grid of a layer, with a note if it cannot be measured."""
 
     name: str
     kind: str
@@ -77,14 +77,15 @@ class LayerSummary:
 
 
 def layer_summary(model: nn.Module, images: Tensor) -> list[LayerSummary]:
-    """Every layer with the shape that it emits for these images.
+    """Run a network and return a summary of every layer.
 
     Args:
-        model: the network; its mode is as before when this returns.
-        images: a small batch, at least two so that the batch axis can be told from others.
+        model: Network. Its mode is not changed.
+        images: (N, C, H, W) with N of at least 2, so that the batch axis differs from axes of size 1.
 
     Example:
-        >>> [(line.name, line.channels, line.grid) for line in layer_summary(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), torch.rand(2, 3, 6, 6))]
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+        >>> [(line.name, line.channels, line.grid) for line in layer_summary(network, torch.rand(2, 3, 6, 6))]
         [('0', 8, (4, 4)), ('1', 128, None)]
     """
     layers = named_layers(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.features.hooks import record_outputs
+from knowiso_train.features.recording import record_outputs
 from knowiso_train.pruning.channel_groups import ChannelGroup
 from knowiso_train.pruning.tracing import Forward
 from knowiso_train.utils.batch import batch_size

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 
-from knowiso_train.features.hooks import record_outputs
 from knowiso_train.features.modules import named_layers
+from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import preserve_state
 from knowiso_train.ops.im2col import is_plain_linear_op
 from knowiso_train.utils.batch import batch_size

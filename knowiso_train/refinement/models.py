@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, OptionError, ShapeError
 from knowiso_train.features.extractor import Extractor
-from knowiso_train.features.hooks import call_input, record_outputs, remove_afterwards
+from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import named_layers, unwrap_model
+from knowiso_train.features.recording import record_outputs, remove_afterwards
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import batch_size, get_inputs, labels_of
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from knowiso_train.errors import CaptureError, LayerNameError, OptionError
 from knowiso_train.features import FeatureTaps
-from knowiso_train.features.hooks import record_outputs
+from knowiso_train.features.recording import record_outputs
 
 
 def convs(inplace: bool = False) -> nn.Sequential:
