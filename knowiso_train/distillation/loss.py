@@ -378,8 +378,8 @@ def _check_networks(student: nn.Module, teacher: nn.Module, peers: Sequence[nn.M
             raise InputTypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
     if unwrap_model(student) is unwrap_model(teacher):
         raise OptionError(
-            "student and teacher are the same network. To distill from the original weights, pass copy.deepcopy(student) as "
-            "the teacher before training"
+            "student and teacher are the same network. To distill from the original weights, pass "
+            "copy.deepcopy(student) as the teacher before training"
         )
     if target == "consensus" and not peers:
         raise OptionError('target="consensus" needs peers=[network, ...]')

@@ -1,4 +1,4 @@
-"""The isomorphism loss on features whose answer is known, and its gradients."""
+"""Estimators on features with a known unexplained share, their gradients, and the loss in a training loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train import IsomorphismLoss
-from knowiso_train.distillation import WeightSchedule, dkd_loss, kd_loss, suggest_layers
+from knowiso_train.distillation import WeightSchedule, suggest_layers
 from knowiso_train.distillation.estimators import MIN_SAMPLES_PER_FEATURE, ClosedFormMap, ConsensusMap, LearnedMap
 from knowiso_train.errors import (
     CaptureError,
@@ -22,7 +22,6 @@ from knowiso_train.errors import (
     LayerNameError,
     NonFiniteError,
     OptionError,
-    ShapeError,
 )
 from knowiso_train.ops import channel_scale
 from knowiso_train.regression import batch_moments
@@ -55,10 +54,10 @@ def run(map_: ClosedFormMap, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
     return [float(map_(x, y).detach()) for x, y in pairs]
 
 
-class TestMomentForm:
+class TestClosedFormMap:
     @pytest.mark.parametrize("seed", range(3))
     @pytest.mark.parametrize("kernel_size", [1, 3])
-    def test_a_planted_share_is_found(self, seed: int, kernel_size: int) -> None:
+    def test_noise_of_a_quarter_of_the_variance_is_the_unexplained_share(self, seed: int, kernel_size: int) -> None:
         torch.manual_seed(seed)
         conv = nn.Conv2d(6, 5, kernel_size, padding=kernel_size // 2)
         xs, noises = stream(60, seed), stream(60, seed + 100, channels=5)
@@ -70,7 +69,7 @@ class TestMomentForm:
         losses = run(map_, [(x, y + scale * e) for x, y, e in zip(xs, clean, noises, strict=True)])
         assert sum(losses[20:]) / 40 == pytest.approx(0.25, abs=0.02)
 
-    def test_independent_noise_stays_near_one(self) -> None:
+    def test_the_loss_of_independent_noise_is_near_one(self) -> None:
         map_ = ClosedFormMap(120, 8)
         # 128 rows, 120 channels
         xs, ys = stream(40, 1, images=8, channels=120), stream(40, 2, images=8, channels=8)
@@ -79,7 +78,7 @@ class TestMomentForm:
         assert len(on) > 10
         assert 0.95 < sum(on) / len(on) < 1.2
 
-    def test_scaling_the_student_gains_nothing_and_collapse_costs_everything(self) -> None:
+    def test_the_loss_is_invariant_to_scale_and_one_for_collapsed_features(self) -> None:
         xs = stream(30)
         ys = [x[:, :4] + 0.5 * torch.relu(x[:, 1:5]) for x in xs]
         plain = run(ClosedFormMap(6, 4), list(zip(xs, ys, strict=True)))
@@ -92,7 +91,7 @@ class TestMomentForm:
             flat = run(collapsed, [(torch.full_like(x, 0.3), y) for x, y in zip(xs, ys, strict=True)])
         assert flat[-1] == pytest.approx(1.0, abs=0.05)
 
-    def test_the_current_batch_never_judges_itself(self) -> None:
+    def test_the_map_excludes_the_current_batch(self) -> None:
         xs, ys = stream(13), stream(13, 9, channels=4)
         first, second = ClosedFormMap(6, 4, refresh=1), ClosedFormMap(6, 4, refresh=1)
         run(first, list(zip(xs[:12], ys[:12], strict=True)))
@@ -104,7 +103,7 @@ class TestMomentForm:
         second.solve()
         assert not torch.equal(first.weight, second.weight)
 
-    def test_it_is_off_until_there_are_rows_enough(self) -> None:
+    def test_the_loss_is_zero_below_ten_samples_per_regressor(self) -> None:
         map_ = ClosedFormMap(50, 4, window=math.inf)
         losses = run(
             map_,
@@ -131,7 +130,7 @@ class TestMomentForm:
         (gradient,) = torch.autograd.grad(map_(x, y, update=False), x)
         torch.testing.assert_close(gradient, analytic)
 
-    def test_at_the_optimum_the_gradient_is_the_one_through_the_map(self) -> None:
+    def test_the_gradient_at_the_optimum_equals_that_through_the_map(self) -> None:
         x, y = (
             torch.randn(9, 3, 4, 4, dtype=torch.float64, requires_grad=True),
             torch.randn(9, 5, 4, 4, dtype=torch.float64),
@@ -146,13 +145,13 @@ class TestMomentForm:
         torch.testing.assert_close(constant, through)
         torch.testing.assert_close(torch.autograd.grad(constant, x)[0], torch.autograd.grad(through, x)[0])
 
-    def test_a_constant_teacher_layer_is_left_out_with_a_warning(self) -> None:
+    def test_a_constant_target_has_loss_zero_and_warns(self) -> None:
         map_ = ClosedFormMap(6, 4, name="layer2 → layer3")
         with pytest.warns(KnowisoWarning, match="layer2 → layer3: the teacher's feature is constant"):
             losses = run(map_, [(x, torch.full((16, 4, 4, 4), 3.0)) for x in stream(5)])
         assert losses[-1] == 0
 
-    def test_dead_channels_single_positions_and_halves_are_fine(self) -> None:
+    def test_dead_channels_single_positions_and_half_precision_are_explained(self) -> None:
         for dtype, side in ((torch.float32, 1), (torch.bfloat16, 4), (torch.float16, 4)):
             xs = stream(30, images=64, side=side)
             ys = [(x[:, :4] * 2 + 1).to(dtype) for x in xs]
@@ -163,9 +162,9 @@ class TestMomentForm:
             assert losses[-1] < 1e-3
 
 
-class TestLearnedForm:
+class TestLearnedMap:
     @pytest.mark.parametrize("order", [0, 1, 2])
-    def test_gradcheck_where_sigma_is_one(self, order: int) -> None:
+    def test_gradcheck_for_single_positions(self, order: int) -> None:
         map_ = LearnedMap(3, 4, order).double().eval()
         map_.mean.normal_()
         map_.spread.fill_(1.5)
@@ -178,7 +177,7 @@ class TestLearnedForm:
 
     @pytest.mark.parametrize("order", [0, 2])
     @pytest.mark.parametrize("channels", [4, 3])
-    def test_equal_to_the_formula(self, order: int, channels: int) -> None:
+    def test_the_loss_equals_the_formula(self, order: int, channels: int) -> None:
         map_ = LearnedMap(channels, 4, order, 3, penalty=0.3)
         x, y = torch.randn(5, channels, 6, 6, requires_grad=True), 7 + 3 * torch.randn(5, 4, 6, 6)
         loss = map_(x, y)
@@ -190,7 +189,7 @@ class TestLearnedForm:
             torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, x)[0], atol=1e-6, rtol=1e-4
         )
 
-    def test_it_learns_a_planted_map(self) -> None:
+    def test_training_recovers_a_linear_map(self) -> None:
         xs = stream(150)
         xs = [x / channel_scale(x) for x in xs]
         plant = nn.Conv2d(6, 5, 1).requires_grad_(False)
@@ -207,8 +206,8 @@ class TestLearnedForm:
         assert losses[-1] < 0.02
 
 
-class TestConsensusForm:
-    def test_only_what_peers_know_is_taught(self) -> None:
+class TestConsensusMap:
+    def test_parts_without_peer_support_are_not_in_the_target(self) -> None:
         xs, own, shared = stream(80), stream(80, 5, channels=4), stream(80, 6, channels=4)
         # Half of it is known to the peer
         teachers = [torch.cat([a, b], 1) for a, b in zip(shared, own, strict=True)]
@@ -276,7 +275,7 @@ def loss_for(form: str, student: nn.Module, teacher: nn.Module, **more: Any) -> 
 
 class TestInALoop:
     @pytest.mark.parametrize("form", list(FORMS))
-    def test_the_student_learns(self, form: str) -> None:
+    def test_training_reduces_the_loss(self, form: str) -> None:
         student, teacher = built(1, 12, 2), built(2, 10, 2)
         iso = loss_for(form, student, teacher)
         losses = train(iso, student, 100)
@@ -302,7 +301,7 @@ class TestInALoop:
         iso.load_state_dict(saved)
         assert train(iso, student, 11, start=13) == whole[13:]
 
-    def test_a_teacher_that_was_run_already_is_not_run_again(self) -> None:
+    def test_teacher_output_and_cached_features_save_the_forward(self) -> None:
         results = {}
         for way in ("own", "output", "cached"):
             student, teacher = built(1), built(2)
@@ -321,7 +320,7 @@ class TestInALoop:
             assert len(runs) == (0 if way == "cached" else 4)
         assert results["own"] == results["output"] == results["cached"] > 0
 
-    def test_teacher_output_is_there_for_kd(self) -> None:
+    def test_teacher_output_equals_the_teacher_forward(self) -> None:
         student, teacher = built(1), built(2)
         with IsomorphismLoss(student, teacher, "3") as iso:
             x = torch.randn(4, 3, 8, 8)
@@ -386,7 +385,7 @@ class TestInALoop:
         assert float(of_own.norm() / of_task.norm()) == pytest.approx(0.5, rel=0.2)
         assert iso.log()["iso/1/weight"] != pytest.approx(1.0, rel=0.1)
 
-    def test_auto_layers(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_auto_layers_selects_unexplained_pairs(self, capsys: pytest.CaptureFixture[str]) -> None:
         student, teacher = built(1, 10, 2), built(2, 10, 2)
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(200, 3, 8, 8)), batch_size=50)
         iso = IsomorphismLoss(student, teacher, "auto", loader=loader)
@@ -397,7 +396,7 @@ class TestInALoop:
         with pytest.raises(OptionError, match="loader="):
             IsomorphismLoss(student, teacher, "auto")
 
-    def test_no_gradient_nothing_learned(self) -> None:
+    def test_calls_without_gradient_and_eval_mode_do_not_update(self) -> None:
         student, teacher = built(1), built(2)
         iso = IsomorphismLoss(student, teacher, "3")
         train(iso, student, 6)
@@ -413,7 +412,7 @@ class TestInALoop:
 
 
 class TestMessages:
-    def test_options(self) -> None:
+    def test_unknown_and_contradictory_options_raise(self) -> None:
         a, b = built(1), built(2)
         for wrong, message in (
             ({"solver": "other"}, "solver must be 'closed_form' or 'learned', got the string 'other'"),
@@ -445,7 +444,7 @@ class TestMessages:
         with pytest.raises(InputTypeError, match=r"teacher must be a torch\.nn\.Module"):
             IsomorphismLoss(a, "resnet18", "3")  # type: ignore[arg-type]
 
-    def test_outside_the_context_and_out_of_order(self) -> None:
+    def test_calls_outside_the_context_or_out_of_order_raise(self) -> None:
         student, teacher = built(1), built(2)
         iso = IsomorphismLoss(student, teacher, "3")
         with pytest.raises(CaptureError, match="use `with iso:`"):
@@ -474,7 +473,7 @@ class TestMessages:
             with pytest.raises(CaptureError, match="attached already"):
                 iso.attach()
 
-    def test_a_probe_that_cannot_guess(self) -> None:
+    def test_an_unknown_input_size_asks_for_an_example(self) -> None:
         class Odd(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -490,7 +489,7 @@ class TestMessages:
             IsomorphismLoss(Odd(), built(1), {"inner": "3"})
         IsomorphismLoss(Odd(), nn.Sequential(nn.Conv2d(3, 4, 3)), {"inner": "0"}, example=torch.zeros(1, 3, 17, 17))
 
-    def test_not_finite(self) -> None:
+    def test_nan_in_the_images_raises_and_leaves_the_moments(self) -> None:
         student, teacher = built(1), built(2)
         iso = IsomorphismLoss(student, teacher, "3")
         train(iso, student, 4)
@@ -502,39 +501,3 @@ class TestMessages:
             with pytest.raises(NonFiniteError, match=r"step 4 .*student's '3': \d+ of"):
                 iso()
         assert torch.equal(iso.maps["3→3"].moments.xx, before)
-
-
-class TestLogits:
-    def test_kd_is_the_divergence(self) -> None:
-        s, t = torch.randn(6, 9), torch.randn(6, 9)
-        p, q = (t / 3).softmax(1), (s / 3).softmax(1)
-        torch.testing.assert_close(kd_loss(s, t, temperature=3.0), 9 * (p * (p / q).log()).sum(1).mean())
-
-    def test_dkd_with_its_coupling_is_kd(self) -> None:
-        s, t = torch.randn(1, 9), torch.randn(1, 9)
-        own = (t / 4).softmax(1)[0, 2]
-        torch.testing.assert_close(dkd_loss(s, t, torch.tensor([2]), alpha=1.0, beta=1 - float(own)), kd_loss(s, t))
-
-    def test_gradients(self) -> None:
-        s, t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, dtype=torch.float64)
-        assert torch.autograd.gradcheck(lambda s: kd_loss(s, t), s)
-        assert torch.autograd.gradcheck(lambda s: dkd_loss(s, t, torch.tensor([0, 1, 4])), s)
-
-    def test_messages(self) -> None:
-        with pytest.raises(ShapeError, match=r"\(2, 3\) and \(2, 4\)"):
-            kd_loss(torch.zeros(2, 3), torch.zeros(2, 4))
-        with pytest.raises(OptionError, match="temperature"):
-            kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=0)
-        with pytest.raises(ShapeError, match="one label per image"):
-            dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
-
-
-class TestSchedule:
-    def test_cosine(self) -> None:
-        schedule = WeightSchedule(warmup=2, total=12, final=0.2)
-        assert [schedule(call) for call in (0, 1, 2, 7, 12, 99)] == pytest.approx([0, 0.5, 1, 0.6, 0.2, 0.2])
-
-    @pytest.mark.parametrize("wrong", [{"warmup": -1}, {"warmup": 5, "total": 5}, {"final": 2.0}, {"shape": "step"}])
-    def test_messages(self, wrong: dict[str, Any]) -> None:
-        with pytest.raises(OptionError):
-            WeightSchedule(**wrong)

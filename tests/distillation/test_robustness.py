@@ -1,4 +1,4 @@
-"""What peers trip over (DESIGN §3), with the isomorphism loss on real timm networks; random weights do."""
+"""The loss on timm networks with random weights under checkpointing, compilation, autocast, wrappers and errors."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ every_network = pytest.mark.parametrize(
 )
 
 
-def test_what_is_compared_is_what_the_layers_emitted(name: str) -> None:
+def test_the_maps_receive_the_outputs_of_the_layers(name: str) -> None:
     student, teacher, layers = network(name, 1), network(name, 2), NETWORKS[name][1]
     iso = IsomorphismLoss(student, teacher, layers)
     given: dict[str, tuple[Tensor, ...]] = {}
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, form: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the probe runs without gradient
-def test_reentrant_checkpointing_is_refused() -> None:
+def test_reentrant_checkpointing_raises() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -165,7 +165,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
             iso()
 
 
-def test_compiled_students_learn_the_same(name: str) -> None:
+def test_a_compiled_student_has_the_same_gradients(name: str) -> None:
     student, teacher = network(name, 1), network(name, 2)
     torch.manual_seed(0)
     iso = ready("moment", student, teacher, NETWORKS[name][1])
@@ -204,7 +204,7 @@ def test_a_compiled_step_works() -> None:
     torch.compiler.reset()
 
 
-def test_balancing_sees_what_arrives_at_the_layer(name: str) -> None:
+def test_balancing_measures_the_gradients_at_the_layer(name: str) -> None:
     student, teacher, late = network(name, 1), network(name, 2), NETWORKS[name][1][1]
     iso = ready("moment", student, teacher, NETWORKS[name][1], weight="balanced")
     emitted: list[Tensor] = []
@@ -223,7 +223,7 @@ def test_balancing_sees_what_arrives_at_the_layer(name: str) -> None:
                 assert float(kept) == pytest.approx(0.9 * float(old) + 0.1 * 512**2 * float(square), rel=1e-3)
 
 
-def test_balancing_a_compiled_student_is_refused() -> None:
+def test_balancing_a_compiled_student_raises() -> None:
     student = network("resnet18", 1)
     iso = ready("moment", student, network("resnet18", 2), "layer2", weight="balanced")
     torch.compiler.reset()
@@ -234,7 +234,7 @@ def test_balancing_a_compiled_student_is_refused() -> None:
     torch.compiler.reset()
 
 
-def test_hooks_after_the_first_compiled_call_are_an_error() -> None:
+def test_attaching_after_the_first_compiled_call_raises() -> None:
     student = torch.compile(network("resnet18", 1), backend="eager")
     student(batch())
     with IsomorphismLoss(student, network("resnet18", 2), "layer2") as iso:
@@ -244,7 +244,7 @@ def test_hooks_after_the_first_compiled_call_are_an_error() -> None:
     torch.compiler.reset()
 
 
-def test_names_are_those_of_the_bare_network() -> None:
+def test_layer_names_are_those_of_the_unwrapped_network() -> None:
     student, teacher = network("resnet18", 1), network("resnet18", 2)
     for wrapped, prefix in (
         (torch.compile(student, backend="eager"), "_orig_mod."),
@@ -265,7 +265,7 @@ def test_names_are_those_of_the_bare_network() -> None:
         ("resnet18", "moment", torch.float16),
     ],
 )
-def test_autocast(name: str, form: str, dtype: torch.dtype) -> None:
+def test_autocast_changes_the_loss_little_and_stays_finite(name: str, form: str, dtype: torch.dtype) -> None:
     student, teacher = network(name, 1), network(name, 2)
     torch.manual_seed(0)
     iso = ready(form, student, teacher, NETWORKS[name][1])
@@ -288,7 +288,7 @@ def test_autocast(name: str, form: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_accumulation_and_evaluation_in_between(form: str) -> None:
+def test_gradient_accumulation_with_an_evaluation_in_between(form: str) -> None:
     student, teacher = network("resnet18", 1), network("resnet18", 2)
     iso = ready(form, student, teacher, "layer[23]")
     with iso:
@@ -332,7 +332,7 @@ def test_no_hook_survives_the_context_or_an_error(form: str) -> None:
     assert hooks_of(student, teacher) == 0
 
 
-def test_the_teacher_is_asked_and_never_changed(name: str) -> None:
+def test_the_teacher_is_not_modified(name: str) -> None:
     student, teacher = network(name, 1), network(name, 2)
     teacher.train()
     next(iter(teacher.children())).eval()  # a mixed mode must come back too
@@ -349,7 +349,7 @@ def test_the_teacher_is_asked_and_never_changed(name: str) -> None:
     torch.testing.assert_close(output, teacher.eval()(batch()))
 
 
-def test_a_teacher_with_another_input() -> None:
+def test_the_teacher_runs_on_transformed_images() -> None:
     student, teacher = network("resnet18", 1), network("vit_tiny_patch16_224", 2)
     seen: list[Tensor] = []
     teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -372,7 +372,7 @@ def test_a_teacher_with_another_input() -> None:
     torch.testing.assert_close(seen[-1], transform(images))
 
 
-def test_not_finite_features_are_named() -> None:
+def test_non_finite_features_raise_with_their_layer() -> None:
     student, teacher = network("resnet18", 1), network("resnet18", 2)
     iso = ready("moment", student, teacher, "layer[23]")
     with iso:
@@ -385,7 +385,7 @@ def test_not_finite_features_are_named() -> None:
     assert iso.maps["layer3→layer3"].moments.count == before
 
 
-def test_dead_channels_and_constant_layers(form: str) -> None:
+def test_dead_channels_have_finite_gradients(form: str) -> None:
     student, teacher = network("resnet18", 1), network("resnet18", 2)
     for model in (student, teacher):
         with torch.no_grad():

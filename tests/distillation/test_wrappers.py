@@ -54,7 +54,7 @@ def test_float64_networks_train_as_float32_ones(options: dict[str, Any]) -> None
     "how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("options", FORMS, ids=str)
-def test_a_copy_goes_on_by_itself(options: dict[str, Any], how: Any, attached: bool) -> None:
+def test_a_copy_trains_independently(options: dict[str, Any], how: Any, attached: bool) -> None:
     iso = loss_of(built(1), built(2), options)
     trained(iso, 12)
     if attached:
@@ -74,7 +74,7 @@ def test_a_copy_goes_on_by_itself(options: dict[str, Any], how: Any, attached: b
 
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [FORMS[0], *FORMS[2:]], ids=str)
-def test_casting_the_loss_changes_no_figure(options: dict[str, Any], cast: torch.dtype) -> None:
+def test_casting_the_loss_changes_no_loss_value(options: dict[str, Any], cast: torch.dtype) -> None:
     """The networks stay in float32; an outlier channel would not survive half precision."""
     student = built(1)
     student[2].bias.data[0] += 1000
@@ -84,7 +84,7 @@ def test_casting_the_loss_changes_no_figure(options: dict[str, Any], cast: torch
     assert trained(twin, 14) == trained(iso, 14)
 
 
-def test_balanced_weights_of_one_layer_do_not_drive_each_other_up() -> None:
+def test_balanced_weights_of_one_layer_stay_bounded() -> None:
     torch.manual_seed(0)
     student, teacher = built(1), built(2)
 
@@ -102,7 +102,7 @@ def test_balanced_weights_of_one_layer_do_not_drive_each_other_up() -> None:
     assert late["iso/3→1/weight"] == pytest.approx(early["iso/3→1/weight"], rel=0.25)
 
 
-def test_balanced_weights_of_two_losses_do_not_drive_each_other_up() -> None:
+def test_balanced_weights_of_two_losses_stay_bounded() -> None:
     torch.manual_seed(0)
     student = built(1)
     losses = [IsomorphismLoss(student, built(seed), ["3"], weight="balanced", ratio=2.0) for seed in (2, 3)]
@@ -114,7 +114,7 @@ def test_balanced_weights_of_two_losses_do_not_drive_each_other_up() -> None:
     assert all(iso.log()["iso/3/weight"] < 20 for iso in losses)
 
 
-def test_balancing_in_a_backward_of_its_own_says_that_it_cannot() -> None:
+def test_balancing_in_a_separate_backward_warns() -> None:
     student = built(1)
     iso = IsomorphismLoss(student, built(2), ["3"], weight="balanced")
 
@@ -133,12 +133,12 @@ def test_balancing_in_a_backward_of_its_own_says_that_it_cannot() -> None:
     assert iso.log()["iso/3/weight"] == 1
 
 
-def test_logits_that_are_not_there() -> None:
+def test_missing_logits_raise() -> None:
     with pytest.raises(InputTypeError, match="teacher_logits must be a tensor"):
         kd_loss(torch.zeros(2, 3), None)  # type: ignore[arg-type]
 
 
-def test_views_in_turns_both_enter_the_map() -> None:
+def test_alternating_views_both_update_the_map() -> None:
     """With every second call the map would know one view alone, and judge the other by it."""
 
     def shares(order: tuple[float, float]) -> list[float]:
@@ -159,7 +159,7 @@ def test_views_in_turns_both_enter_the_map() -> None:
     assert shares((2.0, -2.0)) == pytest.approx(shares((-2.0, 2.0)), rel=0.15)
 
 
-def test_images_that_the_student_overwrites_do_not_reach_the_teacher() -> None:
+def test_images_overwritten_by_the_student_raise() -> None:
     class Normalizes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -179,7 +179,7 @@ def test_images_that_the_student_overwrites_do_not_reach_the_teacher() -> None:
         iso(teacher_output=teacher(x + 0.5))  # the caller knows what the teacher saw
 
 
-def test_the_output_of_another_batch_is_not_kept() -> None:
+def test_teacher_output_of_another_batch_is_dropped() -> None:
     student, teacher = built(1), built(2)
     a, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     with IsomorphismLoss(student, teacher, ["3"]) as iso:
@@ -194,7 +194,7 @@ def test_the_output_of_another_batch_is_not_kept() -> None:
         assert iso.teacher_output is None
 
 
-def test_cached_tokens_lie_on_the_grid_of_oblong_images() -> None:
+def test_cached_tokens_get_the_grid_of_oblong_images() -> None:
     torch.manual_seed(0)
     options = {"dynamic_img_size": True, "num_classes": 5, "depth": 2, "embed_dim": 48, "num_heads": 3}
     vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -215,7 +215,7 @@ def test_cached_tokens_lie_on_the_grid_of_oblong_images() -> None:
     assert losses[0][-1] > 0
 
 
-def test_tokens_without_a_grid_are_not_laid_over_a_map() -> None:
+def test_tokens_without_a_grid_and_a_feature_map_raise() -> None:
     options = {"num_classes": 5, "depth": 2, "embed_dim": 48, "num_heads": 3}
     student = timm.create_model("vit_tiny_patch16_224", img_size=128, patch_drop_rate=0.5, **options).train()
     teacher = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.ReLU())
@@ -225,13 +225,13 @@ def test_tokens_without_a_grid_are_not_laid_over_a_map() -> None:
             iso()
 
 
-def test_an_empty_batch_teaches_nothing() -> None:
+def test_an_empty_batch_has_loss_zero() -> None:
     with IsomorphismLoss(built(1), built(2), ["3"]) as iso:
         iso.student(torch.zeros(0, 3, 8, 8))
         assert iso() == 0
 
 
-def test_a_window_that_can_never_hold_enough_says_so() -> None:
+def test_a_window_below_the_minimum_warns_with_the_minimum() -> None:
     student, teacher = (nn.Sequential(nn.Linear(20, width), nn.ReLU()) for width in (128, 256))
     with IsomorphismLoss(student, teacher, {"1": "1"}, window=20) as iso:
         student(torch.randn(32, 20))
@@ -246,7 +246,7 @@ def test_a_window_that_can_never_hold_enough_says_so() -> None:
 
 
 @pytest.mark.parametrize("options", FORMS[:3], ids=str)
-def test_a_gradient_of_the_gradient_is_refused(options: dict[str, Any]) -> None:
+def test_second_derivatives_raise(options: dict[str, Any]) -> None:
     iso = loss_of(built(1), built(2), options)
     trained(iso, 12)
     with iso:
@@ -255,7 +255,7 @@ def test_a_gradient_of_the_gradient_is_refused(options: dict[str, Any]) -> None:
             torch.autograd.grad(iso(), iso.student[0].weight, create_graph=True)
 
 
-def test_parts_of_the_student_called_alone_pile_up_nothing() -> None:
+def test_calls_of_parts_of_the_student_keep_two_captures() -> None:
     student = timm.create_model("resnet18", num_classes=5).eval()
     with FeatureTaps(student, "layer1") as taps, torch.no_grad():
         for _ in range(7):
@@ -275,7 +275,7 @@ class Repeats(nn.Module):
         return out
 
 
-def test_the_callback_measures_layers_that_fire_twice_as_the_loss_does() -> None:
+def test_the_callback_uses_the_capture_of_the_loss_for_repeated_layers() -> None:
     torch.manual_seed(0)
     student, teacher, held_out = Repeats(8), Repeats(16), [torch.randn(64, 3, 8, 8)] * 3
     iso = IsomorphismLoss(student, teacher, {"act": "act"}, repeated="last")
@@ -288,7 +288,7 @@ def test_the_callback_measures_layers_that_fire_twice_as_the_loss_does() -> None
         ki.measure(student, teacher, held_out, {"act": "act"}, repeated="all", progress=False)
 
 
-def test_auto_layers_with_a_teacher_that_needs_more() -> None:
+def test_auto_layers_uses_teacher_forward() -> None:
     class Asks(nn.Sequential):
         def forward(self, x: Tensor, scale: float) -> Tensor:  # type: ignore[override]
             return super().forward(scale * x)
@@ -308,7 +308,7 @@ def test_auto_layers_with_a_teacher_that_needs_more() -> None:
     assert [pair.target for pair in iso.pairs] == ["1", "2"]
 
 
-def test_frozen_parts_are_named() -> None:
+def test_features_without_gradient_raise_with_their_layer() -> None:
     student = built(1)
     student[:4].requires_grad_(False)
     with IsomorphismLoss(student, built(2), ["3"]) as iso:
@@ -328,6 +328,6 @@ def test_frozen_parts_are_named() -> None:
         ({"schedule": 5}, "schedule must be a function"),
     ],
 )
-def test_options_of_a_wrong_kind(wrong: dict[str, Any], says: str) -> None:
+def test_options_of_the_wrong_type_raise(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         IsomorphismLoss(built(1), built(2), ["3"], **wrong)
