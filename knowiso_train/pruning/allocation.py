@@ -238,8 +238,8 @@ def _check_reachable(costs: Costs, target: float, removed: Mapping[str, int]) ->
     minimum, full = total_cost(costs, removed), total_cost(costs, {})
     if minimum > target:
         raise OptionError(
-            f"cannot reach a fraction of {target / full:.3f} of the cost: {minimum / full:.3f} is left with every group "
-            "at its minimum width. Raise the budget, lower min_width or round_to, or ignore fewer layers"
+            f"cannot reach a fraction of {target / full:.3f} of the cost: {minimum / full:.3f} is left with every "
+            "group at its minimum width. Raise the budget, lower min_width or round_to, or ignore fewer layers"
         )
 
 
@@ -259,7 +259,7 @@ class WidthReduction:
 def _best_reduction(
     removal_cost: Tensor, allowed: Sequence[int], width: int, saving_per_unit: float, required: float
 ) -> WidthReduction | None:
-    """Return a group's reduction of least slope, no narrower than saves `required`; None at the minimum width."""
+    """Return the reduction of least slope that saves no more than `required`; None at the minimum width."""
     grid = torch.tensor([narrower for narrower in allowed if narrower < width])
     if not len(grid):
         return None

@@ -206,19 +206,9 @@ class LayerReconstruction:
 
 
 class NetworkReconstruction:
-    """Forward pass in which every layer is solved, in place, before it runs.
+    """Forward pass in which every layer is solved, in place, before it runs; arguments are those of `reconstruct`.
 
     All images pass at once, as a layer needs the inputs of all images before the next one runs.
-
-    Args:
-        network: Pruned network, or one of the original's widths with `masks`; in eval mode.
-        epilogues: Epilogues of the original's layers, in forward order.
-        reference: Outputs of the original on the same images.
-        outputs: Indices (c,) of the original's output channels of a layer. Default: all.
-        masks: Masks (C,) of input channels that layers may use. Default: all.
-        rankings: Rankings of the input channels of layers, applied when the pass reaches them.
-        ridges: Relative ridges to choose from by the selection samples.
-        blocks: Fine-tuning of whole blocks, each after its layers are solved.
     """
 
     def __init__(
@@ -295,10 +285,18 @@ def reconstruct(
     warn: bool = True,
     progress: bool = True,
 ) -> list[LayerFit]:
-    """Solve the layers of a network, in place, in forward order; arguments are those of `NetworkReconstruction`.
+    """Solve the layers of a network, in place, in forward order.
 
     Args:
+        network: Pruned network, or one of the original's widths with `masks`; in eval mode.
+        epilogues: Epilogues of the original's layers, in forward order.
+        reference: Outputs of the original on the same images.
         images: Calibration images.
+        outputs: Indices (c,) of the original's output channels of a layer. Default: all.
+        masks: Masks (C,) of input channels that layers may use. Default: all.
+        rankings: Rankings of the input channels of layers, applied when the pass reaches them.
+        ridges: Relative ridges to choose from by the selection samples.
+        blocks: Fine-tuning of whole blocks, each after its layers are solved.
         warn: Warn of layers with fewer samples than features.
         progress: Show a progress bar.
 

@@ -15,7 +15,6 @@ one ρ: `ridge_map`, `PrimalMoments` and `KernelMoments`, and `dampened_inverse`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -315,15 +314,11 @@ class PrimalMoments(_GroupMeans):
         xx = x.new_zeros(groups, d, d, dtype=torch.float64)
         xy = x.new_zeros(groups, d, y.shape[2], dtype=torch.float64)
         product_dtype = torch.float32 if count * groups * d * d > FLOAT32_MIN_PRODUCTS else torch.float64
-
-        def centered_chunks() -> Iterator[Tensor]:
-            for x_chunk, y_chunk in zip(torch.split(x, ROW_CHUNK_SIZE), torch.split(y, ROW_CHUNK_SIZE), strict=True):
-                centered_x = (x_chunk - mean_x.to(x)).to(product_dtype).permute(1, 2, 0)
-                centered_y = (y_chunk - mean_y.to(y)).to(product_dtype).transpose(0, 1)
-                xy.add_(centered_x @ centered_y)
-                yield centered_x
-
-        gram(centered_chunks(), xx)
+        for x_chunk, y_chunk in zip(torch.split(x, ROW_CHUNK_SIZE), torch.split(y, ROW_CHUNK_SIZE), strict=True):
+            centered_x = (x_chunk - mean_x.to(x)).to(product_dtype).permute(1, 2, 0)
+            centered_y = (y_chunk - mean_y.to(y)).to(product_dtype).transpose(0, 1)
+            xy.add_(centered_x @ centered_y)
+            gram([centered_x], xx)
         return cls(mean_x, mean_y, xx / count, xy / count)
 
     def restricted(self, columns: Tensor) -> PrimalMoments:

@@ -1,4 +1,4 @@
-"""Lively small networks of many families, and `ki.prune` on few images, for its tests."""
+"""Small networks of many architectures, and `ki.prune` on few images."""
 
 from __future__ import annotations
 

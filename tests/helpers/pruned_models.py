@@ -1,4 +1,4 @@
-"""Small networks of many families and how torch-pruning cuts them, for the tests of what comes after pruning."""
+"""Small networks of many architectures, pruned by torch-pruning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def network(name: str, **more: Any) -> nn.Module:
-    """One of NETWORKS, with running statistics and all parameters off their defaults, so that every entry of a tensor is another number."""
+    """Return one of NETWORKS with random offsets, so that all entries of a tensor differ."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, num_classes=5, **NETWORKS[name], **more).eval()
     with torch.no_grad():
@@ -67,7 +67,7 @@ def _patch(model: nn.Module, widths: dict[str, tuple[int, int]]) -> None:
 
 
 def settled(model: Network, images: Tensor) -> Network:
-    """Batch norms with random scales, and the statistics of the network's own activations, as after training; in eval mode."""
+    """Randomize batch norms, and set their statistics to those of the activations, as after training."""
     with torch.no_grad():
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""What nothing has changed is not computed twice: sensitivities are the same with and without it."""
+"""Activation cache: sensitivities equal those of full passes."""
 
 from __future__ import annotations
 

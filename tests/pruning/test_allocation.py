@@ -61,8 +61,8 @@ def test_costs_are_what_the_pruned_network_computes(name: str) -> None:
 def test_a_reduced_group_lowers_the_saving_of_its_neighbor() -> None:
     """Layers 1 -> a -> b -> 1 of widths (8, 8): a unit of `b` saves 9 multiply-adds first, and 5 after `a` lost four.
 
-    `a` loses its four free units first. One more of `a` then costs 1/9 for each saved multiply-add, one of `b` 0.9/5. With
-    the saving of `b` from before, 0.9/9, `b` would be reduced instead.
+    `a` loses its four free units first. One more of `a` then costs 1/9 for each saved multiply-add, and one of `b`
+    costs 0.9/5. With the outdated saving of `b`, 0.9/9, `b` would be reduced instead.
     """
     costs = {
         "first": LayerCost(1.0, 1.0, 8.0, {}, {"a": 1.0}),

@@ -1,4 +1,4 @@
-"""`ki.prune` on many families: budgets, faithful cuts, true attributes, plain results."""
+"""`ki.prune` on many architectures: budgets, cuts, attributes and plain modules as results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.pruned_models import network
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str, tmp_path: Path) -> None:
+def test_architectures_are_pruned_within_the_budget_and_saved(name: str, tmp_path: Path) -> None:
     model, images = family(name)
     before = copy.deepcopy(model.state_dict())
     pruned = little(model, images)
@@ -54,7 +54,7 @@ def test_families(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ki.load_pruned(tmp_path / "saved")(images), pruned.model(images))
 
 
-def test_vgg_with_batch_norm() -> None:
+def test_vgg_with_batch_norm_loses_channels_of_every_convolution() -> None:
     torch.manual_seed(0)
     images = torch.randn(32, 3, 32, 32)
     model = lively(
@@ -66,7 +66,7 @@ def test_vgg_with_batch_norm() -> None:
     assert pruned.model(images).shape == (32, 5)
 
 
-def test_mixer() -> None:
+def test_mixer_loses_inner_widths_of_both_kinds_of_mlp() -> None:
     """Its two kinds of MLP are cut, tokens and channels are streams."""
     torch.manual_seed(0)
     images = torch.randn(32, 3, 32, 32)
@@ -164,7 +164,7 @@ def test_the_refit_keeps_more_of_the_output_than_no_refit_and_the_choice_more_th
         assert ours < 0.5 * bare
 
 
-def test_budgets_floor_and_rounding() -> None:
+def test_budgets_minimum_widths_and_rounding_hold() -> None:
     model, images = chain()
     pruned = ki.prune(model, [images], params=0.5, progress=False)
     sizes = [
@@ -207,7 +207,7 @@ def test_importances_of_torch_pruning_cut_the_same_share() -> None:
     assert norms[kept].mean() > norms.mean()
 
 
-def test_training_state_and_what_is_frozen() -> None:
+def test_training_modes_and_gradient_flags_are_those_of_the_original() -> None:
     model, images = chain()
     model.bn2.train()
     model.fc.requires_grad_(False)
@@ -232,7 +232,7 @@ def test_the_report_is_a_table_and_json(tmp_path: Path) -> None:
     assert {"torch", "knowiso_train"} <= set(found["versions"])
 
 
-def test_latency_goes_on_until_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_search_continues_until_the_latency_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     # A "network" that says how long it takes
     monkeypatch.setattr(api, "measure_latency", lambda model, images: float(model.weight))
     tried: list[float] = []
@@ -252,7 +252,7 @@ def test_latency_goes_on_until_it_is_reached(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "time_of", [lambda share: share**2, lambda share: 0.2 if share < 0.6 else share], ids=["square", "step"]
 )
-def test_latency_comes_back_where_more_went_than_had_to(monkeypatch: pytest.MonkeyPatch, time_of: Any) -> None:
+def test_latency_search_returns_to_larger_models(monkeypatch: pytest.MonkeyPatch, time_of: Any) -> None:
     monkeypatch.setattr(api, "measure_latency", lambda model, images: float(model.weight))
     tried: dict[float, float] = {}
 
@@ -268,7 +268,7 @@ def test_latency_comes_back_where_more_went_than_had_to(monkeypatch: pytest.Monk
 
 
 def test_latency_search_interpolates_between_the_nearest_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the curve t = f², secant steps from (0.5, 0.25) and (1, 1) hit the tolerance in three builds, bisection in four."""
+    """On the curve t = f², secant steps from 0.5 need three builds, and bisection needs four."""
     monkeypatch.setattr(api, "measure_latency", lambda model, images: float(model.weight))
     fractions: list[float] = []
 
@@ -283,7 +283,7 @@ def test_latency_search_interpolates_between_the_nearest_models(monkeypatch: pyt
     assert fractions == pytest.approx([0.5, second, third])
 
 
-def test_a_wrapped_network_gives_a_bare_one() -> None:
+def test_a_wrapped_network_is_unwrapped() -> None:
     model, images = chain()
     pruned = ki.prune(nn.DataParallel(model), [images], progress=False)
     assert isinstance(pruned.model, Chain)
@@ -296,6 +296,6 @@ def test_a_wrapped_network_gives_a_bare_one() -> None:
     }
 
 
-def test_networks_for_storage_can_be_pruned_too() -> None:
+def test_networks_of_the_storage_tests_can_be_pruned() -> None:
     pruned = little(network("test_resnet"), torch.randn(8, 3, 32, 32))
     assert pruned.report.parameters[1] < pruned.report.parameters[0]

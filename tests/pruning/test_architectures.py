@@ -1,4 +1,4 @@
-"""Pruning and refitting networks as users have them: layers that run twice, tied weights, several outputs, open hooks, copies, trained in between."""
+"""Pruning and refitting of unusual networks: repeated layers, tied weights, several outputs, hooks, copies."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Several(Base):
 
 
 @pytest.mark.parametrize(("kind", "macs"), [(Looped, 0.9), (Tied, 0.7)])
-def test_layers_that_run_twice_or_share_weights_are_left(kind: type[Base], macs: float) -> None:
+def test_layers_that_run_twice_or_share_weights_are_not_changed(kind: type[Base], macs: float) -> None:
     model = kind()
     pruned = little(model, macs=macs)
     assert {group.name for group in pruned.report.widths if group.after < group.before} == {"c"}
@@ -82,7 +82,7 @@ def test_layers_that_run_twice_or_share_weights_are_left(kind: type[Base], macs:
         little(model, macs=0.2)
 
 
-def test_a_width_that_reaches_an_output_is_refused_and_may_be_ignored() -> None:
+def test_a_width_that_reaches_an_output_raises_unless_ignored() -> None:
     model = Several().eval()
     with pytest.raises(OptionError, match="a width reaches its output"):
         little(model, macs=0.5)
@@ -92,14 +92,14 @@ def test_a_width_that_reaches_an_output_is_refused_and_may_be_ignored() -> None:
     assert {group.name for group in little(model, macs=0.9, ignored="c").report.widths} == {"stem"}
 
 
-def test_ignored_takes_globs() -> None:
+def test_ignored_accepts_globs() -> None:
     model = Looped()
     assert "c" in {group.name for group in little(model, macs=0.95).report.widths}
     with pytest.raises(OptionError, match="nothing to prune"):
         little(model, macs=0.95, ignored=["?", "st*"])
 
 
-def test_hooks_that_are_open_are_no_part_of_the_network() -> None:
+def test_open_hooks_of_this_library_raise() -> None:
     model = chain()
     small = little(model, macs=0.7).model
     before = copy.deepcopy(small.state_dict())
@@ -114,14 +114,14 @@ def test_hooks_that_are_open_are_no_part_of_the_network() -> None:
     handle.remove()
 
 
-def test_a_record_of_another_network_is_refused() -> None:
+def test_kept_indices_of_another_network_raise() -> None:
     model = chain()
     pruned = little(model, macs=0.7)
     with pytest.raises(ShapeError, match=r"kept names stem\.weight, and the original has no such tensors"):
         ki.refit(pruned.model, model, [IMAGES], kept={**pruned.kept, "stem.weight": [None]}, progress=False)
 
 
-def test_inference_mode_is_told_by_its_name() -> None:
+def test_inference_mode_raises() -> None:
     with torch.inference_mode(), pytest.raises(OptionError, match="inference_mode"):
         little(chain())
     with torch.inference_mode():
@@ -142,12 +142,12 @@ def test_inference_mode_is_told_by_its_name() -> None:
     ],
     ids=str,
 )
-def test_arguments_of_a_wrong_kind(wrong: dict[str, Any], words: str) -> None:
+def test_arguments_of_wrong_types_raise(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         ki.prune(chain(), [IMAGES], **{"macs": 0.7, "progress": False, **wrong})
 
 
-def test_images_of_two_sizes() -> None:
+def test_images_of_two_sizes_raise() -> None:
     with pytest.raises(ShapeError, match=r"\(3, 12, 12\) and \(3, 14, 14\)"):
         ki.prune(chain(), [IMAGES, torch.randn(4, 3, 14, 14)], progress=False)
 
@@ -169,7 +169,7 @@ def test_batch_norms_without_statistics_stay_as_they_are() -> None:
         (tp.importance.MagnitudeImportance, "got <class"),
     ],
 )
-def test_importances_that_cannot_score_say_why(importance: Any, words: str) -> None:
+def test_importances_that_cannot_score_raise(importance: Any, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         little(chain(), importance=importance)
 
@@ -178,7 +178,7 @@ class TestImportance:
     def step(self, model: nn.Sequential, importance: ki.IsomorphismImportance) -> None:
         tp.pruner.BasePruner(model, IMAGES[:1], importance, pruning_ratio=0.5, ignored_layers=[model[2]]).step()
 
-    def test_of_a_copy_is_refused(self) -> None:
+    def test_a_copy_of_the_network_raises(self) -> None:
         model = chain()
         with pytest.raises(OptionError, match="made for another network than the one that is pruned"):
             self.step(copy.deepcopy(model), ki.IsomorphismImportance(model, [IMAGES], progress=False))
@@ -190,12 +190,12 @@ class TestImportance:
         tp.pruner.BasePruner(model, IMAGES[:1], importance, pruning_ratio_dict=ratios, ignored_layers=[model[4]]).step()
         assert (model[0].out_channels, model[2].out_channels) == (6, 4)
 
-    def test_few_images_are_warned_of(self) -> None:
+    def test_few_images_warn(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)).eval()
         with pytest.warns(KnowisoWarning, match=r"'2' \(24 samples for 288 features\)"):
             self.step(model, ki.IsomorphismImportance(model, [IMAGES[:2, :, :10, :10]], progress=False))
 
-    def test_looks_again_after_training(self) -> None:
+    def test_moments_are_computed_again_after_training(self) -> None:
         """Half of the channels become copies of the others: after one look more, one of each pair is free."""
         model = chain()
         importance = ki.IsomorphismImportance(model, [IMAGES], progress=False)

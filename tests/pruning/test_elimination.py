@@ -1,4 +1,4 @@
-"""Scores, elimination and refit against brute force: remove, refit with plain least squares, measure."""
+"""Removal costs and elimination against brute force: remove, refit by least squares, measure."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_flatten_repeats_a_channel() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("ridge", [0.0, 0.1])
 def test_refit_and_elimination_agree(k: int, ridge: float) -> None:
-    """Same rows, same ridge about the surviving weights: the closed form of the set is where the eliminations arrive."""
+    """On the same samples with the same ridge, successive removals end at the closed form of the set."""
     x, weight = images(), normal(4, 6, k, k)
     elimination = BackwardElimination([consumer(x, weight)], ridge=ridge)
     gone = [1, 4]

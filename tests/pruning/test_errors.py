@@ -1,4 +1,4 @@
-"""What `ki.prune` refuses, and says."""
+"""Errors of `ki.prune`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.prune_models import chain, little
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "levit_128s"])
-def test_families_that_cannot_be_pruned_say_so_and_stay_as_they_are(name: str) -> None:
+def test_architectures_that_cannot_be_pruned_raise_and_are_not_modified(name: str) -> None:
     options = {"img_size": 28, "depth": 1, "embed_dim": 48, "num_heads": 3} if "eva" in name else {}
     model = timm.create_model(name, num_classes=3, **options).eval()
     before = copy.deepcopy(model.state_dict())
@@ -25,7 +25,7 @@ def test_families_that_cannot_be_pruned_say_so_and_stay_as_they_are(name: str) -
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_pruning_nothing_is_an_error() -> None:
+def test_a_network_without_prunable_groups_raises() -> None:
     model, images = chain()
     with pytest.raises(OptionError, match="nothing to prune"):
         ki.prune(model, [images], ignored=["conv1", "conv2"], progress=False)
@@ -33,7 +33,7 @@ def test_pruning_nothing_is_an_error() -> None:
         ki.prune(nn.Sequential(nn.Flatten(), nn.Linear(300, 3)), [images], progress=False)
 
 
-def test_arguments() -> None:
+def test_arguments_out_of_range_raise() -> None:
     model, images = chain()
     with pytest.raises(OptionError, match="one budget"):
         ki.prune(model, [images], macs=0.5, params=0.5)
@@ -69,7 +69,7 @@ def test_convolutions_that_standardize_their_weights_are_left_alone() -> None:
     assert [fit.name for fit in report.layers] == ["4"]
 
 
-def test_networks_that_cannot_be_traced() -> None:
+def test_networks_that_cannot_be_traced_raise() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The importance inside torch-pruning: its own pruners, on real architectures."""
+"""Importance in the pruners of torch-pruning, on real architectures."""
 
 from __future__ import annotations
 

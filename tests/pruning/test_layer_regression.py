@@ -1,4 +1,4 @@
-"""The parts of choosing and refitting wide layers, against the plain and slow way."""
+"""Gram matrices, moments and ridge search of layer regressions against plain computations."""
 
 from __future__ import annotations
 

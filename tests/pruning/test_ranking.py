@@ -1,4 +1,4 @@
-"""Widths are tried, not assumed."""
+"""Candidate widths and the selection among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The refit of a whole network: copies and mixtures cost nothing, and what it solves is what plain least squares finds."""
+"""Refit of a whole network: redundant channels cost nothing, and solutions equal those of least squares."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _part(name: str, value: Tensor) -> Tensor:
 def solved_by_hand(
     model: Residual, small: Residual, x: Tensor, fitted: int, gone: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of conv2 and bn2 of block 0, row by row: what the original gives, a refitted network, and plain least squares on the first images."""
+    """Return outputs of bn2 of block 0: of the original, of a refitted network, and of plain least squares."""
     with torch.no_grad():
         s = F.relu(model.stem(x))
         y = F.relu(model.bn1[0](model.conv1[0](s)))
@@ -142,7 +142,7 @@ def solved_by_hand(
 
 
 def test_the_layer_after_the_cut_is_what_least_squares_finds() -> None:
-    """conv2 of block 0 aims at the residual sum; its target in front of the norm is recovered here without the library."""
+    """The target of conv2 of block 0 is the residual sum; it is computed here without the library."""
     model = trained(end=F.softplus)
     small = drop(model, 0, [0, 4, 7])
     x = pictures(60)  # every position of every image: no sampling
@@ -167,7 +167,7 @@ def test_in_front_of_a_rectifier_it_is_better_than_least_squares(seed: int) -> N
 
 
 def test_errors_made_upstream_are_mended_in_the_stream() -> None:
-    """Block 0 loses channels; block 1, whole, is solved so that the sum comes nearer to the original's than with its old weights."""
+    """Block 0 loses channels; block 1 loses none, and is solved to correct the residual sum."""
     model = trained()
     small = drop(model, 0, [0, 1, 2, 3, 4, 5])
     partly = copy.deepcopy(small)
@@ -338,8 +338,8 @@ def test_a_real_network_comes_back() -> None:
     assert agreement[1] > 0.75
 
 
-def test_a_shortcut_that_is_taken_later_is_known_ahead() -> None:
-    """The classic CIFAR network subsamples and pads its shortcut after the block's own layers have run: the block aims at the sum all the same."""
+def test_weight_free_shortcuts_are_computed_before_they_run() -> None:
+    """The shortcut of CIFAR ResNets, subsampling and padding, runs after the layers whose target is the sum."""
     from knowiso_train.pruning.tracing import trace_model
 
     block = models.BasicBlock(4, 8, 2).eval()

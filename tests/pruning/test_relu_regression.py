@@ -1,4 +1,4 @@
-"""Regressions that a rectifier follows, against gradient descent on the same convex loss, and layers of which only what is positive can be met."""
+"""Regressions in front of a rectifier, against gradient descent on the same convex loss."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def of_ones(x: Tensor, y: Tensor, limits: tuple[float, float]) -> ReLURegression
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("limits", [RELU, RELU6, (-1.0, 1.0)])
-def test_the_rounds_go_down_to_the_least_loss(limits: tuple[float, float], seed: int) -> None:
+def test_iterates_converge_to_the_minimum_of_the_loss(limits: tuple[float, float], seed: int) -> None:
     x, y = problem(seed)
     found = of_ones(x, y, limits)
     count, start = found.regression.num_samples, torch.zeros(1, 8, 4).double()
@@ -79,7 +79,9 @@ def test_the_rounds_go_down_to_the_least_loss(limits: tuple[float, float], seed:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("limits", [RELU, RELU6, (-1.0, 1.0)])
-def test_the_best_of_few_rounds_leaves_less_behind_the_rectifier(limits: tuple[float, float], seed: int) -> None:
+def test_the_best_iterate_explains_more_of_the_activation_than_least_squares(
+    limits: tuple[float, float], seed: int
+) -> None:
     """Recomputed on new rows, with what least squares gives beside it."""
     x, y = problem(seed)
     count, start = 2000, torch.zeros(1, 8, 4).double()
@@ -95,8 +97,8 @@ def test_the_best_of_few_rounds_leaves_less_behind_the_rectifier(limits: tuple[f
     assert share == pytest.approx(left[0] / total, rel=0.15)  # on other rows
 
 
-def test_what_only_moves_outputs_beyond_the_limit_is_not_missed() -> None:
-    """The channel that is gone is silent wherever the output is positive: nothing need be lost, though least squares loses a lot."""
+def test_channels_that_only_act_beyond_the_limit_cost_nothing() -> None:
+    """The removed channel is 0 wherever the output is positive, but least squares fits it elsewhere."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(4000, 3, generator=generator).double()
     y = x.sum(1, keepdim=True) - 1.5
@@ -132,7 +134,7 @@ def test_limits_in_the_unit_of_the_layer() -> None:
     assert torch.equal(silent.project(y, 2 * y), y)
 
 
-def test_settled_targets_are_the_nearest_that_pass_alike() -> None:
+def test_projected_targets_are_the_nearest_of_equal_activation() -> None:
     generator = torch.Generator().manual_seed(1)
     y, given = 4 * torch.randn(200, 1, generator=generator), 4 * torch.randn(200, 1, generator=generator)
     ends = ActivationRange(torch.full((1, 1), -1.0), torch.full((1, 1), 2.0))
@@ -206,7 +208,7 @@ def test_the_rectifier_is_found(end: Callable[[Tensor], Any], limits: tuple[floa
 
 
 def test_a_rectifier_behind_a_sum_with_what_comes_later_is_left_alone() -> None:
-    """The first branch cannot know what it will be added to, as the last convolution ahead of a downsampling: it aims at its own output."""
+    """The other term of the sum is computed after the first branch, whose target is thus its own output."""
 
     class Later(Ends):
         def __init__(self) -> None:
