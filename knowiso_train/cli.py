@@ -1,4 +1,4 @@
-"""`knowiso`: measure two networks, list what can be tapped in one, show a saved report.
+"""Command line `knowiso`: measure two networks, list the layers of a network, show a saved report.
 
 knowiso layers resnet18
 knowiso measure --source resnet18 --target resnet50 --layers layer3 layer4 --dataset hfds/cifar100 --directions both
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from knowiso_train.features.summary import LayerSummary
     from knowiso_train.measurement import Report
 
-FAILED = 2  # what argparse exits with, too
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130  # 2 as in argparse; 130 = 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code. KNOWISO_DEBUG=1 lets errors through with their traceback."""
+    """Run a command and return its exit code; KNOWISO_DEBUG=1 shows the traceback of errors."""
     args = parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without → still gets its table
+            stream.reconfigure(errors="replace")  # for terminals without the character →
     try:
         args.run(args)
     except KnowisoError as error:
@@ -42,20 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"knowiso: {'' if rank == '0' else f'process {rank}: '}{error}", file=sys.stderr)
-        return FAILED
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("knowiso: interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command and option."""
-    whole = argparse.ArgumentParser(
-        prog="knowiso", description="Which knowledge do two vision networks share, layer by layer?"
+    """Return the parser of all commands and options."""
+    root = argparse.ArgumentParser(
+        prog="knowiso", description="Measure the features that two vision networks share, layer by layer."
     )
-    whole.add_argument("--version", action="version", version=f"knowiso_train {__version__}")
-    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    root.add_argument("--version", action="version", version=f"knowiso_train {__version__}")
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _measure_options(
         commands.add_parser(
             "measure", help="measure two timm networks on any images that timm reads", description=measure.__doc__
@@ -67,11 +67,11 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     _report_options(commands.add_parser("report", help="show a saved report again", description=show.__doc__))
-    return whole
+    return root
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Measure how much of one network's knowledge another network has. Figures are those of held-out images."""
+    """Measure the shares of one network's features that another network explains, on held-out images."""
     _check_outputs(args)
     import torch
 
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> None:
             pin_memory=processes.device.type == "cuda",
         )
         with warnings.catch_warnings():
-            warnings.showwarning = _one_line if processes.is_main else _silent
+            warnings.showwarning = _print_warning if processes.is_main else _ignore_warning
             report = ki.measure(
                 source,
                 target,
@@ -127,13 +127,13 @@ def measure(args: argparse.Namespace) -> None:
                 names=_names(args),
                 progress=args.progress and processes.is_main,
             )
-        _hand_over(report, args, processes)
+        _write_report(report, args, processes)
     finally:
         processes.close()
 
 
 def layers(args: argparse.Namespace) -> None:
-    """List the layers of a timm network with the shapes that they emit: names for --layers."""
+    """List the layers of a timm network with their output shapes: names for --layers."""
     import torch
 
     from knowiso_train.features import named_stages, resolve_layers
@@ -144,26 +144,26 @@ def layers(args: argparse.Namespace) -> None:
     config = input_config(model)
     channels, height, width = (3, 224, 224) if config is None else config.size
     size = (height, width) if args.image_size is None else (args.image_size, args.image_size)
-    wanted = set(resolve_layers(model, args.match)) if args.match else None
+    matches = set(resolve_layers(model, args.match)) if args.match else None
     try:
         lines = layer_summary(model, torch.zeros(2, channels, *size))
     except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts its input size
         raise OptionError(f"{args.model} cannot run on images of {size[0]} × {size[1]}: {error}") from error
-    shown = [line for line in lines if (line.name in wanted if wanted is not None else line.depth <= args.depth)]
+    rows = [line for line in lines if (line.name in matches if matches is not None else line.depth <= args.depth)]
     print(f"{args.model}, input {channels} × {size[0]} × {size[1]}\n")
-    print(_layer_table(shown, ends := named_stages(model)))
-    notes = ["★ end of a stage"] if any(line.name in ends for line in shown) else []
-    if hidden := len(lines) - len(shown):
+    print(_layer_table(rows, ends := named_stages(model)))
+    notes = ["★ end of a stage"] if any(line.name in ends for line in rows) else []
+    if hidden := len(lines) - len(rows):
         notes.append(
             f"{hidden} more: --depth {args.depth + 1}, or --match '**.conv1'"
-            if wanted is None
+            if matches is None
             else f"{hidden} others do not match"
         )
     print("\n" + " · ".join([*notes, "names and globs go to `knowiso measure --layers`"]))
 
 
 def show(args: argparse.Namespace) -> None:
-    """Show a report that `knowiso measure --json` or Report.to_json saved."""
+    """Show a saved report of `knowiso measure --json` or Report.to_json."""
     _check_outputs(args)
     from knowiso_train.measurement import Report
 
@@ -173,20 +173,22 @@ def show(args: argparse.Namespace) -> None:
         report.plot(args.plot)
 
 
-def layer_pairs(given: Sequence[str]) -> list[str] | list[tuple[str, str]]:
-    """Names and globs as they are; `source=target` pairs as tuples (a plain name beside pairs stands for itself in both networks).
+def layer_pairs(layers: Sequence[str]) -> list[str] | list[tuple[str, str]]:
+    """Return names and globs unchanged, or tuples if there are `source=target` pairs.
+
+    A plain name beside pairs stands for the layer of this name in both networks.
 
     Raises:
-        OptionError: a pair with an empty side.
+        OptionError: A pair with an empty side.
 
     Example:
         >>> layer_pairs(["layer3=blocks.5", "head"])
         [('layer3', 'blocks.5'), ('head', 'head')]
     """
-    if not any("=" in item for item in given):
-        return list(given)
+    if not any("=" in item for item in layers):
+        return list(layers)
     pairs = []
-    for item in given:
+    for item in layers:
         source, equals, target = item.partition("=")
         if equals and not (source and target):
             raise OptionError(f"expected source=target in --layers, got {item!r}")
@@ -195,7 +197,7 @@ def layer_pairs(given: Sequence[str]) -> list[str] | list[tuple[str, str]]:
 
 
 def _names(args: argparse.Namespace) -> tuple[str, str]:
-    """Architectures, and what tells them apart where they are the same."""
+    """Return the names of the networks: architectures, with checkpoint or role if they are equal."""
     if args.source != args.target:
         return args.source, args.target
     files = [Path(file).stem if file else "" for file in (args.source_checkpoint, args.target_checkpoint)]
@@ -204,7 +206,7 @@ def _names(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """A long run must not end at a file that cannot be written."""
+    """Check that the output files can be written, before a long run."""
     if args.plot is not None:
         from importlib.util import find_spec
 
@@ -222,10 +224,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"the folder of {path} cannot be made: {error}") from error
+            raise DataError(f"the folder of {path} cannot be created: {error}") from error
 
 
-def _hand_over(report: Report, args: argparse.Namespace, processes: Processes) -> None:
+def _write_report(report: Report, args: argparse.Namespace, processes: Processes) -> None:
     if not processes.is_main:
         return
     print(report)
@@ -246,18 +248,18 @@ def _layer_table(lines: Sequence[LayerSummary], ends: set[str]) -> str:
     return format_table(rows, left=(0, 1, -1), rule=True, indent="  ")
 
 
-def _one_line(message: Warning | str, *where: Any, **more: Any) -> None:
+def _print_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     print(f"knowiso: warning: {message}", file=sys.stderr)
 
 
-def _silent(message: Warning | str, *where: Any, **more: Any) -> None:
-    """Every process warns of the same; the main one speaks."""
+def _ignore_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """Ignore the warnings of other processes, which equal those of the main process."""
 
 
 def _measure_options(options: argparse.ArgumentParser) -> None:
     networks = options.add_argument_group("networks")
-    networks.add_argument("--source", required=True, metavar="MODEL", help="timm network that explains")
-    networks.add_argument("--target", required=True, metavar="MODEL", help="timm network that is explained")
+    networks.add_argument("--source", required=True, metavar="MODEL", help="explaining timm network")
+    networks.add_argument("--target", required=True, metavar="MODEL", help="explained timm network")
     networks.add_argument(
         "--layers",
         required=True,
@@ -316,7 +318,7 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
         "--input-size",
         default="model",
         choices=("model", "image"),
-        help="what networks see: their own size, or --image-size (default: %(default)s)",
+        help="input size: that of each network, or --image-size (default: %(default)s)",
     )
     images.add_argument(
         "--max-images", type=int, metavar="N", help="read no more than this many, over all processes (default: all)"
@@ -352,16 +354,16 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
         "--no-noise-floor",
         dest="noise_floor",
         action="store_false",
-        help="skip the fit to shuffled targets (default: it is done)",
+        help="skip the fit to permuted targets (default: fitted)",
     )
     method.add_argument(
-        "--seed", type=int, default=0, help="of split, samples, bootstrap and random weights (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of split, samples and random weights (default: %(default)s)"
     )
 
     running = options.add_argument_group("running")
-    running.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: what accelerate picks)")
+    running.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: selected by accelerate)")
     running.add_argument(
-        "--autocast", choices=("bf16", "fp16"), help="of the networks; statistics stay in full precision (default: off)"
+        "--autocast", choices=("bf16", "fp16"), help="autocast of the networks, not of the statistics (default: off)"
     )
     running.add_argument("--json", type=Path, metavar="FILE", help="write the report (default: not written)")
     running.add_argument(
