@@ -36,14 +36,13 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Layout of a tapped layer.
+    """Layout of a hooked layer's tensor.
 
     Attributes:
-        layout: order of the axes.
-        channels: size of the channel axis.
-        grid: (height, width) of the positions; None for vectors, and for tokens without a known grid.
-        prefix_tokens: class, distillation and register tokens before the patches; they have no position and are left
-            out.
+        layout: Order of the axes.
+        channels: Size of the channel axis.
+        grid: (height, width) of the positions. None: vectors, or tokens without a known grid.
+        prefix_tokens: Number of class, distillation and register tokens before the patches, which are left out.
     """
 
     layout: Layout
@@ -52,35 +51,36 @@ class FeatureSpec:
     prefix_tokens: int = 0
 
     def to_nchw(self, tensor: Tensor) -> Tensor:
-        """The feature as (N, C, H, W); a view where possible.
+        """Convert a tensor to (N, C, H, W); a view where possible.
 
         Raises:
-            ShapeError: not the channels or positions that this describes.
-            LayoutError: another number of axes.
+            ShapeError: Other channels or positions than described.
+            LayoutError: Another number of axes.
         """
         feature = to_nchw(tensor, self.layout, prefix_tokens=self.prefix_tokens, grid=self.grid)
         if feature.shape[1] != self.channels or (self.grid is not None and feature.shape[2:] != self.grid):
             raise ShapeError(
-                f"expected {self.channels} channels on a grid of {self.grid}, got shape {tuple(tensor.shape)} in layout {self.layout!r}"
+                f"expected {self.channels} channels on a grid of {self.grid}, "
+                f"got shape {tuple(tensor.shape)} in layout {self.layout!r}"
             )
         return feature
 
 
 def to_nchw(tensor: Tensor, layout: Layout, *, prefix_tokens: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
-    """Bring a feature to (N, C, H, W); a view where possible.
+    """Convert a feature to (N, C, H, W); a view where possible.
 
     Args:
-        tensor: (N, C, H, W), (N, H, W, C), (N, T, C), (N, C, T) or (N, C), as `layout` says.
+        tensor: (N, C, H, W), (N, H, W, C), (N, T, C), (N, C, T) or (N, C) according to `layout`.
         layout: "nchw", "nhwc", "nlc", "ncl" or "nc".
-        prefix_tokens: tokens to drop before the patches.
-        grid: (height, width) of the other tokens, row by row; (T, 1) when None.
+        prefix_tokens: Number of tokens before the patches, which are dropped.
+        grid: (height, width) of the other tokens in row-major order. None: (T, 1).
 
     Returns:
-        (N, C, H, W); a vector is one position, (N, C, 1, 1).
+        (N, C, H, W). A vector has one position, (N, C, 1, 1).
 
     Raises:
-        LayoutError: the layout has another number of axes.
-        ShapeError: the tokens after the prefix do not fill the grid.
+        LayoutError: A layout with another number of axes.
+        ShapeError: Tokens after the prefix that do not fill the grid.
 
     Example:
         >>> to_nchw(torch.zeros(2, 17, 8), "nlc", prefix_tokens=1, grid=(4, 4)).shape
@@ -97,7 +97,8 @@ def to_nchw(tensor: Tensor, layout: Layout, *, prefix_tokens: int = 0, grid: tup
     height, width = grid or (rows.shape[2], 1)
     if not rows.shape[2] or height * width != rows.shape[2]:
         raise ShapeError(
-            f"expected {prefix_tokens} prefix tokens and {height} × {width} patches in layout {layout!r}, got shape {tuple(tensor.shape)}"
+            f"expected {prefix_tokens} prefix tokens and {height} × {width} patches in layout {layout!r}, "
+            f"got shape {tuple(tensor.shape)}"
         )
     return rows.reshape(*rows.shape[:2], height, width)
 
@@ -111,19 +112,19 @@ def describe_feature(
     at: Literal["input", "output"] = "output",
     input_size: tuple[int, int] | None = None,
 ) -> FeatureSpec:
-    """Channels, grid and layout of a tapped layer.
+    """Determine the channels, grid and layout of a hooked layer.
 
     Args:
-        name: bare name of the layer.
-        model: the network, wrapped or not.
-        tensor: what the layer emitted.
-        layout: taken as it is, where it fits the number of axes; None infers it, see `infer_layout`.
-        at: whether the tensor is the layer's output or input.
-        input_size: (height, width) of the network's input, which settles oblong grids.
+        name: Name of the layer without wrapper prefixes.
+        model: Network, wrapped or not.
+        tensor: Captured tensor of the layer.
+        layout: Layout of the tensor. None: inferred, see `infer_layout`.
+        at: Side of the layer that the tensor was captured at.
+        input_size: (height, width) of the network's input, which identifies oblong grids. None: unknown.
 
     Raises:
-        LayoutError: a layout that cannot be inferred, or does not fit the tensor.
-        LayerNameError: no such layer.
+        LayoutError: A layout that cannot be inferred, or does not fit the tensor.
+        LayerNameError: No such layer.
 
     Example:
         >>> describe_feature("0", nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 8, 6, 6))
@@ -154,18 +155,19 @@ def infer_layout(
     at: Literal["input", "output"] = "output",
     input_size: tuple[int, int] | None = None,
 ) -> Layout:
-    """Layout of a feature from its shape and from the modules that make it.
+    """Infer the layout of a feature from its shape and from the modules that produce it.
 
-    Two axes are a vector; three are tokens (N, T, C), unless the modules put channels on axis 1. With four, a
-    convolution or batch norm emits NCHW,
-    so does what pools to one position, and timm's `output_fmt` of the module itself is taken at its word. Otherwise the
-    positions are the two
-    neighboring axes that are equal or, for an oblong `input_size`, have the input's aspect ratio; and the modules give
-    the axis of the channels
-    (see `channel_axis`). Either may decide alone. `output_fmt` of a module around it decides where nothing else does.
+    Two axes are a vector. Three are tokens (N, T, C), unless the modules have their channels on axis 1. Four axes are
+    decided by these rules, in order:
+
+    1. Convolutions, batch norms and pooling to one position output NCHW.
+    2. timm's `output_fmt` of the module itself is trusted.
+    3. The positions are the two neighboring axes that are equal, or that have the aspect ratio of an oblong
+       `input_size`. The modules determine the channel axis (see `channel_axis`). Either may decide alone.
+    4. `output_fmt` of a containing module.
 
     Raises:
-        LayoutError: shape and modules contradict each other, neither decides, or the tensor has 1 or more than 4 axes.
+        LayoutError: Shape and modules contradict each other, neither decides, or the tensor has 1 or more than 4 axes.
 
     Example:
         >>> block = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
@@ -184,7 +186,8 @@ def infer_layout(
         )
     if (known := known_channels(module)) is not None and known.axis == 1:
         return "nchw"
-    if shape[2] == shape[3] == 1 < shape[1]:  # pooled to one position, often inside a head of linear layers
+    # Pooled to one position, often inside a head of linear layers.
+    if shape[2] == shape[3] == 1 < shape[1]:
         return "nchw"
     if (own := _stated(stated, 4)) is not None:
         return own
@@ -194,13 +197,14 @@ def infer_layout(
     by_modules: Layout | None = None if axis is None else ("nchw" if axis == 1 else "nhwc")
     if by_shape and by_modules and by_shape != by_modules:
         raise LayoutError(
-            f"layer {name!r}: its shape {shape} reads as {by_shape!r}, its modules as {by_modules!r}. Say which with layout=."
+            f"layer {name!r}: its shape {shape} implies {by_shape!r}, its modules imply {by_modules!r}. Pass layout=."
         )
     around = next((fmt for parent in parents if (fmt := getattr(parent, "output_fmt", None)) is not None), None)
     found = by_shape or by_modules or _stated(around, 4)
     if found is None:
         raise LayoutError(
-            f"layer {name!r}: neither its shape {shape} nor its modules tell NCHW from NHWC. Say which with layout='nchw' or 'nhwc'."
+            f"layer {name!r}: neither its shape {shape} nor its modules distinguish NCHW from NHWC. "
+            "Pass layout='nchw' or layout='nhwc'."
         )
     return found
 
@@ -221,12 +225,12 @@ def _layout_from_shape(shape: tuple[int, ...], input_size: tuple[int, int] | Non
 
 
 def _positions(axes: tuple[int, ...], input_size: tuple[int, int] | None) -> bool:
-    """Whether two axes can be height and width."""
+    """Return True if two axes can be height and width."""
     height, width = axes
     if input_size is None or input_size[0] == input_size[1]:
         return height == width
     of_height, of_width = input_size
-    # Each side is its input divided by the stride, off by less than one
+    # h = H/s ± 1 and w = W/s ± 1 for a common stride s, hence |hW − wH| < H + W.
     return abs(height * of_width - width * of_height) < of_height + of_width
 
 
@@ -239,13 +243,13 @@ def _sequence(module: nn.Module, shape: Sequence[int], at: str) -> Layout:
 
 
 def _stated(fmt: Any, ndim: int) -> Layout | None:
-    """timm's `output_fmt`, an enum of strings or a string."""
+    """Return the layout that timm's `output_fmt` states, an enum or a string; None if the number of axes differs."""
     word = str(getattr(fmt, "value", fmt)).lower()
     return next((layout for layout, axes in _NDIM.items() if layout == word and axes == ndim), None)
 
 
 def _parents(name: str, model: nn.Module) -> tuple[nn.Module, ...]:
-    """Modules that contain the layer, nearest first, the network last."""
+    """Return the modules that contain the layer, nearest first, the network last."""
     layers = named_layers(model)
     around = []
     while "." in name:
@@ -255,7 +259,7 @@ def _parents(name: str, model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 class ModuleChannels(NamedTuple):
-    """Channels that a module takes and gives, and the axis that its type fixes them to."""
+    """Channel axis of a module type, and its numbers of input and output channels."""
 
     axis: Axis
     taken: int
@@ -263,7 +267,7 @@ class ModuleChannels(NamedTuple):
 
 
 def known_channels(module: nn.Module) -> ModuleChannels | None:
-    """Channels of a module whose type fixes them; None for activations, containers and the like."""
+    """Return the channels of a module whose type determines them; None for activations, containers and others."""
     if isinstance(module, _ConvNd):
         return ModuleChannels(1, module.in_channels, module.out_channels)
     if isinstance(module, nn.Linear):
@@ -271,7 +275,7 @@ def known_channels(module: nn.Module) -> ModuleChannels | None:
     if isinstance(module, nn.GroupNorm):
         return ModuleChannels(1, module.num_channels, module.num_channels)
     kind, shape = type(module).__name__, getattr(module, "normalized_shape", None)
-    # Layer and RMS norms; timm's `...Norm2d` subclass them but normalize axis 1
+    # Layer and RMS norms. timm's `...Norm2d` classes inherit from them but normalize axis 1.
     if isinstance(shape, (tuple, list)) and len(shape) == 1:
         return ModuleChannels(1 if "2d" in kind else -1, shape[0], shape[0])
     width = getattr(module, "num_features", None)
@@ -281,7 +285,7 @@ def known_channels(module: nn.Module) -> ModuleChannels | None:
 
 
 def modules_with_known_channels(module: nn.Module) -> Iterator[ModuleChannels]:
-    """Known channels inside a module in the order of registration; a module with known channels is not looked into."""
+    """Yield the channels of the outermost submodules with known channels, in order of registration."""
     known = known_channels(module)
     if known is not None:
         yield known
@@ -293,15 +297,12 @@ def modules_with_known_channels(module: nn.Module) -> Iterator[ModuleChannels]:
 def channel_axis(
     module: nn.Module, shape: tuple[int, ...], *, given: bool, parents: tuple[nn.Module, ...] = ()
 ) -> Axis | None:
-    """The axis of a 4-D feature that the modules speak for, None where they do not decide.
+    """Determine the channel axis of a 4-D feature from the modules; None if they do not decide.
 
-    A container speaks through its last leaf (the first for its input): by the axis that has that leaf's channel count,
-    and where both or neither
-    have it, by the leaves' types if these agree. A module without leaves (an activation) takes the word of the layer
-    right before it in a
-    `Sequential`, else of the nearest parent whose leaves agree, else of the leaves registered right before and right
-    after it, where these
-    agree and the one before gives as many channels as that axis has.
+    A container is represented by its last leaf (the first for its input): by the axis with that leaf's number of
+    channels, and if both or neither have it, by the common axis of all leaves. A module without leaves, such as an
+    activation, has the axis of the layer before it in a `Sequential`, else of the nearest parent whose leaves agree.
+    Otherwise the leaves registered before and after it decide, if they agree and the number of channels fits.
     """
     if (known := known_channels(module)) is not None:
         return known.axis
@@ -321,13 +322,13 @@ def channel_axis(
     axes = {leaf.axis for leaf in inside}
     if len(axes) == 1:
         agreed = axes.pop()
-        # A block that permutes, or one that concatenates: the shape has to tell
+        # A block that permutes or concatenates: only the shape can confirm the axis.
         return agreed if not fits or agreed in fits else None
     return fits[0] if len(fits) == 1 else None
 
 
 def _before(module: nn.Module, parent: nn.Module) -> ModuleChannels | None:
-    """What is known of the module that comes right before this one, where the order of calls is plain to see."""
+    """Return the channels of the preceding module in a Sequential; None for other parents."""
     if type(parent) is not nn.Sequential:
         return None
     children = list(parent)
@@ -336,7 +337,7 @@ def _before(module: nn.Module, parent: nn.Module) -> ModuleChannels | None:
 
 
 def _between(module: nn.Module, parent: nn.Module, shape: tuple[int, ...]) -> Axis | None:
-    """The axis that the neighbors of a module in the order of registration agree on."""
+    """Return the axis on which the modules registered before and after a module agree."""
     before: list[ModuleChannels] = []
     after: list[ModuleChannels] = []
     side = before
@@ -351,34 +352,32 @@ def _between(module: nn.Module, parent: nn.Module, shape: tuple[int, ...]) -> Ax
 
 
 class TokenGrid(NamedTuple):
-    """Prefix tokens, and (rows, columns) of the rest; None where the rest has no known grid."""
+    """Number of prefix tokens, and (rows, columns) of the others; None without a known grid."""
 
     prefix: int
     grid: Grid | None
 
 
 def token_grid(name: str, parents: tuple[nn.Module, ...], tokens: int, input_size: Grid | None = None) -> TokenGrid:
-    """Prefix count and grid of a layer with this many tokens.
+    """Determine the number of prefix tokens and the grid of a layer's tokens.
 
-    The patch grid is the one for `input_size` if that is known, else `patch_embed.grid_size` of a network with a fixed
-    input size. A count that is
-    the grid plus the network's prefix tokens, or the grid alone, is taken for that; then the same of the grid divided
-    by 2, 3, ... (pooled stages).
-    A network without a known grid is taken to have a square one.
+    The patch grid is the one for `input_size`, else `patch_embed.grid_size` of a network with a fixed input size. The
+    tokens are matched with that grid plus the network's prefix tokens, then with the grid alone, then with the grid
+    divided by 2, 3, ... (pooled stages). Without a known grid a square one is assumed.
 
     Args:
-        name: of the layer.
-        parents: modules that contain the layer, nearest first; the nearest with `num_prefix_tokens` (timm) or
+        name: Name of the layer.
+        parents: Modules that contain the layer, nearest first. The nearest one with `num_prefix_tokens` (timm) or
             class-token parameters decides.
-        tokens: T.
-        input_size: (height, width) of the images.
+        tokens: Number of tokens T.
+        input_size: (height, width) of the images. None: unknown.
     """
     embed = next((embed for parent in parents if (embed := getattr(parent, "patch_embed", None)) is not None), None)
     grid = _patch_grid(embed, input_size)
     prefix = 0 if "patch_embed" in name.split(".") else _prefix_tokens(parents)
     counts = (prefix, 0) if prefix else (0,)
     if grid is None:
-        # The grid may be oblong, so a square count without prefix would be a guess
+        # With flexible sizes the grid may be oblong, so a square number of tokens proves little.
         flexible = getattr(embed, "strict_img_size", True) is False
         for count in counts[:1] if flexible else counts:
             if root := _square_root(tokens - count):

@@ -19,18 +19,17 @@ from knowiso_train.features.modules import unwrap_model
 
 @contextmanager
 def preserve_state(*models: nn.Module, eval_mode: bool = True) -> Iterator[None]:
-    """Within the context networks are in eval mode; afterwards, also after an error, everything is as it was.
+    """Set networks to eval mode within the context, and restore modes, gradients flags and random state after it.
 
-    Restored are each submodule's own `training` flag, each parameter's `requires_grad`, and the random state of python,
-    numpy, torch and, if it was
-    initialized when the context began, CUDA (which is never initialized here).
+    Restored are the `training` flag of each submodule, `requires_grad` of each parameter, and the random state of
+    Python, NumPy, torch and CUDA, also after an error. CUDA is not initialized by this.
 
     Args:
-        models: wrapped or not; one that is given twice counts once.
-        eval_mode: False leaves the modes as they are within the context.
+        models: Networks, wrapped or not.
+        eval_mode: False keeps the modes within the context.
 
     Raises:
-        InputTypeError: not a module.
+        InputTypeError: Not a module.
 
     Example:
         >>> model = nn.Dropout()
@@ -47,11 +46,11 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True) -> Iterator[None]
     gradients = [
         (parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(recurse=False)
     ]
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # what others draw from
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         if eval_mode:
-            # Flags, not .eval(): modules may override train() with work that cannot be undone
+            # Flags instead of .eval(): a module may override train() with changes that cannot be undone.
             for module in modules:
                 module.training = False
         yield
@@ -68,17 +67,18 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True) -> Iterator[None]
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Device of the first parameter or buffer; None for a network without either."""
-    first = next(chain(model.parameters(), model.buffers()), None)  # lazily: this is asked in every step
+    """Return the device of the first parameter or buffer; None for a network without either."""
+    # The iterators are lazy, as this is called in every training step.
+    first = next(chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device
 
 
 @contextmanager
 def on_device(device: torch.device | str | None, *models: nn.Module) -> Iterator[None]:
-    """Move the networks to a device, and back when the block ends, also by an error; None leaves them.
+    """Move networks to a device, and back at the end of the block, also after an error; None moves nothing.
 
     Raises:
-        OptionError: a network that is spread over several devices, which cannot be brought back.
+        OptionError: A network on several devices, which could not be restored.
 
     Example:
         >>> with on_device("meta", model := nn.Linear(2, 2, device="meta")):
@@ -108,13 +108,14 @@ def on_device(device: torch.device | str | None, *models: nn.Module) -> Iterator
 
 @contextmanager
 def isolated_eval(*models: nn.Module) -> Iterator[None]:
-    """Networks in eval mode, outside autocast, uncompiled, and unseen by this library's own hooks; afterwards, also by an error, all is as before.
+    """Run networks in eval mode without autocast, compilation and this library's hooks; restore these afterwards.
 
-    Of an attached `IsomorphismLoss` or `FeatureTaps` the hooks are off within the block, so what they captured before
-    it still stands after it.
+    Hooks of an attached `IsomorphismLoss` or `FeatureTaps` are disabled within the block, so that earlier captures are
+    preserved.
 
     Args:
-        models: wrapped or not. Call the bare networks within: DDP's own forward talks to the other processes.
+        models: Networks, wrapped or not. Call them unwrapped within the block, as the forward pass of DDP
+            communicates with the other processes.
 
     Example:
         >>> from knowiso_train import FeatureTaps
@@ -130,10 +131,10 @@ def isolated_eval(*models: nn.Module) -> Iterator[None]:
     autocasting = [kind for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
     with ExitStack() as stack:
         stack.enter_context(preserve_state(*models))
-        # Hooks that come after the first compiled call would not fire
+        # Compiled code would not run hooks that are registered after its first call.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for kind in autocasting:
-            # Weights cast under no_grad must not serve the training in the same block (torch 2.8)
+            # Weights that autocast cached under no_grad must not be reused in training (torch 2.8).
             stack.callback(torch.clear_autocast_cache)
             stack.enter_context(torch.autocast(kind, enabled=False))
         for model in models:
@@ -145,7 +146,7 @@ def isolated_eval(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(table: dict[int, Callable[..., Any]]) -> Iterator[None]:
-    """Own hooks out of a module's table, and back in their places among those that others left there."""
+    """Remove this library's hooks from a module's table, and restore them in their order afterwards."""
     before = list(table.items())
     own = {key for key, hook in before if isinstance(hook, DetachedOnCopyHook)}
     if not own:
@@ -162,7 +163,7 @@ def _without_hooks(table: dict[int, Callable[..., Any]]) -> Iterator[None]:
 
 
 class KeepPrecision(nn.Module):
-    """A module whose buffers, and parameters, its parts' too, go to other devices and to a wider dtype, but never below their own.
+    """Module whose buffers and parameters are never cast to a narrower dtype, as by `.half()`; devices may change.
 
     Example:
         >>> module = KeepPrecision()

@@ -115,5 +115,5 @@ def _line(name: str, layer: nn.Module, emitted: list[Any], model: nn.Module, ima
     try:
         spec = describe_feature(name, model, output, input_size=(images.shape[2], images.shape[3]))
     except LayoutError:
-        return LayerSummary(name, kind, None, None, f"shape {tuple(output.shape)}: say which with layout=")
+        return LayerSummary(name, kind, None, None, f"shape {tuple(output.shape)}: pass layout=")
     return LayerSummary(name, kind, spec.channels, spec.grid, f"runs {len(emitted)} times" if len(emitted) > 1 else "")

@@ -17,17 +17,17 @@ STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, in_order: bool = False) -> None:
-    """Load a weight file into a network; every tensor must find its place.
+    """Load a weight file into a network; the tensors of both must match one to one.
 
     Args:
-        model: the network.
-        path: .safetensors, or .pth / .pt / .th with a state dict, plain or under 'state_dict', 'model',
+        model: Network.
+        path: File .safetensors, or .pth / .pt / .th with a state dict, plain or under 'state_dict', 'model',
             'model_state_dict' or 'state_dict_ema'.
-        in_order: map tensors in order where the names differ but the shapes agree one for one.
+        in_order: Assign tensors in order if their names differ and their shapes agree.
 
     Raises:
-        DataError: no such file.
-        FormatError: not a state dict, or one of another network; the message shows the first mismatch.
+        DataError: No such file.
+        FormatError: Not a state dict, or one of another network; the message shows the first mismatch.
     """
     weights = read_weights(path)
     own = model.state_dict()
@@ -38,7 +38,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, in_order: bool = Fals
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a file, with `module.` stripped from its names."""
+    """Read the state dict of a file and strip `module.` from its names."""
     path = Path(path)
     if path.suffix not in CHECKPOINT_SUFFIXES:
         raise FormatError(
@@ -73,8 +73,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FormatError(
-            f"{path} holds more than tensors (pickled Python objects), which are refused because reading them runs their code. "
-            "Where you trust it, save its state_dict alone and pass that."
+            f"{path} holds pickled Python objects, which are refused because reading them runs their code. "
+            "If you trust the file, save its state_dict alone and pass that."
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -106,14 +106,15 @@ def _check(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: str |
             else ""
         )
         raise FormatError(
-            f"{path} is not a checkpoint of {type(model).__name__}: {len(missing)} of its {len(own)} tensors are missing"
+            f"{path} is not a checkpoint of {type(model).__name__}: "
+            f"{len(missing)} of its {len(own)} tensors are missing"
             f"{_first(missing)}, {len(unknown)} are unknown to it{_first(unknown)}.{hint}"
         )
     for name, mine in own.items():
         if mine.shape != weights[name].shape:
             raise FormatError(
-                f"{path}: {name!r} has shape {tuple(weights[name].shape)}, {type(model).__name__} expects {tuple(mine.shape)}. "
-                "For another number of classes pass num_classes=."
+                f"{path}: {name!r} has shape {tuple(weights[name].shape)}, "
+                f"{type(model).__name__} expects {tuple(mine.shape)}. For another number of classes pass num_classes=."
             )
 
 

@@ -17,14 +17,19 @@ from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError
 
 STREAMING_SCHEMES = ("hfids", "tfds", "wds")
 SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
-DEFAULT_SPLITS = ("validation", "val", "valid", "test", "train")  # held-out images first
+# Held-out images first.
+DEFAULT_SPLITS = ("validation", "val", "valid", "test", "train")
 
 
 class PlainImages(Dataset[tuple[Tensor, int]]):
-    """Images of another dataset: short side resized, center cropped, RGB, float in [0, 1]; with integer labels (-1 where there is none).
+    """Dataset of resized, center-cropped float RGB images in [0, 1] with integer labels, -1 for missing labels.
+
+    Args:
+        dataset: Map-style dataset of PIL images, or one of timm's.
+        image_size: Side of the square images.
 
     Raises:
-        DataError: an image that cannot be read; the message names it. (timm would quietly take the next one.)
+        DataError: An image that cannot be read; the message names it. timm would silently return the next one.
     """
 
     def __init__(self, dataset: Any, image_size: int) -> None:
@@ -54,7 +59,8 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
     def _name(self, index: int) -> str:
         try:
             return str(self.reader.filename(index))  # type: ignore[union-attr]
-        except Exception:  # a name is a courtesy of the reader
+        # Readers need not implement names.
+        except Exception:
             return "no name"
 
 
@@ -70,30 +76,29 @@ def image_loader(
     pin_memory: bool = False,
     **options: Any,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """A loader over any map-style dataset that timm reads.
+    """Create a loader for a map-style dataset of images that timm can read.
 
     Args:
-        dataset: a folder or tar of images, "hfds/NAME" (Hugging Face, or a local folder of parquet files), or
+        dataset: Folder or tar of images, "hfds/NAME" (Hugging Face, or a local folder of parquet files), or
             "torch/NAME" (torchvision).
-        split: name of the split. None takes a folder whole, the first of validation, val, valid, test, train that a
-            Hugging Face dataset has,
-            and the evaluation split of a torchvision one. For a folder it is the name of a subfolder (train,
-            validation, …, or a synonym).
-        image_size: the short side is resized to this, then the center is cropped.
-        batch_size: images a batch.
-        workers: processes that decode images.
-        root: folder of "torch/…" datasets, cache folder of "hfds/…".
-        download: let torchvision download what is missing.
-        pin_memory: faster copies to a GPU.
-        **options: passed on to `timm.data.create_dataset` (`input_key=`, `target_key=`, …).
+        split: Name of the split; for a folder that of a subfolder (train, validation, …, or a synonym). None: the whole
+            folder; the first of validation, val, valid, test, train of a Hugging Face dataset; the evaluation split of
+            a torchvision dataset.
+        image_size: Side of the images: the short side is resized to it, then the center is cropped.
+        batch_size: Images per batch.
+        workers: Number of processes that decode images.
+        root: Folder of "torch/…" datasets, cache folder of "hfds/…".
+        download: Let torchvision download missing files.
+        pin_memory: Use pinned memory for faster copies to a GPU.
+        **options: Arguments of `timm.data.create_dataset` (`input_key=`, `target_key=`, …).
 
     Returns:
-        A loader of (float images (N, 3, image_size, image_size) in [0, 1], integer labels), in the dataset's order.
+        Loader of (float images (N, 3, image_size, image_size) in [0, 1], integer labels), in the dataset's order.
 
     Raises:
-        DataError: the dataset or split cannot be found or read.
-        MissingDependencyError: it needs the extra `data`.
-        OptionError: an option without meaning, or a streaming dataset.
+        DataError: A dataset or split that cannot be found or read.
+        MissingDependencyError: The extra `data` is needed and not installed.
+        OptionError: An invalid option, or a streaming dataset.
     """
     for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
         if value < least:
@@ -124,12 +129,13 @@ def _create(dataset: str, split: str | None, root: str | None, download: bool, o
         return create_dataset("", root=str(_folder(dataset, split)), search_split=False, **options)
     except (KnowisoError, TypeError):
         raise
-    # Whatever the readers, torchvision, datasets and the hub raise; some of it by assert
+    # The readers, torchvision, datasets and the hub have no common base error; some use assert.
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise DataError(
             f"dataset {dataset!r}, split {split or 'by default'!r}, cannot be read: {reason}. "
-            "Expected a folder of images, hfds/NAME or hfds/FOLDER, or torch/NAME; offline, give a local copy and set HF_HUB_OFFLINE=1."
+            "Expected a folder of images, hfds/NAME or hfds/FOLDER, or torch/NAME; "
+            "offline, give a local copy and set HF_HUB_OFFLINE=1."
         ) from error
 
 
@@ -162,7 +168,8 @@ def _folder(dataset: str, split: str | None) -> Path:
     if found is None:
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())[:12]
         raise DataError(
-            f"{dataset!r} has no split {split!r}: its subfolders are {there or 'none'}. Leave the split out to read all of it."
+            f"{dataset!r} has no split {split!r}: its subfolders are {there or 'none'}. "
+            "Leave the split out to read all of it."
         )
     return found
 
@@ -182,17 +189,18 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """Images of another dataset, augmented. A key carries its epoch, `epoch * len + index`, so workers need not be told of it.
+    """Dataset that augments the images of another dataset.
+
+    Keys are `epoch * len + index`, so that the augmentation depends on the epoch without a message to the workers.
 
     Args:
-        images: map-style dataset of (float image (C, H, W), integer label).
-        seed: of the augmentation.
-        padding: pixels of black on each side, of which a random crop gives the original size again; 0 leaves the image
-            where it is.
-        flip: mirror half of the images, left to right.
+        images: Map-style dataset of (float image (C, H, W), integer label).
+        seed: Seed of the augmentation.
+        padding: Pixels of black added to each side before a random crop to the original size.
+        flip: Mirror half of the images horizontally.
 
     Raises:
-        DataError: an image without a label.
+        DataError: An image without a label.
 
     Example:
         >>> plain = [(torch.rand(3, 8, 8), 1)] * 10
@@ -224,10 +232,10 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
 
 
 class EpochOrder(Sampler[int]):
-    """A permutation for each epoch, as keys of `TrainingImages`. Set `.epoch` before each pass.
+    """Sampler of one permutation per epoch, as keys of `TrainingImages`; set `.epoch` before each pass.
 
-    accelerate counts epochs by itself, from 0 also after a restart, and would tell a `set_epoch` method; hence the
-    attribute.
+    It is an attribute because accelerate calls a `set_epoch` method with its own count, which restarts from 0 after a
+    resumed run.
 
     Example:
         >>> order = EpochOrder(4, seed=0)
@@ -257,20 +265,20 @@ def training_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """A loader of whole, shuffled, augmented batches; `loader.sampler.epoch` says which epoch.
+    """Create a loader of shuffled, augmented batches for the epoch in `loader.sampler.epoch`.
 
     Args:
-        images: map-style dataset of (float image (C, H, W), integer label), as that of `image_loader`.
-        batch_size: images a batch; what is left over at the end of an epoch waits for the next order.
-        seed: of order and augmentation.
-        padding: pixels on each side, of which a random crop gives the original size again.
-        flip: mirror half of the images, left to right.
-        workers: processes that read; they live as long as the loader.
-        pin_memory: faster copies to a GPU.
+        images: Map-style dataset of (float image (C, H, W), integer label), such as that of `image_loader`.
+        batch_size: Images per batch. An incomplete last batch is dropped.
+        seed: Seed of order and augmentation.
+        padding: Pixels added to each side before a random crop to the original size.
+        flip: Mirror half of the images horizontally.
+        workers: Number of processes that read images; they live as long as the loader.
+        pin_memory: Use pinned memory for faster copies to a GPU.
 
     Raises:
-        OptionError: an option without meaning.
-        DataError: fewer images than one batch.
+        OptionError: An invalid option.
+        DataError: Fewer images than one batch.
 
     Example:
         >>> loader = training_loader([(torch.rand(3, 8, 8), 1)] * 10, batch_size=4)
@@ -304,27 +312,28 @@ def training_loader(
 def labeled_images(
     dataset: str, train_split: str | None, val_split: str | None, *, classes: int | None = None, **options: Any
 ) -> tuple[Any, Any, int]:
-    """Two splits of any dataset that timm reads, to train and to test on, and their number of classes.
+    """Return the training split and the test split of a dataset, and their number of classes.
 
     Args:
-        dataset: as for `image_loader`.
-        train_split: name of the split to train on.
-        val_split: name of the split to test on.
-        classes: where the dataset does not say.
-        **options: as for `image_loader`.
+        dataset: Dataset as for `image_loader`.
+        train_split: Name of the training split.
+        val_split: Name of the test split.
+        classes: Number of classes. None: that of the dataset.
+        **options: Options of `image_loader`.
 
     Returns:
         Map-style datasets of (float image (3, H, W) in [0, 1], label), and the number of classes.
 
     Raises:
-        DataError: a split that cannot be read, or splits with different classes.
-        OptionError: unknown number of classes.
+        DataError: A split that cannot be read, or splits with different classes.
+        OptionError: A dataset without a known number of classes, and no `classes`.
     """
     train, val = (image_loader(dataset, split=split, **options).dataset for split in (train_split, val_split))
     known = _class_indices(train)
     if known != _class_indices(val):
         raise DataError(
-            f"splits {train_split!r} and {val_split!r} of {dataset!r} have different classes; their labels would not agree"
+            f"splits {train_split!r} and {val_split!r} of {dataset!r} have different classes; "
+            "their labels would not agree"
         )
     if not (classes or known):
         raise OptionError(f"{dataset!r} does not say how many classes it has; pass classes= (--classes)")
@@ -332,7 +341,7 @@ def labeled_images(
 
 
 def _class_indices(images: Any) -> dict[str, int]:
-    """Classes of a dataset with their labels; empty where it does not say."""
+    """Return the label of each class; empty if the dataset does not list them."""
     inner = getattr(images, "dataset", images)
     known = getattr(getattr(inner, "reader", inner), "class_to_idx", None)
     return {str(name): int(label) for name, label in (known or {}).items()}

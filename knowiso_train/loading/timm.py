@@ -1,4 +1,4 @@
-"""timm's networks, their input transforms and image loaders."""
+"""Loading of timm models, and transforms to their input size and normalization."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class InputTransform(nn.Module):
-    """Resizes and normalizes float images in [0, 1].
+    """Module that resizes and normalizes float images in [0, 1].
 
-    The image is scaled until it covers `size`, then cropped at the center: one factor for both sides, so nothing is
-    distorted.
+    Images are scaled to cover `size` with their aspect ratio kept, then cropped at the center.
 
     Args:
-        size: (height, width); None keeps that of the image.
-        mean, std: per channel.
+        size: (height, width). None: the size of the image.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
         interpolation: "bicubic" or "bilinear", antialiased.
 
     Raises:
-        OptionError: another interpolation.
+        OptionError: Another interpolation.
 
     Example:
         >>> transform = InputTransform((4, 4), mean=(0.5,), std=(0.5,))
-        >>> transform(torch.full((1, 1, 8, 6), 0.75)).shape, round(transform(torch.full((1, 1, 8, 6), 0.75)).mean().item(), 4)
+        >>> images = torch.full((1, 1, 8, 6), 0.75)
+        >>> transform(images).shape, round(transform(images).mean().item(), 4)
         (torch.Size([1, 1, 4, 4]), 0.5)
     """
 
@@ -49,19 +50,17 @@ class InputTransform(nn.Module):
     ) -> None:
         super().__init__()
         if interpolation not in INTERPOLATION_MODES:
-            raise OptionError(
-                f"interpolation must be one of {INTERPOLATION_MODES} (those that can be antialiased on tensors), got {interpolation!r}"
-            )
+            raise OptionError(f"interpolation must be one of {INTERPOLATION_MODES}, got {interpolation!r}")
         self.size, self.interpolation = size, interpolation
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] → what the network expects.
+        """Transform images (N, C, H, W) in [0, 1] to the network's input.
 
         Raises:
-            InputTypeError: not floating, or outside [0, 1].
-            ShapeError: another number of channels or axes.
+            InputTypeError: Images that are not floating, or outside [0, 1].
+            ShapeError: Another number of channels or axes.
         """
         if not images.is_floating_point():
             raise InputTypeError(f"expected float images in [0, 1], got {images.dtype}; divide bytes by 255")
@@ -70,25 +69,27 @@ class InputTransform(nn.Module):
         low, high = (float(bound) for bound in images.aminmax())
         if low < -1e-3 or high > 1 + 1e-3:
             raise InputTypeError(
-                f"expected images in [0, 1], got values from {low:.3g} to {high:.3g}; they must not be normalized before"
+                f"expected images in [0, 1], got values from {low:.3g} to {high:.3g}; "
+                "they must not be normalized before"
             )
         return self.applied(images)
 
     def applied(self, images: Tensor) -> Tensor:
-        """As `forward`, without looking at the values: no wait for a GPU."""
+        """Transform images without checking their values, and so without synchronizing with a GPU."""
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = self._resized(images, self.size)
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def extra_repr(self) -> str:
-        """Size, interpolation and normalization."""
-        return f"size={self.size}, interpolation={self.interpolation!r}, mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+        """Return size, interpolation and normalization for `repr`."""
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return f"size={self.size}, interpolation={self.interpolation!r}, mean={mean}, std={std}"
 
     def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = images.shape[2:]
         scale = max(size[0] / height, size[1] / width)
         covering = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-        # Bicubic overshoots
+        # Bicubic interpolation overshoots the range at edges.
         images = F.interpolate(images, covering, mode=self.interpolation, antialias=True, align_corners=False).clamp(
             0, 1
         )
@@ -97,18 +98,17 @@ class InputTransform(nn.Module):
 
 
 class InputBridge(nn.Module):
-    """Turns what one network sees into what another expects: undoes the one's normalization, then applies the other's transform.
+    """Module that converts the inputs of one network to those of another: inverse normalization, then its transform.
 
-    For the teacher of a distillation: the student's inputs are at hand, the teacher wants another normalization or
-        resolution. It sees what the
-    student saw, resized where it wants another size; what the student's resolution lost does not come back.
+    It lets a teacher with another normalization or resolution run on the student's inputs in distillation. Detail that
+    the student's resolution lost is not restored.
 
     Args:
-        given: transform that made the images.
-        wanted: transform of the network that is to see them.
+        given: Transform that produced the inputs.
+        wanted: Transform of the other network.
 
     Raises:
-        ShapeError: transforms for different numbers of channels.
+        ShapeError: Transforms for different numbers of channels.
 
     Example:
         >>> student, teacher = InputTransform(None, (0.5,), (0.5,)), InputTransform((8, 8), (0.2,), (0.3,))
@@ -121,17 +121,18 @@ class InputBridge(nn.Module):
         super().__init__()
         if given.mean.shape != wanted.mean.shape:
             raise ShapeError(
-                f"one network takes {given.mean.shape[1]} channels, the other {wanted.mean.shape[1]}; a bridge needs equal numbers"
+                f"expected transforms for equally many channels, got {given.mean.shape[1]} and {wanted.mean.shape[1]}"
             )
         self.given, self.wanted = given, wanted
         self.alike = all(torch.equal(a.cpu(), b.cpu()) for a, b in ((given.mean, wanted.mean), (given.std, wanted.std)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) as `given` returned it → as `wanted` returns it; the same tensor where both agree."""
+        """Convert images (N, C, H, W) of one transform to the other; return the same tensor if both agree."""
         if self.alike and self.wanted.size in (None, tuple(images.shape[2:])):
             return images
         plain = images * self.given.std.to(images) + self.given.mean.to(images)
-        return self.wanted.applied(plain.clamp(0, 1))  # rounding may leave the range by a little
+        # Rounding may exceed the range slightly.
+        return self.wanted.applied(plain.clamp(0, 1))
 
 
 def load_model(
@@ -143,21 +144,21 @@ def load_model(
     in_order: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm network in eval mode.
+    """Create a timm network in eval mode.
 
     Args:
-        spec: name in timm, with or without its pretrained tag ("resnet18", "resnet18.a1_in1k"), or "hf-hub:…" /
+        spec: Name in timm with or without a pretrained tag ("resnet18", "resnet18.a1_in1k"), or "hf-hub:…" /
             "local-dir:…".
-        checkpoint: weight file (.safetensors, .pth, .pt, .th) to load instead of the published weights.
-        pretrained: load the published weights; ignored with `checkpoint`.
-        num_classes: width of the classifier; None is the network's default.
-        in_order: map the checkpoint's tensors in order where its names differ but the shapes agree one for one.
-        **kwargs: passed on to `timm.create_model`.
+        checkpoint: Weight file (.safetensors, .pth, .pt, .th) to load instead of the published weights.
+        pretrained: Load the published weights. Ignored with `checkpoint`.
+        num_classes: Width of the classifier. None: the network's default.
+        in_order: Assign the checkpoint's tensors in order if their names differ and their shapes agree.
+        **kwargs: Arguments of `timm.create_model`.
 
     Raises:
-        OptionError: no such network or tag; the message names the nearest.
-        DataError: published weights that cannot be had, or no such checkpoint.
-        FormatError: a checkpoint that does not fit.
+        OptionError: No such network or tag; the message lists the nearest names.
+        DataError: Published weights that cannot be loaded, or no such checkpoint.
+        FormatError: A checkpoint that does not fit.
 
     Example:
         >>> type(load_model("test_resnet", pretrained=False, num_classes=10)).__name__
@@ -170,7 +171,8 @@ def load_model(
     wanted = pretrained and checkpoint is None
     try:
         model: nn.Module = timm.create_model(spec, pretrained=wanted, **options)
-    except Exception as error:  # httpx, urllib, safetensors and the hub have no common error
+    # httpx, urllib, safetensors and the hub have no common base error.
+    except Exception as error:
         if not wanted or isinstance(error, TypeError):
             raise
         raise DataError(
@@ -190,17 +192,17 @@ def input_transform(
     size: int | tuple[int, int] | Literal["model", "image"] = "model",
     interpolation: str | None = None,
 ) -> InputTransform:
-    """A module that brings float images in [0, 1] to what a timm network expects, so that networks with different inputs can share a loader.
+    """Return the transform from images in [0, 1] to a timm network's input, so that several networks share a loader.
 
-    timm's `crop_pct` is left out on purpose: both networks must see the same picture.
+    timm's `crop_pct` is not applied, so that all networks get the same part of the picture.
 
     Args:
-        model: made by timm, as its data config is read.
-        size: "model" is the network's own resolution, "image" keeps that of the images; or a side, or (height, width).
-        interpolation: "bicubic" or "bilinear"; None is the network's own.
+        model: timm network; its input configuration is read.
+        size: "model": the network's resolution. "image": that of the images. Else a side, or (height, width).
+        interpolation: "bicubic" or "bilinear". None: the network's own.
 
     Raises:
-        OptionError: an option without meaning.
+        OptionError: An invalid option, or a network without an input configuration.
 
     Example:
         >>> transform = input_transform(load_model("test_resnet", pretrained=False), size=64)
@@ -303,8 +305,9 @@ def loading_snippet(architecture: str, options: Mapping[str, Any], state: Mappin
     if different is None:
         return f"timm.create_model({architecture!r}, {arguments}checkpoint_path={file!r})"
     warnings.warn(
-        f"timm.create_model({architecture!r}, {arguments.rstrip(', ')}) builds another network: {different!r} has shape "
-        f"{shapes.get(different)} there and {expected.get(different)} here. Pass the options that built this network, "
+        f"timm.create_model({architecture!r}, {arguments.rstrip(', ')}) builds another network: "
+        f"{different!r} has shape {shapes.get(different)} there and {expected.get(different)} here. "
+        "Pass the options that built this network, "
         "such as options={'in_chans': 1}; save a pruned network with save_pruned",
         KnowisoWarning,
         stacklevel=3,

@@ -195,7 +195,7 @@ def test_swin_where_all_axes_are_equal() -> None:
     model = network("swin_tiny_patch4_window7_224", img_size=(56, 56))
     assert infer_layout("layers.0", model.layers[0], torch.zeros(1, 96, 96, 96), model) == "nhwc"
     # at a width that equals the channels the shape is as for NCHW: an error, not a guess
-    with pytest.raises(LayoutError, match=r"'layers.0'.*\(1, 64, 96, 96\) reads as 'nchw', its modules as 'nhwc'"):
+    with pytest.raises(LayoutError, match=r"'layers.0'.*\(1, 64, 96, 96\) implies 'nchw', its modules imply 'nhwc'"):
         infer_layout("layers.0", model.layers[0], torch.zeros(1, 64, 96, 96), model)
     assert infer_layout("layers.0", model.layers[0], torch.zeros(1, 64, 96, 96), model, input_size=(256, 384)) == "nhwc"
 

@@ -1,4 +1,4 @@
-"""What a training recipe stands on: images in a reproducible order, run folders, cards, accuracy, options, one network's input from another's."""
+"""Tests of training data, run folders, cards and accuracy of the recipes."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ class TestInputBridge:
         torch.testing.assert_close(given.float(), self.TEACHER(images), atol=0.05, rtol=0)
 
     def test_numbers_of_channels_must_agree(self) -> None:
-        with pytest.raises(ShapeError, match="3 channels, the other 1"):
+        with pytest.raises(ShapeError, match="equally many channels, got 3 and 1"):
             InputBridge(self.STUDENT, InputTransform(None, (0.5,), (0.5,)))
 
 
