@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, Self
@@ -13,20 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.features.buffers import BufferSnapshot
 from knowiso_train.features.hooks import DetachedOnCopyHook
 from knowiso_train.features.modules import unwrap_model
 
 
 @contextmanager
-def preserve_state(*models: nn.Module, eval_mode: bool = True) -> Iterator[None]:
-    """Set networks to eval mode within the context, and restore modes, gradients flags and random state after it.
+def preserve_state(*models: nn.Module, eval_mode: bool = True, updated: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Set networks to eval mode within the context, and restore modes, buffers, flags and random state after it.
 
-    Restored are the `training` flag of each submodule, `requires_grad` of each parameter, and the random state of
-    Python, NumPy, torch and CUDA, also after an error. CUDA is not initialized by this.
+    Restored are the `training` flag and every buffer of each submodule (see `BufferSnapshot`), `requires_grad` of each
+    parameter, and the random state of Python, NumPy, torch and CUDA, also after an error. CUDA is not initialized by
+    this.
 
     Args:
         models: Networks, wrapped or not.
         eval_mode: False keeps the modes within the context.
+        updated: Modules whose own buffers are not restored, such as the batch norms of a network that is trained.
 
     Raises:
         InputTypeError: Not a module.
@@ -46,6 +49,8 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True) -> Iterator[None]
     gradients = [
         (parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(recurse=False)
     ]
+    excluded = {id(module) for module in updated}
+    buffers = BufferSnapshot(module for module in modules if id(module) not in excluded)
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
@@ -55,6 +60,7 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True) -> Iterator[None]
                 module.training = False
         yield
     finally:
+        buffers.restore()
         for module, mode in modes:
             module.training = mode
         for parameter, needed in gradients:

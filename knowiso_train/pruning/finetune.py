@@ -194,7 +194,7 @@ def finetune(
     # Without a `forward`, Calibration drops the labels
     forward = forward or (_forward_images if config.label_weight else None)
     images = Calibration(loader, config.max_images, device_of(original), forward)
-    with preserve_state(pruned, original), torch.enable_grad():
+    with preserve_state(pruned, original, updated=pruned.modules()), torch.enable_grad():
         torch.manual_seed(config.seed)
         run = _FinetuneRun(pruned, original, images, config, transform)
         run.train(progress)

@@ -406,7 +406,9 @@ def refit(
     check_network(pruned, original)
     check_counts(rows=rows)
     images = Calibration(loader, max_images, device_of(original), forward)
-    with preserve_state(pruned, original), torch.no_grad():
+    # The refit replaces the statistics of batch norms
+    norms = [module for module in pruned.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    with preserve_state(pruned, original, updated=norms), torch.no_grad():
         batch = images.first(TRACE_IMAGES)
         epilogues = trace_model(original, batch, images.forward)
         outputs = infer_kept_outputs(original, pruned, epilogues, kept)
