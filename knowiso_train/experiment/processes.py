@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knowiso_train.errors import OptionError
+from knowiso_train.features.state import checked_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +34,7 @@ class Processes:
     def __init__(self, device: str | None = None) -> None:
         from accelerate import PartialState
 
-        requested = _checked_device(device)
+        requested = checked_device(device)
         on_cpu = requested is not None and requested.type == "cpu"
         self._state = PartialState(cpu=True) if on_cpu else PartialState()
         self.device: torch.device = self._state.device
@@ -85,14 +86,3 @@ def launch_accelerator(batch_size: int, mixed_precision: str | None = None, accu
     if batch_size % accelerator.num_processes:
         raise OptionError(f"--batch-size {batch_size} cannot be divided among {accelerator.num_processes} processes")
     return accelerator
-
-
-def _checked_device(device: str | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        requested = torch.device(device)
-        torch.empty(0, device=requested)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise OptionError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return requested

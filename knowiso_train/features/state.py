@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError, OptionError
+from knowiso_train.errors import InputTypeError, OptionError, OptionTypeError
 from knowiso_train.features.buffers import BufferSnapshot
 from knowiso_train.features.hooks import DetachedOnCopyHook
 from knowiso_train.features.modules import unwrap_model
@@ -79,18 +79,51 @@ def device_of(model: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
+def checked_device(device: torch.device | str | int | None, *models: nn.Module) -> torch.device | None:
+    """Return a device that tensors can be moved to.
+
+    Args:
+        device: Device, its name, or the index of an accelerator. None: no device.
+        models: Networks to be moved. Only networks that are on the meta device already can stay there, as it holds no
+            values.
+
+    Raises:
+        OptionError: Not a device, one that is not available, or the meta device.
+
+    Example:
+        >>> checked_device("cpu")
+        device(type='cpu')
+    """
+    if device is None:
+        return None
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise OptionTypeError(f"device must be a device or its name, such as 'cuda', got {device!r}")
+    try:
+        result = torch.device(device)
+        torch.empty(0, device=result)
+    # AssertionError: torch without CUDA; NotImplementedError: a backend that is not built
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OptionError(f"device={device!r} cannot be used here: {reason}") from error
+    tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+    if result.type == "meta" and not (models and all(tensor.is_meta for tensor in tensors)):
+        raise OptionError("device='meta' would discard the weights. Choose a device that holds values, such as 'cpu'")
+    return result
+
+
 @contextmanager
 def on_device(device: torch.device | str | None, *models: nn.Module) -> Iterator[None]:
     """Move networks to a device, and back at the end of the block, also after an error; None moves nothing.
 
     Raises:
-        OptionError: A network on several devices, which could not be restored.
+        OptionError: A network on several devices, which could not be restored, or a device as `checked_device` refuses.
 
     Example:
         >>> with on_device("meta", model := nn.Linear(2, 2, device="meta")):
         ...     str(device_of(model))
         'meta'
     """
+    device = checked_device(device, *models)
     if device is None:
         yield
         return
