@@ -31,6 +31,10 @@ def _reset_accelerator() -> Iterator[None]:
         state.GradientState._reset_state()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=100, help="inputs of the fuzz tests")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("data") and not (models.DATA / "README.md").exists():
