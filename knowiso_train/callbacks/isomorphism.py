@@ -23,6 +23,7 @@ from knowiso_train.measurement.measure import Layers, run_measurement
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.serialization import write_json
+from knowiso_train.utils.validation import PositiveInt, validate_arguments
 
 # Options of `measure` that the callback has as parameters of its own, or sets itself
 RESERVED_OPTIONS = {"order", "target_transform", "device"}
@@ -80,6 +81,7 @@ class IsomorphismCallback:
         True
     """
 
+    @validate_arguments
     def __init__(
         self,
         student: nn.Module,
@@ -87,7 +89,7 @@ class IsomorphismCallback:
         loader: Iterable[Any],
         layers: Layers,
         *,
-        every: int = 500,
+        every: PositiveInt = 500,
         order: int = 0,
         log: MetricLogger | None = None,
         path: str | Path | None = None,
@@ -95,12 +97,6 @@ class IsomorphismCallback:
         teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise OptionError(f"every must be a positive number of training steps, got {every!r}")
-        if log is not None and not callable(log):
-            raise OptionError(
-                f"log must be callable as log(values, step=step), such as accelerator.log; got {type(log).__name__}"
-            )
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise OptionError(f"path must be a folder for report.json, history.json and shares.png; {path} is a file")
         if teacher_forward is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from knowiso_train.errors import OptionError
-from knowiso_train.utils.validation import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, validate_fields
+from knowiso_train.utils.validation import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Seed, validate_fields
 
 Solver = Literal["closed_form", "paper"]
 Readout = Literal["auto", "trained", "exact"]
+# The maps of order K are K(K + 3) / 2 in number; the paper uses K = 2
+Order = Annotated[int, Range(0, 16)]
 
 MIN_EPOCHS_FIRST_ORDER, MIN_EPOCHS_HIGHER_ORDER, MAX_EPOCHS = 8, 5, 60
 MIN_BATCH_ROWS = 64  # positions; small samples are divided into 32 batches, but not into smaller ones than this
@@ -93,10 +95,10 @@ class DisentangleConfig:
     Example:
         >>> DisentangleConfig(order=-1)
         Traceback (most recent call last):
-        knowiso_train.errors.OptionError: DisentangleConfig: order must be an integer at least 0, got -1
+        knowiso_train.errors.OptionError: DisentangleConfig: order must be an integer from 0 to 16, got -1
     """
 
-    order: NonNegativeInt = 2
+    order: Order = 2
     kernel_size: PositiveInt | None = None
     solver: Solver = "closed_form"
     hidden: PositiveInt | None = None
@@ -104,7 +106,7 @@ class DisentangleConfig:
     max_rows: PositiveInt = 131_072
     positions: PositiveInt | None = None
     source_channels: PositiveInt | None = None
-    seed: int = 0
+    seed: Seed = 0
     solver_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.errors import CaptureError, InputTypeError, LayerNameError, OptionError
 from knowiso_train.features.modules import named_layers, resolve_layers, unwrap_model, wrapped_attribute
+from knowiso_train.utils.validation import validate_arguments
 
 Side = Literal["input", "output"]
 Captured = TypeVar("Captured", Tensor, list[Tensor])
@@ -79,19 +80,16 @@ class FeatureTaps(Generic[Captured]):
         repeated: Literal["all"],
         clone: bool | Literal["auto"] = ...,
     ) -> None: ...
+    @validate_arguments
     def __init__(
         self,
         model: nn.Module,
         layers: str | Sequence[str],
         *,
         at: Side | Mapping[str, Side] = "output",
-        repeated: str = "error",
+        repeated: Literal["error", "first", "last", "all"] = "error",
         clone: bool | Literal["auto"] = "auto",
     ) -> None:
-        if repeated not in _REPEATED:
-            raise OptionError(f"repeated must be one of {_REPEATED}, got {repeated!r}")
-        if not isinstance(clone, bool) and clone != "auto":
-            raise OptionError(f"clone must be True, False or 'auto', got {clone!r}")
         self.names: tuple[str, ...] = tuple(resolve_layers(model, layers))
         self._sides = _sides(model, self.names, at)
         self._model = model

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from knowiso_train.disentangle.config import DisentangleConfig
+from knowiso_train.disentangle.config import DisentangleConfig, Order, Solver
 from knowiso_train.errors import OptionError
+from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Range, Seed, UnitFloat, validate_fields
 
-Solver = Literal["closed_form", "paper"]
 Direction = Literal["forward", "backward"]
 Directions = Literal["forward", "backward", "both"]
 Repeated = Literal["error", "first", "last"]
+# Weights of the bootstrap are held for every replicate and image
+Replicates = Annotated[int, Range(0, 100_000)]
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
@@ -28,20 +30,20 @@ class MeasureConfig:
         OptionError: An invalid value.
     """
 
-    order: int = 2
-    kernel_size: int | None = None
+    order: Order = 2
+    kernel_size: PositiveInt | None = None
     solver: Solver = "closed_form"
     directions: Directions = "forward"
-    hidden: int | None = None
-    ridge: float | Literal["search"] = "search"
-    split: Sequence[float] = (0.6, 0.2, 0.2)
-    seed: int = 0
-    max_images: int | None = None
-    max_rows: int = 131_072
-    positions: int | None = None
-    source_channels: int | None = None
+    hidden: PositiveInt | None = None
+    ridge: NonNegativeFloat | Literal["search"] = "search"
+    split: Sequence[UnitFloat] = (0.6, 0.2, 0.2)
+    seed: Seed = 0
+    max_images: PositiveInt | None = None
+    max_rows: PositiveInt = 131_072
+    positions: PositiveInt | None = None
+    source_channels: PositiveInt | None = None
     noise_floor: bool = True
-    bootstrap: int = 500
+    bootstrap: Replicates = 500
     source_transform: Callable[[Any], Any] | None = None
     target_transform: Callable[[Any], Any] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
@@ -54,18 +56,13 @@ class MeasureConfig:
     solver_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.directions not in get_args(Directions):
-            raise OptionError(f"directions must be one of {get_args(Directions)}, got {self.directions!r}")
-        if self.bootstrap < 0:
-            raise OptionError(f"bootstrap must be >= 0, got {self.bootstrap}")
+        validate_fields(self)
         split = tuple(self.split)
-        if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6 or split[0] <= 0 or split[2] <= 0:
+        if len(split) != 3 or abs(sum(split) - 1) > 1e-6 or split[0] <= 0 or split[2] <= 0:
             raise OptionError(
                 "split must be three fractions (fit, select, report) that sum to 1, with fit and report above 0; "
                 f"got {split}"
             )
-        if self.max_images is not None and self.max_images < 1:
-            raise OptionError(f"max_images must be positive or None, got {self.max_images}")
         object.__setattr__(self, "split", split)
         self.disentangle_config()  # checks the options of the maps
 

@@ -11,21 +11,24 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from knowiso_train.disentangle.config import Solver
 from knowiso_train.errors import DataError
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.modules import LayerPair, network_name, pair_layers
 from knowiso_train.features.state import on_device, preserve_state
-from knowiso_train.measurement.config import Directions, MeasureConfig, Repeated, Solver
+from knowiso_train.measurement.config import Directions, MeasureConfig, Repeated
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImageLoader
 from knowiso_train.measurement.memory import check_capacity
 from knowiso_train.measurement.pair import Features, PairMeasurement
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.validation import validate_arguments
 
 Layers = str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str]
 
 
+@validate_arguments
 def measure(
     source: nn.Module,
     target: nn.Module,

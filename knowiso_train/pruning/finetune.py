@@ -28,7 +28,14 @@ from knowiso_train.pruning.finetune_targets import (
 from knowiso_train.pruning.report import FinetuneReport, ValidationPoint
 from knowiso_train.pruning.tracing import Forward, comparable_blocks
 from knowiso_train.utils.batch import get_inputs, labels_of, replace_inputs
-from knowiso_train.utils.validation import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, validate_fields
+from knowiso_train.utils.validation import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    validate_arguments,
+    validate_fields,
+)
 
 DEFAULT_STEPS = 200
 MIN_FINETUNE_IMAGES = 8
@@ -94,6 +101,7 @@ class PruneFinetuneConfig:
         return self.steps or DEFAULT_STEPS
 
 
+@validate_arguments
 def finetune(
     pruned: nn.Module,
     original: nn.Module,

@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError
+from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.ops.im2col import num_input_features
 from knowiso_train.pruning.calibration import SAMPLES_PER_FEATURE, LayerInput, input_moments
@@ -28,6 +28,7 @@ from knowiso_train.pruning.elimination import BackwardElimination, Consumer, rem
 from knowiso_train.pruning.ranking import ChannelRanking
 from knowiso_train.pruning.tracing import Forward
 from knowiso_train.utils.batch import check_loader
+from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Seed, validate_arguments
 
 
 class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -65,6 +66,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         (4, 4)
     """
 
+    @validate_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -72,23 +74,16 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         *,
         cumulative: bool = True,
         per: Literal["macs", "channel"] = "macs",
-        ridge: float = 1e-4,
-        max_images: int = 512,
-        rows: int = SAMPLES_PER_FEATURE,
+        ridge: NonNegativeFloat = 1e-4,
+        max_images: PositiveInt = 512,
+        rows: PositiveInt = SAMPLES_PER_FEATURE,
         forward: Forward | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         progress: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
         check_loader(loader)
-        if not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf or max_images < 1 or rows < 1:
-            raise OptionError(
-                "expected ridge, one finite number >= 0, max_images >= 1 and rows >= 1, got "
-                f"{ridge!r}, {max_images!r} and {rows!r}"
-            )
-        if per not in ("macs", "channel"):
-            raise OptionError(f'per must be "macs" or "channel", got {per!r}')
+        if math.isinf(ridge):
+            raise OptionError(f"ridge must be finite, got {ridge}")
         self.model, self.loader = unwrap_model(model), loader
         self.cumulative, self.per, self.ridge = cumulative, per, ridge
         self._pass_options: dict[str, Any] = {

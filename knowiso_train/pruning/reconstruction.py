@@ -45,6 +45,7 @@ from knowiso_train.pruning.tracing import (
     trace_model,
 )
 from knowiso_train.regression.ridge import PrimalMoments
+from knowiso_train.utils.validation import validate_arguments
 
 # Infinity leaves the surviving weights, for layers that a fit makes worse on new images
 RECONSTRUCTION_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, math.inf)
@@ -327,6 +328,7 @@ def reconstruct(
     return fits
 
 
+@validate_arguments
 def refit(
     pruned: nn.Module,
     original: nn.Module,

@@ -41,8 +41,10 @@ from knowiso_train.refinement.peers import PeerScore, score_peer
 from knowiso_train.refinement.report import RefineReport, RefineResult
 from knowiso_train.utils.batch import subsample_loader
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.validation import validate_arguments
 
 
+@validate_arguments
 def refine(
     model: nn.Module,
     peers: nn.Module | Iterable[nn.Module],

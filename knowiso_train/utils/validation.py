@@ -178,6 +178,8 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
         return callable(value), value
     if origin is not None and isinstance(origin, type):
         return _match_container(value, origin, arguments)
+    if getattr(hint, "_is_protocol", False) and "__call__" in vars(hint):
+        return callable(value), value
     if isinstance(hint, type):
         return isinstance(value, hint), value
     return True, value
@@ -238,7 +240,7 @@ def _describe(hint: Any) -> str:
         if arguments[-1:] == (Ellipsis,):
             return f"a tuple, each item {_describe(arguments[0])}"
         return f"a tuple of {len(arguments)}: {', '.join(_describe(item) for item in arguments)}"
-    if origin is collections.abc.Callable or hint is Callable:
+    if origin is collections.abc.Callable or hint is Callable or getattr(hint, "_is_protocol", False):
         return "a function"
     if isinstance(origin, type) and issubclass(origin, collections.abc.Mapping) and len(arguments) == 2:
         return f"a mapping from {_describe(arguments[0])} to {_describe(arguments[1])}"

@@ -150,7 +150,7 @@ class TestMessages:
         for wrong, message in (
             ({"every": 0}, "every must be"),
             ({"every": 0.5}, "every must be"),
-            ({"log": "tensorboard"}, r"log must be callable.*accelerator\.log"),
+            ({"log": "tensorboard"}, "log must be a function or None, got the string"),
             ({"path": __file__}, "is a file"),
             ({"max_image": 5}, r"'max_image' is no option.*nearest: \['max_images'"),
             ({"device": "cpu"}, "'device' is no option"),

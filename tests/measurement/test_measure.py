@@ -221,7 +221,7 @@ def test_neighborhoods_of_a_single_position_are_that_position() -> None:
         for k in (1, 3)
     ]
     assert figures(reports[0]) == figures(reports[1])
-    assert reports[1].pairs[0].disentangler.settings.kernel_size == 1
+    assert reports[1].pairs[0].disentangler.config.kernel_size == 1
 
 
 def test_augmenting_datasets_are_fine_when_read_by_index(images: Tensor) -> None:
@@ -261,7 +261,7 @@ def test_options_without_meaning_are_refused(images: Tensor) -> None:
             run([images], **options)
     with pytest.raises(InputTypeError):
         run(3)
-    with pytest.raises(OptionError, match="belong to the closed form"):
+    with pytest.raises(OptionError, match="hidden cannot be set with solver"):
         run([images], solver="paper", hidden=4)
 
 
@@ -304,7 +304,7 @@ def test_paper_solver_reports_as_published(images: Tensor) -> None:
     pair = report.pairs[0]
     assert not pair.additive
     assert pair.shares == pair.component_variances
-    assert pair.disentangler.settings.kernel_size == 3
+    assert pair.disentangler.config.kernel_size == 3
     assert pair.noise_floor is None
 
 

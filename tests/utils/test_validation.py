@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import pytest
@@ -23,6 +23,11 @@ from knowiso_train.utils.validation import (
     validate_arguments,
     validate_fields,
 )
+
+
+class Logger(Protocol):
+    def __call__(self, values: dict[str, float], step: int) -> None: ...
+
 
 FITTING: list[tuple[Any, Any]] = [
     (3, int),
@@ -40,9 +45,10 @@ FITTING: list[tuple[Any, Any]] = [
     ((1, 2, 3), tuple[int, ...]),
     ({"a": 1}, Mapping[str, int]),
     (len, Callable[[Any], int]),
+    (print, Logger),
     (torch.nn.ReLU(), torch.nn.Module),
     (Path("x"), str | Path),
-    (object(), Any),
+    (1j, Any),
     (1, PositiveInt),
     (0.5, UnitFloat | Literal["auto"]),
     ("auto", UnitFloat | Literal["auto"]),
@@ -62,6 +68,7 @@ WRONG_TYPE: list[tuple[Any, Any]] = [
     ([1, "x"], Sequence[int]),
     ({"a": "b"}, Mapping[str, int]),
     (5, Callable[[Any], int]),
+    (5, Logger | None),
     (torch.nn.ReLU, torch.nn.Module),
     (5, str | Path),
     (True, Literal[1, 2]),
