@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -150,3 +152,22 @@ def test_torch_pruning_is_imported_in_two_files() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_modules_have_at_most_500_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_docstrings_do_not_begin_with_a_question_word(path: Path) -> None:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, kinds)]
+    assert [text for text in docstrings if re.match(r"(What|Which|Whether|How|Where|Why)\b", text)] == []
+
+
+def test_a_constant_name_has_one_value() -> None:
+    values: dict[str, set[str]] = defaultdict(set)
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for name in (leaf for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)):
+                if name.id.isupper():
+                    values[name.id].add(ast.unparse(node.value))
+    assert values
+    assert {name: found for name, found in values.items() if len(found) > 1} == {}

@@ -88,7 +88,7 @@ def test_measure_says_the_same_twice_and_obeys_the_seed(pictures: Path, tmp_path
 
 
 def test_a_network_explains_itself(pictures: Path, tmp_path: Path) -> None:
-    """The same weights on both sides: nothing is left over, so the checkpoints, the transforms and the layer names all arrive."""
+    """The same weights on both sides leave no residual, so checkpoints, transforms and layer names arrive."""
     import timm
 
     torch.save({"state_dict": timm.create_model("test_resnet").state_dict()}, tmp_path / "w.pth")
@@ -195,7 +195,10 @@ def test_every_option_says_what_it_does_and_its_default() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from knowiso_train.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    code = (
+        "import sys; from knowiso_train.cli import parser; parser().format_help(); "
+        "sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    )
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert time.perf_counter() - began < 5  # 0.1 s where nothing else runs

@@ -99,10 +99,8 @@ class ClosedFormFitter(Fitter):
         results: list[nn.Module] = []
         for target in range(self.spec.num_targets):
             channels = self.channels_of(target)
-            target_fit, target_select = (
-                None if m is None else m.targets(channels.start, channels.stop) for m in (fit, select)
-            )
-            assert target_fit is not None
+            target_fit = fit.targets(channels.start, channels.stop)
+            target_select = None if select is None else select.targets(channels.start, channels.stop)
             linear = solve_ridge(target_fit, ridge, target_select, spectrum)
             maps = self._build_maps()
             write_weight(maps.linear, linear.weight, linear.bias)

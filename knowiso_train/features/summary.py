@@ -41,9 +41,13 @@ def stage_grids(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int
     layers, named = named_layers(model), named_stages(model)
     candidates = [name for name in layers if name in named] or [name for name in layers if "." not in name]
     # A compiled network would not call hooks that are registered after its compilation.
-    with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        with record_outputs({name: layers[name] for name in candidates}) as outputs:
-            run()
+    with (
+        preserve_state(model),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        record_outputs({name: layers[name] for name in candidates}) as outputs,
+    ):
+        run()
     grids = {
         name: grid for name in candidates if (grid := _grid(name, model, outputs.get(name, [None])[0])) is not None
     }

@@ -116,8 +116,8 @@ class SplitImageLoader:
         return _chunks(index[~report], size), _chunks(index[report], size)
 
     def _own_batches(self, report: bool) -> list[list[int]]:
-        assert self._index_batches is not None
-        return self._index_batches[report][self.group.rank :: self.group.size]
+        batches = self._index_batches or ([], [])
+        return batches[report][self.group.rank :: self.group.size]
 
     def _read(self, report: bool) -> Iterator[IndexedBatch]:
         return self._read_stream(report) if self._index_batches is None else self._read_indexed(report)

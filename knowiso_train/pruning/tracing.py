@@ -407,9 +407,13 @@ def comparable_blocks(
 
 def _output_shapes(model: nn.Module, batch: Any, forward: Forward) -> dict[str, tuple[torch.Size, int]]:
     """Return shape and identity of the output of each layer that runs once and returns one tensor, in forward order."""
-    with preserve_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        with record_outputs(named_layers(model)) as outputs:
-            forward(model, batch)
+    with (
+        preserve_state(model),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        record_outputs(named_layers(model)) as outputs,
+    ):
+        forward(model, batch)
     once = {name: values[0] for name, values in outputs.items() if len(values) == 1}
     return {
         name: (output.shape, id(output))

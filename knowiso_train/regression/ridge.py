@@ -136,10 +136,7 @@ def solve_ridge(
         return solve_ridge_cholesky(fit, FIXED_RIDGE if search else float(ridge))
     spectrum = spectrum or Spectrum.of(fit, select if search else None)
     rotated = spectrum.rotate(fit.xy)
-    if search and select is not None:
-        rho = _search_ridge(spectrum, rotated, select, scale)
-    else:
-        rho = float(ridge)
+    rho = _search_ridge(spectrum, rotated, select, scale) if search and select is not None else float(ridge)
     weight = spectrum.vectors @ spectrum.coefficients(rotated, rho * scale)
     return LinearMap(weight, fit.mean_y - weight.T @ fit.mean_x, rho)
 

@@ -16,7 +16,7 @@ from knowiso_train.utils.hashing import Stream, hash_unit
 
 MIN_CROP_SIDE = 8  # positions; in a smaller crop the halo of the hidden layers outweighs the targets
 MIN_SCATTERED_POSITIONS = 16  # of each image
-COMPACTION_RATIO = 1.25  # stored images per image allowed, above which the surplus is dropped
+MAX_STORED_RATIO = 1.25  # stored images per image allowed, above which the surplus is dropped
 COMPACTION_SLACK_IMAGES = 64
 
 
@@ -113,7 +113,7 @@ class FeatureSample:
             x, y, index = x[mask.to(x.device)], y[mask.to(y.device)], index[mask.numpy()]
         if len(index):
             self.parts.append(part | self._cut(x, y, index))
-        if sum(len(p["order"]) for p in self.parts) > COMPACTION_RATIO * capacity + COMPACTION_SLACK_IMAGES:
+        if sum(len(p["order"]) for p in self.parts) > MAX_STORED_RATIO * capacity + COMPACTION_SLACK_IMAGES:
             self._compact(capacity)
 
     def result(self, group: ProcessGroup | None = None) -> Sample | None:

@@ -34,7 +34,7 @@ class TestTrainingNoticesNothing:
         assert count_hooks(student, teacher) == 0
 
     def test_inside_one_autocast_block_the_gradients_stay(self) -> None:
-        """Up to torch 2.8 at least, weights cast under no_grad stay in autocast's cache, and the next forward in the block has no gradient."""
+        """Weights cast under no_grad stay in the cache of autocast (torch 2.8): the next forward has no gradient."""
 
         def gradients(watch: bool) -> list[Tensor]:
             model, teacher = network(1), network(2)

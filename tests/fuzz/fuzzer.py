@@ -188,7 +188,8 @@ def bad_values(rng: random.Random, folder: Path) -> list[Callable[[], Any]]:
         None, True, False, *numbers, "", "3", "layer", "auto", "all", "cuda:99", "meta", b"bytes", 1j, object(), int,
         nn.Module, len, (), [], {}, {"a": 1}, {"2": None}, ["2", "2"], [None], (1, 2, 3), (0.6, 0.2, 0.2),
         ("a", "b", "c"), [1.0, math.nan], {1: 2}, {"2": "5"}, [("2", "5", "8")], np.int64(3), np.float32(0.5),
-        np.zeros(3), Path("nowhere/x"), range(3), frozenset({"2"}), torch.float16, torch.device("cpu"), torch.device("meta"),
+        np.zeros(3), Path("nowhere/x"), range(3), frozenset({"2"}), torch.float16, torch.device("cpu"),
+        torch.device("meta"),
     ]  # fmt: skip
     made: list[Callable[[], Any]] = [
         lambda: torch.tensor(2),

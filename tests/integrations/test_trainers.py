@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and Lightning: the term is there, hooks come and go, figures are logged, and a resumed run is the uninterrupted one."""
+"""Adapters of the Trainer of Hugging Face and of Lightning: loss term, hooks, logged figures and resuming."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_transform_refuses_other_images() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six oblong pictures in two classes, in a split `val`: black, but for a white center in class 1, wider than the crop."""
+    """Write six oblong images of two classes in a split `val`: black, with a white center in class 1."""
     for i in range(6):
         pixels = np.zeros((20, 30, 3), np.uint8)
         pixels[:, 1:29] = 255 * (i % 2)

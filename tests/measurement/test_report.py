@@ -208,7 +208,7 @@ def test_files_that_are_no_report_are_refused(tmp_path: Path) -> None:
         Report.from_json(tmp_path / "half.json")
     with pytest.raises(FormatError, match="cannot be read"):
         Report.from_json(tmp_path / "none.json")
-    with pytest.raises(FormatError, match="Report.to_json"):
+    with pytest.raises(FormatError, match=r"Report\.to_json"):
         Report.from_json("[1]")
 
 

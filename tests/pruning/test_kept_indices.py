@@ -66,7 +66,7 @@ def test_channels_are_inferred_from_the_weight(outputs: list[int], inputs: list[
 def test_weights_that_are_no_slice_raise() -> None:
     weight = torch.randn(8, 6, 3, 3)
     for other in (weight[:4, :3] + 0.1, weight[[3, 0]], weight[:4, :, :1], torch.randn(9, 6, 3, 3)):
-        with pytest.raises(ShapeError, match="'layer'.* no slice of the original's"):
+        with pytest.raises(ShapeError, match=r"'layer'.* no slice of the original's"):
             infer_kept_channels("layer", weight, other)
 
 
@@ -87,7 +87,7 @@ def test_outputs_are_inferred_from_the_norm_after_the_weights_were_trained() -> 
     # Two channels with equal numbers are ambiguous
     with torch.no_grad():
         norms[0].weight[0] = norms[0].weight[1]
-    with pytest.raises(ShapeError, match="'conv'.* no slice"):
+    with pytest.raises(ShapeError, match=r"'conv'.* no slice"):
         infer_kept_outputs(original, pruned, {"conv": Epilogue(norm="norm")})
     kept: dict[str, Any] = {"conv.weight": [outputs, None]}
     assert infer_kept_outputs(original, pruned, {"conv": Epilogue(norm="norm")}, kept)["conv"].tolist() == outputs

@@ -55,8 +55,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(pictures: Path) -> Callable[..., list[str]]:
     def made(output: Path, *more: str) -> list[str]:
-        options = f"--output {output} --dataset {pictures} --image-size {SIDE} --flip --batch-size 16 --lr 0.02 --layers layer1 layer2=layer2"
-        tiny = "--teacher test_resnet channels=(16,16,24,24) --teacher-epochs 2 --student test_resnet channels=(8,8,16,16) drop_rate=0.2"
+        options = f"--output {output} --dataset {pictures} --image-size {SIDE} --flip --batch-size 16 --lr 0.02"
+        options += " --layers layer1 layer2=layer2"
+        tiny = "--teacher test_resnet channels=(16,16,24,24) --teacher-epochs 2"
+        tiny += " --student test_resnet channels=(8,8,16,16) drop_rate=0.2"
         return [
             *options.split(),
             *tiny.split(),

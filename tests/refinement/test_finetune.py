@@ -78,7 +78,7 @@ def test_a_cycle_continues_a_shuffled_pass() -> None:
     other.load_state_dict(state)
     torch.set_rng_state(random_state)
     assert [next(other)[0].tolist() for _ in range(6)] == expected
-    assert sorted(sum(first[:5], [])) == list(range(10))
+    assert sorted(index for batch in first[:5] for index in batch) == list(range(10))
     assert first[:5] != first[5:]
 
 

@@ -63,7 +63,7 @@ def test_unsupported_values_raise_with_their_place(value: object) -> None:
 
 @pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', "[-Infinity]", "{"])
 def test_text_that_is_not_strict_json_raises(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"JSON|Expecting"):
         parse_json(text)
 
 
@@ -79,10 +79,15 @@ def test_values_that_cannot_be_serialized_leave_the_file_as_it_was(tmp_path: Pat
 def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     write_file(path, b"old")
-    with pytest.raises(KeyboardInterrupt), replace_file(path) as partial:
-        partial.write_bytes(b"half")
-        assert path.read_bytes() == b"old"
-        raise KeyboardInterrupt
+
+    def interrupted_write() -> None:
+        with replace_file(path) as partial:
+            partial.write_bytes(b"half")
+            assert path.read_bytes() == b"old"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_write()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["weights.bin"]
 
@@ -102,7 +107,8 @@ def test_symbolic_links_stay_links(tmp_path: Path) -> None:
     target.write_text("old")
     link.symlink_to(target)
     write_file(link, "new")
-    assert link.is_symlink() and target.read_text() == "new"
+    assert link.is_symlink()
+    assert target.read_text() == "new"
 
 
 def test_new_files_get_the_usual_permissions(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_the_rule_is_as_wide_as_the_indented_table() -> None:
 
 
 def test_rows_of_different_lengths_raise() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="zip"):
         format_table([["a", "b"], ["c"]])
 
 
