@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
+from knowiso_train.errors import OptionError
 from knowiso_train.experiment.processes import Processes
 from knowiso_train.features import checked_device, on_device
 
@@ -45,7 +46,7 @@ UNUSABLE = ["meta", torch.device("meta"), 1.5, True, torch.float64, "nowhere", "
 def test_unusable_devices_raise_before_a_network_is_moved(call: str, device: Any) -> None:
     networks = network(0), network(1)
     before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in networks]
-    with pytest.raises(ki.OptionError, match="device"):
+    with pytest.raises(OptionError, match="device"):
         CALLS[call](*networks, device)
     for model, state in zip(networks, before, strict=True):
         for name, tensor in model.state_dict().items():
@@ -57,13 +58,13 @@ def test_a_network_on_the_meta_device_stays_there() -> None:
     layer = nn.Linear(2, 2, device="meta")
     with on_device("meta", layer):
         assert layer.weight.is_meta
-    with pytest.raises(ki.OptionError, match="discard"), on_device("meta", layer, nn.Linear(2, 2)):
+    with pytest.raises(OptionError, match="discard"), on_device("meta", layer, nn.Linear(2, 2)):
         pass
 
 
 @pytest.mark.parametrize("device", ["meta", "nowhere"])
 def test_unusable_devices_of_a_run_raise(device: str) -> None:
-    with pytest.raises(ki.OptionError, match="device"):
+    with pytest.raises(OptionError, match="device"):
         Processes(device)
 
 
