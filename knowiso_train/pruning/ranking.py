@@ -39,7 +39,7 @@ from knowiso_train.pruning.channel_groups import (
     unit_columns,
 )
 from knowiso_train.pruning.elimination import BackwardElimination, Consumer, output_variance
-from knowiso_train.pruning.tracing import ActivationCache, Epilogue, batch_norm_affine
+from knowiso_train.pruning.tracing import MIN_OUTPUT_SCALE, ActivationCache, Epilogue, batch_norm_affine
 from knowiso_train.regression.ridge import KernelMoments, PrimalMoments
 
 RANKING_RIDGE = 1e-4  # relative ridge of the refit during elimination
@@ -47,7 +47,6 @@ RANKING_RIDGE = 1e-4  # relative ridge of the refit during elimination
 SENSITIVITY_EXPONENTS = (0.5, 1.0)
 MAX_SENSITIVITY_FRACTION = 0.25  # upper bound on the fraction of images for the output's sensitivity
 MAX_RERANK_FEATURES = 2304  # features of a layer, above which a second elimination takes too long
-MIN_SCALE_OF_MAXIMUM = 1e-6  # smallest weight of an output channel, as a fraction of the largest one
 
 PROBE_WIDTH_FRACTION = 0.25  # width of a group, as a fraction of all units, at which the output's change is measured
 MAX_FEATURES_PER_SAMPLE = 0.05  # features per sample, above which the covariance is shrunk to its diagonal
@@ -349,7 +348,7 @@ class _GroupConsumer:
 
 def _bounded_scale(scale: Tensor) -> Tensor:
     """Return positive scales, bounded from below relative to the largest one."""
-    return scale.abs().clamp_min(MIN_SCALE_OF_MAXIMUM * float(scale.abs().max().clamp_min(1e-30)))
+    return scale.abs().clamp_min(MIN_OUTPUT_SCALE * float(scale.abs().max().clamp_min(1e-30)))
 
 
 def _shrunk(xx: Tensor, count: float) -> Tensor:

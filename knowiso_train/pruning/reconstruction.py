@@ -36,6 +36,7 @@ from knowiso_train.pruning.layer_regression import (
 )
 from knowiso_train.pruning.report import LayerFit, RefitReport
 from knowiso_train.pruning.tracing import (
+    MIN_OUTPUT_SCALE,
     TRACE_IMAGES,
     Epilogue,
     Forward,
@@ -51,7 +52,6 @@ from knowiso_train.utils.validation import validate_arguments
 RECONSTRUCTION_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, math.inf)
 UNCONSTRAINED_RIDGE = 1e-2  # ridge of the weights on all input channels, from which channels are ranked
 UNCHANGED_FRACTION = 1e-10  # unexplained variance, below which nothing upstream has changed and the layer is left as is
-MIN_RELATIVE_SCALE = 1e-6  # fraction of the largest scale, below which an output channel has no effect
 
 REFIT_SAMPLES_PER_FEATURE = 100  # samples of a layer's regression
 
@@ -100,7 +100,7 @@ class LayerReconstruction:
             offset = shift + self.positions.outputs(stream, conv=isinstance(self.layer, nn.Conv2d)).double()
             # An output channel of scale 0 has no effect on the sum: its target is 0
             zero = torch.zeros((), dtype=y.dtype, device=y.device)
-            ineffective = scale.abs() < MIN_RELATIVE_SCALE * scale.abs().max().clamp_min(1e-30)
+            ineffective = scale.abs() < MIN_OUTPUT_SCALE * scale.abs().max().clamp_min(1e-30)
             y = torch.where(ineffective, zero, (y - offset) / torch.where(ineffective, torch.ones_like(scale), scale))
             limit_scale = torch.where(ineffective, zero, scale)
         limits = self.epilogue.activation_range

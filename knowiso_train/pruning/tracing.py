@@ -35,6 +35,7 @@ RETURN_OP = "return"  # pseudo-operation: the caller of the model reads a return
 NON_BLOCK_TYPES = (nn.Sequential, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 MIN_FEATURE_AXES = 3  # (N, L, C) or more; one vector an image is an output and no feature map
 
+MIN_OUTPUT_SCALE = 1e-6  # fraction of the largest scale of a layer; output channels below it have no effect
 TRACE_IMAGES = 2  # images
 
 
