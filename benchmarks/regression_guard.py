@@ -150,6 +150,7 @@ def disentangler_reloaded(maps: Any, folder: Path) -> nn.Module:
 
 def make_loss(student: nn.Module, teacher: nn.Module, **options: Any) -> Any:
     """Return the loss of two layers."""
+    options = {"scale": "linear", "weight": 1.0} | options
     return ki.IsomorphismLoss(student, teacher, {"layer2": "layer2", "layer3": "layer3"}, refresh=5, **options)
 
 

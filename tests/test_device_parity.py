@@ -105,7 +105,7 @@ def train_losses(
     """Train a small student for 25 steps and return the loss of every step."""
     student, teacher, peer = (built(seed).to(device) for seed in (1, 2, 3))
     options |= {"peers": [peer]} if options.get("target") == "consensus" else {}
-    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, **options).to(device)
+    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, **({"scale": "linear", "weight": 1.0} | options)).to(device)
     optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.01)
     generator, losses = torch.Generator().manual_seed(0), []
     with iso:
@@ -156,7 +156,7 @@ def synchronizing_calls(device: str, work: Callable[[], Any]) -> list[str]:
 def test_steps_between_refreshes_do_not_synchronize(device: str, options: dict[str, Any]) -> None:
     student, teacher, peer = (built(seed).to(device) for seed in (1, 2, 3))
     options |= {"peers": [peer]} if options.get("target") == "consensus" else {}
-    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, **options).to(device)
+    iso = ki.IsomorphismLoss(student, teacher, {"2": "2"}, **({"scale": "linear", "weight": 1.0} | options)).to(device)
     images = torch.randn(32, 3, 8, 8, device=device)
 
     def step() -> None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,9 @@ WIDTHS = (16, 32, 64)
 TRAIN_IMAGES, TUNING_IMAGES, VALIDATION_IMAGES = slice(0, 9000), slice(9000, 13000), slice(13000, 15000)
 TUNING_SEED = 1000
 # Centers of the grids: terms are then about as large as the cross-entropy at the start
-CENTER_WEIGHTS = {"kd": 1.0, "fitnet": 1.0, "at": 1000.0, "moment": 1.0}
+CENTER_WEIGHTS = {"kd": 1.0, "fitnet": 1.0, "at": 1000.0, "moment": 1.0, "log": 10.0}
+# Scales of `IsomorphismLoss`, by the name of its term
+SCALES: dict[str, Literal["linear", "log"]] = {"moment": "linear", "log": "log"}
 SETTINGS_TRIED = ({"refresh": 1}, {"refresh": 50}, {"window": 5}, {"window": 100})
 
 
@@ -60,6 +62,11 @@ class Arm:
     def __hash__(self) -> int:
         return hash(json.dumps(asdict(self), sort_keys=True))
 
+    @property
+    def isomorphism_term(self) -> str | None:
+        """Name of the term of `IsomorphismLoss`, or None."""
+        return next((name for name in SCALES if name in self.weights), None)
+
 
 class Student:
     """Network in training with its losses and optimizer."""
@@ -71,8 +78,10 @@ class Student:
         self.arm, self.features, self.seconds, self.diverged = arm, features, 0.0, False
         self.model = CifarResNet(args.depth)
         self.student_features: dict[str, Tensor] = {}
-        if "moment" in arm.weights:
-            self.iso = IsomorphismLoss(self.model, teacher, LAYERS, weight=arm.weights["moment"], **arm.options)
+        if (term := arm.isomorphism_term) is not None:
+            self.iso = IsomorphismLoss(
+                self.model, teacher, LAYERS, scale=SCALES[term], weight=arm.weights[term], **arm.options
+            )
         torch.manual_seed(seed + 1)
         self.baselines = {"fitnet": FitNet(WIDTHS, WIDTHS), "at": AttentionTransfer()}
         self.baselines = {name: baseline for name, baseline in self.baselines.items() if name in arm.weights}
@@ -102,7 +111,7 @@ class Student:
             loss = loss + self.arm.weights[name] * baseline(
                 [self.student_features[layer] for layer in LAYERS], [self.features[layer] for layer in LAYERS]
             )
-        if "moment" in self.arm.weights:
+        if self.arm.isomorphism_term:
             try:
                 loss = loss + self.iso(teacher_output=teacher_logits)
             except NonFiniteError:
@@ -156,7 +165,7 @@ def train(
     with ExitStack() as stack:
         students = [Student(arm, args, seed, teacher, features) for arm in arms]
         for student in students:
-            if "moment" in student.arm.weights:
+            if student.arm.isomorphism_term:
                 stack.enter_context(student.iso)
         for layer in LAYERS:
             handle = getattr(teacher, layer).register_forward_hook(
@@ -182,7 +191,7 @@ def train(
                 "seconds of the student": round(student.seconds, 1),
                 "seconds of the teacher": round(teacher_seconds, 1),
             }
-            if "moment" in student.arm.weights:
+            if student.arm.isomorphism_term:
                 row["shares"] = {layer: round(student.iso.log()[f"iso/{layer}/share"], 3) for layer in LAYERS}
             rows.append(row)
     return rows
@@ -252,7 +261,8 @@ def tune_weights(run: Callable[[list[Arm]], list[float]]) -> dict[str, float]:
 
 def final_arms(weights: dict[str, float]) -> list[Arm]:
     """Return the arms of the final runs."""
-    parts = [(), ("kd",), ("fitnet",), ("fitnet", "kd"), ("at",), ("at", "kd"), ("moment",), ("moment", "kd")]
+    feature_terms = ("fitnet", "at", "moment", "log")
+    parts = [(), ("kd",), *(part for term in feature_terms for part in ((term,), (term, "kd")))]
     return [Arm({name: weights[name] for name in part}) for part in parts]
 
 

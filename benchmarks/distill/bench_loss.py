@@ -112,6 +112,8 @@ class Contender:
                 self.student,
                 self.teacher,
                 case.layers,
+                scale="linear",
+                weight=1.0,
                 refresh=REFRESH_INTERVAL,
                 peers=self.frozen[1:],
                 **LOSS_OPTIONS[kind],

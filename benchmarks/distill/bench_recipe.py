@@ -1,4 +1,4 @@
-"""Time and results of `recipes/distill.py` with its default arguments.
+"""Time and results of `recipes/distill.py` on digits, with the linear scale of the isomorphism loss.
 
     python -m benchmarks.distill.bench_recipe     # two minutes on two idle cores
 
@@ -24,7 +24,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "distill.py"
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        subprocess.run([sys.executable, str(RECIPE), "--output", folder], check=True)
+        loss_options = ["--scale", "linear", "--weight", "1"]
+        subprocess.run([sys.executable, str(RECIPE), "--output", folder, *loss_options], check=True)
         seconds = round(time.perf_counter() - began, 1)
         summary = json.loads((Path(folder) / "summary.json").read_text())
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowiso_train.distillation.config import DEFAULT_WEIGHT
 from knowiso_train.distillation.estimators import warn_once
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import KeepPrecision
@@ -16,7 +17,9 @@ from knowiso_train.utils.distributed import ProcessGroup
 
 # Decay of the running mean squares, per backward pass
 BALANCE_MOMENTUM = 0.9
-MAX_BALANCED_WEIGHT = 1e4
+# Four times the default weight. A layer whose later layers have balanced losses too receives the ratio of their
+# gradients as well, so weights multiply from pair to pair; without a bound the features collapse
+MAX_BALANCED_WEIGHT = 4 * DEFAULT_WEIGHT
 # Key of the watched branches in the metadata of an autograd node; all losses share them
 METADATA_KEY = "knowiso balance"
 # Autograd nodes of a hook's capture: the captured tensor is a clone, view or alias of the layer's output
@@ -44,7 +47,7 @@ class GradientBalance(KeepPrecision):
     `L_other` is the rest of the total loss that depends on x: task, logit distillation, pairs of later layers. Other
     balanced pairs of the same feature are excluded, since their weights would grow without bound. A loss scale
     (GradScaler) cancels. Norms are roots of running mean squares over backward passes and processes. Weights change at
-    refreshes only, and are 1 before the first measurement.
+    refreshes only, are 1 before the first measurement, and at most `MAX_BALANCED_WEIGHT`.
 
     Args:
         num_pairs: Number of layer pairs.

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation.balancing import GradientBalance
-from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Solver, Target, Transform
+from knowiso_train.distillation.collapse import CollapseDetector
+from knowiso_train.distillation.config import (
+    DEFAULT_WEIGHT,
+    IsomorphismLossConfig,
+    Repeated,
+    Scale,
+    Solver,
+    Target,
+    Transform,
+)
 from knowiso_train.distillation.estimators import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
 from knowiso_train.distillation.frozen_model import FrozenModel, check_grids, freeze_peers
 from knowiso_train.distillation.layer_selection import auto_layers
@@ -23,13 +32,20 @@ from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import LayerPair, pair_layers, unwrap_model
 from knowiso_train.utils.distributed import ProcessGroup, all_reduce_gradients
 
+# Summand of the share in log scale; bounds the gradient of a pair that is nearly explained
+LOG_SHARE_OFFSET = 1e-3
+
 
 class IsomorphismLoss(nn.Module):
-    """Unexplained share of the teacher's features given the student's: `Σ_pairs w · ‖x_T - g(x_S)‖² / Var(x_T)`.
+    """Logarithm of the unexplained share of the teacher's features given the student's, summed over layer pairs.
 
-    x_S and x_T are the features (N, C, H, W) of a layer pair on the teacher's grid, and g is a map of order K between
-    them. A pair's loss is 1 where nothing is explained and 0 where everything is, whatever the widths and scales.
-    Reference: arXiv 1908.01581.
+    The loss is `Σ_pairs w · log(u + 1e-3)` with `u = ‖x_T - g(x_S)‖² / Var(x_T)`. x_S and x_T are the features
+    (N, C, H, W) of a layer pair on the teacher's grid, and g is a map of order K between them. The share u is 1 where
+    nothing is explained and 0 where everything is, whatever the widths and scales. Reference: arXiv 1908.01581.
+
+    The loss is about 0 where nothing is explained and negative below, down to `-6.9 w` per pair: the logarithm of a
+    share. Only its gradient matters, which is that of u divided by u. A fixed weight therefore keeps its effect for
+    every variance of the teacher and during the whole training.
 
     Student and teacher are not registered: `parameters()` and `state_dict()` hold only the maps, and the saved student
     is the plain student. Attach the loss before the first call of a compiled student.
@@ -46,8 +62,12 @@ class IsomorphismLoss(nn.Module):
             `solver="closed_form"` only.
         order: Number K of non-linear steps of the learned g. Default: 0, linear.
         kernel_size: Odd kernel size of g, in positions. Default: 1.
+        scale: "log": the loss of a pair is `log(u + 1e-3)`, and 0 until the map is solved; a learned g trains on
+            `u + λ Σ p_k²`, independently of weight and schedule. "linear": the loss is u, whose gradient vanishes as u
+            does, plus the penalty of a learned g.
         weight: Factor w of every pair, or {student layer: factor}. "balanced": the gradient at the student's feature is
-            `ratio` times that of the remaining loss in the same backward pass; not with a compiled student. Default: 1.
+            `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200; not with a
+            compiled student. Default: 50, which suits both scales; try 15 to 100, and a decay by `schedule`.
         ratio: Gradient ratio of `weight="balanced"`. Default: 1.
         schedule: Function from call to factor of all weights, such as `WeightSchedule(warmup=500)`. Calls count from
             the first with a solved map. Default: constant 1.
@@ -80,8 +100,9 @@ class IsomorphismLoss(nn.Module):
         ...     for _ in range(3):
         ...         loss = student(torch.randn(8, 3, 6, 6)).square().mean() + iso()
         ...         loss.backward()
-        >>> 0 < iso.log()["iso/1/loss"] < 2
-        True
+        >>> log = iso.log()
+        >>> 0 < log["iso/1/share"] < 1, log["iso/1/loss"] < 0
+        (True, True)
     """
 
     def __init__(
@@ -94,7 +115,8 @@ class IsomorphismLoss(nn.Module):
         target: Target = "teacher",
         order: int = 0,
         kernel_size: int = 1,
-        weight: float | Mapping[str, float] | Literal["balanced"] = 1.0,
+        scale: Scale = "log",
+        weight: float | Mapping[str, float] | Literal["balanced"] = DEFAULT_WEIGHT,
         ratio: float = 1.0,
         schedule: Callable[[int], float] | None = None,
         teacher_transform: Transform | None = None,
@@ -113,8 +135,8 @@ class IsomorphismLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.config = IsomorphismLossConfig(
-            solver=solver, target=target, order=order, kernel_size=kernel_size, weight=weight, ratio=ratio,
-            schedule=schedule, teacher_transform=teacher_transform, teacher_forward=teacher_forward,
+            solver=solver, target=target, order=order, kernel_size=kernel_size, scale=scale, weight=weight,
+            ratio=ratio, schedule=schedule, teacher_transform=teacher_transform, teacher_forward=teacher_forward,
             peer_layers=peer_layers, peer_transforms=peer_transforms, ridge=ridge, refresh=refresh, window=window,
             penalty=penalty, layout=layout, repeated=repeated,
         )  # fmt: skip
@@ -138,6 +160,7 @@ class IsomorphismLoss(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._calls, self._active_calls = 0, 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
+        self._collapse = CollapseDetector()
 
     @property
     def student(self) -> nn.Module:
@@ -236,6 +259,7 @@ class IsomorphismLoss(nn.Module):
     def log(self) -> dict[str, float]:
         """Return figures of the last call by tracker name: per pair loss, explained share, weight and gradient norm.
 
+        `loss` is `log(u + 1e-3)` in log scale, and u in linear scale, without the weight. `share` is `1 - u`.
         `grad_norm` is the norm of the weighted loss's gradient at the student's feature, after backward. Under a
         GradScaler it includes the scale. Figures are of this process.
         """
@@ -268,6 +292,7 @@ class IsomorphismLoss(nn.Module):
         layers = ", ".join(f"{pair.source!r}: {pair.target!r}" for pair in self.pairs)
         return (
             f"solver={self.config.solver!r}, target={self.config.target!r}, order={self.config.order}, "
+            f"scale={self.config.scale!r}, "
             f"layers={{{layers}}}"
         )
 
@@ -298,22 +323,30 @@ class IsomorphismLoss(nn.Module):
         for index, pair in enumerate(self.pairs):
             feature, target = batch.features[index], targets[pair.target]
             check_grids(pair, feature, target, self._student.reader, self._teacher.reader)
-            loss = self._pair_loss(pair, feature, target, [peer[pair.target] for peer in peers], update)
+            source, map_loss = self._map_loss(pair, feature, target, [peer[pair.target] for peer in peers], update)
             # Reading the loss in every step would stall a GPU; the moments leave a batch with NaN out in any case
-            if refresh_due or loss.device.type == "cpu":
-                check_finite(pair, loss, feature, target, self._calls)
-            weight = self._weight(index, loss, factor)
-            terms.append(weight * loss)
-            self._record(index, pair, loss, weight, batch.branches[index] if update else None)
+            if refresh_due or map_loss.device.type == "cpu":
+                check_finite(pair, map_loss, feature, target, self._calls)
+            if update and refresh_due and self._map_of(pair).ready:
+                self._collapse.check(pair.source, feature)
+            weight = self._weight(index, map_loss, factor)
+            terms.append(self._term(index, pair, source, map_loss, weight, batch.branches[index] if update else None))
         if update:
             self._calls += 1
             self._active_calls += int(any(self._map_of(pair).ready for pair in self.pairs))
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
-    def _pair_loss(self, pair: LayerPair, feature: Tensor, target: Tensor, peers: list[Tensor], update: bool) -> Tensor:
-        """Return the loss of one pair on the teacher's grid, in float32 or better."""
+    def _map_loss(
+        self, pair: LayerPair, feature: Tensor, target: Tensor, peers: list[Tensor], update: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the student's feature on the teacher's grid, and the loss of the pair's map for it.
+
+        The loss is the unexplained share, plus the penalty of a learned map, in float32 or better.
+        """
         grid = (target.shape[2], target.shape[3])
-        source = align(feature, grid)
+        # A view of its own, at which `_term` may scale the gradient
+        aligned = align(feature, grid)
+        source = aligned.view_as(aligned)
         inputs = [source, target.to(source.device)]
         if peers:
             inputs.append(torch.cat([align(peer.to(source.device), grid) for peer in peers], 1))
@@ -322,28 +355,49 @@ class IsomorphismLoss(nn.Module):
             map_.to(source.device)
         with torch.autocast(source.device.type, enabled=False):
             loss: Tensor = map_(*inputs, update=update)
-        return loss
+        return source, loss
+
+    def _term(
+        self, index: int, pair: LayerPair, source: Tensor, map_loss: Tensor, weight: Tensor, branch: Tensor | None
+    ) -> Tensor:
+        """Return the weighted loss of one pair in the scale of the options, and keep its figures for `log`."""
+        map_ = self._map_of(pair)
+        # Before its scales are known a learned map returns 0, without its penalty
+        learned = isinstance(map_, LearnedMap) and map_.ready
+        unexplained = map_loss.detach() - map_.gate_penalty().to(map_loss) if learned else map_loss
+        if self.config.scale == "linear":
+            loss, term = map_loss, weight * map_loss
+        elif not learned:
+            loss = log_share(unexplained)
+            term = weight * loss
+        else:
+            # Value w log(u + ε). Its gradient is that of g's own loss for the parameters of g, since w and 1 / u would
+            # change their learning rate, and w ∇u / (u + ε) for the feature
+            loss, scale = log_share(unexplained), weight / (unexplained + LOG_SHARE_OFFSET)
+            if source.requires_grad:
+                source.register_hook(lambda gradient: gradient * scale.to(gradient))  # type: ignore[no-untyped-call]
+            term = map_loss + (weight * loss - map_loss).detach()
+        share = 1 - unexplained.detach() if map_.ready else torch.zeros_like(unexplained)
+        self._log[pair] = {"loss": loss.detach(), "share": share, "weight": weight.detach()}
+        if branch is not None and branch.requires_grad:
+            self._record_gradient(index, pair, branch, weight.detach())
+        return term
 
     def _weight(self, index: int, like: Tensor, factor: float) -> Tensor:
         if self.balance is None:
             return like.new_full((), self._fixed_weights[index] * factor)
         return self.balance.weights[index].to(like.device, like.dtype) * factor
 
-    def _record(self, index: int, pair: LayerPair, loss: Tensor, weight: Tensor, branch: Tensor | None) -> None:
-        """Keep the figures of a pair for `log`; in an update also the gradient at its branch."""
-        map_, value, weight = self._map_of(pair), loss.detach(), weight.detach()
-        unexplained = value - map_.gate_penalty().to(loss) if isinstance(map_, LearnedMap) else value
-        share = 1 - unexplained if map_.ready else torch.zeros_like(value)
-        figures = self._log[pair] = {"loss": value, "share": share, "weight": weight}
-        if branch is None or not branch.requires_grad:
-            return
+    def _record_gradient(self, index: int, pair: LayerPair, branch: Tensor, weight: Tensor) -> None:
+        """Measure the gradient at the branch of a pair in the coming backward pass, for `log` and the balancing."""
+        figures = self._log[pair]
 
         def record_norm(gradient: Tensor) -> None:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
             figures["grad_norm"] = torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
 
         branch.register_hook(record_norm)  # type: ignore[no-untyped-call]
-        if self.balance is not None and map_.ready:
+        if self.balance is not None and self._map_of(pair).ready:
             if self.balance.weights.device != branch.device:
                 self.balance.to(branch.device)
             self.balance.watch(index, branch, weight, pair.source)
@@ -370,6 +424,16 @@ class IsomorphismLoss(nn.Module):
         self._student.clear()
         for taps in self._all_taps():
             taps.clear()
+
+
+def log_share(unexplained: Tensor) -> Tensor:
+    """Return `log(u + 1e-3)` of an unexplained share u; 0 for u = 0, of an unsolved map or a constant target.
+
+    Example:
+        >>> log_share(torch.tensor([0.0, 0.009, 0.999]))
+        tensor([ 0.0000, -4.6052,  0.0000])
+    """
+    return torch.where(unexplained == 0, torch.zeros_like(unexplained), (unexplained + LOG_SHARE_OFFSET).log())
 
 
 def _check_networks(student: nn.Module, teacher: nn.Module, peers: Sequence[nn.Module], target: Target) -> None:

@@ -465,6 +465,8 @@ def consensus_loss(
         teacher,
         list(config.layers or ()),
         target="consensus",
+        scale="linear",
+        weight=1.0,
         peers=[peer.module for peer in peers],
         peer_layers=config.peer_layers,
         peer_transforms=[_peer_transform(peer, model) for peer in peers],

@@ -46,7 +46,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def trained(form: str, rank: int = 0, world: int = 1, *, accelerated: bool = False) -> dict[str, Any]:
     """Losses, weights and state after a few steps on this process's part of the batches."""
-    options = dict(FORMS[form])
+    options: dict[str, Any] = {"scale": "linear", "weight": 1.0} | FORMS[form]
     if form == "consensus":
         options["peers"] = [network(3)]
     student, teacher = network(1), network(2)

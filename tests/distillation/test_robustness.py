@@ -62,7 +62,7 @@ def stepped(
 
 def ready(form: str, student: nn.Module, teacher: nn.Module, layers: Any, **more: Any) -> IsomorphismLoss:
     """A loss whose maps stand, whatever the number of rows that one batch has."""
-    iso = IsomorphismLoss(student, teacher, layers, **(FORMS[form] | more))
+    iso = IsomorphismLoss(student, teacher, layers, **({"scale": "linear", "weight": 1.0} | FORMS[form] | more))
     for map_ in iso.maps.values():
         if form == "moment":
             torch.nn.init.normal_(map_.weight, std=0.05)

@@ -23,7 +23,7 @@ FORMS: list[dict[str, Any]] = [{}, {"kernel_size": 3}, {"solver": "learned", "or
 
 def loss_of(student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> IsomorphismLoss:
     peers = [built(3).to(student[0].weight.dtype)] if options.get("target") == "consensus" else []
-    return IsomorphismLoss(student, teacher, ["3"], peers=peers, **options)
+    return IsomorphismLoss(student, teacher, ["3"], peers=peers, **({"scale": "linear", "weight": 1.0} | options))
 
 
 def trained(iso: IsomorphismLoss, steps: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[float]:
@@ -89,7 +89,7 @@ def test_balanced_weights_of_one_layer_stay_bounded() -> None:
     student, teacher = built(1), built(2)
 
     def weights(pairs: list[tuple[str, str]], steps: int) -> dict[str, float]:
-        iso = IsomorphismLoss(student, teacher, pairs, weight="balanced", ratio=2.0)
+        iso = IsomorphismLoss(student, teacher, pairs, scale="linear", weight="balanced", ratio=2.0)
         with iso:
             for _ in range(steps):
                 loss = F.cross_entropy(student(torch.randn(16, 3, 8, 8)), torch.randint(5, (16,))) + iso()
@@ -105,7 +105,9 @@ def test_balanced_weights_of_one_layer_stay_bounded() -> None:
 def test_balanced_weights_of_two_losses_stay_bounded() -> None:
     torch.manual_seed(0)
     student = built(1)
-    losses = [IsomorphismLoss(student, built(seed), ["3"], weight="balanced", ratio=2.0) for seed in (2, 3)]
+    losses = [
+        IsomorphismLoss(student, built(seed), ["3"], scale="linear", weight="balanced", ratio=2.0) for seed in (2, 3)
+    ]
     with losses[0], losses[1]:
         for _ in range(200):
             (
@@ -201,7 +203,10 @@ def test_cached_tokens_get_the_grid_of_oblong_images() -> None:
     student = nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), nn.ReLU())
     losses: list[list[float]] = []
     for cached in (False, True):
-        iso, generator = IsomorphismLoss(student, vit, {"1": "blocks.1"}), torch.Generator().manual_seed(0)
+        iso, generator = (
+            IsomorphismLoss(student, vit, {"1": "blocks.1"}, scale="linear", weight=1.0),
+            torch.Generator().manual_seed(0),
+        )
         losses.append([])
         with iso:
             for _ in range(14):
@@ -238,7 +243,7 @@ def test_a_window_below_the_minimum_warns_with_the_minimum() -> None:
         with pytest.warns(KnowisoWarning, match=r"1 → 1: a window of 20 calls .* window=(\d+)") as caught:
             iso()
     enough = float(str(caught[0].message).split("window=")[1].split()[0])
-    with IsomorphismLoss(student, teacher, {"1": "1"}, window=enough) as iso:
+    with IsomorphismLoss(student, teacher, {"1": "1"}, scale="linear", window=enough) as iso:
         for _ in range(400):
             student(torch.randn(32, 20))
             loss = iso()

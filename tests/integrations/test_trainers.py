@@ -47,6 +47,9 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     assert isinstance(raised.value, MissingDependencyError)
 
 
+LINEAR: dict[str, Any] = {"scale": "linear", "weight": 1.0}
+
+
 class TestTransformers:
     LAYER = "resnet.encoder.stages.1"
 
@@ -88,7 +91,9 @@ class TestTransformers:
 
     def trainer(self, folder: Path, solver: Any = "closed_form", every: int = 2, **more: Any) -> Any:
         student, teacher = self.network(1), self.network(2)
-        iso = IsomorphismLoss(student, teacher, self.LAYER, solver=solver, refresh=2, example=torch.zeros(1, 3, 16, 16))
+        iso = IsomorphismLoss(
+            student, teacher, self.LAYER, solver=solver, refresh=2, example=torch.zeros(1, 3, 16, 16), **LINEAR
+        )
         monitor = IsomorphismCallback.of(iso, self.held_out(), every=every)
         images = self.images()
         return self.own.IsomorphismTrainer(
@@ -134,7 +139,9 @@ class TestTransformers:
 
         by_first = {float(entry["pixel_values"].flatten()[0]): entry for entry in self.images()}
         student, teacher = self.network(1), self.network(2)
-        iso = IsomorphismLoss(student, teacher, self.LAYER, solver=solver, refresh=2, example=torch.zeros(1, 3, 16, 16))
+        iso = IsomorphismLoss(
+            student, teacher, self.LAYER, solver=solver, refresh=2, example=torch.zeros(1, 3, 16, 16), **LINEAR
+        )
         if solver == "learned":  # as it began there
             iso.load_state_dict(self.trainer(tmp_path, solver).iso.state_dict())
         optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.05)
@@ -205,7 +212,7 @@ class TestTransformers:
         first.train()
         for steps, resumed in ((2, None), (4, True)):
             student, teacher = self.network(1), self.network(2)
-            iso = IsomorphismLoss(student, teacher, self.LAYER, refresh=2, example=torch.zeros(1, 3, 16, 16))
+            iso = IsomorphismLoss(student, teacher, self.LAYER, refresh=2, example=torch.zeros(1, 3, 16, 16), **LINEAR)
             monitor = IsomorphismCallback.of(iso, self.held_out(), every=2)
             args = self.arguments(tmp_path / "own", max_steps=4, save_strategy="steps", save_steps=2)
             callbacks = [self.own.IsomorphismTrainerCallback(iso, monitor), self.stopping(at=steps)]
@@ -279,7 +286,7 @@ class TestLightning:
             def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
                 super().__init__()
                 self.student = student
-                iso = IsomorphismLoss(student, teacher, "2", solver=solver, refresh=2)
+                iso = IsomorphismLoss(student, teacher, "2", solver=solver, refresh=2, **LINEAR)
                 self.held = [iso]
                 if registered:
                     self.iso = iso
@@ -338,7 +345,7 @@ class TestLightning:
         assert [measured.step for measured in monitor.history] == [2, 4, 5]
 
         student, teacher = self.network(1), self.network(2)
-        iso = IsomorphismLoss(student, teacher, "2", solver=solver, refresh=2)
+        iso = IsomorphismLoss(student, teacher, "2", solver=solver, refresh=2, **LINEAR)
         iso.load_state_dict(begun)
         optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.05)
         with iso:
