@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from knowiso_train.callbacks.history import Measurement, metric_prefix
 from knowiso_train.errors import MissingDependencyError, OptionError
 from knowiso_train.measurement.render import MUTED_COLOR, NOISE_FLOOR_COLOR, TEXT_COLOR, UNEXPLAINED_COLOR, order_colors
+from knowiso_train.utils.serialization import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,5 +63,6 @@ def plot_curves(history: Sequence[Measurement], path: str | Path) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5, labelcolor=TEXT_COLOR)
-    figure.savefig(path, dpi=CURVES_DPI)
+    with replace_file(path) as partial:
+        figure.savefig(partial, dpi=CURVES_DPI)
     return figure

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knowiso_train.disentangle.closed_form import ClosedFormMaps
@@ -22,11 +22,12 @@ from knowiso_train.features.extractor import align
 from knowiso_train.regression.ridge import Ridge
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import split_by_hash
-from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file
+from knowiso_train.utils.serialization import read_tensors, write_tensors
+from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, validate_fields
 
 DISENTANGLER_FORMAT_VERSION = 1
 FIT_BATCH_IMAGES = 256
-CONFIG_FILE, TENSORS_FILE = "disentangler.json", "disentangler.safetensors"
+DISENTANGLER_FILE = "disentangler.safetensors"
 
 
 class Disentangler(nn.Module):
@@ -164,49 +165,51 @@ class Disentangler(nn.Module):
         return [_shaped_like(part, x_target) for part in parts], _shaped_like(residual, x_target)
 
     def save(self, folder: str | Path) -> None:
-        """Write tensors (safetensors) and configuration (JSON) into a folder."""
+        """Write tensors and configuration into a folder, as the one file `disentangler.safetensors`."""
         maps = self._maps()
         projection = getattr(maps, "projection", None)
-        config = {
+        sizes = MapSizes(
+            kind="paper" if isinstance(maps, PaperMaps) else "closed_form",
+            source_channels=maps.source_channels,
+            target_channels=maps.target_channels,
+            order=maps.order,
+            kernel_size=maps.kernel_size,
+            hidden=getattr(maps, "hidden", None),
+            tied=getattr(maps, "tied", None),
+            projected_channels=None if projection is None else len(projection),
+            dtype=str(next(maps.parameters()).dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        )
+        description = {
+            "format_version": DISENTANGLER_FORMAT_VERSION,
             "config": self.config.to_dict(),
-            "maps": {
-                "kind": "paper" if isinstance(maps, PaperMaps) else "closed_form",
-                "source_channels": maps.source_channels,
-                "target_channels": maps.target_channels,
-                "order": maps.order,
-                "kernel_size": maps.kernel_size,
-                "hidden": getattr(maps, "hidden", None),
-                "tied": getattr(maps, "tied", None),
-                "projected_channels": None if projection is None else len(projection),
-                "dtype": str(next(maps.parameters()).dtype).removeprefix("torch."),
-            },
+            "maps": asdict(sizes),
         }
-        _write_files(folder, config, maps.state_dict())
+        write_tensors(Path(folder) / DISENTANGLER_FILE, maps.state_dict(), description)
 
     @classmethod
     def load(cls, folder: str | Path) -> Disentangler:
         """Read a folder written by `save`; nothing is unpickled.
 
         Raises:
-            FormatError: Missing files, another format version, or tensors that do not fit.
+            FormatError: A missing or damaged file, another format version, or tensors that do not fit. The message
+                names the file.
         """
-        saved, tensors = _read_files(folder)
+        path = Path(folder) / DISENTANGLER_FILE
+        tensors, description = read_tensors(path)
+        version = description.get("format_version") if isinstance(description, dict) else None
+        if version != DISENTANGLER_FORMAT_VERSION:
+            raise FormatError(
+                f"{path} has format version {version!r}; this version of knowiso_train reads "
+                f"{DISENTANGLER_FORMAT_VERSION}"
+            )
         try:
-            sizes = saved["maps"]
-            shape = (sizes["source_channels"], sizes["target_channels"], sizes["order"], sizes["kernel_size"])
-            maps: ClosedFormMaps | PaperMaps
-            if sizes["kind"] == "paper":
-                maps = PaperMaps(*shape, tied=sizes["tied"]).requires_grad_(False)
-            else:
-                count = sizes["projected_channels"]
-                projection = None if count is None else torch.zeros(count, sizes["source_channels"])
-                maps = ClosedFormMaps(*shape, sizes["hidden"], projection)
-            maps.to(getattr(torch, sizes["dtype"])).load_state_dict(tensors)
-            return cls.of(maps.eval(), DisentangleConfig(**saved["config"]))
-        except KnowisoError:
-            raise
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise FormatError(f"{folder} does not hold a disentangler that this version can read: {error}") from error
+            sizes = MapSizes(**description["maps"])
+            config = DisentangleConfig(**description["config"])
+            return cls.of(_build_maps(sizes, config, tensors), config)
+        except (KnowisoError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise FormatError(
+                f"{path} does not hold a disentangler that this version can read: {error}. Save or copy it again"
+            ) from error
 
     def _maps(self) -> ClosedFormMaps | PaperMaps:
         if self.maps is None:
@@ -290,34 +293,71 @@ def make_fitter(
     return fitter_type(config)(spec)
 
 
-def _write_files(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write `disentangler.json` and `disentangler.safetensors` into a folder, which is created if necessary."""
-    folder = Path(folder)
-    text = dump_json({"format_version": DISENTANGLER_FORMAT_VERSION, **config}) + "\n"
-    with replace_file(folder / TENSORS_FILE) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    write_file(folder / CONFIG_FILE, text)
+@dataclass(frozen=True)
+class MapSizes:
+    """Sizes of saved maps.
+
+    Attributes:
+        kind: Solver of the maps.
+        source_channels: C_A.
+        target_channels: C_B.
+        order: K.
+        kernel_size: Odd kernel of every map.
+        hidden: Channels of the hidden maps. None: the paper's maps.
+        tied: One map per step. None: closed-form maps.
+        projected_channels: Channels of the projected source. None: no projection.
+        dtype: Type of all tensors.
+    """
+
+    kind: Solver
+    source_channels: PositiveInt
+    target_channels: PositiveInt
+    order: NonNegativeInt
+    kernel_size: PositiveInt
+    hidden: PositiveInt | None
+    tied: bool | None
+    projected_channels: PositiveInt | None
+    dtype: Literal["float32", "float64", "float16", "bfloat16"]
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors of maps of these sizes, without that of a projection."""
+        if self.kind == "paper":
+            return (self.order + 1) * (1 if self.tied else 2) + 1 + (0 if self.tied else self.order)
+        # center, scale, weight and bias of order 0; per order k two of its hidden map and k + 2 of its readouts
+        return 4 + 2 * self.order + self.order * (self.order + 5) // 2
 
 
-def _read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the files of `_write_files`.
+def _build_maps(
+    sizes: MapSizes, config: DisentangleConfig, tensors: Mapping[str, Tensor]
+) -> ClosedFormMaps | PaperMaps:
+    """Build maps of saved tensors, without memory of its own and without random numbers.
 
     Raises:
-        FormatError: No such files, or an unknown format version.
+        FormatError: Sizes, configuration and tensors that do not fit each other.
+        RuntimeError: Tensors of other names or shapes.
     """
-    folder = Path(folder)
-    try:
-        config: dict[str, Any] = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS_FILE)
-    except FileNotFoundError as error:
+    has_projection = sizes.projected_channels is not None
+    if (sizes.kind, sizes.order, sizes.num_tensors + has_projection) != (config.solver, config.order, len(tensors)):
         raise FormatError(
-            f"expected a folder with {CONFIG_FILE} and {TENSORS_FILE}; {error.filename or folder} is not there"
-        ) from error
-    except ValueError as error:
-        raise FormatError(f"{folder} does not hold a saved disentangler: {error}") from error
-    if config.get("format_version") != DISENTANGLER_FORMAT_VERSION:
-        raise FormatError(
-            f"{folder} has format version {config.get('format_version')!r}; "
-            f"this version of knowiso_train reads {DISENTANGLER_FORMAT_VERSION}"
+            f"expected {sizes.num_tensors + has_projection} tensors of solver {config.solver!r} and order "
+            f"{config.order}, got {len(tensors)} of {sizes.kind!r} and {sizes.order}"
         )
-    return config, tensors
+    for name, tensor in tensors.items():
+        if tensor.dtype != getattr(torch, sizes.dtype) or not tensor.isfinite().all():
+            raise FormatError(f"expected finite numbers of type {sizes.dtype} in {name!r}, got {tensor.dtype} or NaN")
+    shape = (sizes.source_channels, sizes.target_channels, sizes.order, sizes.kernel_size)
+    maps: ClosedFormMaps | PaperMaps
+    # Tensors of the meta device have shapes only: wrong sizes are found before memory is allocated
+    with torch.device("meta"):
+        if sizes.kind == "paper":
+            maps = PaperMaps(*shape, tied=sizes.tied).requires_grad_(False)
+        else:
+            count = sizes.projected_channels
+            projection = None if count is None else torch.empty(count, sizes.source_channels)
+            maps = ClosedFormMaps(*shape, sizes.hidden, projection)  # type: ignore[arg-type]
+    maps.load_state_dict(tensors, assign=True)
+    return maps.eval()

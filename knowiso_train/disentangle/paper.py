@@ -19,6 +19,7 @@ from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops.gate import gate, gate_orders
 from knowiso_train.ops.reference import channel_scale
 from knowiso_train.regression.sampling import FeatureSample, Sample
+from knowiso_train.utils.serialization import replace_file
 
 CHECKPOINT_EPOCHS = 50
 
@@ -194,9 +195,8 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "random": generator.get_state(),
     }
-    path = Path(str(config.checkpoint))
-    torch.save(state | {"config": _identity(config)}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with replace_file(str(config.checkpoint)) as partial:
+        torch.save(state | {"config": _identity(config)}, partial)
 
 
 def _resume(config: PaperConfig, maps: PaperMaps, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from knowiso_train.errors import DataError, FormatError, OptionError
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file, write_json
+from knowiso_train.utils.serialization import dump_json, parse_json, read_json, write_file, write_json, write_tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 LOG_FILE, SETTINGS_FILE, PROGRESS_FILE = "log.jsonl", "settings.json", "progress.json"
-PARTIAL_FOLDER = "partial"
+PARTIAL_FOLDER, DELETED_PREFIX = "partial", "deleted-"
+# Open descriptors of the folders that this process has locked, by device and inode; closing one releases the lock
+_LOCKS: dict[tuple[int, int], int] = {}
 
 
 class RunFolder:
     """Checkpoints, weights, a log and JSON files of one run, each file written completely or not at all.
+
+    One process writes to a folder at a time. Its lock ends with the process, also with one that is killed.
 
     Args:
         path: Folder; created if it does not exist.
         writes: Write files. False for the other processes of a launch, which only read.
 
     Raises:
-        DataError: The folder cannot be created.
+        DataError: The folder cannot be created, or another process writes to it.
 
     Example:
         >>> import tempfile
@@ -42,6 +51,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"the folder {self.path} cannot be created: {error}") from error
+        if writes:
+            _lock(self.path)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of a new run, or compare them with those of the run in this folder.
@@ -76,11 +87,14 @@ class RunFolder:
         accelerator.wait_for_everyone()
         if self.writes:
             write_json(partial / PROGRESS_FILE, progress)
-            older = self._checkpoints()
+            folder = self.path / f"checkpoint-{progress['step']:010d}"
+            older = [checkpoint for checkpoint in self._checkpoints() if checkpoint != folder]
+            if folder.exists():
+                # A resumed training saves its first step again; both checkpoints are complete
+                older.append(folder.rename(f"{folder}-replaced"))
             # Only a complete checkpoint has this name
-            partial.rename(self.path / f"checkpoint-{progress['step']:010d}")
-            for folder in older:
-                shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            self._delete(older)
         accelerator.wait_for_everyone()
 
     def load_checkpoint(self, accelerator: Any) -> dict[str, Any]:
@@ -98,21 +112,13 @@ class RunFolder:
     def delete_checkpoints(self) -> None:
         """Delete the checkpoints of a finished run."""
         if self.writes:
-            for folder in [*self._checkpoints(), self.path / PARTIAL_FOLDER]:
-                shutil.rmtree(folder, ignore_errors=True)
+            self._delete([*self._checkpoints(), self.path / PARTIAL_FOLDER])
 
     def write_network(self, name: str, model: nn.Module, card: Mapping[str, Any]) -> None:
         """Write the plain state dict of the unwrapped network to `name`.safetensors, then its card to `name`.json."""
         if not self.writes:
             return
-        from safetensors.torch import save_file
-
-        weights = {
-            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for key, value in unwrap_model(model).state_dict().items()
-        }
-        with replace_file(self.path / f"{name}.safetensors") as partial:
-            save_file(weights, partial)
+        write_tensors(self.path / f"{name}.safetensors", unwrap_model(model).state_dict())
         self.write_json(f"{name}.json", card)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -121,35 +127,45 @@ class RunFolder:
             write_json(self.path / name, content)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file; return None if it does not exist.
+        """Read a JSON file of an object; return None if it does not exist.
 
         Raises:
-            FormatError: The file is not JSON.
+            FormatError: The file is no JSON, or no object.
         """
         path = self.path / name
         if not path.is_file():
             return None
-        try:
-            content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FormatError(f"{path} is not JSON: {error}; remove it, or start over in another folder") from error
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise FormatError(
+                f"expected a JSON object in {path}, got {type(content).__name__}; remove it, or start over in another "
+                "folder"
+            )
         return content
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one line to the log."""
         if self.writes:
-            with (self.path / LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(dump_json(entry, indent=None) + "\n")
+            path = self.path / LOG_FILE
+            line = dump_json(entry, indent=None) + "\n"
+            # A killed process may have left half a line, which the next entry must not continue
+            with path.open("ab+") as file:
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    line = "\n" + line
+                file.write(line.encode())
 
     def read_log(self) -> list[dict[str, Any]]:
         """Read the log, without lines that are incomplete because the process was killed."""
         path = self.path / LOG_FILE
         entries = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        # Only "\n" ends a line: text values may hold other line separators
+        for line in path.read_bytes().split(b"\n") if path.is_file() else ():
             try:
-                entries.append(parse_json(line))
+                entry = parse_json(line)
             except ValueError:
                 continue
+            if isinstance(entry, dict):
+                entries.append(entry)
         return entries
 
     def truncate_log(self, part: Mapping[str, Any], step: int) -> None:
@@ -160,8 +176,52 @@ class RunFolder:
             step: Last step to keep.
         """
         if self.writes:
-            entries = [entry for entry in self.read_log() if entry["step"] <= step or not part.items() <= entry.items()]
+            entries = [
+                entry for entry in self.read_log() if entry.get("step", 0) <= step or not part.items() <= entry.items()
+            ]
             write_file(self.path / LOG_FILE, "".join(dump_json(entry, indent=None) + "\n" for entry in entries))
 
     def _checkpoints(self) -> list[Path]:
         return list(self.path.glob("checkpoint-*"))
+
+    def _delete(self, folders: list[Path]) -> None:
+        """Delete folders, each under another name first: a killed process leaves no half of a checkpoint."""
+        for folder in folders:
+            if folder.exists():
+                folder.rename(folder.with_name(DELETED_PREFIX + folder.name))
+        for folder in self.path.glob(f"{DELETED_PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> None:
+    """Lock a folder for this process until it ends; nothing happens where the file system has no locks.
+
+    Raises:
+        DataError: Another process holds the lock.
+    """
+    status = os.stat(folder)
+    key = (status.st_dev, status.st_ino)
+    if fcntl is None or key in _LOCKS:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise DataError(
+            f"another process writes to the run in {folder}; wait for its end, or choose another folder"
+        ) from error
+    except OSError:
+        os.close(descriptor)
+        return
+    _LOCKS[key] = descriptor
+
+
+def _close_locks() -> None:
+    """Close the descriptors of a forked process, such as a loader's worker, which would keep the parent's locks."""
+    while _LOCKS:
+        os.close(_LOCKS.popitem()[1])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import DataError, MissingDependencyError, OptionError
 from knowiso_train.features import unwrap_model
-from knowiso_train.utils.serialization import parse_json, write_json
+from knowiso_train.utils.serialization import read_json, read_tensors, write_json, write_tensors
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -76,9 +75,7 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
         """Save the states in the Trainer's checkpoint folder."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and self.iso is not None:
-            save_file(
-                {name: value.cpu().contiguous() for name, value in self.iso.state_dict().items()}, folder / LOSS_FILE
-            )
+            write_tensors(folder / LOSS_FILE, self.iso.state_dict())
         if args.should_save and self.monitor is not None:
             write_json(folder / MONITOR_FILE, self.monitor.state_dict())
 
@@ -97,11 +94,7 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
                     "and give its folder as args.resume_from_checkpoint too"
                 )
             if part is not None:
-                part.load_state_dict(
-                    load_file(folder / name)
-                    if name == LOSS_FILE
-                    else parse_json((folder / name).read_text(encoding="utf-8"))
-                )
+                part.load_state_dict(read_tensors(folder / name)[0] if name == LOSS_FILE else read_json(folder / name))
 
 
 class IsomorphismTrainer(Trainer):  # type: ignore[misc]

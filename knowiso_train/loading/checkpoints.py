@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, FormatError
+from knowiso_train.utils.serialization import read_tensors
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".th")
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
@@ -62,13 +63,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise FormatError(f"{path} is not a safetensors file: {error}") from error
+        return read_tensors(path)[0]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -76,7 +71,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"{path} holds pickled Python objects, which are refused because reading them runs their code. "
             "If you trust the file, save its state_dict alone and pass that."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # torch.load documents none of its errors for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise FormatError(f"{path} is not a file that torch.save wrote: {reason}") from error
     if not isinstance(content, Mapping):

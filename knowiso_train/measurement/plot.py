@@ -19,6 +19,7 @@ from knowiso_train.measurement.render import (
     pair_name,
     text_color_on,
 )
+from knowiso_train.utils.serialization import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,8 +243,8 @@ def _save(figure: Figure, path: Path) -> None:
     file_type = path.suffix.lstrip(".").lower() or "png"
     if file_type not in file_types:
         raise OptionError(f"cannot write a picture as {path.suffix!r}; expected one of {', '.join(file_types)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=FIGURE_DPI, format=file_type)
+    with replace_file(path) as partial:
+        figure.savefig(partial, dpi=FIGURE_DPI, format=file_type)
 
 
 def _clip(share: float) -> float:

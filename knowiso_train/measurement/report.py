@@ -12,13 +12,14 @@ from knowiso_train.errors import FormatError, LayerNameError
 from knowiso_train.measurement.config import DIRECTIONS, Direction
 from knowiso_train.measurement.plot import plot
 from knowiso_train.measurement.render import render_html, render_text
-from knowiso_train.utils.serialization import dump_json, parse_json, to_plain, write_file
+from knowiso_train.utils.serialization import dump_json, parse_json, read_json, to_plain, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT_FORMAT = "knowiso_train.Report"
 REPORT_FORMAT_VERSION = 1
+MAX_INTEGER = 2**53
 
 
 @dataclass(frozen=True)
@@ -204,21 +205,14 @@ class Report:
         Raises:
             FormatError: The file is missing, is not JSON, has another format version, or holds other values.
         """
-        if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
-            text, origin = source, "the text"
-        else:
-            origin = str(source)
-            try:
-                text = Path(source).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise FormatError(
-                    f"expected a report of Report.to_json, but {origin} cannot be read: {error}"
-                ) from error
+        is_text = isinstance(source, str) and source.lstrip().startswith(("{", "["))
+        origin = "the text" if is_text else str(source)
         try:
-            values = parse_json(text)
+            return cls.from_dict(parse_json(str(source)) if is_text else read_json(source))
+        except FormatError as error:
+            raise FormatError(f"expected a report of Report.to_json in {origin}: {error}") from error
         except ValueError as error:
-            raise FormatError(f"expected a report of Report.to_json, but {origin} is not JSON: {error}") from error
-        return cls.from_dict(values)
+            raise FormatError(f"expected a report of Report.to_json, but {origin} is no JSON: {error}") from error
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Figure:
         """Plot stacked bars per layer pair, with one panel per direction.
@@ -285,9 +279,10 @@ def _read_value(value: Any, hint: Any, label: str) -> Any:
         return {_read_value(key, str, label): _read_value(item, arguments[1], label) for key, item in value.items()}
     if origin is Literal and value in arguments:
         return value
-    if hint is float and type(value) in (int, float):
+    # Integers of up to 53 bits are floats without rounding; larger ones need not fit into a float at all
+    if hint is float and (type(value) is float or (type(value) is int and abs(value) <= MAX_INTEGER)):
         return float(value)
-    if type(value) is hint:
+    if type(value) is hint and not (hint is int and abs(value) > MAX_INTEGER):
         return value
     raise FormatError(f"{label} must be {_describe(hint)}, got {_abbreviate(value)}")
 

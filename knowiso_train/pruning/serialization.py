@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +32,16 @@ from knowiso_train.pruning.structure import (
     weights_hash,
 )
 from knowiso_train.utils.environment import library_versions
-from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file
+from knowiso_train.utils.serialization import read_description, read_tensors, write_tensors
 
 PRUNED_FORMAT_VERSION = 1
-PRUNED_WEIGHTS_FILE, PRUNED_DESCRIPTION_FILE = "model.safetensors", "pruned.json"
+PRUNED_FILE = "model.safetensors"
+# Largest number of weights of an original, relative to those of the pruned model, and in any case allowed. A file
+# beyond it is damaged: building its original could exceed the memory
+MAX_ORIGINAL_RATIO, MIN_MAX_ORIGINAL_WEIGHTS = 1024, 2**24
+# Integers among the arguments of a factory, such as an image size, may be as large as a dimension of the original or
+# as this
+MAX_FACTORY_INTEGER = 4096
 DESCRIPTION_FIELDS: dict[str, type | tuple[type, ...]] = {
     "factory": (dict, type(None)),
     "class": str,
@@ -59,12 +67,14 @@ def save_pruned(
     kept: Mapping[str, KeptIndices] | None = None,
     example: Tensor | Sequence[int] | None = None,
 ) -> None:
-    """Save a pruned model as `model.safetensors` and `pruned.json`; `load_pruned` needs no pruning library.
+    """Save a pruned model as `model.safetensors`; `load_pruned` needs no pruning library.
+
+    The file holds the state dict, and as a text entry the description that `load_pruned` builds the model from.
 
     The model is rebuilt from the description before it is written, so that one that could not be loaded is rejected.
 
     Args:
-        folder: Folder of both files, created if missing. Each file of an earlier save is replaced atomically.
+        folder: Folder of the file, created if missing. The file of an earlier save is replaced atomically.
         pruned: Pruned model, trained since or not.
         original: Model before pruning. Only its structure is used, hence a freshly built one suffices.
         factory: Name and arguments of `timm.create_model`. Default: architecture and number of classes recorded in the
@@ -120,7 +130,8 @@ def save_pruned(
             f"{error} Something besides shapes and plain attributes was changed by hand: build the original with it "
             'and pass factory="external", or factory=(name, arguments) that build it'
         ) from error
-    _write_folder(Path(folder), description, weights)
+    content = {"format_version": PRUNED_FORMAT_VERSION, **description, "sha256": weights_hash(weights)}
+    write_tensors(Path(folder) / PRUNED_FILE, weights, content)
 
 
 def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -134,8 +145,8 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
             by timm.
 
     Raises:
-        DataError: Missing files.
-        FormatError: Damaged files, a newer format, or a model of another structure or function.
+        DataError: Missing file.
+        FormatError: A damaged file, a newer format, or a model of another structure or function.
         OptionError: No `model` although one is needed, or an architecture that the installed timm lacks.
 
     Example:
@@ -146,28 +157,27 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         ...     load_pruned(folder, model=make(8))[0]
         Linear(in_features=3, out_features=2, bias=True)
     """
-    folder = Path(folder)
-    description, weights = _read_folder(folder)
+    path = Path(folder) / PRUNED_FILE
+    weights, description = _read_pruned(path)
     if model is None:
         if description["factory"] is None:
             raise OptionError(
-                f"{folder} has a {description['class']} that no factory builds. Pass model=, a fresh model as it was "
+                f"{path} has a {description['class']} that no factory builds. Pass model=, a fresh model as it was "
                 "before pruning"
             )
-        model = build_model(_factory_from_json(description["factory"], folder))
+        model = build_model(_factory_from_json(description, weights, path))
     elif not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     try:
-        return _rebuild(model, description, weights, str(folder))
-    except FormatError as error:
-        raise FormatError(f"{error} {_version_differences(description['versions'])}".rstrip()) from error
-    except (ShapeError, OptionError, NonFiniteError) as error:
+        return _rebuild(model, description, weights, str(path))
+    except (FormatError, ShapeError, OptionError, NonFiniteError) as error:
+        label = "" if str(path) in str(error) else f"{path} cannot be built: "
         versions = _version_differences(description["versions"])
-        raise FormatError(f"{folder} cannot be built: {error} {versions}".rstrip()) from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FormatError(f"{label}{error} {versions}".rstrip()) from error
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise FormatError(
-            f"{folder / PRUNED_DESCRIPTION_FILE} is damaged, it does not describe a pruned model "
-            f"({type(error).__name__}: {error})"
+            f"{path} is damaged, it does not describe a pruned model ({type(error).__name__}: {error}). "
+            "Save or copy it again"
         ) from error
 
 
@@ -178,10 +188,15 @@ def load_kept_indices(folder: str | Path) -> dict[str, KeptIndices] | None:
         DataError: Missing file.
         FormatError: A damaged file or a newer format.
     """
-    kept = _read_description(Path(folder))["kept"]
+    path = Path(folder) / PRUNED_FILE
+    kept = _check_description(read_description(_existing(path)), path)["kept"]
     if kept is None:
         return None
-    return {name: torch.tensor(value["flat"]) if isinstance(value, dict) else value for name, value in kept.items()}
+    try:
+        indices = {name: _kept_from_json(value) for name, value in kept.items()}
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise FormatError(f"{path} is damaged, its kept indices are no integers ({error}). Save it again") from error
+    return indices
 
 
 def _build_original(factory: Factory, original: nn.Module) -> nn.Module:
@@ -228,6 +243,7 @@ def _rebuild(model: nn.Module, description: Mapping[str, Any], weights: Mapping[
         )
     state = dict(weights) | {name: weights[source] for name, source in description["tied"].items()}
     shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
+    _check_attributes(inner, description, label)
     if shapes != {name: tuple(value.shape) for name, value in state.items()}:
         raise FormatError(f"the weights of {label} do not have the shapes of its description. Save or copy both again.")
     apply_structure(inner, _structure_from_json(description), description["shapes"])
@@ -245,6 +261,27 @@ def _rebuild(model: nn.Module, description: Mapping[str, Any], weights: Mapping[
     return model.eval()
 
 
+def _check_attributes(model: nn.Module, description: Mapping[str, Any], label: str) -> None:
+    """Check that no integer attribute is larger than both the original's value and every size of its tensors.
+
+    A larger padding or stride of a damaged file would exceed the memory in the first forward.
+
+    Raises:
+        FormatError: A larger integer.
+    """
+    sizes = [side for shape in description["original_shapes"].values() for side in shape]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, values in description["attributes"].items():
+        for name, value in values.items():
+            original = getattr(modules.get(path), name, 0)
+            maximum = max([1, _largest_integer(original), *sizes])
+            if (integer := _largest_integer(_decode(value))) > maximum:
+                raise FormatError(
+                    f"the attribute {name!r} of module {path!r} of {label} is {integer:.4g}, above the original's and "
+                    "above every size of its tensors. Save or copy it again"
+                )
+
+
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
     """Return the first name of each parameter that has several, by its other names."""
     first: dict[int, str] = {}
@@ -252,67 +289,36 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
     return {name: source for name, value in named if (source := first.setdefault(id(value), name)) != name}
 
 
-def _write_folder(folder: Path, description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write both files atomically, the description last."""
-    from safetensors.torch import save_file
-
-    # Clones share no memory, which safetensors rejects
-    weights = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
-    }
-    content = {"format_version": PRUNED_FORMAT_VERSION, **description, "sha256": weights_hash(weights)}
-    text = dump_json(content) + "\n"
-    with replace_file(folder / PRUNED_WEIGHTS_FILE) as partial:
-        save_file(weights, partial, metadata={"format": "pt"})
-    write_file(folder / PRUNED_DESCRIPTION_FILE, text)
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"{path} is not there; expected a folder with {PRUNED_FILE}, written by save_pruned")
+    return path
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read and check both files.
-
-    Raises:
-        DataError: Missing files.
-        FormatError: Damaged files, files of two different saves, or a newer format.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    description = _read_description(folder)
-    path = folder / PRUNED_WEIGHTS_FILE
-    try:
-        weights = load_file(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is not there; expected it beside {PRUNED_DESCRIPTION_FILE}") from error
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path} is damaged, it is no complete safetensors file ({error}). Save or copy it again"
-        ) from error
-    digest, expected = weights_hash(weights), description["sha256"]
-    if digest != expected:
-        raise FormatError(
-            f"{path} does not hold the weights that {PRUNED_DESCRIPTION_FILE} was written for: expected SHA-256 "
-            f"{expected[:12]}…, got {digest[:12]}…. Save or copy both files again"
-        )
-    return description, weights
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    """Read and check `pruned.json`.
+def _read_pruned(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and check the file of a pruned model.
 
     Raises:
         DataError: Missing file.
         FormatError: A damaged file or a newer format.
     """
-    path = folder / PRUNED_DESCRIPTION_FILE
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{path} is not there; expected a folder with {PRUNED_WEIGHTS_FILE} and {PRUNED_DESCRIPTION_FILE}, written "
-            "by save_pruned"
-        ) from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise FormatError(f"{path} is damaged, it is no JSON ({error}). Save or copy it again") from error
+    weights, description = read_tensors(_existing(path))
+    description = _check_description(description, path)
+    digest, expected = weights_hash(weights), description["sha256"]
+    if digest != expected:
+        raise FormatError(
+            f"{path} does not hold the weights that its description was written for: expected SHA-256 "
+            f"{expected[:12]}…, got {digest[:12]}…. Save or copy it again"
+        )
+    return weights, description
+
+
+def _check_description(content: Any, path: Path) -> dict[str, Any]:
+    """Return the description of a pruned model, checked for version and fields.
+
+    Raises:
+        FormatError: A damaged file or a newer format.
+    """
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
         raise FormatError(
@@ -387,11 +393,46 @@ def _factory_to_json(factory: Factory) -> dict[str, Any]:
     return {"name": name, "arguments": encoded}
 
 
-def _factory_from_json(content: Mapping[str, Any], folder: Path) -> Factory:
+def _kept_from_json(value: Any) -> KeptIndices:
+    """Invert `_kept_to_json` for one tensor."""
+    if isinstance(value, dict):
+        return torch.tensor(value["flat"], dtype=torch.long)
+    return [axis if axis is None else [operator.index(unit) for unit in axis] for axis in value]
+
+
+def _factory_from_json(description: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> Factory:
+    """Return name and arguments of the original, if these and its shapes are plausible for the weights of the file.
+
+    Raises:
+        FormatError: A damaged factory, or an original that is too large.
+    """
+    content = description["factory"]
     name, arguments = content.get("name"), content.get("arguments")
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise FormatError(f"{folder / PRUNED_DESCRIPTION_FILE} is damaged: its factory is {content!r}")
-    return name, {key: _decode(value) for key, value in arguments.items()}
+        raise FormatError(f"{path} is damaged: its factory is {content!r}. Save or copy it again")
+    try:
+        shapes = [[operator.index(side) for side in shape] for shape in description["original_shapes"].values()]
+    except TypeError as error:
+        raise FormatError(f"{path} is damaged: a shape of the original is no list of integers ({error})") from error
+    num_weights = sum(value.numel() for value in weights.values())
+    largest = max(MIN_MAX_ORIGINAL_WEIGHTS, MAX_ORIGINAL_RATIO * num_weights)
+    if sum(map(math.prod, shapes)) > largest:
+        raise FormatError(f"{path} is damaged: expected an original of at most {largest} weights. Save it again")
+    arguments = {key: _decode(value) for key, value in arguments.items()}
+    maximum = max([MAX_FACTORY_INTEGER, len(shapes), *(side for shape in shapes for side in shape)])
+    if (integer := _largest_integer(list(arguments.values()))) > maximum:
+        raise FormatError(
+            f"{path} is damaged: its factory has the argument {integer:.4g}, above every size of the original. "
+            "Save or copy it again"
+        )
+    return name, arguments
+
+
+def _largest_integer(value: Any) -> int:
+    """Return the largest absolute value among the integers of nested lists and tuples, 0 without any."""
+    if isinstance(value, (list, tuple)):
+        return max(map(_largest_integer, value), default=0)
+    return abs(value) if type(value) is int else 0
 
 
 def _encode(value: Any, label: str) -> Any:

@@ -25,6 +25,7 @@ _MISSING = object()
 NUM_PROJECTIONS = 8
 # Largest difference of two fingerprints, relative to the norm of the output
 FINGERPRINT_TOLERANCE = 1e-4
+MAX_INPUT_NUMBERS = 2**26  # of the input of a fingerprint, 512 MiB of its random numbers
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,11 @@ class OutputFingerprint:
             8
         """
         model = unwrap_model(model)
+        if not all(type(side) is int and side >= 0 for side in shape) or math.prod(shape) > MAX_INPUT_NUMBERS:
+            raise OptionError(
+                f"expected the shape of an input of at most {MAX_INPUT_NUMBERS} numbers, got {tuple(shape)}; use a "
+                "smaller batch or image."
+            )
         if any(
             tensor.is_floating_point() and (tensor.device.type, tensor.dtype) != ("cpu", torch.float32)
             for tensor in model.state_dict().values()
@@ -244,7 +250,7 @@ class OutputFingerprint:
         with preserve_state(model), torch.no_grad(), torch.autocast("cpu", enabled=False):
             try:
                 output = model(example)
-            except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            except Exception as error:
                 reason = str(error).partition("\n")[0]
                 raise OptionError(
                     f"{type(model).__name__} does not take a float tensor of shape {tuple(shape)} "

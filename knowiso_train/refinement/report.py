@@ -14,7 +14,7 @@ from knowiso_train.features.modules import network_name, unwrap_model
 from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.refinement.metrics import Score
 from knowiso_train.refinement.peers import PeerScore
-from knowiso_train.utils.serialization import dump_json, replace_file, write_file
+from knowiso_train.utils.serialization import dump_json, write_file, write_json, write_tensors
 from knowiso_train.utils.text_table import format_table
 
 REFINED_WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
@@ -163,6 +163,8 @@ class RefineResult:
     ) -> None:
         """Write `model.safetensors`, a plain state dict, and `card.json` with the report and the code that loads it.
 
+        The weight file holds the card too, as a text entry, so that weights and card of one save stay together.
+
         `timm.create_model(architecture, checkpoint_path=".../model.safetensors", **options)` loads it, without this
         library.
 
@@ -179,10 +181,8 @@ class RefineResult:
                 'method="paper" gives a composite of two networks, for study; it has no architecture to load it. Keep '
                 "its state_dict"
             )
-        from safetensors.torch import save_file
-
         module, folder = unwrap_model(self.model), Path(folder)
-        state = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+        state = module.state_dict()
         num_classes = getattr(module, "num_classes", None)
         if options is None:
             options = {} if num_classes is None else {"num_classes": num_classes}
@@ -196,10 +196,8 @@ class RefineResult:
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "report": self.report.to_dict(),
         }
-        text = dump_json(card) + "\n"
-        with replace_file(folder / REFINED_WEIGHTS_FILE) as partial:
-            save_file(state, partial)
-        write_file(folder / CARD_FILE, text)
+        write_tensors(folder / REFINED_WEIGHTS_FILE, state, card)
+        write_json(folder / CARD_FILE, card)
 
 
 def _score_cells(score: Score | None) -> list[str]:

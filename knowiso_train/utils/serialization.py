@@ -1,13 +1,14 @@
-"""Strict JSON and atomic file writes."""
+"""Strict JSON, safetensors files, and atomic file writes."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,9 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knowiso_train.errors import InputTypeError
+from knowiso_train.errors import FormatError, InputTypeError
 
 NON_FINITE_NAMES = ("NaN", "Infinity", "-Infinity")
+# Bounds of what is read and written, far above everything that this library writes
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 2**28, 64
+# A safetensors file starts with the size of its JSON header, which may hold text entries
+HEADER_SIZE_BYTES, MAX_HEADER_BYTES = 8, 100_000_000
+# Key of the description among the text entries; quotes are escaped within the header
+DESCRIPTION_KEY, MAX_DESCRIPTION_BYTES = "knowiso_train", 50_000_000
+# Partial files of this age, left by killed processes, are deleted
+LEFTOVER_AGE_SECONDS = 3600
 
 
 def dump_json(value: Any, *, indent: int | None = 2) -> str:
@@ -59,13 +68,103 @@ def parse_json(text: str | bytes) -> Any:
     The strings "NaN", "Infinity" and "-Infinity" become floats, so a text of exactly this content cannot be stored.
 
     Raises:
-        ValueError: Text that is not JSON, or a bare NaN or Infinity.
+        ValueError: Text that is not JSON, a bare NaN or Infinity, or more than 64 levels of nesting.
 
     Example:
         >>> parse_json('{"ridge": [0.1, "Infinity"]}')
         {'ridge': [0.1, inf]}
     """
-    return _decode(json.loads(text, parse_constant=_refuse_constant))
+    try:
+        return _decode(json.loads(text, parse_constant=_refuse_constant), 0)
+    except RecursionError as error:
+        raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels of nesting, got more") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a strict JSON file; see `parse_json`.
+
+    Raises:
+        FormatError: The file is missing, is damaged, or holds more than 256 MiB. The message names the file.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(f"{folder}/card.json", {"epochs": 3})
+        ...     read_json(f"{folder}/card.json")
+        {'epochs': 3}
+    """
+    path = _regular_file(path, "JSON")
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise FormatError(f"expected at most {MAX_JSON_BYTES} bytes of JSON in {path}, got {size}; check the file")
+        return parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is damaged, it is no JSON ({error}). Save or copy it again") from error
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
+    """Read a safetensors file into memory; nothing is unpickled.
+
+    Returns:
+        Tensors by name, and the description given to `write_tensors`. The description is None if there is none.
+
+    Raises:
+        FormatError: The file is missing or damaged. The message names the file.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_tensors(f"{folder}/a.safetensors", {"weight": torch.zeros(2)}, {"epochs": 3})
+        ...     read_tensors(f"{folder}/a.safetensors")
+        ({'weight': tensor([0., 0.])}, {'epochs': 3})
+    """
+    from safetensors.torch import load
+
+    with _safetensors_errors(path):
+        # All bytes of one open file: a second opening could find the file of a later write
+        data = _regular_file(path, "safetensors").read_bytes()
+        return load(data), _parse_description(data[HEADER_SIZE_BYTES:][: _header_size(data)])
+
+
+def read_description(path: str | Path) -> Any:
+    """Read the description of a safetensors file, as `read_tensors`, without its tensors."""
+    with _safetensors_errors(path), _regular_file(path, "safetensors").open("rb") as file:
+        return _parse_description(file.read(_header_size(file.read(HEADER_SIZE_BYTES))))
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: Any = None) -> None:
+    """Write a safetensors file, atomically; see `replace_file`.
+
+    Args:
+        path: Final name of the file.
+        tensors: Tensors by name, of any device, layout in memory and sharing of memory.
+        description: Value for `dump_json`, kept in the same file so that both are always of the same call. None: no
+            description.
+
+    Raises:
+        InputTypeError: A description that JSON cannot hold, or of more than 50 MB. The file is not modified.
+        OSError: The file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt"}
+    if description is not None:
+        metadata[DESCRIPTION_KEY] = text = dump_json(description, indent=None)
+        if len(text.encode()) > MAX_DESCRIPTION_BYTES:
+            raise InputTypeError(f"expected a description of at most {MAX_DESCRIPTION_BYTES} bytes, got {len(text)}")
+    # Clones share no memory, which safetensors rejects
+    clones = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    with replace_file(path) as partial:
+        try:
+            save_file(clones, partial, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -108,6 +207,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to, and rename that file to `path` when the block ends without an error.
 
     Readers find the old file or the complete new one, also after a crash. Missing parent folders are created.
+    Partial files of killed processes are deleted by a later write of the same file, once they are an hour old.
     Targets that are not regular files, such as /dev/stdout, are written directly.
 
     Args:
@@ -130,13 +230,76 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same folder, hence the same file system: only there is os.replace atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    prefix = f".{path.name}.partial-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+        _delete_leftovers(path.parent, prefix, Path(folder).stat().st_mtime - LEFTOVER_AGE_SECONDS)
         partial = Path(folder) / path.name
         yield partial
         # Without fsync a power cut after the rename can leave an empty file under the final name.
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+
+
+def _delete_leftovers(folder: Path, prefix: str, time: float) -> None:
+    """Delete the partial folders of a file that were last modified before a time."""
+    with os.scandir(folder) as entries:
+        leftovers = [entry for entry in entries if entry.name.startswith(prefix) and entry.is_dir()]
+    for leftover in leftovers:
+        # Another writer may have deleted it meanwhile
+        with suppress(OSError):
+            if leftover.stat().st_mtime < time:
+                shutil.rmtree(leftover.path)
+
+
+def _regular_file(path: str | Path, kind: str) -> Path:
+    """Return a path, or raise an error if it is no regular file; reading a pipe or a device may never end."""
+    path = Path(path)
+    if not os.path.isfile(path):
+        raise FormatError(f"expected a {kind} file at {path}, but it is not there, or is no regular file")
+    return path
+
+
+@contextmanager
+def _safetensors_errors(path: str | Path) -> Iterator[None]:
+    """Turn the errors of a damaged safetensors file into one that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FormatError:
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        ValueError,
+    ) as error:
+        raise FormatError(
+            f"{path} is damaged, it is no complete safetensors file ({error}). Save or copy it again"
+        ) from error
+
+
+def _header_size(data: bytes) -> int:
+    """Return the size of the JSON header, which the first bytes of a safetensors file state."""
+    size = int.from_bytes(data[:HEADER_SIZE_BYTES], "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got {size}")
+    return size
+
+
+def _parse_description(header: bytes) -> Any:
+    metadata = parse_json(header).get("__metadata__", {})
+    if DESCRIPTION_KEY not in metadata:
+        return None
+    try:
+        return parse_json(metadata[DESCRIPTION_KEY])
+    except ValueError as error:
+        raise ValueError(f"its description is no JSON: {error}") from error
 
 
 def _to_plain(value: Any, path: str) -> Any:
@@ -166,11 +329,13 @@ def _name_non_finite(value: Any) -> Any:
     return value
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, depth: int) -> Any:
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels of nesting, got more")
     if isinstance(value, dict):
-        return {key: _decode(entry) for key, entry in value.items()}
+        return {key: _decode(entry, depth + 1) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_decode(entry) for entry in value]
+        return [_decode(entry, depth + 1) for entry in value]
     return float(value) if isinstance(value, str) and value in NON_FINITE_NAMES else value
 
 

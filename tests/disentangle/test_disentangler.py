@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from knowiso_train.errors import FormatError, NonFiniteError, OptionError, Shape
 from knowiso_train.regression import batch_moments
 from knowiso_train.regression.ridge import RIDGE_GRID, Spectrum, solve_ridge
 from knowiso_train.utils.hashing import split_by_hash
+from knowiso_train.utils.serialization import read_tensors, write_tensors
 
 FAST = {"epochs": 2}
 
@@ -40,7 +40,7 @@ def test_split_is_exact_and_survives_save_and_load(
     assert all(part.shape == y.shape for part in (*components, residual))
     torch.testing.assert_close(torch.stack([*components, residual]).sum(0), y)
     maps.save(tmp_path / "maps")
-    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["disentangler.json", "disentangler.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["disentangler.safetensors"]
     again = Disentangler.load(tmp_path / "maps")
     assert again.config == maps.config
     for a, b in zip(again.split(x, y)[0], components, strict=True):
@@ -136,12 +136,13 @@ def test_files_that_cannot_be_read_raise(tmp_path: Path) -> None:
         Disentangler.load(tmp_path)
     x, y = torch.randn(20, 4, 5, 5), torch.randn(20, 3, 5, 5)
     Disentangler(order=0).fit(x, y).save(tmp_path)
-    config = json.loads((tmp_path / "disentangler.json").read_text())
-    (tmp_path / "disentangler.json").write_text(json.dumps(config | {"format_version": 99}))
+    path = tmp_path / "disentangler.safetensors"
+    tensors, description = read_tensors(path)
+    write_tensors(path, tensors, description | {"format_version": 99})
     with pytest.raises(FormatError, match="version 99"):
         Disentangler.load(tmp_path)
-    config["maps"]["target_channels"] = 9
-    (tmp_path / "disentangler.json").write_text(json.dumps(config))
+    description["maps"]["target_channels"] = 9
+    write_tensors(path, tensors, description)
     with pytest.raises(FormatError, match=r"cannot|can read"):
         Disentangler.load(tmp_path)
 

@@ -235,7 +235,7 @@ class TestRunFolder:
         (tmp_path / "file").write_text("{")
         with pytest.raises(DataError, match="cannot be created"):
             RunFolder(tmp_path / "file")
-        with pytest.raises(FormatError, match="is not JSON"):
+        with pytest.raises(FormatError, match="is no JSON"):
             RunFolder(tmp_path).read_json("file")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,8 +26,9 @@ from knowiso_train.errors import (
 )
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.model_factory import input_shape
-from knowiso_train.pruning.serialization import PRUNED_DESCRIPTION_FILE, load_kept_indices, load_pruned, save_pruned
+from knowiso_train.pruning.serialization import PRUNED_FILE, load_kept_indices, load_pruned, save_pruned
 from knowiso_train.pruning.structure import OutputFingerprint, weights_hash
+from knowiso_train.utils.serialization import DESCRIPTION_KEY, read_description, read_tensors, write_tensors
 from tests.helpers.pruned_models import NETWORKS, SIDE, network, prune
 
 SHAPE = (1, 3, SIDE, SIDE)
@@ -56,10 +56,15 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / PRUNED_DESCRIPTION_FILE
-    content = json.loads(path.read_text())
+    weights, content = read_tensors(folder / PRUNED_FILE)
     change(content)
-    path.write_text(json.dumps(content))
+    write_tensors(folder / PRUNED_FILE, weights, content)
+
+
+def write_text(folder: Path, text: str) -> None:
+    """Replace the description by a text, which need not be JSON."""
+    weights, _ = read_tensors(folder / PRUNED_FILE)
+    save_file(weights, folder / PRUNED_FILE, metadata={DESCRIPTION_KEY: text})
 
 
 def test_all_families_load_in_a_process_without_torch_pruning(tmp_path: Path) -> None:
@@ -100,12 +105,12 @@ class TestRoundTrip:
         assert torch.equal(state, torch.get_rng_state())
         assert not model.training
         assert model.pretrained_cfg["tag"] == timm.create_model("test_resnet").pretrained_cfg["tag"]
-        content = json.loads((saved / "pruned.json").read_text())
+        content = read_description(saved / PRUNED_FILE)
         assert content["factory"]["arguments"] == {"num_classes": 5}
         assert content["kept"] is None
         assert load_kept_indices(saved) is None
         assert {"timm", "torch", "knowiso_train"} <= content["versions"].keys()
-        assert sorted(path.name for path in saved.iterdir()) == ["model.safetensors", "pruned.json"]
+        assert sorted(path.name for path in saved.iterdir()) == ["model.safetensors"]
 
     def test_a_second_save_replaces_the_first(self, saved: Path) -> None:
         (saved / "notes.txt").write_text("mine")
@@ -174,9 +179,7 @@ class TestRoundTrip:
             factory=("convnext_atto", {"num_classes": 5, **NETWORKS["convnext_atto"]}),
             example=SHAPE,
         )
-        assert json.loads((tmp_path / "pruned.json").read_text())["factory"]["arguments"]["depths"] == {
-            "tuple": [1, 1, 1, 1]
-        }
+        assert read_description(tmp_path / PRUNED_FILE)["factory"]["arguments"]["depths"] == {"tuple": [1, 1, 1, 1]}
         load_pruned(tmp_path)
 
 
@@ -192,12 +195,11 @@ class TestDamage:
         content = bytearray(path.read_bytes())
         content[-7] ^= 1
         path.write_bytes(content)
-        with pytest.raises(FormatError, match=r"does not hold the weights that pruned\.json was written for"):
+        with pytest.raises(FormatError, match=r"does not hold the weights that its description was written for"):
             load_pruned(saved)
 
-    @pytest.mark.parametrize("name", ["model.safetensors", "pruned.json"])
-    def test_missing_files_raise(self, saved: Path, name: str) -> None:
-        (saved / name).unlink()
+    def test_missing_files_raise(self, saved: Path) -> None:
+        (saved / "model.safetensors").unlink()
         with pytest.raises(DataError, match="is not there"):
             load_pruned(saved)
         with pytest.raises(DataError, match="is not there"):
@@ -206,7 +208,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("{", "it is no JSON"),
+            ("{", "description is no JSON"),
             ("[]", "got None"),
             ('{"format_version": "1"}', "expected a format_version"),
             ('{"format_version": true}', "expected a format_version"),
@@ -219,14 +221,11 @@ class TestDamage:
         ],
     )
     def test_invalid_descriptions_raise(self, saved: Path, content: str, message: str) -> None:
-        (saved / "pruned.json").write_text(content)
+        write_text(saved, content)
         with pytest.raises(FormatError, match=message):
             load_pruned(saved)
         with pytest.raises(FormatError, match=message):
             load_kept_indices(saved)
-        (saved / "pruned.json").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(FormatError, match="it is no JSON"):
-            load_pruned(saved)
 
     @pytest.mark.parametrize(
         "change",
@@ -434,7 +433,7 @@ class TestSaving:
         monkeypatch.setattr("safetensors.torch.save_file", raise_full)
         with pytest.raises(OSError, match="No space"):
             save_pruned(tiny, small(3), small(8), factory="external", example=(1, 3))
-        assert sorted(path.name for path in tiny.iterdir()) == ["model.safetensors", "pruned.json"]
+        assert sorted(path.name for path in tiny.iterdir()) == ["model.safetensors"]
         assert load_pruned(tiny, model=small(8))[0].out_features == 2
 
 
