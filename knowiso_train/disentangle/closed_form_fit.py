@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from knowiso_train.disentangle.closed_form import ClosedFormMaps, predict_component
-from knowiso_train.disentangle.config import DisentangleConfig
-from knowiso_train.disentangle.fitter import FitSpec, Fitter, MemoryEstimate
+from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, MemoryEstimate
 from knowiso_train.disentangle.nonlinear import fit_order
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.ops.im2col import write_weight

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from knowiso_train.disentangle.closed_form import ClosedFormMaps
 from knowiso_train.disentangle.closed_form_fit import ClosedFormFitter
-from knowiso_train.disentangle.config import DisentangleConfig, Solver
-from knowiso_train.disentangle.fitter import FitSpec, Fitter
+from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, Solver
 from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
 from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError
 from knowiso_train.features.extractor import align

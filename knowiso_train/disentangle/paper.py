@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from knowiso_train.disentangle.config import DisentangleConfig, PaperConfig
-from knowiso_train.disentangle.fitter import FitSpec, Fitter, MemoryEstimate
+from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, MemoryEstimate, PaperConfig
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops.gate import gate, gate_orders
 from knowiso_train.ops.reference import channel_scale

@@ -32,7 +32,7 @@ from knowiso_train.pruning.reconstruction import (
 from knowiso_train.pruning.report import BlockResult, GroupWidth, LayerFit, PruneReport
 from knowiso_train.pruning.serialization import save_pruned
 from knowiso_train.pruning.tracing import TRACE_IMAGES, Forward, trace_model
-from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, Range, Seed, validate_arguments, validate_fields
+from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, Range, Seed, validate_fields
 
 Built = TypeVar("Built", bound=tuple[Any, ...])
 BudgetKind = Literal["macs", "params", "latency"]
@@ -207,7 +207,6 @@ class PruneResult:
         self.report.to_json(Path(folder) / "report.json")
 
 
-@validate_arguments
 def prune(
     model: nn.Module,
     loader: Iterable[Any],

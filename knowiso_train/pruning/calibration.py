@@ -22,6 +22,7 @@ from knowiso_train.ops.im2col import SampledPositions, grouped_weight, input_row
 from knowiso_train.pruning.tracing import Epilogue, Forward, OpRecorder
 from knowiso_train.regression.moments import Moments, RowSums
 from knowiso_train.utils.batch import batch_size, check_loader, get_inputs, index_batch, to_device
+from knowiso_train.utils.validation import checked_value
 
 SAMPLES_PER_FEATURE = 20  # samples of a ranking; more samples of the same images change no ranking
 
@@ -79,6 +80,7 @@ class Calibration:
                 "call this outside of it"
             )
         check_loader(loader, again=False)
+        checked_value("forward", forward, Forward | None)
         self.forward: Forward = operator.call if forward is None else forward
         self._batches: list[Any] = []
         self.count = 0

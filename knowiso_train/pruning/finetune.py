@@ -33,7 +33,6 @@ from knowiso_train.utils.validation import (
     PositiveFloat,
     PositiveInt,
     Seed,
-    validate_arguments,
     validate_fields,
 )
 
@@ -101,7 +100,6 @@ class PruneFinetuneConfig:
         return self.steps or DEFAULT_STEPS
 
 
-@validate_arguments
 def finetune(
     pruned: nn.Module,
     original: nn.Module,

@@ -223,7 +223,7 @@ def rank_by_scores(
             raise OptionError(
                 f"{type(importance).__name__} cannot score {group.name!r} ({type(error).__name__}: {error})"
             ) from error
-        if scores is None:
+        if not isinstance(scores, Tensor):
             raise OptionError(
                 f"{type(importance).__name__} returns no scores for {group.name!r}; pass it as ignored=, or choose "
                 "another importance"

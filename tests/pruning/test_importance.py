@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -201,8 +202,8 @@ class TestErrors:
     def test_options(self) -> None:
         with pytest.raises(InputTypeError, match="Module"):
             ki.IsomorphismImportance("resnet", [])  # type: ignore[arg-type]
-        for wrong in ({"ridge": -1.0}, {"max_images": 0}, {"rows": 0}):
-            with pytest.raises(OptionError, match="expected ridge"):
+        for wrong in ({"ridge": -1.0}, {"ridge": math.inf}, {"max_images": 0}, {"rows": 0}, {"per": "layer"}):
+            with pytest.raises(OptionError, match=f"{next(iter(wrong))} must be"):
                 ki.IsomorphismImportance(nn.Linear(1, 1), [], **wrong)
         with pytest.raises(InputTypeError, match="one group"):
             input_rows(nn.Conv2d(4, 4, 3, groups=4), torch.zeros(1, 4, 4, 4), 3, torch.Generator())
