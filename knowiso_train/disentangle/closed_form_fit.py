@@ -187,8 +187,11 @@ class ClosedFormFitter(Fitter):
 
     def _collect_warnings(self, fit: Moments, label: str) -> None:
         """Note and issue warnings on degenerate features."""
-        c, num_features = self.spec.target_channels, len(fit.mean_x)
-        dead = int((fit.xx.diagonal() <= 0).sum()) // self.kernel_size**2
+        c = self.spec.target_channels
+        # Columns of a patch by kernel cell and channel. On grids of one row or column, some cells hold padding alone
+        varies = (fit.xx.diagonal() > 0).view(self.kernel_size**2, -1)
+        num_features = int(varies.any(1).sum()) * varies.shape[1]
+        dead = int((~varies[self.kernel_size**2 // 2]).sum())
         if dead:
             self.notes.append(f"{dead} source channel(s) without variance on the fitting images")
         dead = int((fit.yy[:c] <= 0).sum())

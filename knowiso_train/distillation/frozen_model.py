@@ -14,7 +14,7 @@ from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, T
 from knowiso_train.distillation.estimators import warn_once
 from knowiso_train.distillation.student_capture import StudentInput
 from knowiso_train.errors import CaptureError, InputTypeError, LayoutError, ShapeError
-from knowiso_train.features.extractor import FeatureReader
+from knowiso_train.features.extractor import FeatureReader, check_line
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import LayerPair, unwrap_model
 from knowiso_train.features.state import device_of
@@ -197,16 +197,12 @@ def freeze_peers(
 def check_grids(
     pair: LayerPair, feature: Tensor, target: Tensor, student: FeatureReader, teacher: FeatureReader
 ) -> None:
-    """Check that both features of a pair have a grid, or one of them a single position.
+    """Check that both features of a pair have a grid, or both are lines, or one of them is a single position.
 
     Raises:
-        LayoutError: Tokens without a known grid on one side, a feature map on the other.
+        LayoutError: A line on one side, a feature map on the other.
     """
     sides = (("student", student, pair.source, feature, target), ("teacher", teacher, pair.target, target, feature))
-    for role, reader, name, tokens, other in sides:
-        if name in reader.without_grid and min(other.shape[2:]) > 1:
-            raise LayoutError(
-                f"{role}: the {tokens.shape[2]} tokens of layer {name!r} form no grid, so they cannot be aligned with "
-                f"the other network's {other.shape[2]} × {other.shape[3]} positions. Train without dropping or merging "
-                "tokens (patch_drop_rate), or pair a pooled layer"
-            )
+    for role, reader, name, line, other in sides:
+        if name in reader.lines:
+            check_line(line, other, f"{role}: layer {name!r}")

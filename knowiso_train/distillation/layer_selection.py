@@ -18,7 +18,7 @@ from knowiso_train.features.state import device_of
 from knowiso_train.features.summary import stage_grids
 from knowiso_train.measurement.measure import measure
 from knowiso_train.measurement.report import Report
-from knowiso_train.utils.batch import get_inputs, to_device
+from knowiso_train.utils.batch import get_inputs, image_size, to_device
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.validation import PositiveInt, validate_arguments
 
@@ -195,4 +195,4 @@ def _stages(
     device = device_of(model)
     images = images if device is None else to_device(images, device)
     inputs = images if transform is None else transform(images)
-    return stage_grids(model, lambda: forward(unwrap_model(model), inputs))
+    return stage_grids(model, lambda: forward(unwrap_model(model), inputs), image_size(inputs))

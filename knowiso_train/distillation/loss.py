@@ -83,6 +83,7 @@ class IsomorphismLoss(nn.Module):
         window: Time constant of the moments, in calls. Default: 40 effective samples per regressor, at least 20 calls.
         penalty: Factor λ of the learned map's `λ Σ p_k²`. Default: 0.1, as published.
         layout: Layout of layers for which it cannot be inferred: "nchw", "nhwc", "nlc", "ncl" or "nc", or one by layer.
+            For tokens it can state prefix tokens, grid and suffix tokens, such as "nlc:1+14x14+100" or "nlc:line".
         repeated: Capture to use of layers that fire more than once in a forward: "first", "last", or "error" (default).
         loader: Batches of student images for `layers="auto"`.
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.errors import CaptureError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import CaptureError, LayoutError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.layout import FeatureSpec, describe_feature
 from knowiso_train.features.state import device_of
@@ -182,7 +182,7 @@ def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Only the source is resampled, because resampling the target would change the variance that shares refer to. An axis
     with a finer source is average-pooled (adaptive), then an axis with a coarser source is interpolated linearly
-    (`align_corners=False`). A single position is broadcast.
+    (`align_corners=False`). A single position is broadcast. Lines (1, L) are resampled along their length.
 
     Args:
         source: (N, C, H, W).
@@ -219,6 +219,25 @@ def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
     return source
 
 
+def check_line(line: Tensor, other: Tensor, what: str) -> None:
+    """Check that a line of positions can be aligned with the positions of another feature.
+
+    Args:
+        line: (N, C, 1, L).
+        other: (N, D, H, W).
+        what: Role and layer of the line, for the error message.
+
+    Raises:
+        LayoutError: A feature map, whose rows a line cannot have.
+    """
+    if line.shape[3] > 1 and other.shape[2] > 1:
+        raise LayoutError(
+            f"{what}: its {line.shape[3]} tokens form no grid, so they cannot be aligned with the other network's "
+            f"{other.shape[2]} × {other.shape[3]} positions. State the tokens, such as layout='nlc:1+14x14', or pair a "
+            "pooled layer"
+        )
+
+
 class FeatureReader:
     """Converter of one network's captured tensors to (N, C, H, W), with the layout inferred once per input size.
 
@@ -234,8 +253,8 @@ class FeatureReader:
     ) -> None:
         self.names, self.role = tuple(names), role
         self.channels: dict[str, int] = {}
-        # Layers whose tokens had no known grid in the last batch.
-        self.without_grid: set[str] = set()
+        # Layers whose positions were a line in the last batch.
+        self.lines: set[str] = set()
         self._model, self.layout = model, layout
         self._layouts: dict[tuple[str, int], str] = {}
         self._specs: dict[tuple[str, torch.Size, tuple[int, int] | None], FeatureSpec] = {}
@@ -283,7 +302,5 @@ class FeatureReader:
                 )
             self._specs[key], self._layouts[name, tensor.ndim] = spec, spec.layout
         spec = self._specs[key]
-        (self.without_grid.add if spec.layout in ("nlc", "ncl") and spec.grid is None else self.without_grid.discard)(
-            name
-        )
+        (self.lines.add if spec.is_line else self.lines.discard)(name)
         return spec.to_nchw(tensor)

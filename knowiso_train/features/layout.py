@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, isqrt
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from knowiso_train.errors import LayoutError, ShapeError
 from knowiso_train.features.modules import named_layers, resolve_layers, unwrap_model
+from knowiso_train.features.tokens import TokenGrid, parse_tokens, token_grid
 
 Layout = Literal["nchw", "nhwc", "nlc", "ncl", "nc"]
 _NDIM: dict[Layout, int] = {"nchw": 4, "nhwc": 4, "nlc": 3, "ncl": 3, "nc": 2}
@@ -30,9 +30,6 @@ _POOLS = (
     nn.PixelUnshuffle,
 )
 
-_PREFIX_PARAMETERS = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
-Grid = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -41,14 +38,21 @@ class FeatureSpec:
     Attributes:
         layout: Order of the axes.
         channels: Size of the channel axis.
-        grid: (height, width) of the positions. None: vectors, or tokens without a known grid.
+        grid: (height, width) of the positions. None: vectors, or a sequence, which is a line (1, length).
         prefix_tokens: Number of class, distillation and register tokens before the patches, which are left out.
+        suffix_tokens: Number of tokens after the patches, such as detection tokens, which are left out.
     """
 
     layout: Layout
     channels: int
     grid: tuple[int, int] | None = None
     prefix_tokens: int = 0
+    suffix_tokens: int = 0
+
+    @property
+    def is_line(self) -> bool:
+        """True for a sequence, whose positions are a line."""
+        return self.layout in ("nlc", "ncl") and self.grid is None
 
     def to_nchw(self, tensor: Tensor) -> Tensor:
         """Convert a tensor to (N, C, H, W); a view where possible.
@@ -57,7 +61,9 @@ class FeatureSpec:
             ShapeError: Other channels or positions than described.
             LayoutError: Another number of axes.
         """
-        feature = to_nchw(tensor, self.layout, prefix_tokens=self.prefix_tokens, grid=self.grid)
+        feature = to_nchw(
+            tensor, self.layout, prefix_tokens=self.prefix_tokens, suffix_tokens=self.suffix_tokens, grid=self.grid
+        )
         if feature.shape[1] != self.channels or (self.grid is not None and feature.shape[2:] != self.grid):
             raise ShapeError(
                 f"expected {self.channels} channels on a grid of {self.grid}, "
@@ -66,21 +72,29 @@ class FeatureSpec:
         return feature
 
 
-def to_nchw(tensor: Tensor, layout: Layout, *, prefix_tokens: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
+def to_nchw(
+    tensor: Tensor,
+    layout: Layout,
+    *,
+    prefix_tokens: int = 0,
+    suffix_tokens: int = 0,
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
     """Convert a feature to (N, C, H, W); a view where possible.
 
     Args:
         tensor: (N, C, H, W), (N, H, W, C), (N, T, C), (N, C, T) or (N, C) according to `layout`.
         layout: "nchw", "nhwc", "nlc", "ncl" or "nc".
-        prefix_tokens: Number of tokens before the patches, which are dropped.
-        grid: (height, width) of the other tokens in row-major order. None: (T, 1).
+        prefix_tokens: Number of tokens before the patches, which are left out.
+        suffix_tokens: Number of tokens after the patches, which are left out.
+        grid: (height, width) of the other tokens in row-major order. None: a line, (1, T).
 
     Returns:
         (N, C, H, W). A vector has one position, (N, C, 1, 1).
 
     Raises:
         LayoutError: A layout with another number of axes.
-        ShapeError: Tokens after the prefix that do not fill the grid.
+        ShapeError: Tokens between prefix and suffix that do not fill the grid.
 
     Example:
         >>> to_nchw(torch.zeros(2, 17, 8), "nlc", prefix_tokens=1, grid=(4, 4)).shape
@@ -93,11 +107,13 @@ def to_nchw(tensor: Tensor, layout: Layout, *, prefix_tokens: int = 0, grid: tup
         return tensor.permute(0, 3, 1, 2)
     if layout == "nc":
         return tensor[:, :, None, None]
-    rows = (tensor.transpose(1, 2) if layout == "nlc" else tensor)[:, :, prefix_tokens:]
-    height, width = grid or (rows.shape[2], 1)
+    rows = tensor.transpose(1, 2) if layout == "nlc" else tensor
+    rows = rows[:, :, prefix_tokens : max(prefix_tokens, rows.shape[2] - suffix_tokens)]
+    height, width = grid or (1, rows.shape[2])
     if not rows.shape[2] or height * width != rows.shape[2]:
+        suffix = f" and {suffix_tokens} suffix tokens" if suffix_tokens else ""
         raise ShapeError(
-            f"expected {prefix_tokens} prefix tokens and {height} × {width} patches in layout {layout!r}, "
+            f"expected {prefix_tokens} prefix tokens and {height} × {width} patches{suffix} in layout {layout!r}, "
             f"got shape {tuple(tensor.shape)}"
         )
     return rows.reshape(*rows.shape[:2], height, width)
@@ -118,7 +134,8 @@ def describe_feature(
         name: Name of the layer without wrapper prefixes.
         model: Network, wrapped or not.
         tensor: Captured tensor of the layer.
-        layout: Layout of the tensor. None: inferred, see `infer_layout`.
+        layout: Layout of the tensor. None: inferred, see `infer_layout`. For tokens it can state prefix tokens, grid
+            and suffix tokens, such as "nlc:1+14x14", "nlc:1+14x14+100" or "nlc:line".
         at: Side of the layer that the tensor was captured at.
         input_size: (height, width) of the network's input, which identifies oblong grids. None: unknown.
 
@@ -128,22 +145,35 @@ def describe_feature(
 
     Example:
         >>> describe_feature("0", nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 8, 6, 6))
-        FeatureSpec(layout='nchw', channels=8, grid=(6, 6), prefix_tokens=0)
+        FeatureSpec(layout='nchw', channels=8, grid=(6, 6), prefix_tokens=0, suffix_tokens=0)
     """
     (name,) = resolve_layers(model, name)
+    tokens: TokenGrid | None = None
     if layout is None:
         chosen = infer_layout(name, named_layers(model)[name], tensor, model, at=at, input_size=input_size)
     else:
-        _check(layout, tensor, f"layer {name!r}")
-        chosen = cast(Layout, layout)
+        chosen, tokens = _parse_layout(layout)
+        _check(chosen, tensor, f"layer {name!r}")
     channels = tensor.shape[_CHANNEL_AXIS[chosen]]
     if chosen == "nc":
         return FeatureSpec(chosen, channels)
     if chosen in ("nchw", "nhwc"):
         height, width = tensor.shape[2:] if chosen == "nchw" else tensor.shape[1:3]
         return FeatureSpec(chosen, channels, (height, width))
-    tokens = token_grid(name, _parents(name, model), tensor.shape[1 if chosen == "nlc" else 2], input_size)
-    return FeatureSpec(chosen, channels, tokens.grid, tokens.prefix)
+    if tokens is None:
+        count = tensor.shape[1 if chosen == "nlc" else 2]
+        tokens = token_grid(name, _parents(name, model), count, input_size)
+    return FeatureSpec(chosen, channels, tokens.grid, tokens.prefix, tokens.suffix)
+
+
+def _parse_layout(layout: str) -> tuple[Layout, TokenGrid | None]:
+    """Return the order of the axes, and the tokens if the layout states them after a colon."""
+    axes, _, tokens = layout.partition(":") if isinstance(layout, str) else (layout, "", "")
+    if not tokens:
+        return cast(Layout, axes), None
+    if axes not in ("nlc", "ncl"):
+        raise LayoutError(f"tokens can be stated for layouts 'nlc' and 'ncl' alone, got {layout!r}")
+    return cast(Layout, axes), parse_tokens(tokens)
 
 
 def infer_layout(
@@ -349,75 +379,3 @@ def _between(module: nn.Module, parent: nn.Module, shape: tuple[int, ...]) -> Ax
     if not before or not after or before[-1].axis != after[0].axis or before[-1].given != shape[before[-1].axis]:
         return None
     return before[-1].axis
-
-
-class TokenGrid(NamedTuple):
-    """Number of prefix tokens, and (rows, columns) of the others; None without a known grid."""
-
-    prefix: int
-    grid: Grid | None
-
-
-def token_grid(name: str, parents: tuple[nn.Module, ...], tokens: int, input_size: Grid | None = None) -> TokenGrid:
-    """Determine the number of prefix tokens and the grid of a layer's tokens.
-
-    The patch grid is the one for `input_size`, else `patch_embed.grid_size` of a network with a fixed input size. The
-    tokens are matched with that grid plus the network's prefix tokens, then with the grid alone, then with the grid
-    divided by 2, 3, ... (pooled stages). Without a known grid a square one is assumed.
-
-    Args:
-        name: Name of the layer.
-        parents: Modules that contain the layer, nearest first. The nearest one with `num_prefix_tokens` (timm) or
-            class-token parameters decides.
-        tokens: Number of tokens T.
-        input_size: (height, width) of the images. None: unknown.
-    """
-    embed = next((embed for parent in parents if (embed := getattr(parent, "patch_embed", None)) is not None), None)
-    grid = _patch_grid(embed, input_size)
-    prefix = 0 if "patch_embed" in name.split(".") else _prefix_tokens(parents)
-    counts = (prefix, 0) if prefix else (0,)
-    if grid is None:
-        # With flexible sizes the grid may be oblong, so a square number of tokens proves little.
-        flexible = getattr(embed, "strict_img_size", True) is False
-        for count in counts[:1] if flexible else counts:
-            if root := _square_root(tokens - count):
-                return TokenGrid(count, (root, root))
-        return TokenGrid(prefix if flexible and tokens > prefix else 0, None)
-    for divisors in (range(1, 2), range(2, max(grid) + 1)):
-        for count in counts:
-            for divisor in divisors:
-                pooled = ceil(grid[0] / divisor), ceil(grid[1] / divisor)
-                if pooled[0] * pooled[1] == tokens - count:
-                    return TokenGrid(count, pooled)
-    return TokenGrid(0, None)
-
-
-def _patch_grid(embed: nn.Module | None, input_size: Grid | None) -> Grid | None:
-    sizes = getattr(embed, "dynamic_feat_size", None)
-    if input_size is not None and callable(sizes):
-        height, width = sizes(input_size)
-        return int(height), int(width)
-    grid = getattr(embed, "grid_size", None)
-    if grid is None or getattr(embed, "strict_img_size", True) is False:
-        return None
-    return int(grid[0]), int(grid[1])
-
-
-def _prefix_tokens(parents: tuple[nn.Module, ...]) -> int:
-    for parent in parents:
-        count = getattr(parent, "num_prefix_tokens", None)
-        if isinstance(count, int):
-            return count
-        special = [
-            p.shape[1]
-            for key, p in parent.named_parameters()
-            if key.rsplit(".", 1)[-1] in _PREFIX_PARAMETERS and p.ndim == 3
-        ]
-        if special:
-            return sum(special)
-    return 0
-
-
-def _square_root(count: int) -> int:
-    root = isqrt(max(count, 0))
-    return root if root * root == count else 0

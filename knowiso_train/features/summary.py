@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import LayoutError
+from knowiso_train.errors import LayoutError, ShapeError
 from knowiso_train.features.layout import describe_feature
-from knowiso_train.features.modules import named_layers, unwrap_model
+from knowiso_train.features.modules import named_layers
 from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import preserve_state
+from knowiso_train.features.tokens import stage_info
 
 
 def named_stages(model: nn.Module) -> set[str]:
     """Return the last layers of the stages that timm lists in `feature_info`; empty for other networks."""
-    info = getattr(unwrap_model(model), "feature_info", None)
-    found: Any = info if isinstance(info, list) else getattr(info, "get_dicts", list)()
-    return {item["module"] for item in found if isinstance(item, dict) and "module" in item}
+    return {stage["module"] for stage in stage_info(model) if "module" in stage}
 
 
-def stage_grids(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, int]]:
+def stage_grids(
+    model: nn.Module, run: Callable[[], Any], input_size: tuple[int, int] | None = None
+) -> dict[str, tuple[int, int]]:
     """Return the grid of every stage's last layer, in the network's order.
 
     Stages are those that timm lists. In other networks the last child on each grid ends a stage, among the children
@@ -32,6 +33,7 @@ def stage_grids(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int
     Args:
         model: Network.
         run: Function that runs it on a small batch.
+        input_size: (height, width) of the network's input. None: unknown.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten())
@@ -49,19 +51,21 @@ def stage_grids(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int
     ):
         run()
     grids = {
-        name: grid for name in candidates if (grid := _grid(name, model, outputs.get(name, [None])[0])) is not None
+        name: grid
+        for name in candidates
+        if (grid := _grid(name, model, outputs.get(name, [None])[0], input_size)) is not None
     }
     return grids if named else {name: grid for grid, name in {grid: name for name, grid in grids.items()}.items()}
 
 
-def _grid(name: str, model: nn.Module, output: Any) -> tuple[int, int] | None:
+def _grid(name: str, model: nn.Module, output: Any, input_size: tuple[int, int] | None) -> tuple[int, int] | None:
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim not in (3, 4):
         return None
     try:
-        grid = describe_feature(name, model, output).grid
-    except LayoutError:
+        height, width = describe_feature(name, model, output, input_size=input_size).to_nchw(output).shape[2:]
+    except (LayoutError, ShapeError):
         return None
-    return grid if grid is not None and grid[0] * grid[1] > 1 else None
+    return (height, width) if height * width > 1 else None
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ def _line(name: str, layer: nn.Module, emitted: list[Any], model: nn.Module, ima
         return LayerSummary(name, kind, None, None, f"shape {tuple(output.shape)}: the first axis is not the images")
     try:
         spec = describe_feature(name, model, output, input_size=(images.shape[2], images.shape[3]))
-    except LayoutError:
+        grid = (1, spec.to_nchw(output).shape[3]) if spec.is_line else spec.grid
+    except (LayoutError, ShapeError):
         return LayerSummary(name, kind, None, None, f"shape {tuple(output.shape)}: pass layout=")
-    return LayerSummary(name, kind, spec.channels, spec.grid, f"runs {len(emitted)} times" if len(emitted) > 1 else "")
+    return LayerSummary(name, kind, spec.channels, grid, f"runs {len(emitted)} times" if len(emitted) > 1 else "")

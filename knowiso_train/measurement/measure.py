@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from knowiso_train.disentangle.config import Solver
 from knowiso_train.errors import DataError
-from knowiso_train.features.extractor import Extractor
+from knowiso_train.features.extractor import Extractor, check_line
 from knowiso_train.features.modules import LayerPair, network_name, pair_layers
 from knowiso_train.features.state import on_device, preserve_state
 from knowiso_train.measurement.config import Directions, MeasureConfig, Repeated
@@ -89,7 +89,8 @@ def measure(
         source_transform: Transform of the images for the source network (resolution, normalization).
         target_transform: Transform of the images for the target network.
         forward: `forward(model, batch)`, replaces `model(images)` for networks with other inputs.
-        layout: "nchw", "nhwc", "nlc", "ncl" or "nc", for all layers or by layer name. None: inferred.
+        layout: "nchw", "nhwc", "nlc", "ncl" or "nc", for all layers or by layer name. None: inferred. For tokens it can
+            state prefix tokens, grid and suffix tokens: "nlc:1+14x14", "nlc:1+14x14+100", or "nlc:line" for a sequence.
         repeated: "error", "first" or "last": treatment of layers that are called more than once in one forward pass.
         device: Device of both networks during the call. None: their present devices.
         autocast: dtype of autocast for the networks; statistics stay in float32 and float64. None: no autocast.
@@ -245,6 +246,7 @@ class _Measurement:
 
     def _start(self, source_features: Features, target_features: Features) -> None:
         """Create the pair measurements from the first batch, and check the memory before it is allocated."""
+        self._check_lines(source_features, target_features)
         self.pair_measurements = [
             PairMeasurement(
                 pair,
@@ -261,6 +263,14 @@ class _Measurement:
         for device in {pair.device for pair in self.pair_measurements}:
             pairs = [pair for pair in self.pair_measurements if pair.device == device]
             check_capacity({pair.label: pair.estimate_memory() for pair in pairs}, device)
+
+    def _check_lines(self, source_features: Features, target_features: Features) -> None:
+        """Check that no pair consists of a line of tokens and a feature map."""
+        for pair in self.pairs:
+            layers, features = (pair.source, pair.target), (source_features[pair.source], target_features[pair.target])
+            for i, extractor in enumerate(self.extractors):
+                if extractor.specs[layers[i]].is_line:
+                    check_line(features[i], features[1 - i], f"{extractor.name}: layer {layers[i]!r}")
 
     def _extract(self, batch: IndexedBatch, *parts: str) -> tuple[Features, Features]:
         for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,21 @@ def test_order_zero_builds_nothing_for_higher_orders(monkeypatch: pytest.MonkeyP
 def test_configurations_are_validated_when_they_are_built(options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         DisentangleConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", [(1, 12), (12, 1), (2, 6), (1, 2)])
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("dead", [0, 2])
+def test_padding_is_not_counted_as_channels_without_variance(
+    grid: tuple[int, int], kernel_size: int, dead: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(200, 4, *grid, generator=generator) for _ in range(2))
+    # Channels of a constant have variance at the padding's border alone
+    x[:, :dead] = 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Disentangler(order=0, kernel_size=kernel_size).fit(x, y)
+    messages = [str(warning.message) for warning in caught if "source channel" in str(warning.message)]
+    assert len(messages) == (dead > 0)
+    assert all(f"{dead} source channel(s) without variance" in message for message in messages)

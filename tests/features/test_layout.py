@@ -43,7 +43,8 @@ def test_to_nchw_puts_every_value_in_its_place() -> None:
     assert torch.equal(to_nchw(tokens, "nlc", grid=(4, 5)), x)
     assert torch.equal(to_nchw(x.flatten(2), "ncl", grid=(4, 5)), x)
     assert torch.equal(to_nchw(prefixed, "nlc", prefix_tokens=2, grid=(4, 5)), x)
-    assert torch.equal(to_nchw(prefixed, "nlc", prefix_tokens=2), x.flatten(2)[..., None])
+    assert torch.equal(to_nchw(prefixed, "nlc", prefix_tokens=2), x.flatten(2)[:, :, None])
+    assert torch.equal(to_nchw(prefixed, "nlc", prefix_tokens=1, suffix_tokens=1)[:, :, 0, 1:], x.flatten(2)[:, :, :-1])
     assert torch.equal(to_nchw(x[:, :, 0, 0], "nc"), x[:, :, :1, :1])
 
 
@@ -247,29 +248,77 @@ def test_tokens_at_a_size_that_changes() -> None:
     model = network("vit_tiny_patch16_224", img_size=64, dynamic_img_size=True)
     found = described(model, (96, 64), ["blocks.0", "patch_embed"])
     assert found == {"blocks.0": FeatureSpec("nlc", 192, (6, 4), 1), "patch_embed": FeatureSpec("nhwc", 192, (6, 4))}
-    # 6 × 4 patches and a class token are 25 tokens, which are no 5 × 5 grid
+    # Without the input size the grid is unknown, also for square numbers of tokens
     assert describe_feature("blocks.0", model, torch.zeros(1, 25, 192)) == FeatureSpec("nlc", 192, None, 1)
-    assert describe_feature("blocks.0", model, torch.zeros(1, 26, 192)) == FeatureSpec("nlc", 192, (5, 5), 1)
+    assert describe_feature("blocks.0", model, torch.zeros(1, 26, 192)) == FeatureSpec("nlc", 192, None, 1)
 
 
-def test_pooled_tokens_and_tokens_without_a_grid() -> None:
+@pytest.mark.parametrize("tokens", [4, 5, 13, 14, 16 + 2])
+def test_another_number_of_tokens_than_the_patches_raises(tokens: int) -> None:
     model = network("vit_tiny_patch16_224", img_size=64)
-    assert describe_feature("blocks.0", model, torch.zeros(1, 5, 192)) == FeatureSpec("nlc", 192, (2, 2), 1)
-    assert describe_feature("blocks.0", model, torch.zeros(1, 4, 192)) == FeatureSpec("nlc", 192, (2, 2), 0)
-    assert describe_feature("blocks.0", model, torch.zeros(1, 14, 192)) == FeatureSpec("nlc", 192, None, 0)
-    plain = nn.Sequential(nn.Linear(8, 8))
-    assert describe_feature("0", plain, torch.zeros(1, 9, 8)) == FeatureSpec("nlc", 8, (3, 3), 0)
-    assert describe_feature("0", plain, torch.zeros(1, 7, 8)).to_nchw(torch.zeros(2, 7, 8)).shape == (2, 8, 7, 1)
+    with pytest.raises(LayoutError, match=rf"{tokens} tokens of layer 'blocks.0' form no grid.*4 × 4 patches"):
+        describe_feature("blocks.0", model, torch.zeros(1, tokens, 192))
+    assert describe_feature("blocks.0", model, torch.zeros(1, tokens, 192), "nlc:line").is_line
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.75])
+def test_dropped_patches_raise(rate: float) -> None:
+    # At 224 pixels and a rate of 0.75 there are 49 of 196 patches, which are not a pooled 7 × 7 grid
+    model = timm.create_model("vit_tiny_patch16_224", img_size=224, patch_drop_rate=rate, depth=1).train()
+    with pytest.raises(LayoutError, match="tokens were dropped"), Extractor(model, "blocks.0") as extractor:
+        extractor.run(torch.randn(2, 3, 224, 224))
+
+
+def test_a_single_pooled_token_is_one_position() -> None:
+    model = network("vit_tiny_patch16_224", img_size=64)
+    assert describe_feature("blocks.0", model, torch.zeros(1, 1, 192)) == FeatureSpec("nlc", 192, (1, 1), 0)
+
+
+@pytest.mark.parametrize("length", [7, 9, 16, 400])
+def test_a_sequence_is_a_line(length: int) -> None:
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 1))
+    for layer, shape in (("0", (2, length, 8)), ("1", (2, 8, length))):
+        spec = describe_feature(layer, plain, torch.zeros(shape))
+        assert spec.is_line
+        assert spec.to_nchw(torch.zeros(shape)).shape == (2, 8, 1, length)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens", "spec"),
+    [
+        ("nlc:4x4", 16, FeatureSpec("nlc", 8, (4, 4))),
+        ("nlc:1+2x8", 17, FeatureSpec("nlc", 8, (2, 8), 1)),
+        ("nlc:4x4+100", 116, FeatureSpec("nlc", 8, (4, 4), 0, 100)),
+        ("nlc:1+4x4+100", 117, FeatureSpec("nlc", 8, (4, 4), 1, 100)),
+        ("nlc:1+line+3", 20, FeatureSpec("nlc", 8, None, 1, 3)),
+        ("nlc:line", 16, FeatureSpec("nlc", 8)),
+    ],
+)
+def test_stated_tokens(layout: str, tokens: int, spec: FeatureSpec) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.arange(tokens).view(1, -1, 1).expand(1, -1, 8)
+    assert describe_feature("0", model, x, layout) == spec
+    patches = range(spec.prefix_tokens, tokens - spec.suffix_tokens)
+    assert spec.to_nchw(x)[0, 0].flatten().tolist() == list(patches)
+    assert describe_feature("0", model, x.transpose(1, 2), layout.replace("nlc", "ncl")).grid == spec.grid
+    if spec.grid is not None:
+        with pytest.raises(ShapeError, match=f"expected {spec.prefix_tokens} prefix tokens"):
+            spec.to_nchw(x[:, 1:])
+
+
+@pytest.mark.parametrize("layout", ["nlc:4", "nlc:0x4", "nlc:4x4+", "nlc:-1+4x4", "nhwc:4x4", "nlc:grid", "nl:4x4"])
+def test_tokens_stated_in_another_form_raise(layout: str) -> None:
+    with pytest.raises(LayoutError, match="layout|tokens"):
+        describe_feature("0", nn.Sequential(nn.Linear(8, 8)), torch.zeros(1, 16, 8), layout)
 
 
 def test_tokens_before_the_prefix_is_added() -> None:
     dynamic = network("vit_tiny_patch16_224", img_size=64, dynamic_img_size=True)
-    assert describe_feature("patch_embed.norm", dynamic, torch.zeros(1, 25, 192)) == FeatureSpec("nlc", 192, (5, 5), 0)
-    dinov2 = network(
-        "vit_small_patch14_reg4_dinov2", img_size=42, depth=2
-    )  # 9 tokens are the 3 × 3 grid, rather than 5 prefix tokens and a pooled 2 × 2
+    assert describe_feature("patch_embed.norm", dynamic, torch.zeros(1, 25, 192)) == FeatureSpec("nlc", 192, None, 0)
+    norm = describe_feature("patch_embed.norm", dynamic, torch.zeros(1, 25, 192), input_size=(80, 80))
+    assert norm == FeatureSpec("nlc", 192, (5, 5), 0)
+    dinov2 = network("vit_small_patch14_reg4_dinov2", img_size=42, depth=2)
+    # 9 tokens are the 3 × 3 grid without the 5 prefix tokens
     assert describe_feature("patch_drop", dinov2, torch.zeros(1, 9, 384)) == FeatureSpec("nlc", 384, (3, 3), 0)
-    assert describe_feature("blocks.0", dinov2, torch.zeros(1, 6, 384)) == FeatureSpec("nlc", 384, (1, 1), 5)
 
 
 def test_a_block_that_permutes_back() -> None:
@@ -281,23 +330,91 @@ def test_a_block_that_permutes_back() -> None:
         infer_layout("0", block, torch.zeros(1, 8, 5, 7), model)
 
 
-def test_a_class_token_of_a_network_that_is_not_timms() -> None:
-    class Vit(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.class_token = nn.Parameter(torch.zeros(1, 1, 8))
-            self.encoder = nn.Linear(8, 8)
+class PatchNetwork(nn.Module):
+    """Patches of 4 × 4 pixels, special tokens, and one linear layer."""
 
-    assert describe_feature("encoder", Vit(), torch.zeros(1, 17, 8)) == FeatureSpec("nlc", 8, (4, 4), 1)
-    assert describe_feature("student.encoder", nn.ModuleDict({"student": Vit()}), torch.zeros(1, 17, 8)) == FeatureSpec(
-        "nlc", 8, (4, 4), 1
+    def __init__(self, token: str = "class_token", shape: tuple[int, ...] = (1, 1, 8), patches: bool = True) -> None:
+        super().__init__()
+        if patches:
+            self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.register_parameter(token, nn.Parameter(torch.zeros(shape)))
+        self.encoder = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("token", "shape", "prefix"),
+    [
+        ("class_token", (1, 1, 8), 1),
+        ("cls_token", (1, 1, 8), 1),
+        ("reg_token", (1, 4, 8), 4),
+        ("class_embedding", (8,), 1),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_patches_and_class_tokens_of_networks_that_are_not_timms(
+    token: str, shape: tuple[int, ...], prefix: int, wrapped: bool
+) -> None:
+    model: nn.Module = PatchNetwork(token, shape)
+    name, model = ("student.encoder", nn.ModuleDict({"student": model})) if wrapped else ("encoder", model)
+    for size, grid in (((16, 16), (4, 4)), ((16, 24), (4, 6))):
+        x = torch.zeros(1, prefix + grid[0] * grid[1], 8)
+        assert describe_feature(name, model, x, input_size=size) == FeatureSpec("nlc", 8, grid, prefix)
+        with pytest.raises(LayoutError, match="form no grid"):
+            describe_feature(name, model, x[:, 3:], input_size=size)
+
+
+@pytest.mark.parametrize("kind", ["CLIPVision", "ViT", "ViTMAE", "Yolos"])
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    size: Any = [64, 64] if kind == "Yolos" else 64
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=size, patch_size=16
     )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    layer = next(name for name, _ in model.named_modules() if name.endswith((".layer.0", "layers.0")))
+    x = torch.randn(2, 3, 64, 64)
+    if kind in ("ViTMAE", "Yolos"):
+        # Masked patches, or 100 detection tokens at the end
+        with pytest.raises(LayoutError, match="form no grid"), Extractor(model, layer) as extractor:
+            extractor.run(x)
+    if kind != "ViTMAE":
+        with Extractor(model, layer, layout="nlc:1+4x4+100" if kind == "Yolos" else None) as extractor:
+            assert extractor.run(x)[layer].shape == (2, 32, 4, 4)
+
+
+def test_an_input_size_that_the_network_states() -> None:
+    model = PatchNetwork()
+    assert describe_feature("encoder", model, torch.zeros(1, 17, 8)) == FeatureSpec("nlc", 8, None, 1)
+    model.image_size = 16
+    assert describe_feature("encoder", model, torch.zeros(1, 17, 8)) == FeatureSpec("nlc", 8, (4, 4), 1)
+
+
+def test_tokens_without_patches_are_a_line() -> None:
+    model = PatchNetwork(patches=False)
+    for tokens in (17, 26):
+        found = describe_feature("encoder", model, torch.zeros(1, tokens, 8), input_size=(16, 16))
+        assert found == FeatureSpec("nlc", 8, None, 1)
 
 
 def test_channels_first_sequences() -> None:
     model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.Sequential(nn.Conv1d(8, 8, 1), nn.ReLU()))
-    assert describe_feature("0", model, torch.zeros(1, 8, 16)) == FeatureSpec("ncl", 8, (4, 4))
+    assert describe_feature("0", model, torch.zeros(1, 8, 16)) == FeatureSpec("ncl", 8)
     assert describe_feature("1", model, torch.zeros(1, 8, 16)).layout == "ncl"
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "levit_128s", "pit_ti_224", "mixer_s32_224", "xcit_nano_12_p16_224"])
+def test_tokens_of_stages_have_the_grids_that_timm_lists(name: str) -> None:
+    model = network(name)
+    layers = [key for key, module in model.named_modules() if isinstance(module, nn.LayerNorm)] or ["stages.0.blocks.0"]
+    with torch.no_grad(), FeatureTaps(model, layers, repeated="first") as taps:
+        model(torch.randn(1, 3, 224, 224))
+        found = taps.collect()
+    for layer, tensor in found.items():
+        if tensor.ndim == 3 and tensor.shape[0] == 1 and tensor.shape[1] in (56**2, 28**2, 14**2, 7**2):
+            side = int(tensor.shape[1] ** 0.5)
+            spec = describe_feature(layer, model, tensor, input_size=(224, 224))
+            assert spec.layout == "ncl" or spec.grid == (side, side), layer
 
 
 def test_what_is_no_feature() -> None:
