@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
 from knowiso_train.distillation.estimators import warn_once
 from knowiso_train.distillation.student_capture import StudentInput
-from knowiso_train.errors import CaptureError, InputTypeError, LayoutError, ShapeError
+from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
 from knowiso_train.features.extractor import FeatureReader, check_line
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import LayerPair, unwrap_model
