@@ -24,7 +24,7 @@ class CollapseDetector:
     Example:
         >>> detector, features = CollapseDetector(), torch.randn(8, 6, 4, 4)
         >>> detector.check("layer2", features)
-        >>> detector.check("layer2", features[:, :1].expand(-1, 6, -1, -1))  # one direction; in the third call a warning
+        >>> detector.check("layer2", features[:, :1].expand(-1, 6, -1, -1))  # one direction; warns after 3 calls
         >>> detector.num_collapsed
         {'layer2': 1}
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class FrozenModel:
         images = self.transform(student_input.images)
         precision = nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
         with torch.no_grad(), self._eval_mode(), precision:
-            return images, self._call(images, student_input.keyword)
+            return images, self._call(student_input, images)
 
     def transform(self, images: Tensor) -> Tensor:
         """Return the student's images on this network's device, after its transform."""
@@ -138,10 +139,26 @@ class FrozenModel:
         size = image_size(self.transform(images)) if with_tokens else None
         return self.reader.read({name: features[name].detach().to(device) for name in names}, size=size)
 
-    def _call(self, images: Tensor, keyword: str | None) -> Any:
+    def _call(self, student_input: StudentInput, images: Tensor) -> Any:
+        """Call the network as the student was called, with its own images.
+
+        Raises:
+            CaptureError: Arguments of the student that this network's forward does not take.
+        """
         if self._custom_forward is not None:
             return self._custom_forward(self.model, images)
-        return self.model(images) if keyword is None else self.model(**{keyword: images})
+        args, kwargs = student_input.with_images(images)
+        if len(args) > 1 or kwargs:
+            try:
+                signature(unwrap_model(self.model).forward).bind(*args, **kwargs)
+            except TypeError as error:
+                names = [type(value).__name__ for value in args] + [f"{name}=" for name in kwargs]
+                raise CaptureError(
+                    f"the student was called with ({', '.join(names)}), which the forward of the {self.role} does not "
+                    f"take: {error}. Pass teacher_forward=lambda teacher, images: ..., or "
+                    "iso(teacher_output=...) after running the teacher"
+                ) from None
+        return self.model(*args, **kwargs)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

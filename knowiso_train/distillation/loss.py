@@ -24,7 +24,7 @@ from knowiso_train.distillation.config import (
 from knowiso_train.distillation.estimators import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
 from knowiso_train.distillation.frozen_model import FrozenModel, check_grids, freeze_peers
 from knowiso_train.distillation.layer_selection import auto_layers
-from knowiso_train.distillation.shape_inference import infer_shapes
+from knowiso_train.distillation.shape_inference import Example, infer_shapes
 from knowiso_train.distillation.student_capture import StudentBatch, StudentCapture
 from knowiso_train.errors import CaptureError, InputTypeError, OptionError
 from knowiso_train.features.extractor import align
@@ -73,8 +73,10 @@ class IsomorphismLoss(nn.Module):
             the first with a solved map. Default: constant 1.
         teacher_transform: Transform of the student's images for the teacher, such as another resolution or
             normalization. Default: none.
-        teacher_forward: Function `teacher_forward(teacher, images)` in place of `teacher(images)`.
-        example: Batch of student images (N, ...) for the forward that infers shapes. Default: guessed sizes.
+        teacher_forward: Function `teacher_forward(teacher, images)` in place of `teacher(images)`. By default the
+            teacher receives all arguments of the student's call except labels.
+        example: Batch of student images (N, ...) for the forward that infers shapes; a tuple of positional arguments
+            or a mapping of keyword arguments of a student that takes more. Default: images of guessed sizes.
         peers: Networks of `target="consensus"`, trained on the same kind of images as the teacher.
         peer_layers: {teacher layer: peer layer}, one for all peers or one for each. Default: the teacher's names.
         peer_transforms: As `teacher_transform`, one for all peers or one for each.
@@ -122,7 +124,7 @@ class IsomorphismLoss(nn.Module):
         schedule: Callable[[int], float] | None = None,
         teacher_transform: Transform | None = None,
         teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
-        example: Tensor | None = None,
+        example: Example | None = None,
         peers: Sequence[nn.Module] = (),
         peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
         peer_transforms: Transform | Sequence[Transform | None] | None = None,
@@ -324,7 +326,8 @@ class IsomorphismLoss(nn.Module):
         for index, pair in enumerate(self.pairs):
             feature, target = batch.features[index], targets[pair.target]
             check_grids(pair, feature, target, self._student.reader, self._teacher.reader)
-            source, map_loss = self._map_loss(pair, feature, target, [peer[pair.target] for peer in peers], update)
+            inputs = self._aligned(batch, pair, feature, [target, *(peer[pair.target] for peer in peers)])
+            source, map_loss = inputs[0], self._map_loss(pair, inputs, update)
             # Reading the loss in every step would stall a GPU; the moments leave a batch with NaN out in any case
             if refresh_due or map_loss.device.type == "cpu":
                 check_finite(pair, map_loss, feature, target, self._calls)
@@ -337,26 +340,37 @@ class IsomorphismLoss(nn.Module):
             self._active_calls += int(any(self._map_of(pair).ready for pair in self.pairs))
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
-    def _map_loss(
-        self, pair: LayerPair, feature: Tensor, target: Tensor, peers: list[Tensor], update: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the student's feature on the teacher's grid, and the loss of the pair's map for it.
+    def _aligned(self, batch: StudentBatch, pair: LayerPair, feature: Tensor, targets: list[Tensor]) -> list[Tensor]:
+        """Return the inputs of the pair's map: the features of student, teacher and peers at common positions.
 
-        The loss is the unexplained share, plus the penalty of a learned map, in float32 or better.
+        Raises:
+            CaptureError: Padded positions that cannot be left out.
         """
-        grid = (target.shape[2], target.shape[3])
-        # A view of its own, at which `_term` may scale the gradient
-        aligned = align(feature, grid)
-        source = aligned.view_as(aligned)
-        inputs = [source, target.to(source.device)]
-        if peers:
-            inputs.append(torch.cat([align(peer.to(source.device), grid) for peer in peers], 1))
-        map_ = self._map_of(pair)
-        if next(map_.buffers()).device != source.device:
-            map_.to(source.device)
-        with torch.autocast(source.device.type, enabled=False):
+        grid = (targets[0].shape[2], targets[0].shape[3])
+        target, *peers = [align(other.to(feature.device), grid) for other in targets]
+        inputs = [align(feature, grid), target, *([torch.cat(peers, 1)] if peers else [])]
+        if batch.padding is None:
+            # A view of its own, at which `_term` may scale the gradient
+            return [inputs[0].view_as(inputs[0]), *inputs[1:]]
+        keyword, valid = batch.padding
+        if self.config.kernel_size > 1 or feature.shape[2:] != grid or valid.shape[1] != grid[0] * grid[1]:
+            raise CaptureError(
+                f"{keyword}= marks padded positions, which can be left out for kernel_size=1 and features with one "
+                f"position for each of its {valid.shape[1]}; {pair.source!r} has {feature.shape[2:].numel()} and "
+                f"{pair.target!r} has {grid[0] * grid[1]}. Pair other layers, or give batches without padding"
+            )
+        rows = valid.to(feature.device).flatten()
+        # (N, C, H, W) → (1, C, 1, P) of the P valid positions
+        return [part.flatten(2).movedim(1, 2).flatten(0, 1)[rows].T[None, :, None] for part in inputs]
+
+    def _map_loss(self, pair: LayerPair, inputs: list[Tensor], update: bool) -> Tensor:
+        """Return the loss of the pair's map: the unexplained share, plus the penalty of a learned map."""
+        map_, device = self._map_of(pair), inputs[0].device
+        if next(map_.buffers()).device != device:
+            map_.to(device)
+        with torch.autocast(device.type, enabled=False):
             loss: Tensor = map_(*inputs, update=update)
-        return source, loss
+        return loss
 
     def _term(
         self, index: int, pair: LayerPair, source: Tensor, map_loss: Tensor, weight: Tensor, branch: Tensor | None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from knowiso_train.distillation.frozen_model import FrozenModel
-from knowiso_train.distillation.student_capture import StudentCapture, StudentInput
+from knowiso_train.distillation.student_capture import StudentCapture
 from knowiso_train.errors import CaptureError, KnowisoError, OptionError
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import unwrap_model
@@ -20,26 +21,29 @@ from knowiso_train.utils.batch import image_size
 # Sides in pixels, tried in this order for networks without a configured input size
 CANDIDATE_IMAGE_SIDES = (64, 224, 32, 128)
 EXAMPLE_IMAGES = 2
+# Images, positional arguments, or keyword arguments of the student
+Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
-def infer_shapes(student: StudentCapture, frozen: Sequence[FrozenModel], example: Tensor | None) -> None:
+def infer_shapes(student: StudentCapture, frozen: Sequence[FrozenModel], example: Example | None) -> None:
     """Run every network once on a small batch, so that the readers store channels and layouts.
 
     Args:
         student: Hooks on the student.
         frozen: Teacher and peers.
-        example: Batch of student images. None: zeros of a size guessed from timm's configuration and the first layer.
+        example: Batch of student images, tuple of positional arguments, or mapping of keyword arguments. None: zeros of
+            a size guessed from timm's configuration and the first layer.
 
     Raises:
         OptionError: No guessed size that all networks accept.
     """
     if example is not None:
-        _run(student, frozen, example[:EXAMPLE_IMAGES])
+        _run(student, frozen, *_example_arguments(example))
         return
     first_error: Exception | None = None
     for images in _candidate_images([student.model, *(network.model for network in frozen)]):
         try:
-            _run(student, frozen, images)
+            _run(student, frozen, (images,), {})
             return
         except CaptureError:
             raise
@@ -53,23 +57,46 @@ def infer_shapes(student: StudentCapture, frozen: Sequence[FrozenModel], example
     ) from first_error
 
 
-def _run(student: StudentCapture, frozen: Sequence[FrozenModel], images: Tensor) -> None:
+def _example_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of the student for the first images of an example."""
+    args = () if isinstance(example, Mapping) else example if isinstance(example, (tuple, list)) else (example,)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    num_images = max((len(value) for value in (*args, *kwargs.values()) if _is_batch(value)), default=0)
+
+    def first_images(value: Any) -> Any:
+        return value[:EXAMPLE_IMAGES] if _is_batch(value) and len(value) == num_images else value
+
+    return tuple(map(first_images, args)), {name: first_images(value) for name, value in kwargs.items()}
+
+
+def _is_batch(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _run(student: StudentCapture, frozen: Sequence[FrozenModel], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     with ExitStack() as stack:
         stack.enter_context(preserve_state(student.model, *(network.model for network in frozen)))
         stack.enter_context(torch.no_grad())
         # A compilation here would lack the hooks of the training
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         device = device_of(student.model)
-        images = images if device is None else images.to(device)
+        args = tuple(_moved(value, device) for value in args)
+        kwargs = {name: _moved(value, device) for name, value in kwargs.items()}
+        student_input = student.input_of(args, kwargs)
+        images = student_input.images
         stack.enter_context(student.taps)
         with _allow_errors_after_captures(student.taps):
-            unwrap_model(student.model)(images)
+            unwrap_model(student.model)(*args, **kwargs)
         student.reader.read(student.taps.collect(), len(images), image_size(images))
         for network in frozen:
             stack.enter_context(network.taps)
             with _allow_errors_after_captures(network.taps):
-                network.forward(StudentInput(images))
+                network.forward(student_input)
             network.collect(network.transform(images))
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    return value if device is None or not isinstance(value, Tensor) else value.to(device)
 
 
 @contextmanager

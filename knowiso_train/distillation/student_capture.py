@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,22 +15,60 @@ from knowiso_train.errors import CaptureError
 from knowiso_train.features.extractor import FeatureReader
 from knowiso_train.features.hooks import DetachedOnCopyHook, FeatureTaps, is_recomputing
 from knowiso_train.features.modules import LayerPair, unwrap_model
-from knowiso_train.utils.batch import INPUT_KEYS, image_size
+from knowiso_train.utils.batch import INPUT_KEYS, get_inputs, image_size, replace_inputs
+
+# Keyword arguments of the training loss, on which features do not depend; a frozen network runs without them
+LOSS_KEYWORDS = ("labels", "label", "num_items_in_batch", "return_loss")
+# Masks of padded positions by keyword argument, and the value of a valid position
+PADDING_MASKS = {
+    "attention_mask": True,
+    "pixel_mask": True,
+    "key_padding_mask": False,
+    "src_key_padding_mask": False,
+    "padding_mask": False,
+}
 
 
 @dataclass(frozen=True)
 class StudentInput:
-    """Images of one student forward.
+    """Arguments of one student forward.
 
     Attributes:
         images: Images as the student received them.
-        keyword: Keyword argument that held them; None: first positional argument.
-        modified: Whether they were written to after the forward began.
+        args: Positional arguments; the first holds the images if `keyword` is None. Default: the images alone.
+        kwargs: Keyword arguments.
+        keyword: Keyword argument that held the images; None: first positional argument.
+        modified: Whether the images were written to after the forward began.
     """
 
     images: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     keyword: str | None = None
     modified: bool = False
+
+    def with_images(self, images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments for a frozen network: other images, tensors on their device, nothing for the loss."""
+
+        def moved(value: Any) -> Any:
+            return value.detach().to(images.device) if isinstance(value, Tensor) else value
+
+        kwargs = {name: moved(value) for name, value in self.kwargs.items() if name not in LOSS_KEYWORDS}
+        if self.keyword is not None:
+            return (), kwargs | {self.keyword: images}
+        if not self.args:
+            return (images,), kwargs
+        return (replace_inputs(self.args[0], images), *(moved(value) for value in self.args[1:])), kwargs
+
+    def valid_positions(self) -> tuple[str, Tensor] | None:
+        """Return the keyword and the mask (N, L) of the positions that are not padding; None without padding."""
+        for name, value_of_valid in PADDING_MASKS.items():
+            mask = self.kwargs.get(name)
+            if isinstance(mask, Tensor) and mask.ndim in (2, 3) and len(mask) == len(self.images):
+                valid = (mask.flatten(1) != 0) == value_of_valid
+                if not bool(valid.all()):
+                    return name, valid
+        return None
 
 
 class InputCapture:
@@ -52,7 +90,8 @@ class InputCapture:
         """Store the arguments of a forward, and the version of every tensor among them."""
         self.args, self.kwargs, self.fired = args, kwargs, True
         if not torch.compiler.is_compiling():
-            versions = {id(value): _version(value) for value in (*args, *kwargs.values())}
+            values = [value for argument in (*args, *kwargs.values()) for value in _values(argument)]
+            versions = {id(value): _version(value) for value in values}
             self.versions = {key: version for key, version in versions.items() if version is not None}
 
     def clear(self) -> None:
@@ -66,7 +105,8 @@ class InputCapture:
     def take(self) -> StudentInput:
         """Return the images and drop the arguments.
 
-        The images are the first positional argument, or the keyword argument of one of `INPUT_KEYS`.
+        The images are the first positional argument, or in it if it is a batch, or the keyword argument of one of
+        `INPUT_KEYS`.
 
         Raises:
             CaptureError: No forward since the last call, or no images among its arguments.
@@ -78,8 +118,8 @@ class InputCapture:
                     "If it was compiled and called before the hooks were attached, call torch.compiler.reset()"
                 )
             if self.args:
-                if isinstance(self.args[0], Tensor):
-                    return self._student_input(self.args[0], None)
+                if isinstance(self.args[0], (Tensor, Mapping, tuple, list)):
+                    return self._student_input(get_inputs(self.args[0]), None)
             else:
                 keyword = next((key for key in INPUT_KEYS if isinstance(self.kwargs.get(key), Tensor)), None)
                 if keyword is not None:
@@ -87,7 +127,7 @@ class InputCapture:
             kinds = [type(value).__name__ for value in self.args]
             kinds += [f"{key}={type(value).__name__}" for key, value in self.kwargs.items()]
             raise CaptureError(
-                "expected the student to be called with a tensor of images as its first argument, or under one of "
+                "expected the student to be called with images as its first argument, or under one of "
                 f"{INPUT_KEYS}; got ({', '.join(kinds)})"
             )
         finally:
@@ -95,7 +135,8 @@ class InputCapture:
 
     def _student_input(self, images: Tensor, keyword: str | None) -> StudentInput:
         version = self.versions.get(id(images))
-        return StudentInput(images, keyword, version is not None and _version(images) != version)
+        modified = version is not None and _version(images) != version
+        return StudentInput(images, self.args, self.kwargs, keyword, modified)
 
 
 class _InputHook(DetachedOnCopyHook):
@@ -107,6 +148,13 @@ class _InputHook(DetachedOnCopyHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_recomputing():
             self.capture.record(args, kwargs)
+
+
+def _values(argument: Any) -> Iterable[Any]:
+    """Return an argument, or the elements of one that is a batch."""
+    if isinstance(argument, Mapping):
+        return argument.values()
+    return argument if isinstance(argument, (tuple, list)) else (argument,)
 
 
 def _version(value: Any) -> int | None:
@@ -122,11 +170,13 @@ class StudentBatch:
         input: Images, and how they were passed.
         branches: One view of the layer's output per pair, which only that pair's loss uses.
         features: The branches as (N, C, H, W), per pair.
+        padding: Keyword and mask of `StudentInput.valid_positions`.
     """
 
     input: StudentInput
     branches: list[Tensor]
     features: list[Tensor]
+    padding: tuple[str, Tensor] | None = None
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -162,6 +212,17 @@ class StudentCapture:
         """Register the hook that records the images; `taps` has the hooks on the layers."""
         return self._input.attach(unwrap_model(self.model))
 
+    @staticmethod
+    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StudentInput:
+        """Return the images in the arguments of a forward that is not captured.
+
+        Raises:
+            CaptureError: No images among the arguments.
+        """
+        capture = InputCapture()
+        capture.record(args, kwargs)
+        return capture.take()
+
     def clear(self) -> None:
         """Drop all captures."""
         self._input.clear()
@@ -187,4 +248,4 @@ class StudentCapture:
                 "student's last forward ran without gradient, or everything below these layers is frozen. Call iso() "
                 "right after the training forward student(x), or under torch.no_grad() to evaluate the loss"
             )
-        return StudentBatch(student_input, branches, features)
+        return StudentBatch(student_input, branches, features, student_input.valid_positions())

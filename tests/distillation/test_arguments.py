@@ -1,0 +1,175 @@
+"""Frozen networks run with the arguments of the student's call, and padded positions are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from knowiso_train.distillation import IsomorphismLoss
+from knowiso_train.errors import CaptureError
+from knowiso_train.features import FeatureTaps
+
+META = torch.linspace(-2, 2, 16)
+
+
+class Conditioned(nn.Module):
+    """Network whose features depend on a second argument."""
+
+    def __init__(self, seed: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.calls = nn.Conv2d(3, width, 3, 2, 1), 0
+
+    def forward(self, pixel_values: Any, meta: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        if isinstance(pixel_values, dict):
+            pixel_values, meta = pixel_values["image"], pixel_values["meta"]
+        elif isinstance(pixel_values, (tuple, list)):
+            pixel_values, meta = pixel_values
+        assert meta is not None
+        out: Tensor = self.conv(scale * pixel_values + meta[:, None, None, None])
+        return out
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+CALLS: dict[str, Any] = {
+    "positional": lambda net, x: net(x, META),
+    "keyword": lambda net, x: net(x, meta=META),
+    "all keywords": lambda net, x: net(pixel_values=x, meta=META, scale=3.0),
+    "not a tensor": lambda net, x: net(x, META, scale=3.0),
+    "mapping": lambda net, x: net({"image": x, "meta": META}),
+    "list": lambda net, x: net([x, META]),
+    "tuple": lambda net, x: net((x, META)),
+}
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.parametrize("call", list(CALLS))
+def test_the_teacher_gets_the_arguments_of_the_student(call: str, transformed: bool) -> None:
+    student, teacher = Conditioned(1, 4), Conditioned(2, 6)
+
+    def transform(x: Tensor) -> Tensor:
+        return 2 * x + 1 if transformed else x
+
+    iso = IsomorphismLoss(student, teacher, {"conv": "conv"}, teacher_transform=transform, example=(images(), META))
+    received: list[Tensor] = []
+    iso.maps["conv→conv"].register_forward_pre_hook(lambda module, args: received.append(args[1]))
+    with iso:
+        CALLS[call](student, images())
+        iso()
+    with torch.no_grad():
+        expected = CALLS[call](teacher, transform(images()))
+    torch.testing.assert_close(received[0], expected)
+    torch.testing.assert_close(iso.teacher_output, expected)
+
+
+def test_an_example_may_hold_keyword_arguments() -> None:
+    iso = IsomorphismLoss(
+        Conditioned(1, 4), Conditioned(2, 6), {"conv": "conv"}, example={"pixel_values": images(), "meta": META}
+    )
+    assert iso.maps["conv→conv"].weight.shape[:2] == (6, 4)
+
+
+def test_arguments_that_the_teacher_does_not_take_raise() -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1))
+    student = Conditioned(1, 4)
+    plain = {"example": (images(), META), "teacher_forward": lambda net, x: net(x)}
+    for call in ("positional", "keyword", "all keywords"):
+        iso = IsomorphismLoss(student, teacher, {"conv": "0"}, **plain)
+        with iso:
+            CALLS[call](student, images())
+            iso()
+        iso._teacher._custom_forward = None
+        with iso:
+            CALLS[call](student, images())
+            with pytest.raises(CaptureError, match=r"student was called with .*does not take.*teacher_forward="):
+                iso()
+    with pytest.raises(CaptureError, match="does not take.*teacher_forward="):
+        IsomorphismLoss(student, teacher, {"conv": "0"}, example=(images(), META))
+
+
+def test_labels_are_not_passed_to_the_teacher() -> None:
+    class Labeled(nn.Sequential):
+        def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+            return super().forward(pixel_values), labels
+
+    student, teacher = (Labeled(nn.Conv2d(3, width, 3)) for width in (4, 6))
+    with IsomorphismLoss(student, teacher, "0", example=images()) as iso:
+        student(pixel_values=images(), labels=torch.zeros(16))
+        iso()
+        assert iso.teacher_output[1] is None
+
+
+class Tokens(nn.Module):
+    """Network on token sequences (N, L, 3); padding has no effect on other positions."""
+
+    def __init__(self, seed: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.proj = nn.Linear(3, width)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        out: Tensor = self.proj(x)
+        return out
+
+
+@pytest.mark.parametrize("keyword", ["attention_mask", "key_padding_mask"])
+@pytest.mark.parametrize("options", [{}, {"solver": "learned"}, {"target": "consensus"}, {"scale": "linear"}], ids=str)
+def test_padded_positions_are_left_out(options: dict[str, Any], keyword: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(8, 11, 3, generator=generator)
+    lengths = torch.tensor([11, 3, 5, 11, 1, 7, 9, 2])
+    valid = torch.arange(11) < lengths[:, None]
+    results = []
+    for value in (0.0, 1e3):
+        student, teacher = Tokens(1, 4), Tokens(2, 6)
+        peers = [Tokens(3, 5)] if options.get("target") == "consensus" else []
+        torch.manual_seed(0)
+        iso = IsomorphismLoss(student, teacher, "proj", layout="nlc", example=tokens, peers=peers, **options)
+        x = torch.where(valid[..., None], tokens, value)
+        mask = valid.long() if keyword == "attention_mask" else ~valid
+        with iso:
+            for _ in range(12):
+                student(x, **{keyword: mask})
+                loss = iso()
+            loss.backward()
+        results.append([float(loss.detach()), *student.proj.weight.grad.flatten().tolist()])
+    assert results[0][0] != 0
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_padding_that_cannot_be_left_out_raises() -> None:
+    x = torch.randn(4, 9, 3)
+    mask = torch.ones(4, 9)
+    for options, shape in (({"kernel_size": 3}, (4, 9)), ({}, (4, 10))):
+        iso = IsomorphismLoss(Tokens(1, 4), Tokens(2, 6), "proj", layout="nlc", example=x, **options)
+        with iso:
+            iso.student(x, attention_mask=mask)
+            iso()
+            padded = torch.ones(shape)
+            padded[0, -1] = 0
+            iso.student(x, attention_mask=padded)
+            with pytest.raises(CaptureError, match="attention_mask= marks padded positions"):
+                iso()
+
+
+def test_features_in_the_padded_case_equal_those_of_the_layers() -> None:
+    student, teacher = Tokens(1, 4), Tokens(2, 6)
+    x, valid = torch.randn(4, 9, 3), torch.rand(4, 9) < 0.5
+    iso = IsomorphismLoss(student, teacher, "proj", layout="nlc", example=x)
+    received: list[tuple[Tensor, ...]] = []
+    iso.maps["proj→proj"].register_forward_pre_hook(lambda module, args: received.append(args))
+    with iso:
+        student(x, attention_mask=valid)
+        iso()
+    with FeatureTaps(student, ["proj"]) as taps:
+        student(x)
+        features = taps.collect()["proj"]
+    torch.testing.assert_close(received[0][0][0, :, 0].T, features[valid])
