@@ -17,9 +17,10 @@ from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.pruning.allocation import count_macs, count_positions, layer_costs
 from knowiso_train.pruning.blocks import finetunable_blocks
-from knowiso_train.pruning.builder import PrunedModelBuilder
+from knowiso_train.pruning.builder import PrunedModelBuilder, copy_model
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.channel_groups import channel_groups
+from knowiso_train.pruning.group_trial import usable_groups
 from knowiso_train.pruning.importance import rank_by_scores
 from knowiso_train.pruning.kept_indices import KeptIndices
 from knowiso_train.pruning.ranking import rank_by_isomorphism
@@ -338,6 +339,7 @@ def _prepare_builder(
             f"nothing to prune in {type(original).__name__}: every width is ignored, or belongs to a residual stream, "
             "an output or the input of a layer norm. The model was not modified."
         )
+    groups = usable_groups(copy_model(original), batch, groups, images.forward, config.round_to)
     reference = None
     if config.importance == "isomorphism":
         ranking, reference = rank_by_isomorphism(

@@ -6,19 +6,18 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from tqdm import tqdm
 
 from knowiso_train.errors import OptionError
 from knowiso_train.pruning.allocation import affordable_images, count_macs
 from knowiso_train.pruning.blocks import BlockFinetuner
 from knowiso_train.pruning.calibration import Calibration, ReferenceOutputs, record_reference_outputs
-from knowiso_train.pruning.channel_groups import ChannelGroup, num_input_channels, remove_channels
+from knowiso_train.pruning.channel_groups import ChannelGroup, remove_channels
+from knowiso_train.pruning.group_trial import input_masks, mask_weights, output_failure
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
 from knowiso_train.pruning.ranking import ChannelRanking, output_tensor
@@ -33,7 +32,6 @@ MAX_TRIAL_MACS = 2.5e11  # multiply-adds of one pass of them
 TRIAL_VALIDATION_FRACTION = 1 / 3  # fraction of the images of a trial that compare the refitted models
 MIN_TRIAL_VALIDATION_IMAGES = 8
 TRIAL_SAMPLES_PER_FEATURE, TRIAL_RIDGES = 20, (1e-2, 1.0, math.inf)
-MAX_RELATIVE_ERROR = 1e-3  # between the outputs of the pruned model and of the original with masked channels
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -115,7 +113,7 @@ class PrunedModelBuilder:
         errors: list[float] = []
         for widths in tqdm(candidates, desc="widths", unit="choice", disable=not self.progress):
             model = copy_model(self.original)
-            self._reconstruct(model, "fast", masks=self._masks(self._removed_units(widths)))
+            self._reconstruct(model, "fast", masks=input_masks(self.original, self.groups, self._removed_units(widths)))
             # ‖f_w(x) - f(x)‖². Not the KL divergence: the original is overconfident on its training images
             errors.append(float((output_tensor(self.images.forward(model, batch)) - expected).square().sum()))
         return candidates[errors.index(min(errors))]
@@ -138,11 +136,13 @@ class PrunedModelBuilder:
             fits = self._reconstruct(
                 model,
                 "full",
-                masks=self._masks({name: units for name, units in removed.items() if name not in deferred}),
+                masks=input_masks(
+                    self.original, self.groups, {name: units for name, units in removed.items() if name not in deferred}
+                ),
                 rankings={ranking.consumer: ranking for ranking in deferred.values()},
             )
             removed.update({name: ranking.removed for name, ranking in deferred.items()})
-        self._mask_weights(model, removed)
+        mask_weights(model, input_masks(self.original, self.groups, removed))
         expected = self.images.forward(model, self.batch)
         with track_kept_indices(model) as kept:
             remove_channels(model, self.batch, self.groups, removed, self.images.forward)
@@ -212,25 +212,6 @@ class PrunedModelBuilder:
         order = self.ranking.removal_order
         return {group.name: order[group.name][: group.size - widths[group.name]] for group in self.groups}
 
-    def _masks(self, removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Return the mask of remaining input channels of each consumer."""
-        masks: dict[str, Tensor] = {}
-        for group in self.groups:
-            if removed.get(group.name):
-                inputs = {name: num_input_channels(self.original.get_submodule(name)) for name in group.consumers}
-                for name, mask in group.input_masks(inputs, removed[group.name]).items():
-                    masks[name] = masks.get(name, torch.ones_like(mask)) & mask
-        return masks
-
-    def _mask_weights(self, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> None:
-        """Set the weights of removed input channels to 0, as in layers that are not refitted."""
-        for name, mask in self._masks(removed).items():
-            layer: Any = model.get_submodule(name)
-            convs = getattr(layer, "groups", 1)
-            # (C_out, input channels of its group)
-            remaining = mask.view(convs, 1, -1).expand(-1, len(layer.weight) // convs, -1).flatten(0, 1)
-            layer.weight.mul_(remaining.view(*remaining.shape, *[1] * (layer.weight.ndim - 2)).to(layer.weight))
-
     def _check_output(self, model: nn.Module, expected: Any) -> None:
         """Compare the output of a pruned model with that of the model with masked channels."""
         name = type(self.original).__name__
@@ -241,19 +222,7 @@ class PrunedModelBuilder:
                 f"{name} cannot be pruned: its forward pass does not fit its new widths ({error}). The model was not "
                 "modified."
             ) from error
-        before, after = (list(filter(torch.is_tensor, tree_leaves(value))) for value in (expected, output))
-        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (before, after)]
-        if shapes[0] != shapes[1]:
-            old, new = next((old, new) for old, new in zip_longest(*shapes) if old != new)
+        if (reason := output_failure(expected, output)) is not None:
             raise OptionError(
-                f"{name} cannot be pruned: a width reaches its output, of which a part would be {new} and not {old}. "
-                "The model was not modified; pass the modules that produce it as ignored="
-            )
-        pairs = [(a.double(), b.double()) for a, b in zip(before, after, strict=True) if a.numel()]
-        errors = [float((b - a).abs().max()) / float(a.abs().max().clamp_min(1e-12)) for a, b in pairs]
-        largest = max(errors, default=0.0)
-        if not largest <= MAX_RELATIVE_ERROR:
-            raise OptionError(
-                f"{name} cannot be pruned: removing channels differs there from masking them (outputs differ by "
-                f"{largest:.1e}). The model was not modified; pass the modules concerned as ignored="
+                f"{name} cannot be pruned: {reason}. The model was not modified; pass the modules concerned as ignored="
             )

@@ -11,9 +11,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
+from knowiso_train.errors import InputTypeError, KnowisoWarning, LayerNameError, OptionError
 from knowiso_train.features.modules import resolve_layers
 from knowiso_train.ops.im2col import is_plain_linear_op
+from knowiso_train.pruning.dependencies import PruningGraph
 from knowiso_train.pruning.tracing import Epilogue, Forward
 
 # Functions of torch-pruning that remove input and output channels
@@ -23,6 +24,12 @@ CROSS_CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)  # removing a channel changes
 
 # Children of an attention with parameters whose shapes do not depend on the number of heads
 HEAD_AGNOSTIC_CHILDREN = {"qkv", "proj", "q_norm", "k_norm"}
+# Names in attentions of transformers: projections of the input, of the heads, and attributes
+SEPARATE_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj")
+NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads")
+HEAD_WIDTH_ATTRIBUTES = ("head_dim", "attention_head_size")
+TOTAL_WIDTH_ATTRIBUTES = ("attn_dim", "all_head_size", "embed_dim", "inner_dim")
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ def channel_groups(
         forward: See `ki.prune`.
 
     Raises:
-        OptionError: A network that torch-pruning cannot trace, or a name without a module.
+        OptionError: A network that torch-pruning cannot trace, groups of which it finds none, or a name without a
+            module.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
@@ -137,15 +145,13 @@ def channel_groups(
         if epilogues and is_plain_linear_op(layer) and name not in epilogues
     }
     heads = head_groups(model)
-    attentions = [
+    attentions = [group.name for group in heads]
+    attentions += [
         name
         for name, module in model.named_modules()
         if isinstance(getattr(module, "num_heads", None), int) and hasattr(module, "proj")
     ]
-    graph = dependency_graph(model, example, forward)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dependencies = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
+    dependencies, failures = PruningGraph(model, example, forward).groups()
 
     def removable(group: ChannelGroup) -> bool:
         in_attention = any(_within(name, attentions) for name in group.producers)
@@ -155,7 +161,18 @@ def channel_groups(
         return not (in_attention or in_residual_stream or untraced.intersection((*group.producers, *group.consumers)))
 
     groups = [group for items in dependencies if (group := _to_group(items, names)) is not None and removable(group)]
-    return [group for group in [*groups, *heads] if not any(_within(name, ignored) for name in group.producers)]
+    heads = [group for group in heads if not untraced.intersection((*group.producers, *group.consumers))]
+    groups = [group for group in [*groups, *heads] if not any(_within(name, ignored) for name in group.producers)]
+    failures = {name: error for name, error in failures.items() if not _within(name, ignored)}
+    if failures:
+        layers, reason = ", ".join(map(repr, failures)), next(iter(failures.values()))
+        if not groups:
+            raise OptionError(
+                f"{type(model).__name__} cannot be pruned: {reason}. The model was not modified; layers {layers} keep "
+                "their widths, and no others can be cut"
+            )
+        warnings.warn(f"layers {layers} keep their widths: {reason}", KnowisoWarning, stacklevel=4)
+    return groups
 
 
 def remove_channels(
@@ -164,6 +181,7 @@ def remove_channels(
     groups: Sequence[ChannelGroup],
     removed: Mapping[str, Sequence[int]],
     forward: Forward | None = None,
+    graph: PruningGraph | None = None,
 ) -> None:
     """Remove units from a network, in place.
 
@@ -173,8 +191,11 @@ def remove_channels(
         groups: Result of `channel_groups`.
         removed: Units to remove, by group.
         forward: See `ki.prune`.
+        graph: Graph of the network. Default: traced where needed.
+
+    Raises:
+        OptionError: A group that torch-pruning cannot find.
     """
-    graph = None
     for group in groups:
         units = sorted(removed.get(group.name, ()))
         if not units:
@@ -182,9 +203,9 @@ def remove_channels(
         if group.kind == "heads":
             remove_heads(model, group, units)
             continue
-        graph = graph or dependency_graph(model, example, forward)
+        graph = graph or PruningGraph(model, example, forward)
         channels = group.producers[group.name][units].flatten().tolist()
-        graph.get_pruning_group(*pruning_root(model, group.name), sorted(channels)).prune(record_history=False)
+        graph.group(*pruning_root(model, group.name), sorted(channels)).prune(record_history=False)
 
 
 def pruning_root(model: nn.Module, name: str) -> tuple[nn.Module, Any]:
@@ -194,31 +215,6 @@ def pruning_root(model: nn.Module, name: str) -> tuple[nn.Module, Any]:
         return root, tp.prune_linear_out_channels
     depthwise = root.groups > 1 and root.weight.shape[1] == 1  # type: ignore[operator, index]
     return root, tp.prune_depthwise_conv_out_channels if depthwise else tp.prune_conv_out_channels
-
-
-def dependency_graph(model: nn.Module, example: Any, forward: Forward | None = None) -> Any:
-    """Build the dependency graph of torch-pruning.
-
-    Raises:
-        OptionError: A network that torch-pruning cannot trace.
-    """
-    requires_grad = [parameter.requires_grad for parameter in model.parameters()]
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            # The tracer follows the autograd graph
-            for parameter in model.parameters():
-                parameter.requires_grad_(True)
-            return tp.DependencyGraph().build_dependency(model, example, forward_fn=forward, verbose=False)
-    except Exception as error:  # any exception that the network raises under the tracer
-        version = getattr(tp, "__version__", "")
-        raise OptionError(
-            f"{type(model).__name__} cannot be pruned: torch-pruning {version} cannot trace it "
-            f"({type(error).__name__}: {error}). The model was not modified."
-        ) from error
-    finally:
-        for parameter, before in zip(model.parameters(), requires_grad, strict=True):
-            parameter.requires_grad_(before)
 
 
 def _to_group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:
@@ -295,9 +291,10 @@ def _within(name: str, modules: Collection[str]) -> bool:
 
 
 def head_groups(model: nn.Module) -> list[ChannelGroup]:
-    """Return one group for every attention with a joint qkv layer: units are heads, the consumer is the projection.
+    """Return one group for every attention of timm or transformers: units are heads, the consumer is the projection.
 
-    Attention with other tensors per head (position tables, gates, norms over all heads) is excluded.
+    The query, key and value come from one layer `qkv`, or from three layers, as in transformers. Attention with other
+    tensors per head (position tables, gates, norms over all heads) is excluded.
 
     Example:
         >>> from timm.layers import Attention
@@ -307,16 +304,21 @@ def head_groups(model: nn.Module) -> list[ChannelGroup]:
     """
     groups = []
     for name, module in model.named_modules():
-        if _has_prunable_heads(module):
+        if _has_joint_heads(module):
             heads, width = int(module.num_heads), int(module.head_dim)
             columns = torch.arange(heads * width).view(heads, width)
             # Outputs of the qkv layer are ordered (query, key, value), then head, then channel
             rows = torch.cat([columns + part * heads * width for part in range(3)], 1)
             groups.append(ChannelGroup(name, heads, {f"{name}.proj": columns}, {f"{name}.qkv": rows}, kind="heads"))
+        elif (projections := _separate_heads(model, name, module)) is not None:
+            heads, width = _integer(module, NUM_HEADS_ATTRIBUTES), _integer(module, HEAD_WIDTH_ATTRIBUTES)
+            columns = torch.arange(heads * width).view(heads, width)
+            *inputs, output = projections
+            groups.append(ChannelGroup(name, heads, {output: columns}, dict.fromkeys(inputs, columns), kind="heads"))
     return groups
 
 
-def _has_prunable_heads(module: nn.Module) -> bool:
+def _has_joint_heads(module: nn.Module) -> bool:
     heads, width = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
     qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
     if not (isinstance(heads, int) and isinstance(width, int)):
@@ -334,18 +336,53 @@ def _has_prunable_heads(module: nn.Module) -> bool:
     )
 
 
+def _separate_heads(model: nn.Module, name: str, module: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of the projections (query, key, value, heads) of an attention of transformers, or None."""
+    features = _integer(module, NUM_HEADS_ATTRIBUTES) * _integer(module, HEAD_WIDTH_ATTRIBUTES)
+    if not features or [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        return None
+    layers: dict[str, nn.Module] = dict(model.named_modules())
+    prefix = f"{name}." if name else ""
+    # The projection of the heads is a child, or belongs to a neighbor `output`
+    outputs = [f"{prefix}{child}" for child in OUTPUT_PROJECTIONS] + [f"{name.rpartition('.')[0]}.output.dense"]
+    for children in SEPARATE_PROJECTIONS:
+        inputs = [f"{prefix}{child}" for child in children]
+        output = next((output for output in outputs if output in layers), None)
+        if output is None or not all(isinstance(layers.get(layer), nn.Linear) for layer in (*inputs, output)):
+            continue
+        widths = [layers[layer].out_features for layer in inputs]
+        if {*widths, layers[output].in_features} == {features}:
+            return (*inputs, output)
+    return None
+
+
+def _integer(module: nn.Module, attributes: Sequence[str]) -> int:
+    """Return the first of these attributes that is an integer; 0 without any."""
+    values = [getattr(module, attribute, None) for attribute in attributes]
+    return next((value for value in values if isinstance(value, int)), 0)
+
+
 @torch.no_grad()
 def remove_heads(model: nn.Module, group: ChannelGroup, removed: Sequence[int]) -> None:
     """Remove heads from an attention, in place; the width of a head and the scale do not change."""
     attention: Any = model.get_submodule(group.name)
     heads = [head for head in range(group.size) if head not in set(removed)]
-    qkv, proj = attention.qkv, attention.proj
-    units = group.producers[f"{group.name}.qkv"][heads]
-    rows = units.view(len(heads), 3, -1).transpose(0, 1).flatten().to(qkv.weight.device)
-    columns = group.consumers[f"{group.name}.proj"][heads].flatten().to(proj.weight.device)
-    qkv.weight = nn.Parameter(qkv.weight.index_select(0, rows), requires_grad=qkv.weight.requires_grad)
-    if qkv.bias is not None:
-        qkv.bias = nn.Parameter(qkv.bias.index_select(0, rows), requires_grad=qkv.bias.requires_grad)
-    proj.weight = nn.Parameter(proj.weight.index_select(1, columns), requires_grad=proj.weight.requires_grad)
-    qkv.out_features, proj.in_features = len(rows), len(columns)
-    attention.num_heads, attention.attn_dim = len(heads), len(columns)
+    [(output, columns)] = group.consumers.items()
+    width = columns.shape[1]
+    for name, units in group.producers.items():
+        # (heads, parts · width) -> (parts, heads, width), where query, key and value come from one layer
+        rows = units[heads].view(len(heads), -1, width).transpose(0, 1).flatten()
+        layer: Any = model.get_submodule(name)
+        rows = rows.to(layer.weight.device)
+        layer.weight = nn.Parameter(layer.weight.index_select(0, rows), requires_grad=layer.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.index_select(0, rows), requires_grad=layer.bias.requires_grad)
+        layer.out_features = len(rows)
+    proj: Any = model.get_submodule(output)
+    remaining = columns[heads].flatten().to(proj.weight.device)
+    proj.weight = nn.Parameter(proj.weight.index_select(1, remaining), requires_grad=proj.weight.requires_grad)
+    proj.in_features = len(remaining)
+    for attributes, value in ((NUM_HEADS_ATTRIBUTES, len(heads)), (TOTAL_WIDTH_ATTRIBUTES, len(remaining))):
+        for attribute in attributes:
+            if isinstance(getattr(attention, attribute, None), int):
+                setattr(attention, attribute, value)

@@ -19,6 +19,8 @@ COMPACTION_RATIO = 0.75  # fraction of channels: below it the elimination contin
 # updated
 CANDIDATE_POOL_SIZE = 64
 
+ABSENT_FEATURE = -1  # entry of the columns of a channel that a consumer does not take
+
 
 @dataclass(frozen=True)
 class Consumer:
@@ -29,7 +31,8 @@ class Consumer:
         xx: Covariance (d, d) of its input samples.
         weight: Weights (d, c) of the layer as regression weights.
         columns: Features (J, m) of each of the J channels of the group: m = k² for a convolution, more where a flatten
-            repeats a channel. Features of no channel belong to other groups, and stay.
+            repeats a channel. Features of no channel belong to other groups, and stay. A row of -1 is a channel that
+            the layer does not take, whose removal costs it nothing.
         variance: Variance of its output, summed over output channels: the unit of removal costs.
     """
 
@@ -67,7 +70,7 @@ class Consumer:
             raise ShapeError(
                 f"{name}: weight of shape {tuple(weight.shape)} has {len(matrix)} features, the moments have {d}"
             )
-        flat = columns.flatten()
+        flat = columns[_present(columns)].flatten() if columns.ndim == 2 else columns.flatten()
         within = columns.ndim == 2 and flat.numel() > 0 and int(flat.min()) >= 0 and int(flat.max()) < d
         if not within or len(set(flat.tolist())) != len(flat):
             raise ShapeError(
@@ -79,6 +82,17 @@ class Consumer:
         if not bool(xx.isfinite().all()):
             raise NonFiniteError(f"{name}: NaN or Inf in the input of this layer")
         return cls(name, xx, matrix, columns, output_variance(xx, matrix))
+
+
+def _present(columns: Tensor) -> Tensor:
+    """Return the mask (J,) of the channels that a consumer takes."""
+    return (columns != ABSENT_FEATURE).any(1)
+
+
+def _features(columns: Tensor, channels: Tensor | Sequence[int]) -> Tensor:
+    """Return the features of some channels, without those of channels that the consumer does not take."""
+    selected = columns[channels]
+    return selected[_present(selected)].flatten()
 
 
 def output_variance(xx: Tensor, weight: Tensor) -> float:
@@ -163,11 +177,12 @@ class BackwardElimination:
         for columns, variance, inverse, weight in self._consumers():
             if not variance > 0:
                 continue  # a constant output loses nothing
-            features = columns[remaining]
+            channels = remaining[_present(columns[remaining])]
+            features = columns[channels]
             # [S⁻¹]_jj (J, m, m) and B_j (J, m, c); cost tr(B_jᵀ ([S⁻¹]_jj)⁻¹ B_j)
             block, rows = inverse[features[:, :, None], features[:, None, :]], weight[features]
             solution = rows / block if block.shape[-1] == 1 else torch.linalg.solve(block, rows)
-            total[remaining] += (rows * solution).sum((1, 2)) / variance
+            total[channels] += (rows * solution).sum((1, 2)) / variance
         return total.masked_fill(~self.remaining, math.inf)
 
     def remove(self, channel: int) -> float:
@@ -233,7 +248,9 @@ class BackwardElimination:
         """Remove several channels at once, refit the consumers and return the cost."""
         cost = 0.0
         for columns, variance, inverse, weight in self._consumers():
-            features = columns[channels].flatten()
+            features = _features(columns, channels)
+            if not len(features):
+                continue
             rows = weight[features]
             # With E the removed features and P = S⁻¹: B ← B - P_·E P_EE⁻¹ B_E and P ← P - P_·E P_EE⁻¹ P_E·
             solution = torch.linalg.solve(inverse[features][:, features], torch.cat([rows, inverse[features]], 1))
@@ -255,8 +272,12 @@ class BackwardElimination:
         part.remaining = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
         part._columns, part._variances, part._inverses, part._weights = [], list(self._variances), [], []
         for columns, _, inverse, weight in self._consumers():
-            features = columns[pool].flatten()
-            part._columns.append(torch.arange(len(features), device=pool.device).view(len(pool), -1))
+            features = _features(columns, pool)
+            part_columns = torch.full_like(columns[pool], ABSENT_FEATURE)
+            part_columns[_present(columns[pool])] = torch.arange(len(features), device=pool.device).view(
+                -1, columns.shape[1]
+            )
+            part._columns.append(part_columns)
             part._inverses.append(inverse[features][:, features])
             part._weights.append(weight[features])
         return part
@@ -267,6 +288,6 @@ class BackwardElimination:
         for (columns, _, inverse, weight), (_, _, of_part, rows) in zip(
             self._consumers(), part._consumers(), strict=True
         ):
-            features = columns[channels].flatten()
+            features = _features(columns, channels)
             weight[features] = rows
             inverse[features[:, None], features] = of_part

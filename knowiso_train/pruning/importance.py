@@ -13,21 +13,23 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.recording import record_outputs
+from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.ops.im2col import num_input_features
-from knowiso_train.pruning.calibration import SAMPLES_PER_FEATURE, LayerInput, input_moments
+from knowiso_train.pruning.calibration import SAMPLES_PER_FEATURE, Calibration, LayerInput, input_moments
 from knowiso_train.pruning.channel_groups import (
     CONSUMER_PRUNERS,
     PRODUCER_PRUNERS,
     ChannelGroup,
-    dependency_graph,
     is_single_regression,
     pruning_root,
     unit_columns,
 )
-from knowiso_train.pruning.elimination import BackwardElimination, Consumer, removal_costs
+from knowiso_train.pruning.dependencies import PruningGraph
+from knowiso_train.pruning.elimination import ABSENT_FEATURE, BackwardElimination, Consumer, removal_costs
 from knowiso_train.pruning.ranking import ChannelRanking
 from knowiso_train.pruning.tracing import Forward
-from knowiso_train.utils.batch import check_loader
+from knowiso_train.utils.batch import check_loader, to_device
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Seed, validate_arguments
 
 
@@ -94,6 +96,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
             "progress": progress,
         }
         self._inputs: dict[str, LayerInput] = {}
+        self._unused: set[str] = set()  # layers that never run
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -144,15 +147,16 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
                 f"{type(self.model).__name__} has none of the consumers of these channels. Pass it the pruner's network"
             )
         self._update_inputs(layers)
+        roots = sorted({int(root) for root in group[0].root_idxs})
         return [
             Consumer.of(
                 names[layer],
                 self._inputs[names[layer]].moments,
                 layer.weight,
-                _channel_columns(layer, item.idxs, item.root_idxs),
+                _channel_columns(layer, item.idxs, item.root_idxs, roots),
             )
             for item in items
-            if (layer := item.dep.target.module) in names
+            if names.get(layer := item.dep.target.module) in self._inputs
         ]
 
     def _update_inputs(self, layers: Mapping[str, nn.Module]) -> None:
@@ -160,12 +164,23 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         stale = any(
             name not in self._inputs or len(self._inputs[name].moments.mean_x) != num_input_features(layer)
             for name, layer in layers.items()
+            if name not in self._unused
         )
         if stale or self._weights_changed():
-            every = {name: layer for name, layer in self.model.named_modules() if is_single_regression(layer)}
-            self._inputs = input_moments(self.model, self.loader, every, **self._pass_options)
-            self._warn(every)
+            self._compute_inputs()
             self._versions = [(parameter, parameter._version) for parameter in self.model.parameters()]
+
+    def _compute_inputs(self) -> None:
+        """Compute the moments of the inputs of all layers that run."""
+        options = dict(self._pass_options)
+        # The samples of a layer are divided by the number of images, of which the loader may have fewer than allowed
+        images = Calibration(self.loader, options["max_images"], None, options["forward"])
+        options["max_images"] = images.count
+        layers = {name: layer for name, layer in self.model.named_modules() if is_single_regression(layer)}
+        used = _layers_that_run(self.model, layers, images)
+        self._unused = set(layers) - set(used)
+        self._inputs = input_moments(self.model, images, used, **options) if used else {}
+        self._warn(used)
 
     def _warn(self, layers: Mapping[str, nn.Module]) -> None:
         counts = {
@@ -194,12 +209,35 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         return any(parameter._version != version for parameter, version in self._versions if id(parameter) in present)
 
 
-def _channel_columns(layer: nn.Module, idxs: list[int], roots: list[int]) -> Tensor:
-    """Return the features (J, m) of each of the group's channels."""
+@torch.no_grad()
+def _layers_that_run(model: nn.Module, layers: Mapping[str, nn.Module], images: Calibration) -> dict[str, nn.Module]:
+    """Return the layers that run in a forward pass in eval mode, by one image."""
+    device, batch = device_of(model), images.first(1)
+    with preserve_state(model), record_outputs(layers) as outputs:
+        images.forward(model, batch if device is None else to_device(batch, device))
+    return {name: layer for name, layer in layers.items() if outputs.get(name)}
+
+
+def _channel_columns(layer: nn.Module, idxs: list[int], roots: list[int], group_roots: list[int]) -> Tensor:
+    """Return the features (J, m) of each of the group's channels; -1 for channels that the layer does not take.
+
+    Args:
+        layer: Consumer.
+        idxs: Its input channels in the group.
+        roots: Channel of the group's root for each of them.
+        group_roots: All J channels of the group's root.
+    """
     channels: dict[int, list[int]] = {}
     for index, root in zip(idxs, roots, strict=True):
         channels.setdefault(int(root), []).append(int(index))
-    return unit_columns(layer, torch.tensor([channels[root] for root in sorted(channels)]))
+    if len({len(inputs) for inputs in channels.values()}) > 1:
+        raise OptionError(f"{layer}: takes some channels of a group more often than others, and cannot be scored")
+    columns = unit_columns(layer, torch.tensor([channels[root] for root in sorted(channels)]))
+    if sorted(channels) == group_roots:
+        return columns
+    padded = torch.full((len(group_roots), columns.shape[1]), ABSENT_FEATURE)
+    padded[[group_roots.index(root) for root in sorted(channels)]] = columns
+    return padded
 
 
 def rank_by_scores(
@@ -212,11 +250,11 @@ def rank_by_scores(
     """
     if not callable(importance) or isinstance(importance, type):
         raise OptionError(f'importance must be "isomorphism" or an importance of torch-pruning, got {importance!r}')
-    graph, removal_order = dependency_graph(model, example, forward), {}
+    graph, removal_order = PruningGraph(model, example, forward), {}
     for group in groups:
         root = next(iter(group.producers)) if group.kind == "heads" else group.name
         units = group.producers[root]
-        item = graph.get_pruning_group(*pruning_root(model, root), units.flatten().tolist())
+        item = graph.group(*pruning_root(model, root), units.flatten().tolist())
         try:
             scores = importance(item)
         except Exception as error:  # whatever the importance requires and was not given, such as gradients

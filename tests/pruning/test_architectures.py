@@ -82,10 +82,12 @@ def test_layers_that_run_twice_or_share_weights_are_not_changed(kind: type[Base]
         little(model, macs=0.2)
 
 
-def test_a_width_that_reaches_an_output_raises_unless_ignored() -> None:
+def test_a_width_that_reaches_an_output_is_not_cut() -> None:
     model = Several().eval()
-    with pytest.raises(OptionError, match="a width reaches its output"):
-        little(model, macs=0.5)
+    with pytest.warns(KnowisoWarning, match="layers 'c' of Several keep their widths: a width reaches its output"):
+        assert {group.name for group in little(model, macs=0.9).report.widths} == {"stem"}
+    with pytest.raises(OptionError, match="a width reaches its output.*no channels of 'c' can be removed"):
+        little(model, macs=0.5, ignored="stem")
     with pytest.raises(OptionError, match=r"nothing to prune|leaves every width"):
         little(model, macs=0.9, ignored=["c", "stem"])
     # One name, as a text
@@ -192,7 +194,7 @@ class TestImportance:
 
     def test_few_images_warn(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)).eval()
-        with pytest.warns(KnowisoWarning, match=r"'2' \(24 samples for 288 features\)"):
+        with pytest.warns(KnowisoWarning, match=r"'2' \(72 samples for 288 features\)"):
             self.step(model, ki.IsomorphismImportance(model, [IMAGES[:2, :, :10, :10]], progress=False))
 
     def test_moments_are_computed_again_after_training(self) -> None:

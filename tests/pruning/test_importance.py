@@ -179,6 +179,108 @@ def test_architectures(name: str) -> None:
     assert all(finite)
 
 
+class WithSpareLayers(nn.Module):
+    """Layers that never run in eval mode: an auxiliary head, and the projection of torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.auxiliary = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 4, 1)
+        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        feature = self.a(x).relu()
+        tokens = self.b(feature).relu().flatten(2).transpose(1, 2)
+        tokens, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        out = self.fc(tokens.mean(1))
+        return (out, self.auxiliary(feature).mean()) if self.training else out
+
+
+def test_layers_that_never_run_are_no_consumers() -> None:
+    torch.manual_seed(0)
+    model = WithSpareLayers().eval()
+    importance = ki.IsomorphismImportance(model, [torch.randn(16, 3, 8, 8)], progress=False)
+    group = group_of(model, model.a, 8)
+    assert [consumer.name for consumer in importance.consumers(group)] == ["b"]
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    assert importance(group).shape == (6,)
+    assert not passes  # the moments are known
+    handle.remove()
+    # In training mode the tracer finds the auxiliary head
+    both = tp.DependencyGraph().build_dependency(
+        model, torch.randn(1, 3, 8, 8), forward_fn=lambda m, x: [m(x), m.auxiliary(m.a(x).relu())], verbose=False
+    )
+    group = both.get_pruning_group(model.a, tp.prune_conv_out_channels, list(range(6)))
+    assert "auxiliary" in {
+        name for item in group for name, module in model.named_modules() if module is item.dep.target.module
+    }
+    assert [consumer.name for consumer in importance.consumers(group)] == ["b"]
+
+
+class Split(nn.Module):
+    """Splits channels among two layers, the first of which runs twice, or among three."""
+
+    def __init__(self, width: int = 8, repeated: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(width, width, 1), nn.GELU(), nn.Conv2d(width, 4 * width, 1))
+        self.a, self.b = nn.Conv2d(width, width, 1), nn.Conv2d(2 * width, width, 1)
+        self.second = self.a if repeated else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        widths = [self.a.in_channels, self.second.in_channels, self.b.in_channels]
+        first, second, third = self.stem(x).split(widths, 1)
+        return self.a(first), self.second(second), self.b(third)
+
+
+@pytest.mark.parametrize("cumulative", [True, False])
+@pytest.mark.parametrize("width", [8, 48])
+def test_a_consumer_loses_nothing_by_channels_that_it_does_not_take(cumulative: bool, width: int) -> None:
+    torch.manual_seed(0)
+    model, images = Split(width).eval(), torch.randn(40, width, 5, 5)
+    importance = ki.IsomorphismImportance(model, [images], cumulative=cumulative, per="channel", progress=False)
+    graph = tp.DependencyGraph().build_dependency(model, images[:1], verbose=False)
+    group = graph.get_pruning_group(model.stem[2], tp.prune_conv_out_channels, list(range(4 * width)))
+    consumers = {consumer.name: consumer for consumer in importance.consumers(group)}
+    assert [len(consumer.columns) for consumer in consumers.values()] == [4 * width] * 2
+    taken = {name: (consumer.columns >= 0).any(1) for name, consumer in consumers.items()}
+    assert (int(taken["a"].sum()), int(taken["b"].sum())) == (width, 2 * width)
+    scores = importance(group)
+    assert scores.shape == (4 * width,)
+    assert bool(scores.isfinite().all())
+    # Channels that only one layer takes cost what they cost that layer alone
+    alone = removal_costs([consumers["b"]], 1e-4)
+    assert alone[~taken["b"]].eq(0).all()
+    if not cumulative:
+        only = taken["b"] & ~taken["a"]
+        torch.testing.assert_close(scores[only], alone[only].float())
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_torch_pruning_prunes_split_channels_with_this_importance(repeated: bool) -> None:
+    torch.manual_seed(0)
+    model, images = Split(8, repeated).eval(), torch.randn(40, 8, 5, 5)
+    importance = ki.IsomorphismImportance(model, [images], progress=False)
+    pruner = tp.pruner.BasePruner(model, images[:1], importance, pruning_ratio=0.5)
+    for group in pruner.step(interactive=True):
+        group.prune()
+    assert model.stem[0].out_channels == 4
+    # torch-pruning cuts no group that would leave a layer without inputs, as that of the repeated one
+    assert model.stem[2].out_channels == (32 if repeated else 16)
+    assert all(output.isfinite().all() for output in model(images))
+
+
+@pytest.mark.parametrize(("batches", "max_images"), [([24], 512), ([8, 8, 8], 512), ([40], 24), ([20, 20], 24)])
+def test_samples_are_divided_by_the_images_that_the_loader_has(batches: list[int], max_images: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    images = [torch.randn(count, 3, 12, 12) for count in batches]
+    importance = ki.IsomorphismImportance(model, images, max_images=max_images, rows=20, progress=False)
+    importance(group_of(model, model[0], 12))
+    counts = {name: float(item.moments.count) for name, item in importance._inputs.items()}
+    assert counts["0"] == pytest.approx(20 * 27, abs=len(batches) * 24)
+    assert counts["2"] == pytest.approx(20 * 54, abs=len(batches) * 24)
+
+
 class TestErrors:
     def test_nothing_is_left_behind_after_one(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).train()

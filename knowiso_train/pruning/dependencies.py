@@ -1,0 +1,193 @@
+"""Dependency graphs of torch-pruning, with a bound on the search of a group and errors that name the layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from knowiso_train.errors import OptionError
+from knowiso_train.pruning.tracing import Forward
+
+# The largest group of the DenseNets takes 2.2 steps for each node of the graph; searches without end exceed any number
+MAX_STEPS_PER_NODE, MIN_MAX_STEPS = 10, 1000
+MAX_INDEX_FACTOR = 16  # largest channel index, as a multiple of the largest width of any parameter
+
+
+class _SearchLimitError(RuntimeError):
+    """Search of a group that does not end."""
+
+
+class _SearchBudget:
+    """Bound on the steps of one search, and on the channel indices in it.
+
+    Args:
+        max_steps: Maximum number of followed dependencies.
+        max_index: Upper bound of channel indices and of their number.
+    """
+
+    def __init__(self, max_steps: int, max_index: int) -> None:
+        self.max_steps, self.max_index = max_steps, max_index
+        self.steps = 0
+        self.producers: set[int] = set()  # identities of the layers reached so far whose outputs would be cut
+
+    def start(self) -> None:
+        """Start another search."""
+        self.steps = 0
+        self.producers.clear()
+
+    def check_indices(self, indices: Sequence[Any]) -> Sequence[Any]:
+        """Return mapped indices, if they are channels of this network."""
+        if len(indices) > self.max_index or any(index.idx >= self.max_index for index in indices):
+            raise _SearchLimitError(f"channel indices beyond {self.max_index}, more than any layer has")
+        return indices
+
+    def count_step(self, indices: Sequence[Any]) -> Sequence[Any]:
+        """Return mapped indices, and count one step."""
+        self.steps += 1
+        if self.steps > self.max_steps:
+            raise _SearchLimitError(f"the search did not end within {self.max_steps} steps")
+        return indices
+
+
+class _BoundedMappings(list[Any]):
+    """Index mappings of one dependency, which the search of torch-pruning applies one after the other.
+
+    Args:
+        mappings: The mappings.
+        budget: Bound on the search.
+        producer: Layer whose outputs the dependency cuts, or None.
+    """
+
+    def __init__(self, mappings: Sequence[Any], budget: _SearchBudget, producer: Any = None) -> None:
+        super().__init__(mappings)
+        self.budget, self.producer = budget, producer
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.producer is not None:
+            self.budget.producers.add(id(self.producer))
+        for mapping in super().__iter__():
+            if mapping is not None:
+                yield mapping
+                yield self.budget.check_indices
+        yield self.budget.count_step
+
+
+class PruningGraph:
+    """Dependency graph of torch-pruning for a network.
+
+    Args:
+        model: Network in eval mode.
+        example: Small batch for `forward`, or a tensor of images.
+        forward: See `ki.prune`.
+
+    Attributes:
+        graph: The graph of torch-pruning.
+
+    Raises:
+        OptionError: A network that torch-pruning cannot trace.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> groups, failures = PruningGraph(model, torch.zeros(1, 3, 8, 8)).groups()
+        >>> [len(group[0].idxs) for group in groups], failures
+        ([4, 8], {})
+    """
+
+    def __init__(self, model: nn.Module, example: Any, forward: Forward | None = None) -> None:
+        self.model = model
+        self._names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+        requires_grad = [parameter.requires_grad for parameter in model.parameters()]
+        try:
+            with warnings.catch_warnings(), torch.enable_grad(), _restored_hooks(model):
+                warnings.simplefilter("ignore")
+                # The tracer follows the autograd graph
+                for parameter in model.parameters():
+                    parameter.requires_grad_(True)
+                self.graph: Any = tp.DependencyGraph().build_dependency(
+                    model, example, forward_fn=forward, verbose=False
+                )
+        except Exception as error:  # any exception that the network raises under the tracer
+            raise OptionError(
+                f"{type(model).__name__} cannot be pruned: torch-pruning {_version()} cannot trace it "
+                f"({type(error).__name__}: {error}). The model was not modified."
+            ) from error
+        finally:
+            for parameter, before in zip(model.parameters(), requires_grad, strict=True):
+                parameter.requires_grad_(before)
+        widths = [max(parameter.shape, default=1) for parameter in model.parameters()]
+        nodes = self.graph.module2node.values()
+        self._budget = _SearchBudget(
+            max(MIN_MAX_STEPS, MAX_STEPS_PER_NODE * len(nodes)), MAX_INDEX_FACTOR * max(widths, default=1)
+        )
+        for node in nodes:
+            for dependency in node.dependencies:
+                cuts_outputs = self.graph.is_out_channel_pruning_fn(dependency.handler)
+                producer = dependency.target.module if cuts_outputs else None
+                dependency.index_mapping = _BoundedMappings(dependency.index_mapping, self._budget, producer)
+
+    def group(self, layer: nn.Module, pruner: Callable[..., Any], channels: Sequence[int]) -> Any:
+        """Return the group of torch-pruning for the removal of channels of a layer.
+
+        Raises:
+            OptionError: A group that torch-pruning cannot find.
+        """
+        self._budget.start()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.graph.get_pruning_group(layer, pruner, list(channels))
+        except Exception as error:  # torch-pruning raises what its index mappings raise
+            reason = str(error) if isinstance(error, _SearchLimitError) else f"{type(error).__name__}: {error}"
+            raise OptionError(
+                f"torch-pruning {_version()} cannot find the channels that depend on layer "
+                f"{self._names.get(layer, '')!r} of {type(self.model).__name__} ({reason})"
+            ) from error
+
+    def groups(self) -> tuple[list[Any], dict[str, OptionError]]:
+        """Return the groups of all convolutions and linear layers, and the error of each layer without one."""
+        groups: list[Any] = []
+        failures: dict[str, OptionError] = {}
+        grouped: set[int] = set()
+        for layer in list(self.graph.module2node):
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)) or id(layer) in grouped:
+                continue
+            pruner = self.graph.get_pruner_of_module(layer)
+            channels = None if pruner is None else pruner.get_out_channels(layer)
+            if channels is None:
+                continue
+            try:
+                group = self.group(layer, pruner.prune_out_channels, range(channels))
+            except OptionError as error:
+                failures[self._names.get(layer, type(layer).__name__)] = error
+                # The search from a layer of the same group would not end either
+                grouped.update(self._budget.producers)
+                continue
+            grouped.update(
+                id(item.dep.target.module) for item in group if self.graph.is_out_channel_pruning_fn(item.dep.handler)
+            )
+            groups.append(group)
+        return groups, failures
+
+
+def _version() -> str:
+    return str(getattr(tp, "__version__", ""))
+
+
+@contextmanager
+def _restored_hooks(model: nn.Module) -> Iterator[None]:
+    """Remove the forward hooks that torch-pruning leaves behind when the network raises during the trace."""
+    hooks: list[tuple[nn.Module, Mapping[int, Any]]] = [
+        (module, dict(module._forward_hooks)) for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, before in hooks:
+            for key in [key for key in module._forward_hooks if key not in before]:
+                del module._forward_hooks[key]
