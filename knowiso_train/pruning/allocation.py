@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from knowiso_train.errors import OptionError
 from knowiso_train.features.recording import record_outputs
@@ -39,15 +43,72 @@ def count_positions(model: nn.Module, batch: Any, forward: Forward = operator.ca
 
 
 def count_macs(model: nn.Module, batch: Any, forward: Forward = operator.call) -> float:
-    """Count the multiply-adds of convolutions and linear layers for one image, without biases.
+    """Count the multiply-adds of a whole network for one image, without biases.
+
+    Convolutions, linear layers, recurrent layers, the products of attention and every other matrix product count,
+    whether a module or a function computes them. Elementwise operations do not.
 
     Example:
         >>> count_macs(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 4, 4))
         432.0
+        >>> count_macs(nn.LSTM(3, 4, batch_first=True), torch.zeros(2, 5, 3)) == 4 * 4 * (3 + 4) * 5
+        True
     """
-    modules: dict[str, Any] = dict(model.named_modules())
-    positions = count_positions(model, batch, forward)
-    return float(sum(count * modules[name].weight.numel() for name, count in positions.items()))
+    return count_module_macs(model, batch, (), forward)[0]
+
+
+def count_module_macs(
+    model: nn.Module, batch: Any, names: Collection[str], forward: Forward = operator.call
+) -> tuple[float, dict[str, float]]:
+    """Count the multiply-adds of a whole network and of some modules for one image, over all their calls.
+
+    Args:
+        model: Network.
+        batch: Small batch.
+        names: Names of the modules.
+        forward: Function that runs a model on a batch.
+
+    Returns:
+        Multiply-adds of the network, and of each module with everything in it.
+    """
+    images, counts, starts = batch_size(batch), dict.fromkeys(names, 0.0), {}
+    counter = FlopCounterMode(display=False)
+    with ExitStack() as stack, torch.no_grad(), _counted_operations(), counter:
+
+        def start(name: str) -> None:
+            starts[name] = counter.get_total_flops()
+
+        def stop(name: str) -> None:
+            counts[name] += counter.get_total_flops() - starts[name]
+
+        for name in names:
+            module = model.get_submodule(name)
+            for handle in (
+                module.register_forward_pre_hook(lambda *_, name=name: start(name)),
+                module.register_forward_hook(lambda *_, name=name: stop(name)),
+            ):
+                stack.callback(handle.remove)
+        forward(model, batch)
+    # A multiply-add counts as two operations
+    return counter.get_total_flops() / (2 * images), {name: count / (2 * images) for name, count in counts.items()}
+
+
+@contextmanager
+def _counted_operations() -> Iterator[None]:
+    """Compute fused operations by their parts: torch's counter has no entry for fused attention and recurrent layers.
+
+    oneDNN and cuDNN fuse recurrent layers, the fast path of `nn.MultiheadAttention` the whole layer.
+    """
+    flags = (torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled(), torch.backends.mha.get_fastpath_enabled())
+    setters = (torch._C._set_mkldnn_enabled, torch._C._set_cudnn_enabled, torch.backends.mha.set_fastpath_enabled)
+    try:
+        for setter in setters:
+            setter(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for setter, flag in zip(setters, flags, strict=True):
+            setter(flag)
 
 
 def affordable_images(macs: float, budget: float, limits: tuple[int, int], passes: int = 1) -> int:
@@ -134,6 +195,57 @@ def layer_costs(
         produced = {g.name: float(g.producers[name].shape[1]) for g in groups if name in g.producers}
         costs[name] = LayerCost(unit, weight.shape[1], weight.shape[0], consumed, produced)
     return costs
+
+
+def unlayered_costs(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    costs: Costs,
+    batch: Any,
+    forward: Forward = operator.call,
+) -> dict[str, LayerCost]:
+    """Return the multiply-adds that no convolution or linear layer accounts for, such as the products of attention.
+
+    Those of an attention module are proportional to its heads. All others are constant.
+
+    Args:
+        model: Network.
+        groups: Channel groups of the network.
+        costs: Multiply-adds of its layers, from `layer_costs`.
+        batch: Small batch.
+        forward: Function that runs a model on a batch.
+
+    Example:
+        >>> recurrent = nn.LSTM(3, 4, batch_first=True)
+        >>> total_cost(unlayered_costs(recurrent, [], {}, torch.zeros(2, 5, 3)), {})
+        560.0
+    """
+    # The innermost module that holds all projections of a group of heads computes their products
+    attentions = {
+        _common_module([*group.producers, *group.consumers]): group for group in groups if group.kind == "heads"
+    }
+    rest, of_modules = count_module_macs(model, batch, list(attentions), forward)
+    rest -= total_cost(costs, {})
+    result = {}
+    for name, group in attentions.items():
+        inside = {layer: cost for layer, cost in costs.items() if not name or layer.startswith(f"{name}.")}
+        products = max(0.0, of_modules[name] - total_cost(inside, {}))
+        rest -= products
+        result[f"{name} (products)"] = LayerCost(products / group.size, 1, group.size, {}, {group.name: 1.0})
+    # A layer that computes less than its weight suggests leaves a negative rest
+    return result | {"(other)": LayerCost(max(0.0, rest), 1, 1)}
+
+
+def _common_module(names: Sequence[str]) -> str:
+    """Return the name of the innermost module that holds all of these layers.
+
+    Example:
+        >>> _common_module(["blocks.0.attn.qkv", "blocks.0.attn.proj"])
+        'blocks.0.attn'
+    """
+    parts = [name.split(".")[:-1] for name in names]
+    common = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return ".".join(level[0] for level in common)
 
 
 def total_cost(costs: Costs, removed: Mapping[str, int]) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.pruning.allocation import count_macs, count_positions, layer_costs
+from knowiso_train.pruning.allocation import count_macs, count_positions, layer_costs, unlayered_costs
 from knowiso_train.pruning.blocks import finetunable_blocks
 from knowiso_train.pruning.builder import PrunedModelBuilder, copy_model
 from knowiso_train.pruning.calibration import Calibration
@@ -241,9 +241,9 @@ def prune(
     Args:
         model: Trained network, which is not modified.
         loader: Shuffled batches of images, of which the first ones are taken; labels are never read.
-        macs: Fraction of the original's multiply-adds of convolutions and linear layers to keep. Default: 0.5, without
-            another budget.
-        params: Fraction of the original's parameters of these layers to keep.
+        macs: Fraction of the original's multiply-adds to keep, those of attention and recurrent layers included.
+            Default: 0.5, without another budget.
+        params: Fraction of the original's parameters of convolutions and linear layers to keep.
         latency: Fraction of the original's time for a batch to keep, by measurement on this machine. Odd widths can be
             slower than even ones, see `round_to`.
         importance: "isomorphism", or an importance of torch-pruning, whose scores then rank the channels. The same
@@ -368,6 +368,8 @@ def _prune_to_budget(builder: PrunedModelBuilder, config: PruneConfig) -> BuildR
     kind, fraction = config.budget
     positions = count_positions(builder.original, builder.batch, builder.images.forward)
     costs = layer_costs(builder.original, builder.groups, positions, "params" if kind == "params" else "macs")
+    if kind != "params":
+        costs |= unlayered_costs(builder.original, builder.groups, costs, builder.batch, builder.images.forward)
 
     def build(target: float) -> BuildResult:
         candidates = builder.ranking.candidates(costs, target, config.min_width, config.round_to)

@@ -94,7 +94,7 @@ class PruneReport:
         widths: Widths of every channel group.
         layers: Results of the refit, in forward order; empty without a refit.
         blocks: Results of the fine-tuned blocks.
-        macs: Multiply-adds of convolutions and linear layers for one image, before and after.
+        macs: Multiply-adds of the whole network for one image, before and after.
         parameters: Number of parameters, before and after.
         latency: Seconds for the timed batch, before and after; None without a latency budget.
         seconds: Duration of the call.

@@ -6,16 +6,19 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import knowiso_train as ki
 from knowiso_train.errors import OptionError
 from knowiso_train.pruning.allocation import (
     LayerCost,
     allocate,
     allowed_widths,
+    count_macs,
     count_positions,
     layer_costs,
     total_cost,
+    unlayered_costs,
 )
 from knowiso_train.pruning.channel_groups import channel_groups
 from knowiso_train.pruning.tracing import trace_model
@@ -53,6 +56,7 @@ def test_costs_are_what_the_pruned_network_computes(name: str) -> None:
     pruned = little(model, images, refit=False)
     groups = channel_groups(model, images[:2], trace_model(model, images[:2]))
     costs = layer_costs(model, groups, count_positions(model, images[:2]))
+    costs |= unlayered_costs(model, groups, costs, images[:2])
     gone = {width.name: width.before - width.after for width in pruned.report.widths}
     assert total_cost(costs, {}) == pruned.report.macs[0]
     assert total_cost(costs, gone) == pytest.approx(pruned.report.macs[1])
@@ -131,3 +135,79 @@ def full_search(
         _, name, width = min(steps)
         widths[name] = width
     return widths
+
+
+class Attention(nn.Module):
+    """One attention layer by its own products, with or without the fused function."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.fused = nn.Linear(8, 24), nn.Linear(8, 8), fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.fused:
+            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
+        return self.proj((q @ k.transpose(1, 2)).softmax(-1) @ v)
+
+
+class Functional(nn.Module):
+    """A linear layer that a function computes with its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight)
+
+
+class Twice(nn.Module):
+    """Self-attention of torch, whose fast path is one operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+POSITIONS, WIDTH = 5, 8
+PROJECTIONS, PRODUCTS = 4 * POSITIONS * WIDTH * WIDTH, 2 * POSITIONS**2 * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Linear(8, 6), POSITIONS * 8 * 6),
+        (Functional(), POSITIONS * 8 * 6),
+        (Attention(fused=False), PROJECTIONS + PRODUCTS),
+        (Attention(fused=True), PROJECTIONS + PRODUCTS),
+        (Twice(), PROJECTIONS + PRODUCTS),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), PROJECTIONS + PRODUCTS + 2 * POSITIONS * 8 * 16),
+        (nn.LSTM(8, 3, batch_first=True), POSITIONS * 4 * 3 * (8 + 3)),
+        (nn.GRU(8, 3, batch_first=True), POSITIONS * 3 * 3 * (8 + 3)),
+        (nn.RNN(8, 3, batch_first=True), POSITIONS * 3 * (8 + 3)),
+        (nn.Conv1d(5, 4, 3, padding=1), WIDTH * 5 * 4 * 3),
+        (nn.Conv1d(5, 5, 3, padding=1, groups=5), WIDTH * 5 * 3),
+        (nn.ConvTranspose1d(5, 4, 3), WIDTH * 5 * 4 * 3),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_multiply_adds_are_those_of_the_whole_network(model: nn.Module, expected: float, images: int) -> None:
+    x = torch.randn(images, POSITIONS, WIDTH)
+    flags = torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()
+    assert count_macs(model.eval(), x) == expected
+    assert flags == (torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_the_budget_is_a_fraction_of_the_whole_network(name: str) -> None:
+    model, images = family("vit_tiny_patch16_224" if name == "test_vit" else name)
+    pruned = ki.prune(model, [images], macs=0.6, refit=False, progress=False)
+    macs = [count_macs(network, images[:1]) for network in (model, pruned.model)]
+    assert list(pruned.report.macs) == macs
+    assert 0.45 < macs[1] / macs[0] <= 0.6
