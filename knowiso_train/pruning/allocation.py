@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -100,6 +100,7 @@ def _counted_operations() -> Iterator[None]:
     oneDNN and cuDNN fuse recurrent layers, the fast path of `nn.MultiheadAttention` the whole layer.
     """
     flags = (torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled(), torch.backends.mha.get_fastpath_enabled())
+    setters: Sequence[Callable[[bool], None]]
     setters = (torch._C._set_mkldnn_enabled, torch._C._set_cudnn_enabled, torch.backends.mha.set_fastpath_enabled)
     try:
         for setter in setters:
