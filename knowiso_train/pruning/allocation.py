@@ -100,8 +100,11 @@ def _counted_operations() -> Iterator[None]:
     oneDNN and cuDNN fuse recurrent layers, the fast path of `nn.MultiheadAttention` the whole layer.
     """
     flags = (torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled(), torch.backends.mha.get_fastpath_enabled())
-    setters: Sequence[Callable[[bool], None]]
-    setters = (torch._C._set_mkldnn_enabled, torch._C._set_cudnn_enabled, torch.backends.mha.set_fastpath_enabled)
+    setters: list[Callable[[bool], None]] = [
+        torch._C._set_mkldnn_enabled,
+        torch._C._set_cudnn_enabled,
+        torch.backends.mha.set_fastpath_enabled,
+    ]
     try:
         for setter in setters:
             setter(False)
