@@ -287,7 +287,7 @@ def attempt(call: Call, allowed: tuple[type[BaseException], ...] = ()) -> str | 
         finding = f"over {SECONDS} s in {place(frames)}"
     except Exception as error:
         # An error of the user's own function passes through
-        if "the user's function failed" not in str(error):
+        if "the user's function failed" not in str(error) and "<lambda>" not in str(error):
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "knowiso_train/" in f.filename]
             finding = f"raw {type(error).__name__} at {place(frames)}: {str(error)[:100]}"
     left = differences(before, snapshot(call.untouched), call.untouched)
