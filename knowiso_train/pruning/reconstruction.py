@@ -464,9 +464,14 @@ def check_network(*networks: nn.Module) -> None:
     """Check that networks can be pruned.
 
     Raises:
-        OptionError: Weights created in inference mode, or hooks of this library, which would hold old widths.
+        OptionError: Weights without data or created in inference mode, or hooks of this library, which would hold old
+            widths.
     """
     for network in networks:
+        if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            raise OptionError(
+                f"this {type(network).__name__} is on the meta device and has no data; load its weights before pruning"
+            )
         if any(parameter.is_inference() for parameter in network.parameters()):
             raise OptionError(
                 f"the weights of this {type(network).__name__} were made under torch.inference_mode() and cannot be "

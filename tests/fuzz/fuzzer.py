@@ -286,14 +286,26 @@ def attempt(call: Call, allowed: tuple[type[BaseException], ...] = ()) -> str | 
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "knowiso_train" in f.filename]
         finding = f"over {SECONDS} s in {place(frames)}"
     except Exception as error:
-        # An error of the user's own function passes through
-        if "the user's function failed" not in str(error) and "<lambda>" not in str(error):
+        if not of_the_user(error, call):
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "knowiso_train/" in f.filename]
             finding = f"raw {type(error).__name__} at {place(frames)}: {str(error)[:100]}"
     left = differences(before, snapshot(call.untouched), call.untouched)
     if left:
         finding = f"left behind: {', '.join(left)}" + (f" after {finding}" if finding else "")
     return finding
+
+
+def of_the_user(error: Exception, call: Call) -> bool:
+    """Return whether an error was raised inside of a network or function of the user, which passes it on."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    last = max((i for i, frame in enumerate(frames) if "knowiso_train/" in frame.filename), default=-1)
+    in_network = any("torch/nn/modules" in frame.filename for frame in frames[last + 1 :])
+    # `__torch_function__` of the recorder runs each operation of the network
+    recorded = last >= 0 and frames[last].name == "__torch_function__"
+    callables = any(callable(value) for value in call.arguments.values() if not isinstance(value, nn.Module))
+    replaced = any(isinstance(call.arguments.get(name), nn.Module) for name in ("forward", "log", "schedule"))
+    called_wrongly = isinstance(error, TypeError) and (callables or replaced)
+    return "the user's function failed" in str(error) or in_network or recorded or called_wrongly
 
 
 def place(frames: list[traceback.FrameSummary]) -> str:

@@ -83,3 +83,9 @@ def test_networks_that_cannot_be_traced_raise() -> None:
 
     with pytest.raises(OptionError, match=r"Odd cannot be pruned.*looked at"):
         ki.prune(Odd(), [torch.randn(8, 3, 4, 4)], progress=False)
+
+
+def test_a_network_without_data_raises() -> None:
+    model = chain().to("meta")
+    with pytest.raises(OptionError, match="meta device and has no data"):
+        ki.prune(model, [torch.randn(4, 3, 8, 8)], macs=0.5, progress=False)
