@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, LayerNameError
 from knowiso_train.utils.batch import get_inputs
+from knowiso_train.utils.validation import checked_value
 
 # (module, class, attribute of the wrapped network). The class is looked up only in modules that are imported already:
 # without its module no instance can exist, and importing FSDP or deepspeed is slow.
@@ -208,6 +209,7 @@ def pair_layers(
         >>> pair_layers(a, b, {"*": "*"})
         [LayerPair(source='0', target='0'), LayerPair(source='1', target='1')]
     """
+    checked_value("layers", layers, str | Sequence[Any] | Mapping[str, Any])
     if isinstance(layers, Mapping):
         return _zipped(source, target, layers.items())
     if isinstance(layers, str):

@@ -167,7 +167,8 @@ def isolated_eval(*models: nn.Module) -> Iterator[None]:
         (4, True)
     """
     kinds = {"cpu", *(device.type for device in map(device_of, models) if device is not None)}
-    autocasting = [kind for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
+    # Networks on the meta device have no autocast
+    autocasting = [kind for kind in sorted(kinds - {"meta"}) if torch.is_autocast_enabled(kind)]
     with ExitStack() as stack:
         stack.enter_context(preserve_state(*models))
         # Compiled code would not run hooks that are registered after its first call.

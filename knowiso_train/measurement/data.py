@@ -222,6 +222,8 @@ def _first_tensor(batch: Any) -> Tensor | None:
 
 
 def _fingerprint(image: Tensor) -> bytes:
+    if image.is_meta:
+        raise InputTypeError("the loader yields images on the meta device, which have no data")
     flat = image.detach().cpu().contiguous()
     content = flat.view(torch.uint8).numpy().tobytes() if flat.ndim else repr(flat.item()).encode()
     return hashlib.blake2b(content, digest_size=8).digest()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from knowiso_train.disentangle.config import Fitter, MemoryEstimate
 from knowiso_train.disentangle.disentangler import Disentangler, fitter_type, make_fitter
-from knowiso_train.errors import CapacityError, KnowisoWarning
+from knowiso_train.errors import CapacityError, KnowisoWarning, ShapeError
 from knowiso_train.features.extractor import align
 from knowiso_train.features.modules import LayerPair
 from knowiso_train.measurement.config import Direction, MeasureConfig
@@ -89,6 +89,11 @@ class PairMeasurement:
     def fit(self, source_features: Features, target_features: Features, batch: IndexedBatch) -> None:
         """Accumulate the fitting and selection images of a batch."""
         x, y = self._aligned(source_features, target_features)
+        if len(x) != len(batch.index) or len(y) != len(batch.index):
+            raise ShapeError(
+                f"{self.label}: expected one feature of each of the {len(batch.index)} images of the batch, got {len(x)} "
+                f"of the source and {len(y)} of the target; check the transforms and forward="
+            )
         if self.config.noise_floor:
             y = torch.cat([y, self._permute(y, torch.from_numpy(batch.part))], 1)
         if self._fitter is None:

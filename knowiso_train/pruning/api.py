@@ -33,7 +33,7 @@ from knowiso_train.pruning.reconstruction import (
 from knowiso_train.pruning.report import BlockResult, GroupWidth, LayerFit, PruneReport
 from knowiso_train.pruning.serialization import save_pruned
 from knowiso_train.pruning.tracing import TRACE_IMAGES, Forward, trace_model
-from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, Range, Seed, validate_fields
+from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, Range, Seed, checked_value, validate_fields
 
 Built = TypeVar("Built", bound=tuple[Any, ...])
 BudgetKind = Literal["macs", "params", "latency"]
@@ -277,6 +277,7 @@ def prune(
         >>> pruned.report.macs[1] <= 0.5 * pruned.report.macs[0]
         True
     """
+    checked_value("prune: progress", progress, bool)
     config = PruneConfig(
         macs=macs,
         params=params,

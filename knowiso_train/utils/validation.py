@@ -204,7 +204,7 @@ def _match_container(value: Any, origin: type[Any], arguments: tuple[Any, ...]) 
     if issubclass(origin, collections.abc.Mapping) and len(arguments) == 2:
         fits = all(_match(key, arguments[0])[0] and _match(item, arguments[1])[0] for key, item in items.items())
         return fits, value
-    if issubclass(origin, collections.abc.Sequence) and arguments:
+    if issubclass(origin, collections.abc.Collection) and arguments:
         return all(_match(item, arguments[0])[0] for item in items), value
     return True, value
 
@@ -243,9 +243,10 @@ def _describe(hint: Any) -> str:
     if origin is collections.abc.Callable or hint is Callable or getattr(hint, "_is_protocol", False):
         return "a function"
     if isinstance(origin, type) and issubclass(origin, collections.abc.Mapping) and len(arguments) == 2:
-        return f"a mapping from {_describe(arguments[0])} to {_describe(arguments[1])}"
-    if isinstance(origin, type) and issubclass(origin, collections.abc.Sequence) and arguments:
-        return f"a list or tuple, each item {_describe(arguments[0])}"
+        values = "" if arguments[1] is Any else f" to {_describe(arguments[1])}"
+        return f"a mapping from {_describe(arguments[0])}{values}"
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Collection) and arguments:
+        return "a list or tuple" + ("" if arguments[0] is Any else f", each item {_describe(arguments[0])}")
     name = getattr(origin or hint, "__name__", str(hint))
     return f"an object of class {name}"
 

@@ -151,7 +151,9 @@ def test_no_match_names_the_nearest() -> None:
         resolve_layers(Net(), [])
     with pytest.raises(LayerNameError, match="not a valid layer pattern"):
         resolve_layers(Net(), "layer[9-1]")
-    with pytest.raises(InputTypeError, match="int"):
+    with pytest.raises(
+        InputTypeError, match="layers must be a string, a list or tuple or a mapping from a string, got 3"
+    ):
         resolve_layers(Net(), [1])  # type: ignore[list-item]
     with pytest.raises(InputTypeError, match="Module"):
         unwrap_model("resnet18")  # type: ignore[arg-type]
@@ -180,5 +182,7 @@ def test_pairs_by_two_names_or_globs() -> None:
         pair_layers(Net(), Net(), {})
     with pytest.raises(InputTypeError, match="all"):
         pair_layers(Net(), Net(), ["layer1", ("layer1", "layer2")])  # type: ignore[list-item]
-    with pytest.raises(InputTypeError, match="int"):
+    with pytest.raises(
+        InputTypeError, match="layers must be a string, a list or tuple or a mapping from a string, got 3"
+    ):
         pair_layers(Net(), Net(), 3)  # type: ignore[arg-type]

@@ -86,6 +86,6 @@ def test_networks_that_cannot_be_traced_raise() -> None:
 
 
 def test_a_network_without_data_raises() -> None:
-    model = chain().to("meta")
+    model = chain()[0].to("meta")
     with pytest.raises(OptionError, match="meta device and has no data"):
         ki.prune(model, [torch.randn(4, 3, 8, 8)], macs=0.5, progress=False)
