@@ -23,6 +23,7 @@ from knowiso_train.distillation.config import (
 )
 from knowiso_train.distillation.estimators import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
 from knowiso_train.distillation.frozen_model import FrozenModel, check_grids, freeze_peers
+from knowiso_train.distillation.inactivity import InactivityDetector
 from knowiso_train.distillation.layer_selection import auto_layers
 from knowiso_train.distillation.shape_inference import Example, infer_shapes
 from knowiso_train.distillation.student_capture import StudentBatch, StudentCapture
@@ -163,7 +164,7 @@ class IsomorphismLoss(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._calls, self._active_calls = 0, 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
-        self._collapse = CollapseDetector()
+        self._collapse, self._inactivity = CollapseDetector(), InactivityDetector()
 
     @property
     def student(self) -> nn.Module:
@@ -229,7 +230,7 @@ class IsomorphismLoss(nn.Module):
         """Return the loss of the student's last batch, then add the batch to the moments.
 
         In several processes every process calls this equally often. Without gradient, or in eval mode of this module,
-        the maps are not updated.
+        the maps are not updated. A warning names pairs whose loss has no effect.
 
         Args:
             teacher_output: Output of `teacher(x)` in this step, inside the context; the teacher is not run again.
@@ -333,6 +334,14 @@ class IsomorphismLoss(nn.Module):
                 check_finite(pair, map_loss, feature, target, self._calls)
             if update and refresh_due and self._map_of(pair).ready:
                 self._collapse.check(pair.source, feature)
+            if torch.is_grad_enabled():
+                self._inactivity.check(
+                    pair,
+                    training=self.training,
+                    solved=self._map_of(pair).ready,
+                    has_gradient=feature.requires_grad,
+                    calls=self._calls,
+                )
             weight = self._weight(index, map_loss, factor)
             terms.append(self._term(index, pair, source, map_loss, weight, batch.branches[index] if update else None))
         if update:
