@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from knowiso_train.disentangle.closed_form import ClosedFormMaps, predict_component
-from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, MemoryEstimate
+from knowiso_train.disentangle.config import DEFAULT_MAX_ROWS, DisentangleConfig, FitSpec, Fitter, MemoryEstimate
 from knowiso_train.disentangle.nonlinear import fit_order
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.ops.im2col import write_weight
@@ -212,7 +212,9 @@ def _feature_samples(spec: FitSpec, kernel_size: int) -> list[FeatureSample]:
     """Return the samples of fitting and selection images for orders ≥ 1, the latter a quarter as large."""
     halo = (spec.config.order + 1) * (kernel_size // 2)
     return [
-        FeatureSample(max(1, spec.config.max_rows // part), images, kernel_size, halo, spec.config.seed)
+        FeatureSample(
+            max(1, (spec.config.max_rows or DEFAULT_MAX_ROWS) // part), images, kernel_size, halo, spec.config.seed
+        )
         for part, images in ((1, spec.expected_images), (4, max(1, spec.expected_images // 4)))
     ]
 

@@ -22,6 +22,7 @@ Readout = Literal["auto", "trained", "exact"]
 Order = Annotated[int, Range(0, 16)]
 
 MIN_EPOCHS_FIRST_ORDER, MIN_EPOCHS_HIGHER_ORDER, MAX_EPOCHS = 8, 5, 60
+DEFAULT_MAX_ROWS = 131_072  # positions that the closed form keeps for orders ≥ 1
 MIN_BATCH_ROWS = 64  # positions; small samples are divided into 32 batches, but not into smaller ones than this
 
 SolverConfig = TypeVar("SolverConfig")
@@ -41,7 +42,8 @@ class PaperConfig:
         weight_decay: Coupled weight decay (added to the gradient), of the gates' logits too.
         penalty: λ; 8.0 in the paper's AlexNet runs.
         batch_size: Images per step.
-        checkpoint: File to resume from and to write every 50 epochs. Default: none.
+        checkpoint: File to resume from and to write every 50 epochs. Each fit (layers, direction, permuted targets) has
+            a file of its own, with the fit in its name. Default: none.
     """
 
     epochs: PositiveInt = 1000
@@ -110,7 +112,7 @@ class DisentangleConfig:
     solver: Solver = "closed_form"
     hidden: PositiveInt | None = None
     ridge: NonNegativeFloat | Literal["search"] = "search"
-    max_rows: PositiveInt = 131_072
+    max_rows: PositiveInt | None = None
     positions: PositiveInt | None = None
     source_channels: PositiveInt | None = None
     seed: Seed = 0
@@ -118,6 +120,8 @@ class DisentangleConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self)
+        if self.max_rows is None and self.solver == "closed_form":
+            object.__setattr__(self, "max_rows", DEFAULT_MAX_ROWS)
         if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise OptionError(f"kernel_size must be odd and positive (1, 3, ...), got {self.kernel_size}")
         if self.solver == "paper":
@@ -265,7 +269,8 @@ class Fitter(ABC):
         expected_rows: int | None,
     ) -> int:
         """Return the bytes of the sample of features that `max_rows` bounds."""
-        rows = min(config.max_rows, expected_rows or config.max_rows)
+        rows = expected_rows or config.max_rows or DEFAULT_MAX_ROWS
+        rows = min(config.max_rows or rows, rows)
         # 4 bytes per float32, and a quarter more for the selection sample
         return 5 * rows * (source_channels + num_targets * target_channels)
 

@@ -42,7 +42,8 @@ class Disentangler(nn.Module):
         solver: "closed_form" or "paper".
         hidden: Width of the hidden maps of orders ≥ 1 (closed form). Default: twice the target's channels, at most 512.
         ridge: Relative ridge ρ ≥ 0, or "search" on selection images (closed form).
-        max_rows: Maximum number of positions kept for orders ≥ 1, or for training the paper's network.
+        max_rows: Maximum number of positions kept for orders ≥ 1, or for training the paper's network. None: 131,072
+            for orders ≥ 1, all for the paper's network.
         source_channels: Number of random orthonormal directions to project the source on (closed form). Default: no
             projection.
         seed: Seed of all random numbers.
@@ -70,7 +71,7 @@ class Disentangler(nn.Module):
         solver: Solver = "closed_form",
         hidden: int | None = None,
         ridge: Ridge = "search",
-        max_rows: int = 131_072,
+        max_rows: int | None = None,
         source_channels: int | None = None,
         seed: int = 0,
         solver_options: Mapping[str, Any] | None = None,

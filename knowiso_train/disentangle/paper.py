@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from knowiso_train.disentangle.checkpoint import Checkpoint, checkpoint_path
 from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, MemoryEstimate, PaperConfig
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops.gate import gate, gate_orders
 from knowiso_train.ops.reference import channel_scale
 from knowiso_train.regression.sampling import FeatureSample, Sample
-from knowiso_train.utils.serialization import replace_file
 
 CHECKPOINT_EPOCHS = 50
 
@@ -147,11 +146,15 @@ def fit_paper(
 
     Raises:
         NonFiniteError: The loss is not finite; the message names the epoch.
+        FormatError: A damaged checkpoint, or one of another fit.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(maps.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     rates = torch.logspace(math.log10(config.lr), math.log10(config.lr_end), config.epochs).tolist()
-    start = _resume(config, maps, optimizer, generator)
+    checkpoint = None
+    if config.checkpoint:
+        checkpoint = Checkpoint.of(config, maps, optimizer, generator, sample, seed=seed, label=label)
+    start = checkpoint.resume() if checkpoint is not None else 0
     with (
         torch.enable_grad(),
         tqdm(
@@ -174,8 +177,8 @@ def fit_paper(
                     f"lower solver_options={{'lr': ...}}, now {config.lr:g}"
                 )
             bar.set_postfix(loss=f"{mean:.4f}")
-            if config.checkpoint and ((epoch + 1) % CHECKPOINT_EPOCHS == 0 or epoch == config.epochs - 1):
-                _save(config, maps, optimizer, generator, epoch + 1)
+            if checkpoint is not None and ((epoch + 1) % CHECKPOINT_EPOCHS == 0 or epoch == config.epochs - 1):
+                checkpoint.save(epoch + 1)
     return maps.requires_grad_(False).eval()
 
 
@@ -185,45 +188,15 @@ def _loss(maps: PaperMaps, batch: Sample, penalty: float) -> Tensor:
     return loss
 
 
-def _save(
-    config: PaperConfig, maps: PaperMaps, optimizer: torch.optim.Optimizer, generator: torch.Generator, epoch: int
-) -> None:
-    state = {
-        "epoch": epoch,
-        "maps": maps.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": generator.get_state(),
-    }
-    with replace_file(str(config.checkpoint)) as partial:
-        torch.save(state | {"config": _identity(config)}, partial)
-
-
-def _resume(config: PaperConfig, maps: PaperMaps, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
-    if not config.checkpoint or not Path(config.checkpoint).exists():
-        return 0
-    state = torch.load(config.checkpoint, weights_only=True, map_location=maps.q.device)
-    if state["config"] != _identity(config):
-        raise OptionError(
-            f"{config.checkpoint} was written with other options ({state['config']}); "
-            "delete it or name another checkpoint"
-        )
-    maps.load_state_dict(state["maps"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["random"].cpu())
-    return int(state["epoch"])
-
-
-def _identity(config: PaperConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name != "checkpoint"}
-
-
 class PaperFitter(Fitter):
-    """Training of the paper's network on whole images of up to `max_rows` positions, selection images included."""
+    """Training of the paper's network on whole images, all or up to `max_rows` positions, selection included."""
 
     def __init__(self, spec: FitSpec) -> None:
         super().__init__(spec)
         config = spec.config
-        self.sample = FeatureSample(config.max_rows, spec.expected_images, 1, 0, config.seed, whole_images=True)
+        max_rows = config.max_rows or sys.maxsize
+        self.sample = FeatureSample(max_rows, spec.expected_images, 1, 0, config.seed, whole_images=True)
+        self.num_images = 0
 
     @staticmethod
     def estimate_memory(
@@ -239,15 +212,21 @@ class PaperFitter(Fitter):
 
     def update(self, x: Tensor, y: Tensor, index: NDArray[np.int64], select: NDArray[np.bool_]) -> None:
         """Add images, see `Fitter.update`."""
+        self.num_images += len(index)
         self.sample.add(x, y, index)
 
     def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
         """Fit the maps, see `Fitter.finish`."""
         spec, config = self.spec, self.spec.config
         sample = self.sample.result(spec.group)
+        num_images = sum(spec.group.gather(self.num_images))
         if sample is None:
             raise self.empty_fit_error(label)
         self.rows = sample.rows
+        if len(sample) < num_images:
+            self.notes.append(
+                f"trained on {len(sample)} of {num_images} images ({sample.rows} rows), as max_rows={config.max_rows}"
+            )
         if spec.source_channels != spec.target_channels:
             self.notes.append(
                 f"{spec.source_channels} source and {spec.target_channels} target channels: the general form with "
@@ -263,6 +242,8 @@ class PaperFitter(Fitter):
             if spec.group.rank == 0:
                 name = label if target == 0 else f"{label} (shuffled)"
                 training = config.paper_config()
+                if training.checkpoint:
+                    training = replace(training, checkpoint=checkpoint_path(training.checkpoint, name))
                 fit_paper(maps, sample.with_target(y), training, seed=config.seed, progress=progress, label=name)
             spec.group.broadcast_(list(maps.state_dict().values()))
             self.ridges.append(())

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.baselines.paper import PublishedDisentangler, train_epochs
 from knowiso_train.disentangle import Disentangler
-from knowiso_train.disentangle.config import PaperConfig
+from knowiso_train.disentangle.config import DisentangleConfig, PaperConfig
+from knowiso_train.disentangle.disentangler import make_fitter
 from knowiso_train.disentangle.paper import PaperMaps, fit_paper
-from knowiso_train.errors import OptionError, ShapeError
+from knowiso_train.errors import FormatError, OptionError, ShapeError
+from knowiso_train.measurement import measure
 from knowiso_train.ops import channel_scale, gate
 from knowiso_train.ops.reference import gate_factor
 from knowiso_train.regression import Sample
@@ -124,8 +130,108 @@ def test_training_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     path = str(tmp_path / "paper.pt")
     trained(path, stop_at=55)
     torch.testing.assert_close(trained(path).of_source[0].weight, whole.of_source[0].weight, atol=0, rtol=0)
-    with pytest.raises(OptionError, match="other options"):
-        fit_paper(PaperMaps(3, 3, order=1), sample, PaperConfig(epochs=70, checkpoint=path))
+    with pytest.raises(FormatError, match="another fit .epochs 60 instead of 70"):
+        fit_paper(PaperMaps(3, 3, order=1), sample, PaperConfig(epochs=70, batch_size=20, checkpoint=path), seed=5)
+
+
+def checkpointed(path: Path, sample: Sample, **options: Any) -> PaperMaps:
+    """Return maps trained with a checkpoint."""
+    torch.manual_seed(1)
+    defaults = {"label": "a → b (forward)", "seed": 5, "order": 1, "kernel_size": 3, "epochs": 3} | options
+    maps = PaperMaps(sample.x.shape[1], sample.y.shape[1], defaults["order"], defaults["kernel_size"])
+    config = PaperConfig(epochs=defaults["epochs"], batch_size=20, checkpoint=str(path))
+    return fit_paper(maps, sample, config, seed=defaults["seed"], label=defaults["label"])
+
+
+def paired(seed: int = 0) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    return Sample(*(torch.randn(20, 3, 4, 4, generator=generator) for _ in range(2)), None, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "a → c (forward)"}, "another fit .fit 'a → b"),
+        ({"label": "b → a (backward)"}, "another fit .fit"),
+        ({"label": "a → b (forward) (shuffled)"}, "another fit .fit"),
+        ({"seed": 6}, "another fit .seed 5 instead of 6"),
+        ({"epochs": 4}, "another fit .epochs 3 instead of 4"),
+        ({"order": 2}, "another fit"),
+        ({"kernel_size": 1}, "another fit"),
+        ({"sample": paired(1)}, "other features"),
+        ({"sample": paired().with_target(paired().y.roll(1, 0))}, "other features"),
+        ({"sample": Sample(paired().y, paired().x, None, 0)}, "other features"),
+        ({"sample": Sample(paired().x[:19], paired().y[:19], None, 0)}, "other features"),
+    ],
+)
+def test_a_checkpoint_of_another_fit_raises(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "paper.pt"
+    checkpointed(path, paired())
+    with pytest.raises(FormatError, match=message):
+        checkpointed(path, change.pop("sample", paired()), **change)
+
+
+def test_a_checkpoint_serves_features_that_differ_by_rounding(tmp_path: Path) -> None:
+    path, sample = tmp_path / "paper.pt", paired()
+    first = checkpointed(path, sample)
+    again = checkpointed(path, Sample(sample.x * (1 + 1e-5), sample.y + 1e-6, None, 0))
+    assert torch.equal(again.of_source[0].weight, first.of_source[0].weight)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "pickle", "other structure", "nan", "epoch", "state"])
+def test_a_damaged_checkpoint_raises(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "paper.pt"
+    checkpointed(path, paired())
+    data, state = path.read_bytes(), torch.load(path)
+    if damage in ("truncated", "empty", "text", "pickle"):
+        contents = {
+            "truncated": data[: len(data) // 2],
+            "empty": b"",
+            "text": b"weights",
+            "pickle": pickle.dumps(print),
+        }
+        path.write_bytes(contents[damage])
+    else:
+        state["maps"]["q"][:] = float("nan") if damage == "nan" else 0
+        state["epoch"] = 99 if damage == "epoch" else 1
+        state["optimizer"] = {} if damage == "state" else state["optimizer"]
+        torch.save([state] if damage == "other structure" else state, path)
+    with pytest.raises(FormatError, match="damaged or not a checkpoint"):
+        checkpointed(path, paired())
+
+
+def test_one_checkpoint_option_serves_every_pair_direction_and_permutation(tmp_path: Path) -> None:
+    def network(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+
+    images = torch.randn(100, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    def unexplained(**options: Any) -> list[float]:
+        report = measure(
+            network(0), network(1), [images], ["1", "3"], order=1, solver="paper", directions="both", bootstrap=0,
+            progress=False, solver_options={"epochs": 3, "lr": 1e-2} | options,
+        )  # fmt: skip
+        return [value for pair in report.pairs for value in (pair.unexplained, pair.noise_floor or 0.0)]
+
+    expected = unexplained()
+    options = {"checkpoint": str(tmp_path / "paper.pt")}
+    assert unexplained(**options) == expected
+    # 2 pairs in 2 directions, each with its permuted targets
+    assert len(list(tmp_path.iterdir())) == 8
+    assert unexplained(**options) == expected
+
+
+@pytest.mark.parametrize("max_rows", [None, 36 * 10])
+def test_the_number_of_rows_used_is_reported(max_rows: int | None) -> None:
+    x, y = (torch.randn(50, 3, 6, 6) for _ in range(2))
+    config = DisentangleConfig(order=0, solver="paper", max_rows=max_rows, solver_options={"epochs": 1}).on_grid((6, 6))
+    fitter = make_fitter(config, x, y, 50)
+    fitter.update(x, y, np.arange(50), np.zeros(50, dtype=bool))
+    fitter.finish(progress=False, label="pair")
+    assert fitter.rows == (50 * 36 if max_rows is None else 10 * 36)
+    notes = [] if max_rows is None else ["trained on 10 of 50 images (360 rows), as max_rows=360"]
+    assert fitter.notes == notes
 
 
 def test_gate_and_its_gradient() -> None:
