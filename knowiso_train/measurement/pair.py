@@ -91,8 +91,8 @@ class PairMeasurement:
         x, y = self._aligned(source_features, target_features)
         if len(x) != len(batch.index) or len(y) != len(batch.index):
             raise ShapeError(
-                f"{self.label}: expected one feature of each of the {len(batch.index)} images of the batch, got {len(x)} "
-                f"of the source and {len(y)} of the target; check the transforms and forward="
+                f"{self.label}: expected one feature of each of the {len(batch.index)} images of the batch, got "
+                f"{len(x)} of the source and {len(y)} of the target; check the transforms and forward="
             )
         if self.config.noise_floor:
             y = torch.cat([y, self._permute(y, torch.from_numpy(batch.part))], 1)

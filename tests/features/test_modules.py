@@ -151,9 +151,7 @@ def test_no_match_names_the_nearest() -> None:
         resolve_layers(Net(), [])
     with pytest.raises(LayerNameError, match="not a valid layer pattern"):
         resolve_layers(Net(), "layer[9-1]")
-    with pytest.raises(
-        InputTypeError, match="layers must be a string, a list or tuple or a mapping from a string, got 3"
-    ):
+    with pytest.raises(InputTypeError, match="int"):
         resolve_layers(Net(), [1])  # type: ignore[list-item]
     with pytest.raises(InputTypeError, match="Module"):
         unwrap_model("resnet18")  # type: ignore[arg-type]
