@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from knowiso_train.callbacks.curves import plot_curves
 from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, to_rows, without_maps
+from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, KnowisoWarning, MissingDependencyError, OptionError
 from knowiso_train.features.modules import forward_override, pair_layers, unwrap_model
@@ -21,6 +23,7 @@ from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.measure import Layers, run_measurement
 from knowiso_train.measurement.report import Report
+from knowiso_train.utils.batch import INPUT_KEYS
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.serialization import write_json
 from knowiso_train.utils.validation import PositiveInt, validate_arguments
@@ -28,6 +31,35 @@ from knowiso_train.utils.validation import PositiveInt, validate_arguments
 # Options of `measure` that the callback has as parameters of its own, or sets itself
 RESERVED_OPTIONS = {"order", "target_transform", "device"}
 MEASURE_OPTIONS = tuple(field.name for field in fields(MeasureConfig) if field.name not in RESERVED_OPTIONS)
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """Composition of two transforms."""
+
+    first: Callable[[Any], Any]
+    second: Callable[[Any], Any]
+
+    def __call__(self, images: Any) -> Any:
+        return self.second(self.first(images))
+
+
+@contextmanager
+def _measured_inputs(student: nn.Module) -> Iterator[ChannelMoments]:
+    """Collect the moments of the images that a network receives within the context."""
+    moments = ChannelMoments()
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = [*args[:1], *(kwargs.get(key) for key in INPUT_KEYS)]
+        images = next((value for value in values if isinstance(value, Tensor)), None)
+        if images is not None:
+            moments.add(images)
+
+    handle = student.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield moments
+    finally:
+        handle.remove()
 
 
 class MetricLogger(Protocol):
@@ -55,6 +87,8 @@ class IsomorphismCallback:
         log: Function that receives `{"iso/val/<source>→<target>/share": 0.4, …}` and `step=500`. None: no logging.
         path: Folder for the files of `end()`: `report.json` (last report), `history.json` (metrics of all measurements)
             and, if matplotlib is installed, `shares.png` (curves over steps). None: no files.
+        transform: Transform of the loader's images for the student, and before `teacher_transform` for the teacher: the
+            normalization that the training loop applies itself. Default: none.
         teacher_transform: Transform of the images for the teacher (resolution, normalization).
         teacher_forward: `teacher_forward(teacher, images)`, replaces `teacher(images)`.
         **options: Further options of `measure`, such as `max_images`, `kernel_size`, `directions`, `noise_floor` or
@@ -93,6 +127,7 @@ class IsomorphismCallback:
         order: int = 0,
         log: MetricLogger | None = None,
         path: str | Path | None = None,
+        transform: Callable[[Any], Any] | None = None,
         teacher_transform: Callable[[Any], Any] | None = None,
         teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
         **options: Any,
@@ -112,12 +147,20 @@ class IsomorphismCallback:
             raise OptionError(f"{unknown!r} is no option of measure that can be passed on; {hint}")
         # Fails here, not at the first measurement
         config: dict[str, Any] = {"progress": False} | options
-        self._config = MeasureConfig(order=order, target_transform=teacher_transform, **config)
+        target_transform = teacher_transform
+        if transform is not None:
+            if config.get("source_transform") is not None:
+                raise OptionError("pass transform=, for both networks, or source_transform=, not both")
+            config["source_transform"] = transform
+            target_transform = transform if teacher_transform is None else _Composed(transform, teacher_transform)
+        self._config = MeasureConfig(order=order, target_transform=target_transform, **config)
         with preserve_state():  # a sampler may draw random numbers
             SplitImageLoader(loader, self._config.split, self._config.seed, self._config.max_images)
         self.student, self.teacher, self.loader = student, teacher, loader
         self.pairs = tuple(pair_layers(student, teacher, layers))
         self.every, self.order, self.log, self.path = every, order, log, None if path is None else Path(path)
+        self.iso: IsomorphismLoss | None = None
+        self._inputs_compared = False
         self.steps = 0
         self.history: list[Measurement] = []
 
@@ -146,7 +189,9 @@ class IsomorphismCallback:
         if options.get("forward") is None:
             loss_options["teacher_forward"] = iso.config.teacher_forward
         layers = [(pair.source, pair.target) for pair in iso.pairs]
-        return cls(iso.student, iso.teacher, loader, layers, **loss_options | options)
+        callback = cls(iso.student, iso.teacher, loader, layers, **loss_options | options)
+        callback.iso = iso
+        return callback
 
     def step(self) -> Report | None:
         """Count a training step, and measure at every n-th one; call it after each `optimizer.step()`.
@@ -164,8 +209,9 @@ class IsomorphismCallback:
         """Measure at the present step and log the metrics; replace an earlier measurement of this step."""
         student, teacher = unwrap_model(self.student), unwrap_model(self.teacher)
         layers = [(pair.source, pair.target) for pair in self.pairs]
-        with isolated_eval(self.student, self.teacher):
+        with isolated_eval(self.student, self.teacher), _measured_inputs(student) as inputs:
             report = run_measurement(student, teacher, self.loader, layers, self._config)
+        self._compare_inputs(inputs)
         measurement = Measurement(self.steps, without_maps(report))
         self.history = [earlier for earlier in self.history if earlier.step != self.steps] + [measurement]
         if self.log is not None and ProcessGroup().rank == 0:
@@ -199,6 +245,19 @@ class IsomorphismCallback:
             )
         self.history = from_plain(state["history"])
         self.steps = state["steps"]
+
+    def _compare_inputs(self, measured: ChannelMoments) -> None:
+        """Warn once if the measured images are normalized otherwise than those of the training."""
+        if self.iso is None or self._inputs_compared or not self.iso.input_moments.num_images:
+            return
+        self._inputs_compared = True
+        if measured.differ(self.iso.input_moments) and ProcessGroup().rank == 0:
+            warnings.warn(
+                f"the measured images have {measured}, those that the student is trained on {self.iso.input_moments}, "
+                "so the measured shares are of other inputs. Pass transform=, the normalization of the training loop",
+                KnowisoWarning,
+                stacklevel=3,
+            )
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

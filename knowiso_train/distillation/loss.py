@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation.balancing import GradientBalance
+from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.collapse import CollapseDetector
 from knowiso_train.distillation.config import (
     DEFAULT_WEIGHT,
@@ -49,7 +50,8 @@ class IsomorphismLoss(nn.Module):
     every variance of the teacher and during the whole training.
 
     Student and teacher are not registered: `parameters()` and `state_dict()` hold only the maps, and the saved student
-    is the plain student. Attach the loss before the first call of a compiled student.
+    is the plain student. Attach the loss before the first call of a compiled student. `input_moments` has mean and
+    standard deviation of the student's images in training.
 
     Args:
         student: Network in training; bare, or wrapped by DDP, `torch.compile` or accelerate.
@@ -164,6 +166,7 @@ class IsomorphismLoss(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._calls, self._active_calls = 0, 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
+        self.input_moments = ChannelMoments()
         self._collapse, self._inactivity = CollapseDetector(), InactivityDetector()
 
     @property
@@ -320,6 +323,8 @@ class IsomorphismLoss(nn.Module):
         refresh_due = self._calls % self.config.refresh == 0
         if update and refresh_due and self.balance is not None:
             self.balance.refresh()
+        if update and refresh_due:
+            self.input_moments.add(batch.input.images)
         schedule = self.config.schedule
         factor = 1.0 if schedule is None else float(schedule(self._active_calls))
         terms: list[Tensor] = []

@@ -54,6 +54,8 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
 
     def __init__(self, iso: IsomorphismLoss | None = None, monitor: IsomorphismCallback | None = None) -> None:
         self.iso, self.monitor = iso, monitor
+        if monitor is not None and monitor.iso is None:
+            monitor.iso = iso
         self._logs_measurements = monitor is not None and monitor.log is None
         self._is_submodule = False
         self._optimizer_steps = 0

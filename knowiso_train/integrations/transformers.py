@@ -41,6 +41,8 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
 
     def __init__(self, iso: IsomorphismLoss | None = None, monitor: IsomorphismCallback | None = None) -> None:
         self.iso, self.monitor = iso, monitor
+        if monitor is not None and monitor.iso is None:
+            monitor.iso = iso
         self.folder: str | Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
