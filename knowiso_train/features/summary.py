@@ -53,7 +53,9 @@ def stage_grids(
     grids = {
         name: grid
         for name in candidates
-        if (grid := _grid(name, model, outputs.get(name, [None])[0], input_size)) is not None
+        # A module that is used more than once, such as a shared activation, ends no stage
+        if len(emitted := outputs.get(name, [])) == 1
+        and (grid := _grid(name, model, emitted[0], input_size)) is not None
     }
     return grids if named else {name: grid for grid, name in {grid: name for name, grid in grids.items()}.items()}
 
