@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
 from knowiso_train.distillation.estimators import warn_once
-from knowiso_train.distillation.student_capture import StudentInput
+from knowiso_train.distillation.student_capture import StudentInput, mark_as_teacher
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
 from knowiso_train.features.extractor import FeatureReader, check_line
 from knowiso_train.features.hooks import FeatureTaps
@@ -79,7 +79,9 @@ class FrozenModel:
         images = self.transform(student_input.images)
         precision = nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
         with torch.no_grad(), self._eval_mode(), precision:
-            return images, self._call(student_input, images)
+            output = self._call(student_input, images)
+        mark_as_teacher(unwrap_model(self.model))
+        return images, output
 
     def transform(self, images: Tensor) -> Tensor:
         """Return the student's images on this network's device, after its transform."""

@@ -78,6 +78,7 @@ class InputCapture:
     kwargs: dict[str, Any]
     versions: dict[int, int]
     fired: bool
+    ran_as_teacher: bool
 
     def __init__(self) -> None:
         self.clear()
@@ -88,7 +89,7 @@ class InputCapture:
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the arguments of a forward, and the version of every tensor among them."""
-        self.args, self.kwargs, self.fired = args, kwargs, True
+        self.args, self.kwargs, self.fired, self.ran_as_teacher = args, kwargs, True, False
         if not torch.compiler.is_compiling():
             values = [value for argument in (*args, *kwargs.values()) for value in _values(argument)]
             versions = {id(value): _version(value) for value in values}
@@ -96,7 +97,7 @@ class InputCapture:
 
     def clear(self) -> None:
         """Drop the arguments."""
-        self.args, self.kwargs, self.versions, self.fired = (), {}, {}, False
+        self.args, self.kwargs, self.versions, self.fired, self.ran_as_teacher = (), {}, {}, False, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of an empty capture."""
@@ -148,6 +149,13 @@ class _InputHook(DetachedOnCopyHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_recomputing():
             self.capture.record(args, kwargs)
+
+
+def mark_as_teacher(model: nn.Module) -> None:
+    """Record in the captures of losses whose student is this network that another loss ran it as teacher or peer."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, _InputHook):
+            hook.capture.ran_as_teacher = True
 
 
 def _values(argument: Any) -> Iterable[Any]:
@@ -234,6 +242,7 @@ class StudentCapture:
         Raises:
             CaptureError: No forward since the last call, a layer that did not fire, or features without gradient.
         """
+        ran_as_teacher = self._input.ran_as_teacher
         student_input = self._input.take()
         size, captures = image_size(student_input.images), self.taps.collect()
         branches = [captures[pair.source].view_as(captures[pair.source]) for pair in self.pairs]
@@ -243,6 +252,12 @@ class StudentCapture:
         ]
         trainable = any(parameter.requires_grad for parameter in self.model.parameters())
         if torch.is_grad_enabled() and trainable and not any(branch.requires_grad for branch in branches):
+            if ran_as_teacher:
+                raise CaptureError(
+                    "another IsomorphismLoss ran the student as its teacher after the training forward (mutual "
+                    "learning), so the features carry no gradient. Pass the outputs of both training forwards: "
+                    "ab(teacher_output=output_b) + ba(teacher_output=output_a)"
+                )
             raise CaptureError(
                 f"the features of {', '.join(repr(pair.source) for pair in self.pairs)} carry no gradient: the "
                 "student's last forward ran without gradient, or everything below these layers is frozen. Call iso() "

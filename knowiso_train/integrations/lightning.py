@@ -21,8 +21,9 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
     """Callback that attaches an `IsomorphismLoss` and runs an `IsomorphismCallback`, with both in checkpoints.
 
     Add the term in `training_step`, after the student's forward pass: `loss = loss + self.iso()`. If the loss is a
-    submodule of the LightningModule, `self.parameters()` includes its parameters. DDP then ignores them, since the loss
-    reduces them itself.
+    submodule of the LightningModule, `self.parameters()` and the checkpoint's `state_dict` include it. DDP then ignores
+    its parameters, since the loss reduces them itself. A loss in a list (`self.held = [iso]`) stays out of the
+    `state_dict`, and this callback saves it. Lightning's tuners train with the loss.
 
     Args:
         iso: Loss; its metrics are logged every `log_every_n_steps`. None: no loss.
@@ -61,7 +62,7 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         self._optimizer_steps = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Exclude the loss from DDP before the module is wrapped."""
+        """Exclude the loss from DDP before the module is wrapped, and register its hooks before any tuner trains."""
         prefixes = [prefix for prefix, module in pl_module.named_modules() if module is self.iso]
         self._is_submodule = bool(prefixes)
         if self.iso is not None and prefixes:
@@ -72,13 +73,14 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
                 *(f"{prefix}.{name}" for prefix in prefixes for name in names),
             ]
             pl_module._ddp_params_and_buffers_to_ignore = list(dict.fromkeys(ignored))
+        # Tuners train in their own on_fit_start, which runs before the one of this callback
+        if self.iso is not None and stage == "fit" and not self.iso.attached:
+            self.iso.to(trainer.strategy.root_device).attach()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Register the hooks of the loss, and connect the measurements to the loggers."""
+        """Connect the measurements to the loggers."""
         if self.monitor is not None and self._logs_measurements:
             self.monitor.log = partial(_log_metrics, trainer)
-        if self.iso is not None:
-            self.iso.to(pl_module.device).attach()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the step count, which a resumed training has restored by now."""

@@ -173,3 +173,25 @@ def test_features_in_the_padded_case_equal_those_of_the_layers() -> None:
         student(x)
         features = taps.collect()["proj"]
     torch.testing.assert_close(received[0][0][0, :, 0].T, features[valid])
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "learned"}], ids=str)
+def test_mutual_learning_asks_for_the_outputs_and_works_with_them(options: dict[str, Any]) -> None:
+    a, b = (nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU()) for width in (4, 6))
+    ab, ba = IsomorphismLoss(a, b, "1", **options), IsomorphismLoss(b, a, "1", **options)
+    with ab, ba:
+        for step in range(6):
+            x = images(step)
+            a(x), b(x)
+            ab()
+            with pytest.raises(CaptureError, match=r"mutual learning.*ab\(teacher_output=output_b\)"):
+                ba()
+            output_a, output_b = a(x), b(x)
+            (ab(teacher_output=output_b) + ba(teacher_output=output_a)).backward()
+    assert all(network[0].weight.grad.abs().sum() > 0 for network in (a, b))
+    # The advice of a forward without gradient stays
+    with ba:
+        with torch.no_grad():
+            b(images())
+        with pytest.raises(CaptureError, match="right after the training forward"):
+            ba()

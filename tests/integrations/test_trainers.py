@@ -430,3 +430,37 @@ class TestLightning:
         callback = self.own.IsomorphismLightningCallback(module.held[0])
         with pytest.raises(FormatError, match=r"expected a checkpoint with the states of \['iso'\], got \['monitor'\]"):
             callback.load_state_dict({"monitor": {"steps": 1, "history": []}})
+
+    @pytest.mark.parametrize(("solver", "registered"), [("closed_form", True), ("learned", True), ("learned", False)])
+    @pytest.mark.parametrize("tuner", ["lr_find", "LearningRateFinder", "BatchSizeFinder", "scale_batch_size"])
+    def test_tuners_train_with_the_loss(self, tuner: str, solver: Any, registered: bool, tmp_path: Path) -> None:
+        from lightning.pytorch import callbacks
+        from lightning.pytorch.tuner import Tuner
+
+        module = self.module(solver, registered)
+        module.lr, module.batch_size = 0.01, 8
+        module.configure_optimizers = lambda: torch.optim.SGD(
+            [*module.student.parameters(), *module.held[0].parameters()], lr=module.lr
+        )
+        module.train_dataloader = lambda: DataLoader(TensorDataset(torch.zeros(64, 3, 8, 8)), module.batch_size)
+        module.val_dataloader = module.train_dataloader
+        trainer, monitor = self.trainer(module, tmp_path, 4, limit_val_batches=1)
+        if tuner == "lr_find":
+            Tuner(trainer).lr_find(module, num_training=12, update_attr=True)
+        elif tuner == "scale_batch_size":
+            Tuner(trainer).scale_batch_size(module, max_trials=2, steps_per_trial=2)
+        elif tuner == "LearningRateFinder":
+            trainer.callbacks.insert(0, callbacks.LearningRateFinder(num_training_steps=12))
+        else:
+            trainer.callbacks.insert(0, callbacks.BatchSizeFinder(max_trials=2, steps_per_trial=2))
+        trainer.fit(module)
+        assert trainer.global_step == 4
+        assert [measured.step for measured in monitor.history] == [2, 4]
+        assert own_hooks(module.student, module.held[0].teacher) == 0
+
+    def test_an_attached_loss_is_tolerated(self, tmp_path: Path) -> None:
+        module = self.module("closed_form", registered=False)
+        module.held[0].attach()
+        trainer, _ = self.trainer(module, tmp_path, 2)
+        trainer.fit(module, self.images())
+        assert own_hooks(module.student, module.held[0].teacher) == 0
