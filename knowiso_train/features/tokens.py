@@ -120,7 +120,7 @@ def _convolved_grid(parents: tuple[nn.Module, ...], input_size: Grid | None) -> 
     """Return the grid of the convolution that divides images into patches: its kernel is its stride."""
     for parent in parents:
         first = next((module for module in parent.modules() if isinstance(module, nn.Conv2d)), None)
-        if first is None or first.kernel_size != first.stride or min(first.stride) < 2:  # noqa: PLR2004
+        if first is None or first.kernel_size != first.stride or min(first.stride) < 2:
             continue
         size = input_size or next((size for above in parents if (size := _image_size(above)) is not None), None)
         return None if size is None else (size[0] // first.stride[0], size[1] // first.stride[1])
@@ -133,7 +133,7 @@ def _image_size(module: nn.Module) -> Grid | None:
         size = getattr(owner, "image_size", None)
         if isinstance(size, int):
             return size, size
-        if isinstance(size, (tuple, list)) and len(size) == 2:  # noqa: PLR2004
+        if isinstance(size, (tuple, list)) and len(size) == 2:
             return int(size[0]), int(size[1])
     return None
 

@@ -130,7 +130,7 @@ def test_training_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     path = str(tmp_path / "paper.pt")
     trained(path, stop_at=55)
     torch.testing.assert_close(trained(path).of_source[0].weight, whole.of_source[0].weight, atol=0, rtol=0)
-    with pytest.raises(FormatError, match="another fit .epochs 60 instead of 70"):
+    with pytest.raises(FormatError, match=r"another fit .epochs 60 instead of 70"):
         fit_paper(PaperMaps(3, 3, order=1), sample, PaperConfig(epochs=70, batch_size=20, checkpoint=path), seed=5)
 
 

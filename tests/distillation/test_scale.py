@@ -67,7 +67,7 @@ def test_the_log_gradient_is_that_of_the_share_divided_by_the_share(options: dic
     share = 1 - linear.log()["iso/3/share"]
     loss, gradients, log_map_gradients = loss_and_gradients(log)
     figures = log.log()
-    assert 0 < share
+    assert share > 0
     assert loss == pytest.approx(7.0 * torch.tensor(share + 1e-3).log().item(), rel=1e-4)
     assert figures["iso/3/loss"] == pytest.approx(loss / 7.0, rel=1e-4)
     assert figures["iso/3/share"] == pytest.approx(1 - share, rel=1e-4)

@@ -307,7 +307,7 @@ def test_stated_tokens(layout: str, tokens: int, spec: FeatureSpec) -> None:
 
 @pytest.mark.parametrize("layout", ["nlc:4", "nlc:0x4", "nlc:4x4+", "nlc:-1+4x4", "nhwc:4x4", "nlc:grid", "nl:4x4"])
 def test_tokens_stated_in_another_form_raise(layout: str) -> None:
-    with pytest.raises(LayoutError, match="layout|tokens"):
+    with pytest.raises(LayoutError, match=r"layout|tokens"):
         describe_feature("0", nn.Sequential(nn.Linear(8, 8)), torch.zeros(1, 16, 8), layout)
 
 

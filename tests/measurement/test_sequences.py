@@ -91,8 +91,8 @@ def test_a_line_and_a_feature_map_raise() -> None:
     x = signals(64, 100)
     networks = Signals(lambda x: x), Maps()
     for pair in (networks, networks[::-1]):
-        with pytest.raises(LayoutError, match="tokens form no grid.*10 × 10"):
+        with pytest.raises(LayoutError, match=r"tokens form no grid.*10 × 10"):
             ki.measure(*pair, [x], "layer", order=0, bootstrap=0, progress=False)
     layouts = {"layer": "ncl:10x10"}
-    with pytest.raises(LayoutError, match="4 axes|needs 3 axes"):
+    with pytest.raises(LayoutError, match=r"4 axes|needs 3 axes"):
         ki.measure(*networks, [x], "layer", order=0, bootstrap=0, progress=False, layout=layouts)

@@ -60,7 +60,7 @@ class Mixed(Around):
 
 class Unpacked(Around):
     def middle(self, x: Tensor) -> Tensor:
-        batch, channels, _, _ = x.shape
+        _batch, channels, _, _ = x.shape
         if channels != 16:
             raise ValueError(f"{channels} channels, expected 16")
         return x.relu()
