@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.errors import CaptureError, InputTypeError, LayerNameError, OptionError
 from knowiso_train.features.modules import named_layers, resolve_layers, unwrap_model, wrapped_attribute
+from knowiso_train.utils.batch import tensor_leaves
 from knowiso_train.utils.validation import validate_arguments
 
 Side = Literal["input", "output"]
@@ -395,18 +396,8 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
 
 
 def _only_tensor(value: Any) -> Tensor | None:
-    tensors = _tensors(value)
+    tensors = tensor_leaves(value)
     return tensors[0] if len(tensors) == 1 else None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if not isinstance(value, (tuple, list)):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
 
 
 def _kinds(value: Any) -> str:

@@ -35,7 +35,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, in_order: bool = Fals
     if set(weights) != set(own) and in_order:
         weights = dict(zip(own, _in_order(own, weights, path), strict=True))
     _check(own, weights, path, model)
-    model.load_state_dict(weights)
+    # The dict of the model holds the versions of its modules, which safetensors files lack and some modules check
+    own.update(weights)
+    model.load_state_dict(own)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

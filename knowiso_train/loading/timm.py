@@ -326,5 +326,7 @@ def _check_name(spec: str) -> None:
         hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists all"
         raise OptionError(f"timm has no network {name!r}; {hint}")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
-    if tag and tag not in tags:
+    # Configurations without published weights, such as "untrained", have tags too
+    config = timm.get_pretrained_cfg(name)
+    if tag and tag not in tags and (config is None or tag != config.tag):
         raise OptionError(f"timm has no pretrained tag {tag!r} of {name!r}; its tags: {', '.join(tags) or 'none'}")

@@ -98,7 +98,9 @@ class BlockFinetuner:
         size, num_held_out = _update_images(target), max(1, round(BLOCK_VALIDATION_FRACTION * len(target)))
         index = torch.arange(len(target))
         training, held_out = index[:-num_held_out], index[-num_held_out:]
-        initial = {key: value.detach().clone() for key, value in module.state_dict().items()}
+        # Updated in place: the dict holds the versions of the modules, which some of them check
+        initial = module.state_dict()
+        initial.update({key: value.detach().clone() for key, value in initial.items()})
         trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
         before = block.mean_distance(held_out, size)
         try:

@@ -23,6 +23,7 @@ from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
 from knowiso_train.pruning.ranking import ChannelRanking, output_tensor
 from knowiso_train.pruning.reconstruction import reconstruct
 from knowiso_train.pruning.report import BlockResult, LayerFit
+from knowiso_train.pruning.structure import restore_memory_format
 from knowiso_train.pruning.tracing import Epilogue
 
 Quality = Literal["fast", "full"]
@@ -146,6 +147,7 @@ class PrunedModelBuilder:
         expected = self.images.forward(model, self.batch)
         with track_kept_indices(model) as kept:
             remove_channels(model, self.batch, self.groups, removed, self.images.forward)
+        restore_memory_format(model, self.original)
         model.eval().requires_grad_(False)
         self._check_output(model, expected)
         return model, kept, fits

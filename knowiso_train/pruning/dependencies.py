@@ -13,6 +13,7 @@ from torch import nn
 
 from knowiso_train.errors import OptionError
 from knowiso_train.pruning.tracing import Forward
+from knowiso_train.utils.batch import tensor_leaves
 
 # The largest group of the DenseNets takes 2.2 steps for each node of the graph; searches without end exceed any number
 MAX_STEPS_PER_NODE, MIN_MAX_STEPS = 10, 1000
@@ -78,6 +79,11 @@ class _BoundedMappings(list[Any]):
         yield self.budget.count_step
 
 
+def _differentiable_tensors(output: Any) -> list[torch.Tensor]:
+    """Return the tensors of an output that the tracer can follow back."""
+    return [tensor for tensor in tensor_leaves(output) if tensor.requires_grad]
+
+
 class PruningGraph:
     """Dependency graph of torch-pruning for a network.
 
@@ -110,7 +116,7 @@ class PruningGraph:
                 for parameter in model.parameters():
                     parameter.requires_grad_(True)
                 self.graph: Any = tp.DependencyGraph().build_dependency(
-                    model, example, forward_fn=forward, verbose=False
+                    model, example, forward_fn=forward, output_transform=_differentiable_tensors, verbose=False
                 )
         except Exception as error:  # any exception that the network raises under the tracer
             raise OptionError(

@@ -393,7 +393,10 @@ class _FinetuneRun:
 
 
 def _clone_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    # The dict itself holds the versions of the modules, which some of them check
+    state = model.state_dict()
+    state.update({name: value.detach().clone() for name, value in state.items()})
+    return state
 
 
 def _forward_images(model: nn.Module, batch: Any) -> Any:

@@ -16,7 +16,7 @@ from knowiso_train.errors import InputTypeError, NonFiniteError, OptionError, Sh
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.report import ValidationPoint
-from knowiso_train.utils.batch import index_batch
+from knowiso_train.utils.batch import index_batch, tensor_leaves
 
 # Images of one forward pass without gradients
 REFERENCE_BATCH_SIZE = 128
@@ -119,11 +119,13 @@ def forward_with_features(images: Calibration, model: nn.Module, layers: Sequenc
 
 
 def _check_tensor(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
+    tensors = tensor_leaves(output)
+    if len(tensors) != 1:
         raise InputTypeError(
-            f"expected a model whose output is one tensor, got {type(output).__name__}. Pass forward= that selects it"
+            f"expected a model whose output holds one tensor, got {type(output).__name__} with {len(tensors)}. Pass "
+            "forward= that selects it"
         )
-    return output
+    return tensors[0]
 
 
 def feature_distance(outputs: ModelOutputs, reference: ModelOutputs, variances: Mapping[str, float]) -> Tensor:

@@ -41,6 +41,7 @@ from knowiso_train.pruning.channel_groups import (
 from knowiso_train.pruning.elimination import BackwardElimination, Consumer, output_variance
 from knowiso_train.pruning.tracing import MIN_OUTPUT_SCALE, ActivationCache, Epilogue, batch_norm_affine
 from knowiso_train.regression.ridge import KernelMoments, PrimalMoments
+from knowiso_train.utils.batch import tensor_leaves
 
 RANKING_RIDGE = 1e-4  # relative ridge of the refit during elimination
 # Exponents of the output's sensitivity in the weights of removal costs; the first one without a trial
@@ -431,22 +432,17 @@ def _replaced(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]]) ->
 
 
 def output_tensor(value: Any) -> Tensor:
-    """Return a model's output tensor: the output itself, its first element, or its logits.
+    """Return a model's output tensor: its logits, or the first floating tensor of nested outputs.
 
     Raises:
-        InputTypeError: No tensor.
+        InputTypeError: No floating tensor.
 
     Example:
-        >>> output_tensor((torch.ones(2), None))
+        >>> output_tensor((None, 3, torch.ones(2)))
         tensor([1., 1.])
     """
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    if isinstance(value, dict) or hasattr(value, "logits"):
-        value = value.get("logits") if isinstance(value, dict) else value.logits
-    if not isinstance(value, Tensor):
-        raise InputTypeError(
-            "expected a network whose output is a tensor (or begins with one, or has .logits), got "
-            f"{type(value).__name__}"
-        )
-    return value.float()
+    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
+    tensors = [tensor for tensor in tensor_leaves([logits, value]) if tensor.is_floating_point()]
+    if not tensors:
+        raise InputTypeError(f"expected a network whose output holds a floating tensor, got {type(value).__name__}")
+    return tensors[0].float()

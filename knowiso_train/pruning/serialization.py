@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +54,7 @@ DESCRIPTION_FIELDS: dict[str, type | tuple[type, ...]] = {
     "removed": list,
     "tied": dict,
     "kept": (dict, type(None)),
+    "metadata": dict,
     "fingerprint": dict,
     "sha256": str,
 }
@@ -120,6 +122,7 @@ def save_pruned(
         **_structure_to_json(fresh, pruned),
         "tied": tied,
         "kept": None if kept is None else _kept_to_json(kept, state_shapes(fresh), state),
+        "metadata": _state_metadata(pruned),
         "fingerprint": vars(_fingerprint(pruned, shape)),
     }
     try:
@@ -241,7 +244,9 @@ def _rebuild(model: nn.Module, description: Mapping[str, Any], weights: Mapping[
             f"the {type(inner).__name__} is not built as the original of {label}, a {description['class']}: "
             f"{difference}. Pass model=, a fresh model built as the original was."
         )
-    state = dict(weights) | {name: weights[source] for name, source in description["tied"].items()}
+    state = OrderedDict(weights) | {name: weights[source] for name, source in description["tied"].items()}
+    # load_state_dict hands the metadata of this name to the modules
+    state._metadata = description["metadata"]  # type: ignore[attr-defined]
     shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
     _check_attributes(inner, description, label)
     if shapes != {name: tuple(value.shape) for name, value in state.items()}:
@@ -250,7 +255,7 @@ def _rebuild(model: nn.Module, description: Mapping[str, Any], weights: Mapping[
     try:
         # Assigned, not copied: the saved types replace those of the fresh model
         inner.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise FormatError(f"the weights of {label} do not fit the model of its description: {error}") from error
     for name, source in description["tied"].items():
         path, _, leaf = name.rpartition(".")
@@ -280,6 +285,14 @@ def _check_attributes(model: nn.Module, description: Mapping[str, Any], label: s
                     f"the attribute {name!r} of module {path!r} of {label} is {integer:.4g}, above the original's and "
                     "above every size of its tensors. Save or copy it again"
                 )
+
+
+def _state_metadata(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the metadata of the state dict by module, such as the version of its tensors' layout."""
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(model.state_dict(), "_metadata", {})
+    return {
+        module: {key: value for key, value in values.items() if is_plain(value)} for module, values in metadata.items()
+    }
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import FormatError, InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import preserve_state
+from knowiso_train.utils.batch import tensor_leaves
 from knowiso_train.utils.hashing import hash_unit
 
 # Attributes of every module, such as `training`, are no structure
@@ -132,6 +133,24 @@ def apply_structure(model: nn.Module, diff: StructureDiff, shapes: Mapping[str, 
     return model
 
 
+def restore_memory_format(model: nn.Module, original: nn.Module) -> None:
+    """Give weights the memory format channels_last where the original's are in it; cutting channels may lose it.
+
+    Args:
+        model: Pruned model, changed in place.
+        original: Model before pruning.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    originals = _parameters(original)
+    for name, parameter in _parameters(model).items():
+        old, memory_format = originals.get(name), formats.get(parameter.ndim)
+        # Weights of one position or one channel are in both formats
+        if old is None or memory_format is None or old.ndim != parameter.ndim or old.is_contiguous():
+            continue
+        if old.is_contiguous(memory_format=memory_format):
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
 def _resize_tensors(model: nn.Module, modules: Mapping[str, nn.Module], shapes: Mapping[str, Sequence[int]]) -> None:
     """Replace parameters and buffers of other shapes by uninitialized ones."""
     tensors: dict[str, Tensor] = dict(
@@ -218,7 +237,7 @@ class OutputFingerprint:
         """Run a model on the CPU in float32, as a copy if it is elsewhere; modes and random state are preserved.
 
         Args:
-            model: Model of one float tensor, whose output is a tensor or nested tuples and mappings of tensors.
+            model: Model of one float tensor, whose output holds tensors, see `tensor_leaves`.
             shape: Shape of the input.
             seed: Seed of the input and of the projections.
 
@@ -256,7 +275,10 @@ class OutputFingerprint:
                     f"{type(model).__name__} does not take a float tensor of shape {tuple(shape)} "
                     f"({type(error).__name__}: {reason})."
                 ) from error
-        vector = torch.cat([tensor.double().flatten() for tensor in _output_tensors(output)])
+        tensors = tensor_leaves(output)
+        if not tensors:
+            raise InputTypeError(f"expected a model whose output holds a tensor, got {type(output).__name__}")
+        vector = torch.cat([tensor.double().flatten() for tensor in tensors])
         if not vector.isfinite().all():
             raise NonFiniteError(
                 f"the output of {type(model).__name__} for an input of shape {tuple(shape)} is not finite"
@@ -303,16 +325,3 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 def _project(vector: Tensor, seed: int, stream: int) -> float:
     signs = torch.from_numpy(np.sign(hash_unit(np.arange(len(vector)), seed, stream) - 0.5))
     return float(vector @ signs)
-
-
-def _output_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of nested mappings, lists and tuples, in order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)) and output:
-        return [tensor for entry in output for tensor in _output_tensors(entry)]
-    raise InputTypeError(
-        f"expected a model whose output is a tensor, or tuples and mappings of tensors; got {type(output).__name__}"
-    )

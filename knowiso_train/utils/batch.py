@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -301,3 +302,21 @@ def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
     )
+
+
+def tensor_leaves(value: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples, mappings and dataclasses, in order; other values are left out.
+
+    Example:
+        >>> tensor_leaves((torch.ones(1), None, {"loss": 3, "aux": [torch.zeros(1)]}))
+        [tensor([1.]), tensor([0.])]
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in fields(value)]
+    if not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for item in value for tensor in tensor_leaves(item)]
