@@ -15,6 +15,7 @@ from knowiso_train.regression.ridge import Ridge, solve_ridge
 from knowiso_train.regression.sampling import Sample
 
 MAX_BATCH_POSITIONS = 16_384
+MAX_SOURCE_DEVIATIONS = 30.0  # of a standardized channel
 
 
 class ClosedFormMaps(nn.Module):
@@ -78,6 +79,13 @@ class ClosedFormMaps(nn.Module):
             raise ShapeError(f"expected a source of shape (N, {self.source_channels}, H, W), got {tuple(x.shape)}")
         return x if self.projection is None else torch.einsum("pc,nchw->nphw", self.projection, x)
 
+    def standardize(self, x: Tensor) -> Tensor:
+        """Return a_0 of a projected source, limited to `MAX_SOURCE_DEVIATIONS` standard deviations.
+
+        Without the limit, one image in which a nearly constant channel is active would dominate the hidden map.
+        """
+        return ((x - self.center) / self.scale).clamp(-MAX_SOURCE_DEVIATIONS, MAX_SOURCE_DEVIATIONS)
+
     def features(self, x: Tensor, order: int, inside: Tensor | None = None) -> list[Tensor]:
         """Return x, a_1, …, a_order of a projected source.
 
@@ -86,7 +94,7 @@ class ClosedFormMaps(nn.Module):
             order: Number of hidden layers.
             inside: 1 within the image and 0 in its padding, where x is a crop with a margin.
         """
-        a, features = (x - self.center) / self.scale, [x]
+        a, features = self.standardize(x), [x]
         # The padding of a whole image is 0 in every layer, so a crop's margin outside the image is set to 0 after each
         if inside is not None:
             a = a * inside

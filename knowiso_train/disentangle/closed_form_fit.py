@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 
 import numpy as np
 import torch
@@ -33,8 +34,16 @@ class ClosedFormFitter(Fitter):
         self.projection = _projection(spec.source_channels, config)
         inner = spec.source_channels if self.projection is None else len(self.projection)
         num_targets = spec.num_targets * spec.target_channels
-        # One for the fitting and one for the selection images
-        self.moments = [StreamingMoments(inner, num_targets, self.kernel_size, spec.device) for _ in range(2)]
+        # Rounding of float32 products depends on the number of targets, and training amplifies it: for orders ≥ 1 each
+        # target has moments of its own, so that its maps do not depend on the others
+        self.target_slices = [self.channels_of(target) for target in range(spec.num_targets)]
+        if not config.order:
+            self.target_slices = [slice(0, num_targets)]
+        # For each of them, one for the fitting and one for the selection images
+        self.moments = [
+            [StreamingMoments(inner, part.stop - part.start, self.kernel_size, spec.device) for _ in range(2)]
+            for part in self.target_slices
+        ]
         self.samples = _feature_samples(spec, self.kernel_size) if config.order else []
 
     @staticmethod
@@ -51,7 +60,8 @@ class ClosedFormFitter(Fitter):
         hidden = (config.hidden or default_hidden(target_channels)) * kernel_area
         sample = Fitter.sample_bytes(config, source_channels, target_channels, num_targets, expected_rows)
         # S_xx and S_xy in float64, for the fitting and for the selection images
-        moments = 2 * 8 * (num_features**2 + num_features * num_targets * target_channels)
+        num_moments = num_targets if config.order else 1
+        moments = 2 * 8 * (num_moments * num_features**2 + num_features * num_targets * target_channels)
         # Order 0: copies of S_xx in the eigendecomposition, or in a Cholesky factorization where no ridge is searched
         solving = 8 * (5 if num_features <= MAX_SEARCH_FEATURES else 2) * num_features**2
         if not config.order:
@@ -69,7 +79,9 @@ class ClosedFormFitter(Fitter):
                 continue
             images = torch.from_numpy(np.flatnonzero(mask)).to(x.device)
             role_x, role_y, role_index = x[images], y[images], index[mask]
-            self.moments[role].update(role_x, role_y, self._positions(role_index, role_y))
+            positions = self._positions(role_index, role_y)
+            for channels, moments in zip(self.target_slices, self.moments, strict=True):
+                moments[role].update(role_x, role_y[:, channels].contiguous(), positions)
             if self.samples:
                 self.samples[role].add(role_x, role_y, role_index)
 
@@ -83,9 +95,9 @@ class ClosedFormFitter(Fitter):
     def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
         """Fit the maps, see `Fitter.finish`."""
         group = self.spec.group
-        for moments in self.moments:
+        for moments in chain.from_iterable(self.moments):
             moments.all_reduce(group)
-        fit, select = self.moments[0].value, self.moments[1].value if self.moments[1].value.count > 0 else None
+        fit, select = self._moments_of(0)
         self.rows = int(fit.count)
         if self.rows == 0:
             raise self.empty_fit_error(label)
@@ -94,12 +106,13 @@ class ClosedFormFitter(Fitter):
         samples = [sample.result(group) for sample in self.samples]
         # Several targets share the eigendecomposition of the source
         share_spectrum = self.spec.num_targets > 1 and len(fit.mean_x) <= MAX_SEARCH_FEATURES
+        # A single target with a fixed ridge is solved by Cholesky, with other rounding
+        share_spectrum = share_spectrum and (ridge == "search" or not self.config.order)
         spectrum = Spectrum.of(fit, select) if share_spectrum else None
         results: list[nn.Module] = []
         for target in range(self.spec.num_targets):
             channels = self.channels_of(target)
-            target_fit = fit.targets(channels.start, channels.stop)
-            target_select = None if select is None else select.targets(channels.start, channels.stop)
+            target_fit, target_select = self._moments_of(target)
             linear = solve_ridge(target_fit, ridge, target_select, spectrum)
             maps = self._build_maps()
             write_weight(maps.linear, linear.weight, linear.bias)
@@ -118,6 +131,15 @@ class ClosedFormFitter(Fitter):
             self.centers.append(target_fit.mean_y)
             results.append(maps.eval())
         return results
+
+    def _moments_of(self, target: int) -> tuple[Moments, Moments | None]:
+        """Return the moments of the fitting and of the selection images, if there are any, with one target."""
+        channels = self.channels_of(target)
+        if self.config.order:
+            fit, select = (moments.value for moments in self.moments[target])
+        else:
+            fit, select = (moments.value.targets(channels.start, channels.stop) for moments in self.moments[0])
+        return fit, select if select.count > 0 else None
 
     def _available_ridge(self, fit: Moments, select: Moments | None) -> Ridge:
         """Return the ridge option, or a fixed ridge where a search is impossible; note it."""

@@ -158,7 +158,7 @@ def _scaled_component(maps: ClosedFormMaps, order: int, part: Sample) -> Tensor:
         if order > 1:
             hidden = features[-1]
         else:
-            hidden = (part.x - maps.center) / maps.scale * (1 if part.inside is None else part.inside)
+            hidden = maps.standardize(part.x) * (1 if part.inside is None else part.inside)
         features[0] = part.x / maps.scale
     a = torch.relu(maps.layers[order - 1](hidden))
     return trim(maps.readout(order, [*features, a if part.inside is None else a * part.inside]), part.halo)

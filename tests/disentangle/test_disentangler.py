@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from knowiso_train import Disentangler
 from knowiso_train.disentangle import closed_form_fit
+from knowiso_train.disentangle.closed_form import MAX_SOURCE_DEVIATIONS, ClosedFormMaps
 from knowiso_train.disentangle.config import DisentangleConfig
 from knowiso_train.errors import FormatError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.measurement import measure
 from knowiso_train.regression import batch_moments
 from knowiso_train.regression.ridge import RIDGE_GRID, Spectrum, solve_ridge
 from knowiso_train.utils.hashing import split_by_hash
@@ -241,3 +244,42 @@ def test_padding_is_not_counted_as_channels_without_variance(
     messages = [str(warning.message) for warning in caught if "source channel" in str(warning.message)]
     assert len(messages) == (dead > 0)
     assert all(f"{dead} source channel(s) without variance" in message for message in messages)
+
+
+@pytest.mark.parametrize("ridge", ["search", 1e-3])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_higher_orders_do_not_depend_on_the_noise_floor_or_the_other_direction(
+    kernel_size: int, ridge: float | str
+) -> None:
+    def network(seed: int, width: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU())
+
+    images = torch.randn(100, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    shares = {
+        measure(
+            network(0, 6), network(1, 9), [images], "3", order=1, kernel_size=kernel_size, ridge=ridge, hidden=8,
+            noise_floor=noise_floor, directions=directions, bootstrap=0, progress=False, solver_options={"epochs": 3},
+        ).pairs[0].shares
+        for noise_floor in (False, True)
+        for directions in ("forward", "both")
+    }  # fmt: skip
+    assert len(shares) == 1
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_nearly_constant_channels_are_bounded(order: int) -> None:
+    x, y = (torch.randn(200, 4, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    # Channel 0 is active in one image alone
+    x[:, 0] = 0
+    x[7, 0] = 1
+    maps = Disentangler(order=order, solver_options={"epochs": 3}).fit(x, y).maps
+    assert isinstance(maps, ClosedFormMaps)
+    assert maps.features(x, order)[1].isfinite().all()
+    strong = x.clone()
+    strong[:, 0] = 1e4
+    stronger = strong.clone()
+    stronger[:, 0] = 1e6
+    assert maps.standardize(strong).abs().max() <= MAX_SOURCE_DEVIATIONS
+    # Beyond the bound no hidden channel changes
+    assert torch.equal(maps.features(strong, order)[order], maps.features(stronger, order)[order])
