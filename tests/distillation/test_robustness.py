@@ -444,6 +444,8 @@ def _collected() -> Iterator[None]:
     gc.collect()
 
 
+# Without another loss four images a step leave few directions of six channels
+@pytest.mark.filterwarnings("ignore:1. the student's features have collapsed")
 @pytest.mark.usefixtures("_collected")
 @pytest.mark.parametrize(
     "options", [{}, {"solver": "learned", "order": 1}, {"weight": "balanced"}], ids=["moment", "learned", "balanced"]
