@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.features.modules import unwrap_model
@@ -338,7 +339,7 @@ def _prepare_builder(
     if not groups:
         raise OptionError(
             f"nothing to prune in {type(original).__name__}: every width is ignored, or belongs to a residual stream, "
-            "an output or the input of a layer norm. The model was not modified."
+            f"an output or the input of a layer norm{_unsupported_layers(original)}. The model was not modified."
         )
     groups = usable_groups(copy_model(original), batch, groups, images.forward, config.round_to)
     reference = None
@@ -362,6 +363,15 @@ def _prepare_builder(
         progress=progress,
         reference=reference,
     )
+
+
+def _unsupported_layers(model: nn.Module) -> str:
+    """Return the end of the list of reasons that a network has nothing to prune: layers that are no `Conv2d`."""
+    convolutions = {
+        layer for layer in model.modules() if isinstance(layer, _ConvNd) and not isinstance(layer, nn.Conv2d)
+    }
+    kinds = sorted({type(layer).__name__ for layer in convolutions})
+    return f", or to layers other than Conv2d and Linear ({', '.join(kinds)})" if kinds else ""
 
 
 def _prune_to_budget(builder: PrunedModelBuilder, config: PruneConfig) -> BuildResult:

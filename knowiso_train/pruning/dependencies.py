@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from knowiso_train.errors import OptionError
 from knowiso_train.pruning.tracing import Forward
 from knowiso_train.utils.batch import tensor_leaves
 
-# The largest group of the DenseNets takes 2.2 steps for each node of the graph; searches without end exceed any number
+# The largest groups of DenseNet-201 and Swin-T take 2.2 steps for each node of the graph, and channel indices of 0.1
+# times its nodes and its largest width; searches without end exceed any number
 MAX_STEPS_PER_NODE, MIN_MAX_STEPS = 10, 1000
-MAX_INDEX_FACTOR = 16  # largest channel index, as a multiple of the largest width of any parameter
+MAX_INDEX_FACTOR = 4  # largest channel index, as a multiple of the largest width of any parameter
 
 
 class _SearchLimitError(RuntimeError):
@@ -30,29 +32,36 @@ class _SearchBudget:
     Args:
         max_steps: Maximum number of followed dependencies.
         max_index: Upper bound of channel indices and of their number.
+        max_total: Maximum number of channel indices of all steps.
     """
 
-    def __init__(self, max_steps: int, max_index: int) -> None:
-        self.max_steps, self.max_index = max_steps, max_index
-        self.steps = 0
+    def __init__(self, max_steps: int, max_index: int, max_total: int) -> None:
+        self.max_steps, self.max_index, self.max_total = max_steps, max_index, max_total
+        self.steps = self.total = 0
         self.producers: set[int] = set()  # identities of the layers reached so far whose outputs would be cut
 
     def start(self) -> None:
         """Start another search."""
-        self.steps = 0
+        self.steps = self.total = 0
         self.producers.clear()
+
+    def check_size(self, indices: Sequence[Any], repeats: int) -> None:
+        """Check the number of indices that a mapping to several channels each would return."""
+        if len(indices) * repeats > self.max_index:
+            raise _SearchLimitError(f"more than {self.max_index} channels, more than any layer has")
 
     def check_indices(self, indices: Sequence[Any]) -> Sequence[Any]:
         """Return mapped indices, if they are channels of this network."""
-        if len(indices) > self.max_index or any(index.idx >= self.max_index for index in indices):
+        if any(index.idx >= self.max_index for index in indices):
             raise _SearchLimitError(f"channel indices beyond {self.max_index}, more than any layer has")
         return indices
 
     def count_step(self, indices: Sequence[Any]) -> Sequence[Any]:
         """Return mapped indices, and count one step."""
         self.steps += 1
-        if self.steps > self.max_steps:
-            raise _SearchLimitError(f"the search did not end within {self.max_steps} steps")
+        self.total += len(indices)
+        if self.steps > self.max_steps or self.total > self.max_total:
+            raise _SearchLimitError(f"the search did not end within {self.steps - 1} steps")
         return indices
 
 
@@ -74,9 +83,14 @@ class _BoundedMappings(list[Any]):
             self.budget.producers.add(id(self.producer))
         for mapping in super().__iter__():
             if mapping is not None:
-                yield mapping
-                yield self.budget.check_indices
+                yield partial(self._apply, mapping)
         yield self.budget.count_step
+
+    def _apply(self, mapping: Any, indices: Sequence[Any]) -> Sequence[Any]:
+        # A flatten yields all positions of a channel, of which a wrongly inferred stride makes millions
+        repeats = 1 if getattr(mapping, "reverse", True) else getattr(mapping, "_stride", 1)
+        self.budget.check_size(indices, repeats)
+        return self.budget.check_indices(mapping(indices))
 
 
 def _differentiable_tensors(output: Any) -> list[torch.Tensor]:
@@ -126,10 +140,12 @@ class PruningGraph:
         finally:
             for parameter, before in zip(model.parameters(), requires_grad, strict=True):
                 parameter.requires_grad_(before)
-        widths = [max(parameter.shape, default=1) for parameter in model.parameters()]
         nodes = self.graph.module2node.values()
+        width = max((max(parameter.shape, default=1) for parameter in model.parameters()), default=1)
         self._budget = _SearchBudget(
-            max(MIN_MAX_STEPS, MAX_STEPS_PER_NODE * len(nodes)), MAX_INDEX_FACTOR * max(widths, default=1)
+            max(MIN_MAX_STEPS, MAX_STEPS_PER_NODE * len(nodes)),
+            MAX_INDEX_FACTOR * width,
+            max(MIN_MAX_STEPS, len(nodes)) * width,
         )
         for node in nodes:
             for dependency in node.dependencies:

@@ -173,11 +173,15 @@ class _Trial:
             return self.forward(self.model, self.batch)
 
     def _units(self, group: ChannelGroup) -> list[int]:
-        """Return units of which an odd multiple of the divisor is left, about half: an even width could be a chance."""
+        """Return random units, after whose removal an odd multiple of the divisor is left, about half of all.
+
+        An even width, or equally many units of each half, could fit by chance: most units are of the first half.
+        """
         divisor = 1 if group.kind == "heads" else self.round_to
         width = divisor * (group.size // (2 * divisor) | 1)
-        count = max(0, group.size - width)
-        return [i * group.size // count for i in range(count)]
+        keys = torch.rand(group.size, generator=torch.Generator().manual_seed(0))
+        keys[: group.size // 2] += 0.5
+        return sorted(keys.argsort(descending=True)[: max(0, group.size - width)].tolist())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -31,6 +32,15 @@ def test_a_network_without_prunable_groups_raises() -> None:
         ki.prune(model, [images], ignored=["conv1", "conv2"], progress=False)
     with pytest.raises(OptionError, match="nothing to prune"):
         ki.prune(nn.Sequential(nn.Flatten(), nn.Linear(300, 3)), [images], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "axes"), [(nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2)]
+)
+def test_convolutions_that_are_not_pruned_are_named(layer: Any, axes: int) -> None:
+    model = nn.Sequential(layer(3, 8, 3), nn.ReLU(), layer(8, 4, 3))
+    with pytest.raises(OptionError, match=rf"nothing to prune.*other than Conv2d and Linear \({layer.__name__}\)"):
+        ki.prune(model, [torch.randn(8, 3, *[6] * axes)], progress=False)
 
 
 def test_arguments_out_of_range_raise() -> None:
