@@ -39,7 +39,7 @@ class MeasureConfig:
     split: Sequence[UnitFloat] = (0.6, 0.2, 0.2)
     seed: Seed = 0
     max_images: PositiveInt | None = None
-    max_rows: PositiveInt = 131_072
+    max_rows: PositiveInt | None = None
     positions: PositiveInt | None = None
     source_channels: PositiveInt | None = None
     noise_floor: bool = True

@@ -43,7 +43,7 @@ def measure(
     split: Sequence[float] = (0.6, 0.2, 0.2),
     seed: int = 0,
     max_images: int | None = None,
-    max_rows: int = 131_072,
+    max_rows: int | None = None,
     positions: int | None = None,
     source_channels: int | None = None,
     noise_floor: bool = True,
@@ -80,7 +80,8 @@ def measure(
         split: Fractions of the images to fit, select and report on, by a seeded hash of the dataset index.
         seed: Seed of split, order, sample, bootstrap and hidden maps.
         max_images: Maximum number of images. None: all.
-        max_rows: Maximum number of positions kept in memory for orders ≥ 1 (closed form) or for training (paper).
+        max_rows: Maximum number of positions kept in memory for orders ≥ 1, or for training the paper's network. None:
+            131,072, or all for the paper's network.
         positions: Number of random positions of each image for the fit of order 0. None: all.
         source_channels: Number of random orthonormal directions to project the source feature on. The unexplained share
             is then an upper bound. None: no projection.
