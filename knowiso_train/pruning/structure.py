@@ -25,7 +25,7 @@ _MISSING = object()
 
 NUM_PROJECTIONS = 8
 # Largest difference of two fingerprints, relative to the norm of the output
-FINGERPRINT_TOLERANCE = 1e-4
+OUTPUT_TOLERANCE = 1e-4
 MAX_INPUT_NUMBERS = 2**26  # of the input of a fingerprint, 512 MiB of its random numbers
 
 
@@ -299,11 +299,11 @@ class OutputFingerprint:
         pairs = zip((self.norm, *self.projections), (other.norm, *other.projections), strict=True)
         difference = max(abs(expected - value) for expected, value in pairs) / max(self.norm, 1e-12)
         # Written so that NaN fails
-        if not difference <= FINGERPRINT_TOLERANCE:
+        if not difference <= OUTPUT_TOLERANCE:
             raise FormatError(
                 f"{name} does not compute what the pruned model computed: for an input of shape {self.shape} the "
                 f"expected norm of the output is {self.norm:.6g}, got {other.norm:.6g}; outputs differ by "
-                f"{difference:.2g} of it, and rounding by at most {FINGERPRINT_TOLERANCE:g}."
+                f"{difference:.2g} of it, and rounding by at most {OUTPUT_TOLERANCE:g}."
             )
 
 
