@@ -22,7 +22,7 @@ from knowiso_train.measurement import measure
 from knowiso_train.pruning import cutmix
 from knowiso_train.pruning.kept_indices import index_kept
 from knowiso_train.refinement import RefineFinetuneConfig
-from tests.distillation.test_estimators import built
+from tests.distillation.test_maps import built
 from tests.helpers import fake_device
 from tests.helpers.prune_models import FAMILIES, chain, family, little
 from tests.helpers.refine_models import SignalNet, batches

@@ -42,6 +42,7 @@ from benchmarks.common.stats import bootstrap_error, mean_and_error, pack_bits, 
 from benchmarks.refine.data import ALL_LABELS, SPLITS, draw_labeled, shuffled_epochs
 from benchmarks.refine.tasks import LABELS_ONLY, Task
 from knowiso_train.distillation import WeightSchedule
+from knowiso_train.refinement._metrics import best_temperature
 from knowiso_train.refinement.finetune import RefineFinetuneConfig, finetune_classifier
 from knowiso_train.refinement.heads import (
     ConsensusFeatures,
@@ -51,7 +52,6 @@ from knowiso_train.refinement.heads import (
     pseudo_labels,
     ridge_head,
 )
-from knowiso_train.refinement.metrics import best_temperature
 from knowiso_train.refinement.models import classifier_model
 
 TUNING_LABELS, TUNING_SEED = 10, 1000  # settings of ten labels are used for all numbers

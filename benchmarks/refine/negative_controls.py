@@ -15,8 +15,8 @@ from benchmarks.refine.cifar import LABELED, Batches, accuracy, train_network
 from benchmarks.refine.data import NUM_CLASSES, draw_labeled, features
 from knowiso_train import measure
 from knowiso_train.errors import KnowisoWarning
+from knowiso_train.refinement._composite import Composite, train_after
 from knowiso_train.refinement.api import refine
-from knowiso_train.refinement.composite import Composite, train_after
 
 LAYERS, ORDER, PAPER_STEPS, PAPER_LR = ("layer2", "layer3"), 2, 100, 0.003
 LABELS_PER_CLASS = 5

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
-from knowiso_train.callbacks.curves import plot_curves
+from knowiso_train.callbacks._curves import plot_curves
 from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, to_rows, without_maps
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss

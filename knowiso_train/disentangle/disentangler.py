@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from knowiso_train.disentangle.closed_form import ClosedFormMaps
-from knowiso_train.disentangle.closed_form_fit import ClosedFormFitter
+from knowiso_train.disentangle._closed_form import ClosedFormMaps
+from knowiso_train.disentangle._closed_form_fit import ClosedFormFitter
 from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, Solver
 from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
 from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError

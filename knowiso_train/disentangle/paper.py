@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from knowiso_train.disentangle.checkpoint import Checkpoint, checkpoint_path
+from knowiso_train.disentangle._checkpoint import Checkpoint, checkpoint_path
 from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, MemoryEstimate, PaperConfig
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops.gate import gate, gate_orders

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from knowiso_train.distillation._shape_inference import EXAMPLE_IMAGES
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated
-from knowiso_train.distillation.shape_inference import EXAMPLE_IMAGES
 from knowiso_train.errors import LayerNameError, OptionError
 from knowiso_train.features.modules import forward_override, unwrap_model
 from knowiso_train.features.state import device_of

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from knowiso_train.distillation.balancing import GradientBalance
+from knowiso_train.distillation._balancing import GradientBalance
+from knowiso_train.distillation._collapse import CollapseDetector
+from knowiso_train.distillation._frozen_model import FrozenModel, check_grids, freeze_peers
+from knowiso_train.distillation._inactivity import InactivityDetector
+from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
+from knowiso_train.distillation._shape_inference import Example, infer_shapes
+from knowiso_train.distillation._student_capture import StudentBatch, StudentCapture
 from knowiso_train.distillation.channel_moments import ChannelMoments
-from knowiso_train.distillation.collapse import CollapseDetector
 from knowiso_train.distillation.config import (
     DEFAULT_WEIGHT,
     IsomorphismLossConfig,
@@ -22,12 +27,7 @@ from knowiso_train.distillation.config import (
     Target,
     Transform,
 )
-from knowiso_train.distillation.estimators import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
-from knowiso_train.distillation.frozen_model import FrozenModel, check_grids, freeze_peers
-from knowiso_train.distillation.inactivity import InactivityDetector
 from knowiso_train.distillation.layer_selection import auto_layers
-from knowiso_train.distillation.shape_inference import Example, infer_shapes
-from knowiso_train.distillation.student_capture import StudentBatch, StudentCapture
 from knowiso_train.errors import CaptureError, InputTypeError, OptionError
 from knowiso_train.features.extractor import align
 from knowiso_train.features.hooks import FeatureTaps

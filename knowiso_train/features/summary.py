@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import LayoutError, ShapeError
+from knowiso_train.features._tokens import stage_info
 from knowiso_train.features.layout import describe_feature
 from knowiso_train.features.modules import named_layers
 from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import preserve_state
-from knowiso_train.features.tokens import stage_info
 
 
 def named_stages(model: nn.Module) -> set[str]:

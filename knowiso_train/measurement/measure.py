@@ -16,9 +16,9 @@ from knowiso_train.errors import DataError
 from knowiso_train.features.extractor import Extractor, check_line
 from knowiso_train.features.modules import LayerPair, network_name, pair_layers
 from knowiso_train.features.state import on_device, preserve_state
+from knowiso_train.measurement._pair import Features, PairMeasurement, check_capacity
 from knowiso_train.measurement.config import Directions, MeasureConfig, Repeated
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImageLoader
-from knowiso_train.measurement.pair import Features, PairMeasurement, check_capacity
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.environment import library_versions

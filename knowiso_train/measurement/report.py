@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from knowiso_train.errors import FormatError, LayerNameError
+from knowiso_train.measurement._plot import plot
 from knowiso_train.measurement.config import DIRECTIONS, Direction
-from knowiso_train.measurement.plot import plot
 from knowiso_train.measurement.render import render_html, render_text
 from knowiso_train.utils.serialization import dump_json, parse_json, read_json, to_plain, write_file
 

@@ -16,24 +16,24 @@ from torch.nn.modules.conv import _ConvNd
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.pruning._blocks import finetunable_blocks
+from knowiso_train.pruning._builder import PrunedModelBuilder, copy_model
+from knowiso_train.pruning._channel_groups import channel_groups
+from knowiso_train.pruning._group_trial import usable_groups
+from knowiso_train.pruning._ranking import rank_by_isomorphism
+from knowiso_train.pruning._report import BlockResult, GroupWidth, LayerFit, PruneReport
+from knowiso_train.pruning._tracing import TRACE_IMAGES, Forward, trace_model
 from knowiso_train.pruning.allocation import count_macs, count_positions, layer_costs, unlayered_costs
-from knowiso_train.pruning.blocks import finetunable_blocks
-from knowiso_train.pruning.builder import PrunedModelBuilder, copy_model
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.channel_groups import channel_groups
-from knowiso_train.pruning.group_trial import usable_groups
 from knowiso_train.pruning.importance import rank_by_scores
 from knowiso_train.pruning.kept_indices import KeptIndices
-from knowiso_train.pruning.ranking import rank_by_isomorphism
 from knowiso_train.pruning.reconstruction import (
     RECONSTRUCTION_RIDGES,
     REFIT_SAMPLES_PER_FEATURE,
     check_network,
     validate_ridges,
 )
-from knowiso_train.pruning.report import BlockResult, GroupWidth, LayerFit, PruneReport
 from knowiso_train.pruning.serialization import save_pruned
-from knowiso_train.pruning.tracing import TRACE_IMAGES, Forward, trace_model
 from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, Range, Seed, checked_value, validate_fields
 
 Built = TypeVar("Built", bound=tuple[Any, ...])

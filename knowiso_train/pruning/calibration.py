@@ -19,7 +19,7 @@ from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeEr
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.ops.im2col import SampledPositions, grouped_weight, input_rows, num_input_features
-from knowiso_train.pruning.tracing import Epilogue, Forward, OpRecorder
+from knowiso_train.pruning._tracing import Epilogue, Forward, OpRecorder
 from knowiso_train.regression.moments import Moments, RowSums
 from knowiso_train.utils.batch import batch_size, check_loader, get_inputs, index_batch, to_device
 from knowiso_train.utils.validation import checked_value

@@ -16,8 +16,7 @@ from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, Opti
 from knowiso_train.features.modules import resolve_layers, unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers
-from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.finetune_targets import (
+from knowiso_train.pruning._finetune_targets import (
     Objective,
     ReferenceCache,
     Validator,
@@ -25,8 +24,9 @@ from knowiso_train.pruning.finetune_targets import (
     forward_with_features,
     shuffled_batches,
 )
-from knowiso_train.pruning.report import FinetuneReport, ValidationPoint
-from knowiso_train.pruning.tracing import Forward, comparable_blocks
+from knowiso_train.pruning._report import FinetuneReport, ValidationPoint
+from knowiso_train.pruning._tracing import Forward, comparable_blocks
+from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.utils.batch import get_inputs, labels_of, replace_inputs
 from knowiso_train.utils.validation import (
     NonNegativeFloat,

@@ -16,8 +16,7 @@ from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.ops.im2col import num_input_features
-from knowiso_train.pruning.calibration import SAMPLES_PER_FEATURE, Calibration, LayerInput, input_moments
-from knowiso_train.pruning.channel_groups import (
+from knowiso_train.pruning._channel_groups import (
     CONSUMER_PRUNERS,
     PRODUCER_PRUNERS,
     ChannelGroup,
@@ -25,10 +24,11 @@ from knowiso_train.pruning.channel_groups import (
     pruning_root,
     unit_columns,
 )
-from knowiso_train.pruning.dependencies import PruningGraph
-from knowiso_train.pruning.elimination import ABSENT_FEATURE, BackwardElimination, Consumer, removal_costs
-from knowiso_train.pruning.ranking import ChannelRanking
-from knowiso_train.pruning.tracing import Forward
+from knowiso_train.pruning._dependencies import PruningGraph
+from knowiso_train.pruning._elimination import ABSENT_FEATURE, BackwardElimination, Consumer, removal_costs
+from knowiso_train.pruning._ranking import ChannelRanking
+from knowiso_train.pruning._tracing import Forward
+from knowiso_train.pruning.calibration import SAMPLES_PER_FEATURE, Calibration, LayerInput, input_moments
 from knowiso_train.utils.batch import check_loader, to_device
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Seed, validate_arguments
 

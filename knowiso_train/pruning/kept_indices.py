@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.pruning.tracing import Epilogue
+from knowiso_train.pruning._tracing import Epilogue
 
 # Kept entries of one tensor: flat indices in the pruned tensor's shape, or one list of indices per axis, with None for
 # an axis that is complete

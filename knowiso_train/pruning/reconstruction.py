@@ -18,15 +18,8 @@ from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.ops.im2col import grouped_weight, num_groups, ungrouped_weight
-from knowiso_train.pruning.blocks import BlockFinetuner
-from knowiso_train.pruning.calibration import (
-    Calibration,
-    ReferenceOutputs,
-    check_counts,
-    record_reference_outputs,
-)
-from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
-from knowiso_train.pruning.layer_regression import (
+from knowiso_train.pruning._blocks import BlockFinetuner
+from knowiso_train.pruning._layer_regression import (
     ActivationRange,
     AnyMoments,
     LayerRegression,
@@ -34,8 +27,8 @@ from knowiso_train.pruning.layer_regression import (
     Solution,
     fold_bias,
 )
-from knowiso_train.pruning.report import LayerFit, RefitReport
-from knowiso_train.pruning.tracing import (
+from knowiso_train.pruning._report import LayerFit, RefitReport
+from knowiso_train.pruning._tracing import (
     MIN_OUTPUT_SCALE,
     TRACE_IMAGES,
     Epilogue,
@@ -45,6 +38,13 @@ from knowiso_train.pruning.tracing import (
     count_operations,
     trace_model,
 )
+from knowiso_train.pruning.calibration import (
+    Calibration,
+    ReferenceOutputs,
+    check_counts,
+    record_reference_outputs,
+)
+from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
 from knowiso_train.regression.ridge import PrimalMoments
 from knowiso_train.utils.validation import validate_arguments
 

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, FormatError, InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.pruning.kept_indices import KeptIndices, index_kept, to_axis_indices
-from knowiso_train.pruning.model_factory import (
+from knowiso_train.pruning._model_factory import (
     Factory,
     build_model,
     first_shape_difference,
     input_shape,
     resolve_factory,
 )
-from knowiso_train.pruning.structure import (
+from knowiso_train.pruning._structure import (
     OutputFingerprint,
     StructureDiff,
     apply_structure,
@@ -32,6 +31,7 @@ from knowiso_train.pruning.structure import (
     structure_diff,
     weights_hash,
 )
+from knowiso_train.pruning.kept_indices import KeptIndices, index_kept, to_axis_indices
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.serialization import read_description, read_tensors, write_tensors
 

@@ -16,11 +16,12 @@ from torch import nn
 
 from knowiso_train.errors import DataError, KnowisoWarning, OptionError
 from knowiso_train.features.state import device_of, on_device, preserve_state
-from knowiso_train.refinement.candidate_search import CandidateSearch, closed_form_candidates
-from knowiso_train.refinement.candidates import Candidate, heads_of_peers, replace_classifier
-from knowiso_train.refinement.composite import paper_composite
+from knowiso_train.refinement._candidate_search import CandidateSearch, closed_form_candidates
+from knowiso_train.refinement._candidates import Candidate, heads_of_peers, replace_classifier
+from knowiso_train.refinement._composite import paper_composite
+from knowiso_train.refinement._evaluator import CandidateEvaluator, FeatureSets, explained_by_peers
+from knowiso_train.refinement._metrics import significantly_less
 from knowiso_train.refinement.config import RefineConfig, RefineMethod, RidgeOption
-from knowiso_train.refinement.evaluator import CandidateEvaluator, FeatureSets, explained_by_peers
 from knowiso_train.refinement.finetune import (
     RefineFinetuneConfig,
     finetune_classifier,
@@ -28,7 +29,6 @@ from knowiso_train.refinement.finetune import (
     resolve_consensus_layers,
 )
 from knowiso_train.refinement.heads import HeadConfig
-from knowiso_train.refinement.metrics import significantly_less
 from knowiso_train.refinement.models import (
     ClassifierModel,
     Transform,

@@ -12,7 +12,7 @@ from torch import nn
 from knowiso_train.errors import OptionError
 from knowiso_train.features.modules import network_name, unwrap_model
 from knowiso_train.loading.timm import input_config, loading_snippet
-from knowiso_train.refinement.metrics import Score
+from knowiso_train.refinement._metrics import Score
 from knowiso_train.refinement.peers import PeerScore
 from knowiso_train.utils.serialization import dump_json, write_file, write_json, write_tensors
 from knowiso_train.utils.text_table import format_table

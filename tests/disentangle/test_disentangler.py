@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from knowiso_train import Disentangler
-from knowiso_train.disentangle import closed_form_fit
-from knowiso_train.disentangle.closed_form import MAX_SOURCE_DEVIATIONS, ClosedFormMaps
+from knowiso_train.disentangle import _closed_form_fit as closed_form_fit
+from knowiso_train.disentangle._closed_form import MAX_SOURCE_DEVIATIONS, ClosedFormMaps
 from knowiso_train.disentangle.config import DisentangleConfig
 from knowiso_train.errors import FormatError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.measurement import measure

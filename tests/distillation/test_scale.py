@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train.distillation import IsomorphismLoss
-from knowiso_train.distillation.balancing import MAX_BALANCED_WEIGHT
-from knowiso_train.distillation.collapse import COLLAPSED_REFRESHES, CollapseDetector
+from knowiso_train.distillation._balancing import MAX_BALANCED_WEIGHT
+from knowiso_train.distillation._collapse import COLLAPSED_REFRESHES, CollapseDetector
 from knowiso_train.errors import KnowisoWarning
-from tests.distillation.test_estimators import built
+from tests.distillation.test_maps import built
 
 FORMS: list[dict[str, Any]] = [
     {},

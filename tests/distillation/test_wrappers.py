@@ -16,7 +16,7 @@ import knowiso_train as ki
 from knowiso_train.distillation import IsomorphismLoss, kd_loss
 from knowiso_train.errors import CaptureError, InputTypeError, KnowisoWarning, LayoutError, OptionError
 from knowiso_train.features import FeatureTaps
-from tests.distillation.test_estimators import built
+from tests.distillation.test_maps import built
 
 FORMS: list[dict[str, Any]] = [{}, {"kernel_size": 3}, {"solver": "learned", "order": 1}, {"target": "consensus"}]
 

@@ -273,7 +273,7 @@ def test_non_finite_features_name_layer_and_network(images: Tensor) -> None:
 
 
 def test_memory_is_refused_before_it_is_gone(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("knowiso_train.measurement.pair.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("knowiso_train.measurement._pair.free_bytes", lambda device: 2**20)
     with pytest.raises(CapacityError, match="kernel_size=1") as caught:
         run(DataLoader(TensorDataset(images), batch_size=30), order=2, kernel_size=3)
     assert isinstance(caught.value, MemoryError)

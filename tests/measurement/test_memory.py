@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knowiso_train.disentangle.closed_form_fit import ClosedFormFitter
+from knowiso_train.disentangle._closed_form_fit import ClosedFormFitter
 from knowiso_train.disentangle.config import DisentangleConfig, MemoryEstimate
 from knowiso_train.errors import CapacityError
-from knowiso_train.measurement.pair import check_capacity
+from knowiso_train.measurement._pair import check_capacity
 
 MIB = 2**20
 
 
 def test_eighty_percent_of_the_free_memory_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("knowiso_train.measurement.pair.free_bytes", lambda device: 100 * MIB)
+    monkeypatch.setattr("knowiso_train.measurement._pair.free_bytes", lambda device: 100 * MIB)
     cpu = torch.device("cpu")
     # All pairs stream at the same time; they are solved one after the other
     fitting = {"a": MemoryEstimate(8, 20 * MIB, 39 * MIB), "b": MemoryEstimate(8, 20 * MIB, 10 * MIB)}

@@ -11,7 +11,7 @@ import knowiso_train as ki
 from knowiso_train.errors import NonFiniteError, OptionError
 from knowiso_train.ops.im2col import conv_columns
 from knowiso_train.ops.linalg import jittered_cholesky
-from knowiso_train.pruning.elimination import BackwardElimination, Consumer
+from knowiso_train.pruning._elimination import BackwardElimination, Consumer
 
 
 def rounded_gram(rows: int, columns: int) -> torch.Tensor:

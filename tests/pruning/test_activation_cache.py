@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from knowiso_train.pruning._channel_groups import channel_groups
+from knowiso_train.pruning._ranking import eliminate_channels, output_sensitivities
+from knowiso_train.pruning._tracing import ActivationCache, trace_model
 from knowiso_train.pruning.calibration import Calibration, input_moments
-from knowiso_train.pruning.channel_groups import channel_groups
-from knowiso_train.pruning.ranking import eliminate_channels, output_sensitivities
-from knowiso_train.pruning.tracing import ActivationCache, trace_model
 from tests.helpers.prune_models import family
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from knowiso_train.errors import OptionError
+from knowiso_train.pruning._channel_groups import channel_groups
+from knowiso_train.pruning._tracing import trace_model
 from knowiso_train.pruning.allocation import (
     LayerCost,
     allocate,
@@ -20,8 +22,6 @@ from knowiso_train.pruning.allocation import (
     total_cost,
     unlayered_costs,
 )
-from knowiso_train.pruning.channel_groups import channel_groups
-from knowiso_train.pruning.tracing import trace_model
 from tests.helpers.prune_models import family, little
 
 

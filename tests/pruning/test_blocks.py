@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
-from knowiso_train.pruning import blocks
-from knowiso_train.pruning.blocks import _RecordedBlock, _update_images, finetunable_blocks
+from knowiso_train.pruning import _blocks as blocks
+from knowiso_train.pruning._blocks import _RecordedBlock, _update_images, finetunable_blocks
 from knowiso_train.pruning.calibration import Calibration
 from tests.helpers.pruned_models import settled
 

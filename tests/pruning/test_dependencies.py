@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from knowiso_train.errors import KnowisoWarning, OptionError
-from knowiso_train.pruning.channel_groups import channel_groups
-from knowiso_train.pruning.dependencies import PruningGraph
+from knowiso_train.pruning._channel_groups import channel_groups
+from knowiso_train.pruning._dependencies import PruningGraph
 from tests.helpers.prune_models import chain
 
 

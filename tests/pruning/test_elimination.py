@@ -12,7 +12,7 @@ from torch import Tensor
 from knowiso_train.errors import NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops import conv_weight, patch_rows
 from knowiso_train.ops.im2col import conv_columns, regression_weight
-from knowiso_train.pruning.elimination import BackwardElimination, Consumer, removal_costs
+from knowiso_train.pruning._elimination import BackwardElimination, Consumer, removal_costs
 from knowiso_train.regression import batch_moments
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, InputTypeError, KnowisoError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.pruning._tracing import comparable_blocks
 from knowiso_train.pruning.finetune import finetune
-from knowiso_train.pruning.tracing import comparable_blocks
 
 QUIET: dict[str, Any] = {"batch_size": 16, "lr": 1e-2, "steps": 24, "progress": False}
 

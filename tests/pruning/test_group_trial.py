@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from knowiso_train.errors import KnowisoWarning, OptionError
-from knowiso_train.pruning.builder import copy_model
-from knowiso_train.pruning.channel_groups import channel_groups, head_groups, remove_heads
-from knowiso_train.pruning.group_trial import usable_groups
-from knowiso_train.pruning.tracing import trace_model
+from knowiso_train.pruning._builder import copy_model
+from knowiso_train.pruning._channel_groups import channel_groups, head_groups, remove_heads
+from knowiso_train.pruning._group_trial import usable_groups
+from knowiso_train.pruning._tracing import trace_model
 
 IMAGES = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from knowiso_train.errors import ShapeError
+from knowiso_train.pruning._tracing import Epilogue
 from knowiso_train.pruning.kept_indices import (
     compose_kept_indices,
     index_kept,
@@ -16,7 +17,6 @@ from knowiso_train.pruning.kept_indices import (
     infer_kept_outputs,
     to_axis_indices,
 )
-from knowiso_train.pruning.tracing import Epilogue
 
 
 def test_groups_with_different_inputs_keep_flat_indices() -> None:

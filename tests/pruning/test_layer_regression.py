@@ -8,7 +8,7 @@ from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError
 from knowiso_train.ops.linalg import MIN_TRIANGLE_COLUMNS, gram
-from knowiso_train.pruning.layer_regression import LayerRegression
+from knowiso_train.pruning._layer_regression import LayerRegression
 from knowiso_train.regression import batch_moments
 from knowiso_train.regression.moments import ROW_BUFFER_SIZE, RowSums
 

@@ -17,7 +17,7 @@ import knowiso_train as ki
 from knowiso_train.errors import InputTypeError, OptionError
 from knowiso_train.loading.checkpoints import load_checkpoint
 from knowiso_train.loading.timm import load_model
-from knowiso_train.pruning.ranking import output_tensor
+from knowiso_train.pruning._ranking import output_tensor
 from knowiso_train.utils.batch import tensor_leaves
 from tests.helpers.prune_models import family
 

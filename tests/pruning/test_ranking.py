@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import knowiso_train as ki
-from knowiso_train.pruning import builder
+from knowiso_train.pruning import _builder as builder
+from knowiso_train.pruning._ranking import ChannelRanking
 from knowiso_train.pruning.allocation import LayerCost, total_cost
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.ranking import ChannelRanking
 
 
 class TestCandidates:

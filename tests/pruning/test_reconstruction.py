@@ -340,7 +340,7 @@ def test_a_real_network_comes_back() -> None:
 
 def test_weight_free_shortcuts_are_computed_before_they_run() -> None:
     """The shortcut of CIFAR ResNets, subsampling and padding, runs after the layers whose target is the sum."""
-    from knowiso_train.pruning.tracing import trace_model
+    from knowiso_train.pruning._tracing import trace_model
 
     block = models.BasicBlock(4, 8, 2).eval()
     tails = trace_model(block, torch.randn(2, 4, 8, 8))

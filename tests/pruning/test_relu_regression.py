@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.pruning import layer_regression
-from knowiso_train.pruning.layer_regression import ActivationRange, LayerRegression, ReLURegression
-from knowiso_train.pruning.tracing import trace_epilogues
+from knowiso_train.pruning import _layer_regression as layer_regression
+from knowiso_train.pruning._layer_regression import ActivationRange, LayerRegression, ReLURegression
+from knowiso_train.pruning._tracing import trace_epilogues
 
 RELU, RELU6 = (0.0, math.inf), (0.0, 6.0)
 

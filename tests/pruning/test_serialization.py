@@ -24,10 +24,10 @@ from knowiso_train.errors import (
     OptionError,
     ShapeError,
 )
+from knowiso_train.pruning._model_factory import input_shape
+from knowiso_train.pruning._structure import OutputFingerprint, weights_hash
 from knowiso_train.pruning.index_tracking import track_kept_indices
-from knowiso_train.pruning.model_factory import input_shape
 from knowiso_train.pruning.serialization import PRUNED_FILE, load_kept_indices, load_pruned, save_pruned
-from knowiso_train.pruning.structure import OutputFingerprint, weights_hash
 from knowiso_train.utils.serialization import DESCRIPTION_KEY, read_description, read_tensors, write_tensors
 from tests.helpers.pruned_models import NETWORKS, SIDE, network, prune
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from knowiso_train.errors import ShapeError
+from knowiso_train.pruning._structure import StructureDiff, apply_structure, state_shapes, structure_diff
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.kept_indices import index_kept
-from knowiso_train.pruning.structure import StructureDiff, apply_structure, state_shapes, structure_diff
 from tests.helpers.pruned_models import NETWORKS, SIDE, network, prune
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.refinement.candidate_search import CandidateSearch, CandidateSet, closed_form_candidates
-from knowiso_train.refinement.candidates import Candidate, heads_of_peers, original_classifier, replace_classifier
-from knowiso_train.refinement.evaluator import FeatureSets
+from knowiso_train.refinement._candidate_search import CandidateSearch, CandidateSet, closed_form_candidates
+from knowiso_train.refinement._candidates import Candidate, heads_of_peers, original_classifier, replace_classifier
+from knowiso_train.refinement._evaluator import FeatureSets
 from knowiso_train.refinement.heads import HeadConfig, consensus_head, ridge_head
 from knowiso_train.refinement.models import classifier_model
 from tests.helpers.refine_models import SignalNet, batches, images, with_best_classifier

@@ -10,7 +10,7 @@ from torch import nn
 
 from knowiso_train.disentangle.disentangler import Disentangler
 from knowiso_train.errors import DataError, OptionError
-from knowiso_train.refinement.composite import Composite, train_after
+from knowiso_train.refinement._composite import Composite, train_after
 
 X = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from knowiso_train.errors import DataError, ShapeError
-from knowiso_train.refinement.candidates import Candidate, original_classifier
-from knowiso_train.refinement.evaluator import CandidateEvaluator, FeatureSets, explained_by_peers
+from knowiso_train.refinement._candidates import Candidate, original_classifier
+from knowiso_train.refinement._evaluator import CandidateEvaluator, FeatureSets, explained_by_peers
 from knowiso_train.refinement.models import classifier_model
 from tests.helpers.refine_models import SignalNet, batches, images, with_best_classifier
 

@@ -9,8 +9,8 @@ import torch
 
 from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.refinement import HeadConfig, consensus_head, fit_peer_projection, ridge_head, score_peer
+from knowiso_train.refinement._metrics import consensus_vs_labels_cv
 from knowiso_train.refinement.heads import ConsensusFeatures, isomorphic_parts, pseudo_labels
-from knowiso_train.refinement.metrics import consensus_vs_labels_cv
 from knowiso_train.regression.ridge import RidgeSolver
 from tests.helpers.refine_models import SIGNAL, WIDTH, SignalNet, images
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from knowiso_train.errors import ShapeError
-from knowiso_train.refinement.metrics import (
+from knowiso_train.refinement._metrics import (
     PairedCV,
     Score,
     _folds,

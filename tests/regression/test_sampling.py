@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from knowiso_train.disentangle.closed_form import ClosedFormMaps, order_moments, predict_component
+from knowiso_train.disentangle._closed_form import ClosedFormMaps, order_moments, predict_component
 from knowiso_train.regression import FeatureSample, ResidualStatistics, batch_moments, sample_positions
 from knowiso_train.regression.explained_variance import poisson_weights
 from knowiso_train.utils.hashing import Stream, hash_unit

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from knowiso_train import Disentangler, Report, load_pruned, save_pruned
-from knowiso_train.callbacks.curves import plot_curves
+from knowiso_train.callbacks._curves import plot_curves
 from knowiso_train.callbacks.history import Measurement
 from knowiso_train.errors import DataError, KnowisoError
 from knowiso_train.experiment.run_folder import RunFolder

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from knowiso_train.distillation.kd import kd_loss
 from knowiso_train.errors import InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import FeatureTaps
+from knowiso_train.pruning._report import ValidationPoint
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.report import ValidationPoint
 from knowiso_train.utils.batch import index_batch, tensor_leaves
 
 # Images of one forward pass without gradients

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from knowiso_train.disentangle.closed_form import ClosedFormMaps, predict_component, solve_readout, split_indices, trim
+from knowiso_train.disentangle._closed_form import ClosedFormMaps, predict_component, solve_readout, split_indices, trim
 from knowiso_train.disentangle.config import NonlinearConfig
 from knowiso_train.optim import Muon
 from knowiso_train.regression.ridge import Ridge
@@ -155,10 +155,7 @@ def _scaled_component(maps: ClosedFormMaps, order: int, part: Sample) -> Tensor:
     """Return x^(order) / scale, differentiable in the trained parameters, with V_{k,0} on x / maps.scale."""
     with torch.no_grad():
         features = maps.features(part.x, order - 1, part.inside)
-        if order > 1:
-            hidden = features[-1]
-        else:
-            hidden = maps.standardize(part.x) * (1 if part.inside is None else part.inside)
+        hidden = features[-1] if order > 1 else maps.standardize(part.x) * (1 if part.inside is None else part.inside)
         features[0] = part.x / maps.scale
     a = torch.relu(maps.layers[order - 1](hidden))
     return trim(maps.readout(order, [*features, a if part.inside is None else a * part.inside]), part.halo)

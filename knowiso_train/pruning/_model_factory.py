@@ -10,7 +10,7 @@ from torch import nn
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import preserve_state
 from knowiso_train.loading.timm import input_config, load_model
-from knowiso_train.pruning.structure import state_shapes
+from knowiso_train.pruning._structure import state_shapes
 
 # Name and keyword arguments of `timm.create_model`
 Factory = tuple[str, dict[str, Any]]

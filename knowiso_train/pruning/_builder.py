@@ -13,18 +13,18 @@ from torch import nn
 from tqdm import tqdm
 
 from knowiso_train.errors import OptionError
+from knowiso_train.pruning._blocks import BlockFinetuner
+from knowiso_train.pruning._channel_groups import ChannelGroup, remove_channels
+from knowiso_train.pruning._group_trial import input_masks, mask_weights, output_failure
+from knowiso_train.pruning._ranking import ChannelRanking, output_tensor
+from knowiso_train.pruning._report import BlockResult, LayerFit
+from knowiso_train.pruning._structure import restore_memory_format
+from knowiso_train.pruning._tracing import Epilogue
 from knowiso_train.pruning.allocation import affordable_images, count_macs
-from knowiso_train.pruning.blocks import BlockFinetuner
 from knowiso_train.pruning.calibration import Calibration, ReferenceOutputs, record_reference_outputs
-from knowiso_train.pruning.channel_groups import ChannelGroup, remove_channels
-from knowiso_train.pruning.group_trial import input_masks, mask_weights, output_failure
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
-from knowiso_train.pruning.ranking import ChannelRanking, output_tensor
 from knowiso_train.pruning.reconstruction import reconstruct
-from knowiso_train.pruning.report import BlockResult, LayerFit
-from knowiso_train.pruning.structure import restore_memory_format
-from knowiso_train.pruning.tracing import Epilogue
 
 Quality = Literal["fast", "full"]
 

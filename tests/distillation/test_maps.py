@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import WeightSchedule, suggest_layers
-from knowiso_train.distillation.estimators import MIN_SAMPLES_PER_FEATURE, ClosedFormMap, ConsensusMap, LearnedMap
+from knowiso_train.distillation._maps import MIN_SAMPLES_PER_FEATURE, ClosedFormMap, ConsensusMap, LearnedMap
 from knowiso_train.errors import (
     CaptureError,
     InputTypeError,

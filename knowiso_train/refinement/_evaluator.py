@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import ShapeError
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.refinement.candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_classifier
+from knowiso_train.refinement._candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_classifier
+from knowiso_train.refinement._metrics import Score, best_temperature, classification_score
 from knowiso_train.refinement.heads import ridge_head
-from knowiso_train.refinement.metrics import Score, best_temperature, classification_score
 from knowiso_train.refinement.models import (
     ClassifierModel,
     PooledFeatures,

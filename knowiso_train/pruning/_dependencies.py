@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.pruning.tracing import Forward
+from knowiso_train.pruning._tracing import Forward
 from knowiso_train.utils.batch import tensor_leaves
 
 # The largest groups of DenseNet-201 and Swin-T take 2.2 steps for each node of the graph, and channel indices of 0.1

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knowiso_train.distillation._maps import warn_once
+from knowiso_train.distillation._student_capture import StudentInput, mark_as_teacher
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
-from knowiso_train.distillation.estimators import warn_once
-from knowiso_train.distillation.student_capture import StudentInput, mark_as_teacher
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
 from knowiso_train.features.extractor import FeatureReader, check_line
 from knowiso_train.features.hooks import FeatureTaps

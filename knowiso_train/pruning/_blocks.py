@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers
+from knowiso_train.pruning._finetune_targets import feature_variance, shuffled_batches
+from knowiso_train.pruning._report import BlockResult
+from knowiso_train.pruning._tracing import comparable_blocks
 from knowiso_train.pruning.calibration import Calibration
-from knowiso_train.pruning.finetune_targets import feature_variance, shuffled_batches
-from knowiso_train.pruning.report import BlockResult
-from knowiso_train.pruning.tracing import comparable_blocks
 
 # An update takes fewer images of large feature maps, so that it has about UPDATE_POSITIONS positions
 UPDATE_IMAGES, MIN_UPDATE_IMAGES, UPDATE_POSITIONS = 128, 16, 2**17

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, KnowisoWarning, LayerNameError, OptionError
 from knowiso_train.features.modules import resolve_layers
 from knowiso_train.ops.im2col import is_plain_linear_op
-from knowiso_train.pruning.dependencies import PruningGraph
-from knowiso_train.pruning.tracing import Epilogue, Forward
+from knowiso_train.pruning._dependencies import PruningGraph
+from knowiso_train.pruning._tracing import Epilogue, Forward
 
 # Functions of torch-pruning that remove input and output channels
 CONSUMER_PRUNERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from knowiso_train.refinement.candidates import (
+from knowiso_train.refinement._candidates import (
     Candidate,
     better_classifier,
     consensus_candidates,
@@ -14,7 +14,7 @@ from knowiso_train.refinement.candidates import (
     label_candidates,
     original_classifier,
 )
-from knowiso_train.refinement.evaluator import FeatureSets
+from knowiso_train.refinement._evaluator import FeatureSets
 from knowiso_train.refinement.heads import HeadConfig
 from knowiso_train.refinement.models import ClassifierModel
 

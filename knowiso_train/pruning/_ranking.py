@@ -14,6 +14,14 @@ from tqdm import tqdm
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 from knowiso_train.ops.im2col import num_input_features, regression_weight, ungrouped_weight
+from knowiso_train.pruning._channel_groups import (
+    ChannelGroup,
+    is_single_regression,
+    num_input_channels,
+    unit_columns,
+)
+from knowiso_train.pruning._elimination import BackwardElimination, Consumer, output_variance
+from knowiso_train.pruning._tracing import MIN_OUTPUT_SCALE, ActivationCache, Epilogue, batch_norm_affine
 from knowiso_train.pruning.allocation import (
     LayerCost,
     affordable_images,
@@ -32,14 +40,6 @@ from knowiso_train.pruning.calibration import (
     input_moments,
     record_reference_outputs,
 )
-from knowiso_train.pruning.channel_groups import (
-    ChannelGroup,
-    is_single_regression,
-    num_input_channels,
-    unit_columns,
-)
-from knowiso_train.pruning.elimination import BackwardElimination, Consumer, output_variance
-from knowiso_train.pruning.tracing import MIN_OUTPUT_SCALE, ActivationCache, Epilogue, batch_norm_affine
 from knowiso_train.regression.ridge import KernelMoments, PrimalMoments
 from knowiso_train.utils.batch import tensor_leaves
 

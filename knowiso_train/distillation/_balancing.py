@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowiso_train.distillation._maps import warn_once
 from knowiso_train.distillation.config import DEFAULT_WEIGHT
-from knowiso_train.distillation.estimators import warn_once
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import KeepPrecision
 from knowiso_train.utils.distributed import ProcessGroup

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features.state import preserve_state
-from knowiso_train.pruning.channel_groups import ChannelGroup, num_input_channels, remove_channels
-from knowiso_train.pruning.dependencies import PruningGraph
-from knowiso_train.pruning.tracing import Forward
+from knowiso_train.pruning._channel_groups import ChannelGroup, num_input_channels, remove_channels
+from knowiso_train.pruning._dependencies import PruningGraph
+from knowiso_train.pruning._tracing import Forward
 
 MAX_RELATIVE_ERROR = 1e-3  # between the outputs of the pruned model and of the original with masked channels
 

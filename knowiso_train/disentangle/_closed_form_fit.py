@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from knowiso_train.disentangle.closed_form import ClosedFormMaps, predict_component
+from knowiso_train.disentangle._closed_form import ClosedFormMaps, predict_component
+from knowiso_train.disentangle._nonlinear import fit_order
 from knowiso_train.disentangle.config import DEFAULT_MAX_ROWS, DisentangleConfig, FitSpec, Fitter, MemoryEstimate
-from knowiso_train.disentangle.nonlinear import fit_order
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.ops.im2col import write_weight
 from knowiso_train.regression.moments import Moments, StreamingMoments
