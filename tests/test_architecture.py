@@ -35,7 +35,7 @@ ORDER = [
 THIRD_PARTY = {
     "timm": ("loading/timm.py", "loading/datasets.py"),
     "accelerate": ("experiment/processes.py", "experiment/training.py"),
-    "torch_pruning": ("pruning/_channel_groups.py", "pruning/importance.py"),
+    "torch_pruning": ("pruning/_dependencies.py", "pruning/importance.py"),
     "transformers": ("integrations/transformers.py",),
     "lightning": ("integrations/lightning.py",),
 }

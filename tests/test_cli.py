@@ -129,7 +129,7 @@ def test_report_shows_a_saved_one_again(pictures: Path, tmp_path: Path, capsys: 
         ({"split": "test"}, "no split 'test'"),
         ({"source_checkpoint": "none.pth"}, "no weight file at none.pth"),
         ({"plot": "out.doc"}, "--plot writes .png, .pdf or .svg"),
-        ({"device": "nonsense"}, "device 'nonsense'"),
+        ({"device": "nonsense"}, "device='nonsense' cannot be used here"),
         ({"order": "-1"}, "order"),
     ],
 )

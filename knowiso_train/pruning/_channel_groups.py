@@ -8,18 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, KnowisoWarning, LayerNameError, OptionError
 from knowiso_train.features.modules import resolve_layers
 from knowiso_train.ops.im2col import is_plain_linear_op
-from knowiso_train.pruning._dependencies import PruningGraph
+from knowiso_train.pruning._dependencies import (
+    CONSUMER_PRUNERS,
+    CONV_PRUNER,
+    DEPTHWISE_PRUNER,
+    LINEAR_PRUNER,
+    PRODUCER_PRUNERS,
+    PruningGraph,
+)
 from knowiso_train.pruning._tracing import Epilogue, Forward
 
 # Functions of torch-pruning that remove input and output channels
-CONSUMER_PRUNERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-PRODUCER_PRUNERS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels, tp.prune_depthwise_conv_out_channels)
 CROSS_CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)  # removing a channel changes the other channels of their output
 
 # Children of an attention with parameters whose shapes do not depend on the number of heads
@@ -212,9 +216,9 @@ def pruning_root(model: nn.Module, name: str) -> tuple[nn.Module, Any]:
     """Return a layer and the function of torch-pruning that removes its output channels."""
     root = model.get_submodule(name)
     if isinstance(root, nn.Linear):
-        return root, tp.prune_linear_out_channels
+        return root, LINEAR_PRUNER
     depthwise = root.groups > 1 and root.weight.shape[1] == 1  # type: ignore[operator, index]
-    return root, tp.prune_depthwise_conv_out_channels if depthwise else tp.prune_conv_out_channels
+    return root, DEPTHWISE_PRUNER if depthwise else CONV_PRUNER
 
 
 def _to_group(items: Any, names: Mapping[Any, str]) -> ChannelGroup | None:

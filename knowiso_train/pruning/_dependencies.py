@@ -19,6 +19,12 @@ from knowiso_train.utils.batch import tensor_leaves
 # The largest groups of DenseNet-201 and Swin-T take 2.2 steps for each node of the graph, and channel indices of 0.1
 # times its nodes and its largest width; searches without end exceed any number
 MAX_STEPS_PER_NODE, MIN_MAX_STEPS = 10, 1000
+# Functions of torch-pruning that cut the producers of a group's channels, and their consumers
+CONV_PRUNER = tp.prune_conv_out_channels
+DEPTHWISE_PRUNER = tp.prune_depthwise_conv_out_channels
+LINEAR_PRUNER = tp.prune_linear_out_channels
+CONSUMER_PRUNERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+PRODUCER_PRUNERS = (CONV_PRUNER, LINEAR_PRUNER, DEPTHWISE_PRUNER)
 MAX_INDEX_FACTOR = 4  # largest channel index, as a multiple of the largest width of any parameter
 
 

@@ -74,6 +74,11 @@ def count_module_macs(
     images, counts, starts = batch_size(batch), dict.fromkeys(names, 0.0), {}
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack, torch.no_grad(), _counted_operations(), counter:
+        # The counter hooks inputs that require gradients, which fails for parameters that are passed to modules
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
 
         def start(name: str) -> None:
             starts[name] = counter.get_total_flops()
