@@ -231,7 +231,7 @@ def _rebuild(model: nn.Module, description: Mapping[str, Any], weights: Mapping[
 
     Args:
         model: Fresh original.
-        description: Content of `pruned.json`.
+        description: Description that was saved with the weights.
         weights: Tensors of `model.safetensors`.
         label: Name of the pruned model in error messages.
 

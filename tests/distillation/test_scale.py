@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.distillation._balancing import MAX_BALANCED_WEIGHT
-from knowiso_train.distillation._collapse import COLLAPSED_REFRESHES, CollapseDetector
+from knowiso_train.distillation._diagnostics import COLLAPSED_REFRESHES, CollapseDetector
 from knowiso_train.errors import KnowisoWarning
 from tests.distillation.test_maps import built
 
