@@ -9,8 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.distillation._frozen_model import FrozenModel
-from knowiso_train.distillation._student_capture import StudentCapture
+from knowiso_train.distillation._networks import FrozenModel, StudentCapture
 from knowiso_train.errors import CaptureError, KnowisoError, OptionError
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import unwrap_model

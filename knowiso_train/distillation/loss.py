@@ -12,10 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation._balancing import GradientBalance
 from knowiso_train.distillation._diagnostics import CollapseDetector, InactivityDetector
-from knowiso_train.distillation._frozen_model import FrozenModel, check_grids, freeze_peers
 from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
+from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
-from knowiso_train.distillation._student_capture import StudentBatch, StudentCapture
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
     DEFAULT_WEIGHT,
