@@ -2,6 +2,7 @@
 
     python -m benchmarks.distill.bench_distill             # 25 minutes on one core; resumes
     python -m benchmarks.distill.bench_distill --depth 20 --images 9000 --epochs 60 --name bench_distill_long
+    python -m benchmarks.distill.bench_distill --untuned --name bench_distill_defaults    # half an hour a seed
 
 All methods of a seed have equal initial weights, images, order, augmentation and number of steps. They are trained
 side by side on the same batches, and the teacher runs once for all.
@@ -10,6 +11,8 @@ Weights of the terms are tuned in the same way for every method: three values a 
 one is at the edge. Tuning uses a seed, training images and validation images that the final runs do not use. Refresh
 interval and window of the closed form are tried there too, but only reported; the final runs use the defaults. Test
 images are used only by the finished students of the final seeds.
+
+`--untuned` compares `IsomorphismLoss` with its defaults, FitNet at its published weight and KD, without any tuning.
 """
 
 from __future__ import annotations
@@ -34,10 +37,10 @@ from benchmarks.common.results import RESULTS, record, table
 from benchmarks.common.stats import mean_and_error
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import kd_loss
+from knowiso_train.distillation.config import IsomorphismLossConfig
 from knowiso_train.errors import NonFiniteError
 
-LAYERS = ("layer1", "layer2", "layer3")
-WIDTHS = (16, 32, 64)
+WIDTHS = {"layer1": 16, "layer2": 32, "layer3": 64}
 # Disjoint parts of the 15,000 training images
 TRAIN_IMAGES, TUNING_IMAGES, VALIDATION_IMAGES = slice(0, 9000), slice(9000, 13000), slice(13000, 15000)
 TUNING_SEED = 1000
@@ -45,7 +48,10 @@ TUNING_SEED = 1000
 CENTER_WEIGHTS = {"kd": 1.0, "fitnet": 1.0, "at": 1000.0, "moment": 1.0, "log": 10.0}
 # Scales of `IsomorphismLoss`, by the name of its term
 SCALES: dict[str, Literal["linear", "log"]] = {"moment": "linear", "log": "log"}
+DEFAULT_TERM = "defaults"  # `IsomorphismLoss(student, teacher, layers)` without any option
 SETTINGS_TRIED = ({"refresh": 1}, {"refresh": 50}, {"window": 5}, {"window": 100})
+# FitNet's weight is that of its publication in the common benchmark of CRD (arXiv 1910.10699)
+UNTUNED_WEIGHTS = {"kd": 1.0, "fitnet": 100.0, DEFAULT_TERM: IsomorphismLossConfig().weight}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Arm:
     @property
     def isomorphism_term(self) -> str | None:
         """Name of the term of `IsomorphismLoss`, or None."""
-        return next((name for name in SCALES if name in self.weights), None)
+        return next((name for name in (*SCALES, DEFAULT_TERM) if name in self.weights), None)
 
 
 class Student:
@@ -76,17 +82,20 @@ class Student:
     ) -> None:
         torch.manual_seed(seed)
         self.arm, self.features, self.seconds, self.diverged = arm, features, 0.0, False
+        self.layers = args.layers
         self.model = CifarResNet(args.depth)
         self.student_features: dict[str, Tensor] = {}
         if (term := arm.isomorphism_term) is not None:
-            self.iso = IsomorphismLoss(
-                self.model, teacher, LAYERS, scale=SCALES[term], weight=arm.weights[term], **arm.options
+            options = (
+                {} if term == DEFAULT_TERM else {"scale": SCALES[term], "weight": arm.weights[term], **arm.options}
             )
+            self.iso = IsomorphismLoss(self.model, teacher, args.layers, **options)
         torch.manual_seed(seed + 1)
-        self.baselines = {"fitnet": FitNet(WIDTHS, WIDTHS), "at": AttentionTransfer()}
+        widths = [WIDTHS[layer] for layer in args.layers]
+        self.baselines = {"fitnet": FitNet(widths, widths), "at": AttentionTransfer()}
         self.baselines = {name: baseline for name, baseline in self.baselines.items() if name in arm.weights}
         if self.baselines:
-            capture_features(self.model, self.student_features)
+            capture_features(self.model, args.layers, self.student_features)
         parameters = [
             *self.model.parameters(),
             *(p for baseline in self.baselines.values() for p in baseline.parameters()),
@@ -109,7 +118,7 @@ class Student:
             loss = loss + self.arm.weights["kd"] * kd_loss(logits, teacher_logits)
         for name, baseline in self.baselines.items():
             loss = loss + self.arm.weights[name] * baseline(
-                [self.student_features[layer] for layer in LAYERS], [self.features[layer] for layer in LAYERS]
+                [self.student_features[layer] for layer in self.layers], [self.features[layer] for layer in self.layers]
             )
         if self.arm.isomorphism_term:
             try:
@@ -133,9 +142,9 @@ class Student:
         return 100 * num_correct / len(images)
 
 
-def capture_features(model: nn.Module, features: dict[str, Tensor]) -> None:
+def capture_features(model: nn.Module, layers: Sequence[str], features: dict[str, Tensor]) -> None:
     """Register hooks that store the outputs of the layers."""
-    for layer in LAYERS:
+    for layer in layers:
         getattr(model, layer).register_forward_hook(lambda _m, _x, out, layer=layer: features.update({layer: out}))
 
 
@@ -167,7 +176,7 @@ def train(
         for student in students:
             if student.arm.isomorphism_term:
                 stack.enter_context(student.iso)
-        for layer in LAYERS:
+        for layer in args.layers:
             handle = getattr(teacher, layer).register_forward_hook(
                 lambda _m, _x, out, layer=layer: features.update({layer: out})
             )
@@ -192,7 +201,7 @@ def train(
                 "seconds of the teacher": round(teacher_seconds, 1),
             }
             if student.arm.isomorphism_term:
-                row["shares"] = {layer: round(student.iso.log()[f"iso/{layer}/share"], 3) for layer in LAYERS}
+                row["shares"] = {layer: round(student.iso.log()[f"iso/{layer}/share"], 3) for layer in args.layers}
             rows.append(row)
     return rows
 
@@ -270,14 +279,16 @@ def comparison_table(arms: Sequence[Arm], accuracies: list[list[float]]) -> list
     """Return means over seeds, and mean ± standard error of the paired differences."""
     values = torch.tensor(accuracies, dtype=torch.float64).T  # (arms, seeds)
     rows = []
+    baselines = {arm.label: other for arm, other in zip(arms, values, strict=True)}
     for arm, arm_values in zip(arms, values, strict=True):
         row: dict[str, Any] = {
             "method": arm.label,
             "weights": ", ".join(f"{w:g}" for w in arm.weights.values()) or "-",
             "top-1 %": round(float(arm_values.mean()), 2),
         }
-        for name, other in (("cross-entropy", values[0]), ("KD", values[1])):
-            row[f"over {name}"] = mean_and_error((arm_values - other).tolist(), signed=True)
+        for name, label in (("cross-entropy", "cross-entropy"), ("KD", "cross-entropy + kd")):
+            if label in baselines:
+                row[f"over {name}"] = mean_and_error((arm_values - baselines[label]).tolist(), signed=True)
         rows.append(row)
     return rows
 
@@ -297,6 +308,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=20, help="warm-up steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-images", type=int, default=5000)
+    parser.add_argument("--layers", nargs="+", choices=sorted(WIDTHS), default=sorted(WIDTHS))
+    parser.add_argument(
+        "--untuned", action="store_true", help="compare published and default weights, train on all 15,000 images"
+    )
     parser.add_argument("--name", default="bench_distill", help="results file")
     args = parser.parse_args()
     store, teacher = ResultsStore(args), cifar_resnet(56)
@@ -305,6 +320,11 @@ def main() -> None:
     def images_and_labels(subset: slice) -> tuple[Tensor, Tensor]:
         return images[subset], labels[subset]
 
+    if args.untuned:
+        terms: tuple[tuple[str, ...], ...] = (("kd",), ("kd", "fitnet"), ("kd", DEFAULT_TERM))
+        arms = [Arm({name: UNTUNED_WEIGHTS[name] for name in names}) for names in terms]
+        compare(arms, (images, labels), teacher, store, args)
+        return
     weights = tune_weights(
         lambda arms: store.accuracies(
             arms,
@@ -327,16 +347,27 @@ def main() -> None:
         flush=True,
     )
 
-    arms, test = final_arms(weights), cifar10("test", args.test_images)
-    accuracies = [
-        store.accuracies(
-            arms, seed, lambda missing, s=seed: train(missing, s, images_and_labels(TRAIN_IMAGES), test, teacher, args)
+    compare(final_arms(weights), images_and_labels(TRAIN_IMAGES), teacher, store, args, chosen=weights)
+
+
+def compare(
+    arms: Sequence[Arm],
+    train_set: tuple[Tensor, Tensor],
+    teacher: nn.Module,
+    store: ResultsStore,
+    args: argparse.Namespace,
+    **figures: Any,
+) -> None:
+    """Train the arms on all seeds, and print and write their accuracy on the test images."""
+    test_set = cifar10("test", args.test_images)
+    accuracies = []
+    for seed in range(args.seeds):
+        accuracies.append(
+            store.accuracies(arms, seed, lambda missing, s=seed: train(missing, s, train_set, test_set, teacher, args))
         )
-        for seed in range(args.seeds)
-    ]
-    rows = comparison_table(arms, accuracies)
-    print(table(rows))
-    store.write(table=rows, chosen=weights)
+        rows = comparison_table(arms, accuracies)
+        print(table(rows), flush=True)
+        store.write(table=rows, **figures)
 
 
 if __name__ == "__main__":
