@@ -186,7 +186,7 @@ def test_json_is_strict_and_keeps_what_json_cannot_say() -> None:
         (lambda d: d.pop("format"), "Report.to_json"),
         (lambda d: d.pop("seconds"), "missing.*seconds"),
         (lambda d: d.update(more=1), "unknown.*more"),
-        (lambda d: d["pairs"][0].pop("shares"), "pair a → x: missing.*shares"),
+        (lambda d: d["pairs"][0].pop("shares"), r"'pairs'\[0\]: missing.*shares"),
         (lambda d: d["pairs"][0].update(unexplained="much"), "'unexplained' must be a number, got 'much'"),
         (lambda d: d["pairs"][0].update(interval=[0.1]), "'interval' must be a list of 2"),
         (lambda d: d["pairs"][0].update(direction="up"), "'direction' must be one of"),
