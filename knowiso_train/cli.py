@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from knowiso_train.features.summary import LayerSummary
     from knowiso_train.measurement import Report
 
+SUMMARY_IMAGES = 2  # so that the batch axis differs from axes of size 1
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130  # 2 as in argparse; 130 = 128 + SIGINT
 
 
@@ -139,14 +140,16 @@ def layers(args: argparse.Namespace) -> None:
     from knowiso_train.features import named_stages, resolve_layers
     from knowiso_train.features.summary import layer_summary
     from knowiso_train.loading.timm import input_config, load_model
+    from knowiso_train.utils.memory import check_images_fit
 
     model = load_model(args.model, pretrained=False)
     config = input_config(model)
     channels, height, width = (3, 224, 224) if config is None else config.size
     size = (height, width) if args.image_size is None else (args.image_size, args.image_size)
+    check_images_fit(max(size), SUMMARY_IMAGES, channels)
     matches = set(resolve_layers(model, args.match)) if args.match else None
     try:
-        lines = layer_summary(model, torch.zeros(2, channels, *size))
+        lines = layer_summary(model, torch.zeros(SUMMARY_IMAGES, channels, *size))
     except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts its input size
         raise OptionError(f"{args.model} cannot run on images of {size[0]} × {size[1]}: {error}") from error
     rows = [line for line in lines if (line.name in matches if matches is not None else line.depth <= args.depth)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from knowiso_train.errors import OptionError
 from knowiso_train.ops.linalg import MIN_NORM, orthogonalize_all
 
 ADAM_BETAS = (0.9, 0.99)  # β₂ lower than usual: the second moment must settle within a short run
@@ -143,6 +144,21 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rest = [parameter for parameter in trainable if id(parameter) not in matrices]
     return [parameter for parameter in trainable if id(parameter) in matrices], rest
+
+
+def check_trainable_precision(model: nn.Module) -> None:
+    """Check that no trainable parameter of a model is in float16.
+
+    Raises:
+        OptionError: A parameter in float16.
+
+    Example:
+        >>> check_trainable_precision(nn.Linear(2, 2).bfloat16())
+    """
+    if any(parameter.requires_grad and parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise OptionError(
+            "float16 weights round small updates to zero. Call float() on the models before, and half() afterwards"
+        )
 
 
 def build_optimizers(model: nn.Module, lr: float) -> list[tuple[Optimizer, float]]:

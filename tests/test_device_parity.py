@@ -238,7 +238,7 @@ def test_refit_and_finetune_after_torch_pruning(device: str) -> None:
         pruned_models[1],
         net,
         [batch],
-        steps=60,
+        steps=20,
         batch_size=32,
         logit_weight=1.0,
         transform=lambda x: cutmix(x, flip=True),
@@ -287,8 +287,8 @@ def test_optimizer_states_stay_on_the_device(device: str) -> None:
     [
         {"method": "auto", "finetune_config": RefineFinetuneConfig(steps=5)},
         {"method": "head"},
-        {"method": "consensus", "finetune_config": RefineFinetuneConfig(steps=20)},
-        {"method": "paper", "layer": "global_pool", "finetune_config": RefineFinetuneConfig(steps=20)},
+        {"method": "consensus", "finetune_config": RefineFinetuneConfig(steps=6)},
+        {"method": "paper", "layer": "global_pool", "finetune_config": RefineFinetuneConfig(steps=6)},
     ],
     ids=lambda options: options["method"],
 )

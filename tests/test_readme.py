@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ def test_every_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(
         timm, "create_model", lambda name, pretrained=False, **rest: create("test_resnet", **{"num_classes": 5, **rest})
     )
+    # Orders above 0 train on as many positions as these images deserve
+    short = {"solver_options": {"rows_seen": 10_000}}
+    monkeypatch.setattr(ki, "measure", partial(ki.measure, **short))
+    monkeypatch.setattr(ki, "Disentangler", partial(ki.Disentangler, **short))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(torch.randn(90, 3, 32, 32), torch.randint(5, (90,))), batch_size=20)

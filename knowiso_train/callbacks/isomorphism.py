@@ -18,7 +18,7 @@ from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, KnowisoWarning, MissingDependencyError, OptionError
 from knowiso_train.features.modules import forward_override, pair_layers, unwrap_model
-from knowiso_train.features.state import isolated_eval, preserve_state
+from knowiso_train.features.state import isolated_eval
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.measure import Layers, run_measurement
@@ -154,8 +154,7 @@ class IsomorphismCallback:
             config["source_transform"] = transform
             target_transform = transform if teacher_transform is None else _Composed(transform, teacher_transform)
         self._config = MeasureConfig(order=order, target_transform=target_transform, **config)
-        with preserve_state():  # a sampler may draw random numbers
-            SplitImageLoader(loader, self._config.split, self._config.seed, self._config.max_images)
+        SplitImageLoader(loader, self._config.split, self._config.seed, self._config.max_images)
         self.student, self.teacher, self.loader = student, teacher, loader
         self.pairs = tuple(pair_layers(student, teacher, layers))
         self.every, self.order, self.log, self.path = every, order, log, None if path is None else Path(path)

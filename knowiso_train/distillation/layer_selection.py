@@ -14,7 +14,7 @@ from knowiso_train.distillation._shape_inference import EXAMPLE_IMAGES
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated
 from knowiso_train.errors import LayerNameError, OptionError
 from knowiso_train.features.modules import forward_override, unwrap_model
-from knowiso_train.features.state import device_of
+from knowiso_train.features.state import device_of, preserve_random_state
 from knowiso_train.features.summary import stage_grids
 from knowiso_train.measurement.measure import measure
 from knowiso_train.measurement.report import Report
@@ -92,7 +92,8 @@ def suggest_layers(
         >>> suggest_layers(a, b, loader, verbose=False).layers
         (('1', '1'), ('2', '2'))
     """
-    images = next((get_inputs(batch) for batch in islice(iter(loader), 1)), None)
+    with preserve_random_state():
+        images = next((get_inputs(batch) for batch in islice(iter(loader), 1)), None)
     if images is None:
         raise LayerNameError('layers="auto" needs images to measure on, and the loader has none')
     example = images[:EXAMPLE_IMAGES]

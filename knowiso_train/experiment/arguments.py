@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from knowiso_train.errors import CapacityError
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.memory import check_images_fit
 
 # Arguments that may differ when a run is resumed
 RESUMABLE_ARGUMENTS = ("arms", "output", "workers", "log_every", "save_every", "data_dir")
@@ -70,7 +72,7 @@ class RecipeParser(argparse.ArgumentParser):
             "--data-options", [], parse_key_value, "KEY=VALUE for timm.data.create_dataset: download=True", nargs="*"
         )
         self.add("--splits", list(splits), str, split_help, nargs=len(splits))
-        self.add("--image-size", image_size, at_least(1), "side of the images in pixels; the digits are 28 pixels")
+        self.add("--image-size", image_size, image_side, "side of the images in pixels; the digits are 28 pixels")
         self.add("--classes", None, at_least(2), "number of classes, if the dataset does not provide it")
         self.add("--workers", 0, at_least(0), "processes that read images; 0 suits images in memory")
 
@@ -124,6 +126,21 @@ def at_least(
         return value
 
     return number
+
+
+def image_side(text: str) -> int:
+    """Parse the side of square images in pixels, of which at least one fits into the free memory.
+
+    Example:
+        >>> image_side("224")
+        224
+    """
+    side: int = at_least(1)(text)
+    try:
+        check_images_fit(side, 1)
+    except CapacityError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return side
 
 
 def parse_key_value(text: str) -> tuple[str, Any]:

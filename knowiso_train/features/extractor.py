@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train.errors import CaptureError, LayoutError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.features._memory import ActivationMemory
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.layout import FeatureSpec, describe_feature
+from knowiso_train.features.modules import call_model
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import get_inputs, image_size, replace_inputs, to_device
 
@@ -110,6 +112,25 @@ class Extractor:
         self._check_finite(features)
         return features
 
+    def run_within(self, batch: Any, limit: int) -> int:
+        """Run the network on a batch within a memory limit, and return the bytes of its captured features.
+
+        Args:
+            batch: Batch as for `run`.
+            limit: Largest number of bytes of activations, features included.
+
+        Raises:
+            CapacityError: Activations beyond the limit; the pass ends there.
+        """
+        memory = ActivationMemory(limit)
+        try:
+            # Compiled code would be compiled for this batch alone
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), memory:
+                self._call(batch)
+            return memory.live
+        finally:
+            self._taps.clear()
+
     def __enter__(self) -> Extractor:
         self._taps.attach()
         return self
@@ -131,7 +152,7 @@ class Extractor:
                 self._forward(self.model, batch)
                 return None, None
             inputs = get_inputs(batch)
-            self.model(inputs)
+            call_model(self.model, inputs)
         return len(inputs), image_size(inputs)
 
     def _autocasting(self, device: torch.device | None, batch: Any) -> AbstractContextManager[Any]:

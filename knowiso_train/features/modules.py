@@ -48,6 +48,30 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def call_model(model: nn.Module, images: Any) -> Any:
+    """Run a network on images, and name images of another dtype than the weights if it fails.
+
+    Raises:
+        InputTypeError: A network that fails on images of another floating dtype than its weights.
+
+    Example:
+        >>> call_model(nn.Linear(2, 3).bfloat16(), torch.zeros(4, 2))
+        Traceback (most recent call last):
+        knowiso_train.errors.InputTypeError: Linear has weights of bfloat16 and fails on images of float32 ...
+    """
+    try:
+        return model(images)
+    except RuntimeError as error:
+        weights = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+        if not isinstance(images, Tensor) or not images.is_floating_point() or weights in (None, images.dtype):
+            raise
+        names = [str(dtype).removeprefix("torch.") for dtype in (weights, images.dtype)]
+        raise InputTypeError(
+            f"{type(unwrap_model(model)).__name__} has weights of {names[0]} and fails on images of {names[1]} "
+            f"({error}). Convert the images in the loader, or in forward="
+        ) from error
+
+
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every submodule by its name without wrapper segments, in the network's order.
 

@@ -142,25 +142,77 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True, updated: Iterable
     ]
     excluded = {id(module) for module in updated}
     buffers = BufferSnapshot(module for module in modules if id(module) not in excluded)
+    with preserve_random_state():
+        try:
+            if eval_mode:
+                # Flags instead of .eval(): a module may override train() with changes that cannot be undone.
+                for module in modules:
+                    module.training = False
+            yield
+        finally:
+            buffers.restore()
+            for module, mode in modes:
+                module.training = mode
+            for parameter, needed in gradients:
+                parameter.requires_grad_(needed)
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Restore the random state of Python, NumPy, torch and CUDA after the context, also after an error.
+
+    CUDA is not initialized by this.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with preserve_random_state():
+        ...     _ = torch.rand(1)
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
-        if eval_mode:
-            # Flags instead of .eval(): a module may override train() with changes that cannot be undone.
-            for module in modules:
-                module.training = False
         yield
     finally:
-        buffers.restore()
-        for module, mode in modes:
-            module.training = mode
-        for parameter, needed in gradients:
-            parameter.requires_grad_(needed)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def restore_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore the parameters and buffers of a network that is changed in place, after an error within the context.
+
+    Restored are values, identities and names, so that an added bias is removed again.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> before = model.weight.detach().clone()
+        >>> try:
+        ...     with restore_on_error(model):
+        ...         _ = model.weight.data.zero_()
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     bool((model.weight == before).all())
+        True
+    """
+    modules = list(model.modules())
+    buffers = BufferSnapshot(modules)
+    tables = [(module, dict(module._parameters)) for module in modules]
+    values = [(parameter, parameter.detach().clone()) for parameter in model.parameters() if not is_lazy(parameter)]
+    try:
+        yield
+    except BaseException:
+        buffers.restore()
+        for module, table in tables:
+            module._parameters.clear()
+            module._parameters.update(table)
+        for parameter, value in values:
+            parameter.data.copy_(value)
+        raise
 
 
 def device_of(model: nn.Module) -> torch.device | None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError, OptionError
+from knowiso_train.utils.memory import check_images_fit
 
+PREFETCHED_BATCHES = 2  # of each worker, the default of torch
 STREAMING_SCHEMES = ("hfids", "tfds", "wds")
 SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
 # Held-out images first.
@@ -97,6 +99,7 @@ def image_loader(
 
     Raises:
         DataError: A dataset or split that cannot be found or read.
+        CapacityError: Batches, those that the workers prepare included, that exceed the free memory.
         MissingDependencyError: The extra `data` is needed and not installed.
         OptionError: An invalid option, or a streaming dataset.
     """
@@ -106,6 +109,7 @@ def image_loader(
     found = _create(dataset, split, None if root is None else str(root), download, options)
     if not len(found):
         raise DataError(f"dataset {dataset!r}, split {split!r}, is empty")
+    check_images_fit(image_size, min(len(found), batch_size * (1 + PREFETCHED_BATCHES * workers)))
     return DataLoader(PlainImages(found, image_size), batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)
 
 
@@ -328,6 +332,8 @@ def labeled_images(
         DataError: A split that cannot be read, or splits with different classes.
         OptionError: A dataset without a known number of classes, and no `classes`.
     """
+    # Of these loaders only the datasets are used: one image at a time
+    options = {"batch_size": 1, "workers": 0} | options
     train, val = (image_loader(dataset, split=split, **options).dataset for split in (train_split, val_split))
     known = _class_indices(train)
     if known != _class_indices(val):

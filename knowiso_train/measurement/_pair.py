@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowiso_train.disentangle.config import Fitter, MemoryEstimate
 from knowiso_train.disentangle.disentangler import Disentangler, fitter_type, make_fitter
 from knowiso_train.errors import CapacityError, KnowisoWarning, ShapeError
-from knowiso_train.features.extractor import align
+from knowiso_train.features.extractor import Extractor, align
 from knowiso_train.features.modules import LayerPair
+from knowiso_train.features.state import preserve_state
 from knowiso_train.measurement.config import Direction, MeasureConfig
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, PermutedTargets
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.regression.explained_variance import ResidualStatistics
+from knowiso_train.utils.batch import batch_size, index_batch
 from knowiso_train.utils.distributed import ProcessGroup
+from knowiso_train.utils.memory import format_bytes, usable_bytes
 
 Features = dict[str, Tensor]  # (N, C, H, W) by layer name
 
-USABLE_MEMORY_FRACTION = 0.8  # of the free memory; the rest is left to the networks and the allocator
 MIN_REPORT_IMAGES = 10  # below this number the bootstrap interval is unreliable: a warning
 DEFAULT_EXPECTED_IMAGES = 10_000  # if the loader does not provide its length
 
@@ -189,30 +191,52 @@ def check_capacity(estimates: Mapping[str, MemoryEstimate], device: torch.device
         device: Device of the statistics.
 
     Raises:
-        CapacityError: The estimate exceeds `USABLE_MEMORY_FRACTION` of the free memory.
+        CapacityError: The estimate exceeds `usable_bytes`.
     """
-    usable = int(USABLE_MEMORY_FRACTION * free_bytes(device))
+    usable = usable_bytes(device)
     # All pairs accumulate at the same time, but are solved one after the other
     total = sum(e.streaming for e in estimates.values()) + max(e.solving for e in estimates.values())
     if total <= usable:
         return
     label, largest = max(estimates.items(), key=lambda item: item[1].streaming + item[1].solving)
     raise CapacityError(
-        f"measuring {len(estimates)} layer pair(s) needs about {_format_bytes(total)} on {device}, "
-        f"but {_format_bytes(usable)} can be used; the largest is {label} with {largest.num_features} features "
-        f"({_format_bytes(largest.streaming + largest.solving)}). Use kernel_size=1, source_channels=256 (a random "
+        f"measuring {len(estimates)} layer pair(s) needs about {format_bytes(total)} on {device}, "
+        f"but {format_bytes(usable)} can be used; the largest is {label} with {largest.num_features} features "
+        f"({format_bytes(largest.streaming + largest.solving)}). Use kernel_size=1, source_channels=256 (a random "
         "projection of the source), positions=16, a smaller max_rows, order=0, or fewer layers a call."
     )
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # installed with accelerate
+def check_activations(extractors: Sequence[Extractor], batch: Any) -> None:
+    """Raise an error if the activations of a batch would exceed the usable memory, from those of one image.
 
-    return int(psutil.virtual_memory().available)
+    The networks run on the first image of the batch, the second one beside the features of the first. Networks with
+    parameters of special classes (sharded, lazy, quantized) are not checked.
 
+    Args:
+        extractors: Networks with their hooks, in the order in which they run.
+        batch: First batch of the loader.
 
-def _format_bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**28 else f"{count / 2**20:.0f} MiB"
+    Raises:
+        CapacityError: The activations exceed `usable_bytes`.
+    """
+    models = [extractor.model for extractor in extractors]
+    if any(type(parameter) is not nn.Parameter for model in models for parameter in model.parameters()):
+        return
+    held: dict[torch.device, int] = {}
+    with preserve_state(*models):
+        for extractor in extractors:
+            device = extractor.device or torch.device("cpu")
+            usable = usable_bytes(device)
+            try:
+                size = batch_size(batch)
+                image = index_batch(batch, torch.arange(1))
+                features = extractor.run_within(image, usable // size - held.get(device, 0))
+            except CapacityError:
+                raise CapacityError(
+                    f"{extractor.name}: the activations of a batch of {size} images exceed the {format_bytes(usable)} "
+                    f"that can be used on {device}. Use smaller batches, smaller images, or fewer layers a call"
+                ) from None
+            except Exception:  # an error of the network or the batch is raised again by the pass over the whole batch
+                return
+            held[device] = held.get(device, 0) + features

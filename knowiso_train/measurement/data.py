@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.distributed import DistributedSampler
 
 from knowiso_train.errors import DataError, InputTypeError
+from knowiso_train.features.state import preserve_random_state
 from knowiso_train.utils.batch import batch_size, check_loader, get_inputs
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import Stream, hash_unit, split_by_hash
@@ -77,7 +78,8 @@ class SplitImageLoader:
         self._fingerprints: dict[int, bytes] = {}
         self._first_pass_images = 0
         # Index batches of the fitting and of the report pass; None for a stream
-        self._index_batches = self._plan(loader)
+        with preserve_random_state():  # a sampler may draw random numbers
+            self._index_batches = self._plan(loader)
 
     @property
     def expected(self) -> int | None:

@@ -15,8 +15,8 @@ from knowiso_train.disentangle.config import Solver
 from knowiso_train.errors import DataError
 from knowiso_train.features.extractor import Extractor, check_line
 from knowiso_train.features.modules import LayerPair, network_name, pair_layers
-from knowiso_train.features.state import on_device, preserve_state
-from knowiso_train.measurement._pair import Features, PairMeasurement, check_capacity
+from knowiso_train.features.state import checked_device, on_device, preserve_state
+from knowiso_train.measurement._pair import Features, PairMeasurement, check_activations, check_capacity
 from knowiso_train.measurement.config import Directions, MeasureConfig, Repeated
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImageLoader
 from knowiso_train.measurement.report import Report
@@ -62,7 +62,8 @@ def measure(
     """Measure the share of each target feature that the source features explain with 0, 1, … K non-linear steps.
 
     Each network processes every image once, for all layer pairs together: first the fitting and selection images, then
-    the report images. All shares are measured on the report images. Method: arXiv 1908.01581.
+    the report images. One image is processed before them, to estimate the memory of a batch. All shares are measured
+    on the report images. Method: arXiv 1908.01581.
 
     Args:
         source: Explaining network (A).
@@ -149,6 +150,7 @@ def run_measurement(
     group = ProcessGroup()
     images = SplitImageLoader(loader, config.split, config.seed, config.max_images, group)
     pairs = pair_layers(source, target, layers)
+    checked_device(config.device, source, target)  # initializes CUDA, whose random state is then restored too
     with ExitStack() as stack:
         stack.enter_context(preserve_state(source, target))
         stack.enter_context(on_device(config.device, source, target))
@@ -209,6 +211,8 @@ class _Measurement:
     def fit(self) -> None:
         """Accumulate the fitting and selection images."""
         for batch in self._batches("fit", report=False):
+            if not self.pair_measurements:
+                check_activations(self.extractors, batch.batch)
             features = self._extract(batch, "fit", "select")
             if not self.pair_measurements:
                 self._start(*features)

@@ -174,7 +174,7 @@ def _number_cells(pair: PairResult, columns: Sequence[str]) -> list[str]:
 def _method(report: Report) -> list[str]:
     settings, parts = report.settings, []
     if solver := settings.get("solver"):
-        parts.append({"closed_form": "closed form", "paper": "the paper's solver"}.get(solver, str(solver)))
+        parts.append({"closed_form": "closed form", "paper": "the paper's solver"}.get(str(solver), str(solver)))
     if kernel := settings.get("kernel_size"):
         parts.append(f"{kernel}×{kernel} maps")
     return parts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
 from knowiso_train.features.hooks import FeatureTaps
-from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers
+from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers, check_trainable_precision
 from knowiso_train.pruning._finetune_targets import feature_variance, shuffled_batches
 from knowiso_train.pruning._report import BlockResult
 from knowiso_train.pruning._tracing import comparable_blocks
@@ -189,6 +189,7 @@ def finetunable_blocks(
     """
     if steps < 1:
         raise OptionError(f"block_steps must be 1 or more, got {steps!r}")
+    check_trainable_precision(pruned)
     if images.count < 2:
         raise DataError("block_steps needs 2 calibration images or more, one of them for validation; got 1")
     batch = images.first(2)

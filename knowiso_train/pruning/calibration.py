@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from tqdm import tqdm
 
 from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import call_input
-from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.features.modules import call_model
+from knowiso_train.features.state import device_of, preserve_random_state, preserve_state
 from knowiso_train.ops.im2col import SampledPositions, grouped_weight, input_rows, num_input_features
 from knowiso_train.pruning._tracing import Epilogue, Forward, OpRecorder
 from knowiso_train.regression.moments import Moments, RowSums
@@ -81,17 +81,19 @@ class Calibration:
             )
         check_loader(loader, again=False)
         checked_value("forward", forward, Forward | None)
-        self.forward: Forward = operator.call if forward is None else forward
+        self.forward: Forward = call_model if forward is None else forward
         self._batches: list[Any] = []
         self.count = 0
-        for batch in loader:
-            batch = get_inputs(batch) if forward is None else batch
-            size = min(batch_size(batch), max_images - self.count)
-            batch = batch if size == batch_size(batch) else index_batch(batch, torch.arange(size))
-            self._batches.append(batch if device is None else to_device(batch, device))
-            self.count += size
-            if self.count >= max_images:
-                break
+        # Samplers and augmentations draw from the global generators
+        with preserve_random_state():
+            for batch in loader:
+                batch = get_inputs(batch) if forward is None else batch
+                size = min(batch_size(batch), max_images - self.count)
+                batch = batch if size == batch_size(batch) else index_batch(batch, torch.arange(size))
+                self._batches.append(batch if device is None else to_device(batch, device))
+                self.count += size
+                if self.count >= max_images:
+                    break
         if not self.count:
             raise DataError("the loader returned no images; give some hundred images, labels are not needed")
 
@@ -214,7 +216,7 @@ def input_moments(
         >>> inputs["2"].positions
         16.0
     """
-    device, call = device_of(model), operator.call if forward is None else forward
+    device, call = device_of(model), call_model if forward is None else forward
     inputs = InputMoments(layers, max_images, rows, merged, seed)
     with (
         inputs,

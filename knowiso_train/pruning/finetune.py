@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from knowiso_train.distillation.kd import WeightSchedule
 from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.modules import resolve_layers, unwrap_model
-from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers
+from knowiso_train.features.state import device_of, preserve_state, restore_on_error
+from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers, check_trainable_precision
 from knowiso_train.pruning._finetune_targets import (
     Objective,
     ReferenceCache,
@@ -200,7 +200,11 @@ def finetune(
     # Without a `forward`, Calibration drops the labels
     forward = forward or (_forward_images if config.label_weight else None)
     images = Calibration(loader, config.max_images, device_of(original), forward)
-    with preserve_state(pruned, original, updated=pruned.modules()), torch.enable_grad():
+    with (
+        preserve_state(pruned, original, updated=pruned.modules()),
+        restore_on_error(pruned),
+        torch.enable_grad(),
+    ):
         torch.manual_seed(config.seed)
         run = _FinetuneRun(pruned, original, images, config, transform)
         run.train(progress)
@@ -229,13 +233,9 @@ def check_trainable(model: nn.Module) -> None:
     Raises:
         OptionError: Every parameter is frozen, or one is in float16.
     """
-    trained = trainable_parameters(model)
-    if not trained:
+    if not trainable_parameters(model):
         raise OptionError("every parameter of the pruned model is frozen. Call requires_grad_() on those to be trained")
-    if any(parameter.dtype == torch.float16 for parameter in trained):
-        raise OptionError(
-            "float16 weights round small updates to zero. Call float() on both models before, and half() afterwards"
-        )
+    check_trainable_precision(model)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -313,13 +313,13 @@ class _FinetuneRun:
         self.unread_losses: list[Tensor] = []
 
     def train(self, progress: bool) -> None:
-        """Train the model and load the best weights; restore the initial ones after an error."""
+        """Train the model and load the best weights."""
         validation_steps = {round(self.num_steps * (i + 1) / NUM_VALIDATIONS) for i in range(NUM_VALIDATIONS)}
         schedule = WeightSchedule(warmup=int(FINETUNE_WARMUP_FRACTION * self.num_steps), total=self.num_steps + 1)
         optimizers = build_optimizers(self.model, self.config.lr)
         parameters = trainable_parameters(self.model)
         gradients = [parameter.grad for parameter in parameters]
-        initial = best = _clone_state(self.model)
+        best = _clone_state(self.model)
         self.validations.append(self.validator.evaluate(0))
         for parameter in parameters:
             parameter.grad = None
@@ -336,9 +336,6 @@ class _FinetuneRun:
                     self._read_losses()
                 if step in validation_steps and self._validate(step):
                     best = _clone_state(self.model)
-        except BaseException:
-            self.model.load_state_dict(initial)
-            raise
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from knowiso_train.errors import InputTypeError, KnowisoWarning, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.features.state import device_of, preserve_state, restore_on_error
 from knowiso_train.ops.im2col import grouped_weight, num_groups, ungrouped_weight
 from knowiso_train.pruning._blocks import BlockFinetuner
 from knowiso_train.pruning._layer_regression import (
@@ -410,7 +410,7 @@ def refit(
     images = Calibration(loader, max_images, device_of(original), forward)
     # The refit replaces the statistics of batch norms
     norms = [module for module in pruned.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    with preserve_state(pruned, original, updated=norms), torch.no_grad():
+    with preserve_state(pruned, original, updated=norms), restore_on_error(pruned), torch.no_grad():
         batch = images.first(TRACE_IMAGES)
         epilogues = trace_model(original, batch, images.forward)
         outputs = infer_kept_outputs(original, pruned, epilogues, kept)

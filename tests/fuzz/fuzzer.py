@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import inspect
 import io
-import json
 import math
 import random
 import signal
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,143 +30,15 @@ import torch
 from torch import Tensor, nn
 
 import knowiso_train as ki
+from benchmarks.common.results import record
+from tests.fuzz.calls import CLASSES, INTERRUPTED_TARGETS, SIDE, Call, Interrupted, calls, loader, network
+from tests.fuzz.damage import damage, saved_files
 
 SECONDS = 20  # limit of one call
-SIDE, IMAGES, BATCH = 8, 60, 20
 
 
 class OutOfTimeError(BaseException):
     """A call over the time limit. Not an Exception, so that no handler swallows it."""
-
-
-@dataclass
-class Call:
-    """A function with valid arguments, and the networks that it may (`changed`) and may not change."""
-
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-    untouched: list[nn.Module] = field(default_factory=list)
-
-
-class Interrupted(nn.Module):
-    """A layer that raises at its n-th forward."""
-
-    def __init__(self, error: type[BaseException], after: int) -> None:
-        super().__init__()
-        self.error, self.left = error, after
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left < 0:
-            raise self.error("interrupted")
-        return x
-
-
-def network(seed: int = 0, extra: nn.Module | None = None) -> nn.Sequential:
-    """Return a small convolutional classifier with batch norm and buffers."""
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(6, 8, 3, padding=1, stride=2),
-        nn.BatchNorm2d(8),
-        extra or nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    )
-    for parameter in model.parameters():
-        parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def loader(labels: bool = False) -> list[Any]:
-    """Return batches of noise images, with labels where they are asked for."""
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randn(IMAGES, 3, SIDE, SIDE, generator=generator).split(BATCH)
-    numbers = torch.arange(IMAGES).remainder(4).split(BATCH)
-    return list(zip(images, numbers, strict=True)) if labels else list(images)
-
-
-def pruned_pair() -> tuple[nn.Module, nn.Module]:
-    """Return a network, and itself with half of its inner width."""
-    original = network()
-    return original, ki.prune(original, loader(), macs=0.6, progress=False).model
-
-
-def loss_step(**options: Any) -> None:
-    """Build a loss, and take one step with it."""
-    iso = ki.IsomorphismLoss(**options)
-    with iso:
-        loss = options["student"](loader()[0][:4]).square().mean() + iso()
-        loss.backward()
-    options["student"].zero_grad()
-
-
-def calls(extra: nn.Module | None = None) -> dict[str, Callable[[], Call]]:
-    """Return makers of a valid call for every public function."""
-
-    def measure() -> Call:
-        a, b = network(1, extra), network(2)
-        given = {"source": a, "target": b, "loader": loader(), "layers": ["2", "5"], "order": 0, "progress": False}
-        return Call(ki.measure, given, [a, b])
-
-    def loss() -> Call:
-        a, b = network(1, extra).train(), network(2)
-        return Call(loss_step, {"student": a, "teacher": b, "layers": ["2", "5"]}, [b])
-
-    def prune() -> Call:
-        model = network(1, extra)
-        return Call(ki.prune, {"model": model, "loader": loader(), "macs": 0.7, "progress": False}, [model])
-
-    def refit() -> Call:
-        original, pruned = pruned_pair()
-        given = {"pruned": pruned, "original": original, "loader": loader(), "progress": False}
-        return Call(ki.refit, given, [original])
-
-    def finetune() -> Call:
-        original, pruned = pruned_pair()
-        given = {"pruned": pruned, "original": original, "loader": loader(), "steps": 2, "progress": False}
-        return Call(ki.finetune, given, [original])
-
-    def refine() -> Call:
-        a, b = network(1, extra), network(2)
-        given = {"model": a, "peers": [b], "loader": loader(), "progress": False}
-        return Call(ki.refine, given, [a, b])
-
-    def importance() -> Call:
-        model = network(1, extra)
-        return Call(ki.IsomorphismImportance, {"model": model, "loader": loader()}, [model])
-
-    def taps() -> Call:
-        model = network(1, extra)
-        return Call(ki.FeatureTaps, {"model": model, "layers": ["2"]}, [model])
-
-    def disentangler() -> Call:
-        x, y = torch.randn(40, 6, 4, 4), torch.randn(40, 8, 4, 4)
-        return Call(lambda **options: ki.Disentangler(**options).fit(x, y), {"order": 0}, [])
-
-    def callback() -> Call:
-        a, b = network(1, extra), network(2)
-        given = {"student": a, "teacher": b, "layers": ["2"], "loader": loader(), "every": 1, "order": 0}
-        return Call(lambda **options: ki.IsomorphismCallback(**options).step(), given, [a, b])
-
-    return {
-        "measure": measure,
-        "loss": loss,
-        "prune": prune,
-        "refit": refit,
-        "finetune": finetune,
-        "refine": refine,
-        "importance": importance,
-        "taps": taps,
-        "disentangler": disentangler,
-        "callback": callback,
-    }
-
-
-CLASSES = {"loss": ki.IsomorphismLoss, "disentangler": ki.Disentangler, "callback": ki.IsomorphismCallback}
 
 
 def parameters_of(target: str, call: Call) -> list[str]:
@@ -275,11 +145,12 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 def attempt(call: Call, allowed: tuple[type[BaseException], ...] = ()) -> str | None:
     """Make a call, and return a finding or None."""
-    before, finding = snapshot(call.untouched), None
+    before, finding, failed = snapshot([*call.untouched, *call.changed]), None, True
     try:
         with time_limit(SECONDS), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             call.function(**call.arguments)
+        failed = False
     except (ki.KnowisoError, *allowed):
         pass
     except OutOfTimeError as error:
@@ -289,7 +160,10 @@ def attempt(call: Call, allowed: tuple[type[BaseException], ...] = ()) -> str | 
         if not of_the_user(error, call):
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "knowiso_train/" in f.filename]
             finding = f"raw {type(error).__name__} at {place(frames)}: {str(error)[:100]}"
-    left = differences(before, snapshot(call.untouched), call.untouched)
+    # After an error the networks that are changed in place are as before, too
+    models = [*call.untouched, *call.changed] if failed else call.untouched
+    after = snapshot(models)
+    left = differences(before[: len(after)], after, models)
     if left:
         finding = f"left behind: {', '.join(left)}" + (f" after {finding}" if finding else "")
     return finding
@@ -337,7 +211,7 @@ def bad_arguments(count: int, seed: int, targets: list[str] | None = None) -> It
 def interrupts(seed: int, count: int, targets: list[str] | None = None) -> Iterator[tuple[str, str, str | None]]:
     """Yield target, input and finding of calls whose network raises in its n-th forward."""
     rng = random.Random(seed)
-    names = targets or ["measure", "loss", "prune", "refine", "importance", "callback"]
+    names = targets or [*INTERRUPTED_TARGETS]
     for _ in range(count):
         target, error, after = (
             rng.choice(names),
@@ -345,7 +219,9 @@ def interrupts(seed: int, count: int, targets: list[str] | None = None) -> Itera
             rng.randrange(12),
         )
         torch.manual_seed(0)
-        call = calls(Interrupted(error, after))[target]()
+        layer = Interrupted(error)
+        call = calls(layer)[target]()
+        layer.forwards.left = after
         yield target, f"{error.__name__} at forward {after}", attempt(call, (error,))
 
 
@@ -353,83 +229,17 @@ def damaged_files(seed: int, count: int) -> Iterator[tuple[str, str, str | None]
     """Yield reader, damage and finding of saved files with damage."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dead channels of the small network
-            report = ki.measure(network(1), network(2), loader(), "2", order=0, progress=False)
-        report.to_json(folder / "report.json")
-        report.pairs[0].disentangler.save(folder / "maps")
-        original, pruned = pruned_pair()
-        ki.save_pruned(folder / "pruned", pruned, original, factory="external", example=(1, 3, SIDE, SIDE))
-        readers: dict[str, tuple[Callable[[], Any], list[Path]]] = {
-            "Report.from_json": (lambda: ki.Report.from_json(folder / "report.json"), [folder / "report.json"]),
-            "Disentangler.load": (lambda: ki.Disentangler.load(folder / "maps"), sorted((folder / "maps").iterdir())),
-            "load_pruned": (
-                lambda: ki.load_pruned(folder / "pruned", model=copy.deepcopy(original)),
-                sorted((folder / "pruned").iterdir()),
-            ),
-        }
-        for reader, _ in readers.values():
-            reader()
+        readers = saved_files(Path(name))
+        for read, _ in readers.values():
+            read()
         for _ in range(count):
             label = rng.choice(list(readers))
-            read, files = readers[label]
-            file = rng.choice(files)
+            read, file = readers[label]
             whole = file.read_bytes()
-            shown, damaged = damage(whole, file.suffix == ".json", rng)
+            shown, damaged = damage(whole, file.suffix, rng)
             file.write_bytes(damaged)
-            yield label, f"{file.name}: {shown}", attempt(Call(read, {}, [original]))
+            yield label, f"{file.name}: {shown}", attempt(Call(read, {}))
             file.write_bytes(whole)
-
-
-def damage(content: bytes, is_json: bool, rng: random.Random) -> tuple[str, bytes]:
-    """Return a description of some damage, and the damaged content."""
-    kinds = [
-        "truncated",
-        "bytes",
-        "empty",
-        "pickle",
-        "text",
-        *(["value", "removed", "deep", "huge"] * 2 if is_json else []),
-    ]
-    kind = rng.choice(kinds)
-    if kind == "truncated":
-        return kind, content[: rng.randrange(len(content))]
-    if kind == "bytes":
-        changed = bytearray(content)
-        for _ in range(rng.randrange(1, 20)):
-            changed[rng.randrange(len(changed))] = rng.randrange(256)
-        return kind, bytes(changed)
-    if kind == "empty":
-        return kind, b""
-    if kind == "pickle":
-        buffer = io.BytesIO()
-        torch.save({"a": torch.ones(2)}, buffer)
-        return kind, buffer.getvalue()
-    if kind == "text":
-        return kind, rng.choice([b"[]", b"null", b"{}", b'"text"', b"3", b"\xff\xfe"])
-    if kind == "deep":
-        return kind, b"[" * 100_000 + b"]" * 100_000
-    if kind == "huge":
-        return kind, content.replace(b"1", b"1" + b"0" * rng.choice((5, 12, 400)), 1)
-    tree = json.loads(content)
-    spots = list(places_in(tree))
-    parent, key = rng.choice(spots)
-    if kind == "removed":
-        shown = f"{key!r} removed"
-        del parent[key]
-    else:
-        value = rng.choice([None, True, -1, 0, 10**12, 1.5, "text", [], {}, [1, 2], {"a": 1}, "NaN"])
-        shown, parent[key] = f"{key!r} = {value!r}", value
-    return shown, json.dumps(tree).encode()
-
-
-def places_in(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield every (container, key) of a JSON value."""
-    if isinstance(tree, (dict, list)):
-        for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
-            yield tree, key
-            yield from places_in(value)
 
 
 def main() -> None:
@@ -440,23 +250,31 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", nargs="+", help="functions; default: all")
+    parser.add_argument("--record", action="store_true", help="write the counts to benchmarks/results/fuzz.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    start = time.monotonic()
     findings: Counter[tuple[str, str]] = Counter()
+    inputs: Counter[str] = Counter()
     examples: dict[tuple[str, str], str] = {}
     kinds = [bad_arguments(args.count * 8 // 10, args.seed, args.target)]
     if not args.target:
         kinds += [interrupts(args.seed, args.count // 10), damaged_files(args.seed, args.count // 10)]
-    total = 0
     for kind in kinds:
         for target, shown, finding in kind:
-            total += 1
+            inputs[target] += 1
             if finding:
                 findings[target, finding] += 1
-                examples.setdefault((target, finding), shown)
+                if (target, finding) not in examples:
+                    examples[target, finding] = shown
+                    print(f"* {target} | {finding} | {shown}", flush=True)
     for (target, finding), times in findings.most_common():
-        print(f"* {target} | {finding} | {times} | {examples[target, finding]}")
-    print(f"{total} inputs, {sum(findings.values())} findings of {len(findings)} kinds")
+        print(f"{times} times: {target} | {finding}")
+    print(f"{inputs.total()} inputs, {findings.total()} findings of {len(findings)} kinds")
+    if args.record:
+        figures = {"inputs": inputs.total(), "findings": findings.total(), "targets": dict(sorted(inputs.items()))}
+        seconds = round(time.monotonic() - start)
+        print(record("fuzz", figures | {"seconds": seconds}, settings={"count": args.count, "seed": args.seed}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fuzz.fuzzer import bad_arguments, calls, damaged_files, interrupts
+from tests.fuzz.calls import calls
+from tests.fuzz.fuzzer import bad_arguments, damaged_files, interrupts
 
 
 def findings(inputs: Iterator[tuple[str, str, str | None]]) -> list[str]:
@@ -18,6 +19,13 @@ def findings(inputs: Iterator[tuple[str, str, str | None]]) -> list[str]:
             lines.append(f"{target}({shown}): {finding}")
     assert count
     return lines
+
+
+@pytest.mark.filterwarnings("ignore::knowiso_train.errors.KnowisoWarning")
+@pytest.mark.parametrize("target", list(calls()))
+def test_the_calls_succeed_without_bad_arguments(target: str) -> None:
+    call = calls()[target]()
+    call.function(**call.arguments)
 
 
 @pytest.mark.parametrize("target", list(calls()))

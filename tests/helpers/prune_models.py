@@ -16,7 +16,7 @@ from knowiso_train.pruning.api import PruneResult
 FAMILIES: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "seresnet50": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)},
-    "seresnext26ts": {},
+    "test_byobnet": {},
     "densenet121": {"growth_rate": 4, "block_config": (2, 2)},
     "mobilenetv2_035": {},
     "mobilenetv3_small_050": {},

@@ -20,6 +20,7 @@ from knowiso_train.regression import FeatureSample, StreamingMoments
 from tests.measurement.test_measure import network
 
 WORLD = 2
+KINDS = ("plain", "sampler", "accelerate")
 
 
 def images() -> torch.Tensor:
@@ -55,7 +56,7 @@ def figures(kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def worker(rank: int, folder: str, kind: str) -> None:
+def worker(rank: int, folder: str) -> None:
     os.environ.update(
         MASTER_ADDR="localhost",
         MASTER_PORT=str(29_500 + os.getppid() % 500),
@@ -66,31 +67,33 @@ def worker(rank: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        if kind == "states":
-            x, y = images(), images().flip(0) * 2 + 3
-            mine = slice(0, 50) if rank == 0 else slice(50, None)
-            stream = StreamingMoments(3, 3, 3)
-            stream.update(x[mine].double(), y[mine].double())
-            stream.all_reduce()
-            sample = FeatureSample(2000, 83, 3, 1, seed=0)
-            sample.add(x[mine], y[mine], np.arange(83)[mine])
-            kept = sample.result()
-            assert kept is not None
-            torch.save({"moments": vars(stream.value), "x": kept.x, "y": kept.y}, Path(folder) / f"{rank}.pt")
-        else:
-            (Path(folder) / f"{rank}.json").write_text(json.dumps(figures(kind)))
+        for kind in KINDS:
+            (Path(folder) / f"{kind}-{rank}.json").write_text(json.dumps(figures(kind)))
+        x, y = images(), images().flip(0) * 2 + 3
+        mine = slice(0, 50) if rank == 0 else slice(50, None)
+        stream = StreamingMoments(3, 3, 3)
+        stream.update(x[mine].double(), y[mine].double())
+        stream.all_reduce()
+        sample = FeatureSample(2000, 83, 3, 1, seed=0)
+        sample.add(x[mine], y[mine], np.arange(83)[mine])
+        kept = sample.result()
+        assert kept is not None
+        torch.save({"moments": vars(stream.value), "x": kept.x, "y": kept.y}, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def in_two(kind: str, folder: Path) -> None:
-    mp.spawn(worker, args=(str(folder), kind), nprocs=WORLD, join=True)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the results of two processes, which start once for all tests."""
+    folder = tmp_path_factory.mktemp("results")
+    mp.spawn(worker, args=(str(folder),), nprocs=WORLD, join=True)
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["plain", "sampler", "accelerate"])
-def test_two_processes_measure_what_one_measures(kind: str, tmp_path: Path) -> None:
-    in_two(kind, tmp_path)
-    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_measure_what_one_measures(kind: str, results: Path) -> None:
+    both = [json.loads((results / f"{kind}-{rank}.json").read_text()) for rank in range(WORLD)]
     assert both[0] == both[1]
     for one, two in zip(figures("plain"), both[0], strict=True):
         np.testing.assert_allclose(two["shares"], one["shares"], atol=1e-5)
@@ -100,8 +103,7 @@ def test_two_processes_measure_what_one_measures(kind: str, tmp_path: Path) -> N
         assert two["rows"] == one["rows"]
 
 
-def test_all_reduced_moments_and_gathered_samples_equal_those_of_one(tmp_path: Path) -> None:
-    in_two("states", tmp_path)
+def test_all_reduced_moments_and_gathered_samples_equal_those_of_one(results: Path) -> None:
     x, y = images(), images().flip(0) * 2 + 3
     whole = StreamingMoments(3, 3, 3)
     whole.update(x.double(), y.double())
@@ -110,7 +112,7 @@ def test_all_reduced_moments_and_gathered_samples_equal_those_of_one(tmp_path: P
     kept = sample.result()
     assert kept is not None
     for rank in range(WORLD):
-        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        got = torch.load(results / f"{rank}.pt", weights_only=True)
         for name, value in vars(whole.value).items():
             torch.testing.assert_close(got["moments"][name], value, rtol=1e-10, atol=1e-8)
         assert torch.equal(got["x"], kept.x)

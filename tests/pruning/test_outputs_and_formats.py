@@ -75,7 +75,7 @@ def test_outputs_without_a_floating_tensor_raise(output: Any) -> None:
         output_tensor(output)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "regnety_002", "densenet121"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "densenet121"])
 @pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.filterwarnings("ignore::knowiso_train.errors.KnowisoWarning")
 def test_cut_weights_keep_channels_last(name: str, refit: bool) -> None:

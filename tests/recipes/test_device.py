@@ -36,7 +36,7 @@ def test_this_file_passes_on_a_second_device() -> None:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """And weights of two networks."""
-    folder = image_folder.write(tmp_path_factory.mktemp("pictures"), {"train": 120, "validation": 33, "test": 33}, SIDE)
+    folder = image_folder.write(tmp_path_factory.mktemp("pictures"), {"train": 72, "validation": 33, "test": 33}, SIDE)
     torch.manual_seed(0)
     for name in ("own", "peer"):
         torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), folder / f"{name}.pth")
@@ -74,7 +74,7 @@ def assert_finite_losses(output: Path, terms: set[str]) -> None:
 
 def test_distill(elsewhere: str, pictures: Path, tmp_path: Path) -> None:
     networks = (
-        f"--teacher {WIDE} --teacher-epochs 1 --student {NARROW} --layers layer1 layer2=layer2 --epochs 2".split()
+        f"--teacher {WIDE} --teacher-epochs 1 --student {NARROW} --layers layer1 layer2=layer2 --epochs 1".split()
     )
     assert distill.main([*data(pictures, tmp_path), *networks]) == 0
     assert_finite_losses(tmp_path, {"cross_entropy", "kd", "isomorphism"})
