@@ -76,10 +76,10 @@ def assert_outputs_agree(reference: nn.Module, other: nn.Module, images: Tensor,
 
 
 def test_measure_gives_the_same_shares_and_restores_the_device(device: str) -> None:
-    loader = DataLoader(TensorDataset(torch.randn(160, 3, 8, 8)), batch_size=40)
+    loader = DataLoader(TensorDataset(torch.randn(120, 3, 8, 8)), batch_size=40)
     a, b = network(1), network(2)
     reports = [
-        measure(a, b, loader, ["0", "4"], order=1, device=d, progress=False, solver_options={"epochs": 5})
+        measure(a, b, loader, ["0", "4"], order=1, device=d, progress=False, solver_options={"epochs": 2})
         for d in ("cpu", device)
     ]
     assert next(a.parameters()).device.type == "cpu"

@@ -30,6 +30,7 @@ from knowiso_train.errors import CaptureError, InputTypeError, OptionError
 from knowiso_train.features.extractor import align
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.modules import LayerPair, pair_layers, unwrap_model
+from knowiso_train.features.state import check_materialized
 from knowiso_train.utils.distributed import ProcessGroup, all_reduce_gradients
 
 # Summand of the share in log scale; bounds the gradient of a pair that is nearly explained
@@ -467,6 +468,7 @@ def _check_networks(student: nn.Module, teacher: nn.Module, peers: Sequence[nn.M
     for role, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
+    check_materialized(teacher, *peers)
     if unwrap_model(student) is unwrap_model(teacher):
         raise OptionError(
             "student and teacher are the same network. To distill from the original weights, pass "

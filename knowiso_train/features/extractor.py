@@ -16,7 +16,7 @@ from knowiso_train.features._memory import ActivationMemory
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.layout import FeatureSpec, describe_feature
 from knowiso_train.features.modules import call_model
-from knowiso_train.features.state import device_of
+from knowiso_train.features.state import check_materialized, device_of
 from knowiso_train.utils.batch import get_inputs, image_size, replace_inputs, to_device
 
 
@@ -40,7 +40,7 @@ class Extractor:
 
     Raises:
         LayerNameError: A layer that does not exist.
-        OptionError: An invalid option.
+        OptionError: An invalid option, or a network on the meta device.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(4))
@@ -67,6 +67,7 @@ class Extractor:
             raise OptionError(
                 f"repeated must be 'error', 'first' or 'last' where one feature per layer is needed, got {repeated!r}"
             )
+        check_materialized(model)
         self.model = model
         self.name = name
         self.specs: dict[str, FeatureSpec] = {}

@@ -222,6 +222,23 @@ def device_of(model: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
+def check_materialized(*models: nn.Module) -> None:
+    """Check that networks hold values.
+
+    Raises:
+        OptionError: A network with parameters or buffers on the meta device.
+
+    Example:
+        >>> check_materialized(nn.Linear(2, 2))
+    """
+    for model in models:
+        if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+            raise OptionError(
+                f"this {type(unwrap_model(model)).__name__} is on the meta device and has no data; load its weights "
+                "first"
+            )
+
+
 def checked_device(device: torch.device | str | int | None, *models: nn.Module) -> torch.device | None:
     """Return a device that tensors can be moved to.
 

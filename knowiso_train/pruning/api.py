@@ -343,7 +343,7 @@ def _prepare_builder(
         )
     groups = usable_groups(copy_model(original), batch, groups, images.forward, config.round_to)
     reference = None
-    if config.importance == "isomorphism":
+    if isinstance(config.importance, str) and config.importance == "isomorphism":
         ranking, reference = rank_by_isomorphism(
             original, groups, epilogues, images, config.seed, progress, config.rows if config.refit else None
         )

@@ -33,6 +33,7 @@ from knowiso_train.utils.validation import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    checked_value,
     validate_fields,
 )
 
@@ -195,6 +196,8 @@ def finetune(
         cache_gib=cache_gib,
         seed=seed,
     )
+    for name, function in (("transform", transform), ("forward", forward)):
+        checked_value(f"finetune: {name}", function, Callable[..., Any] | None)
     pruned, original = check_model_pair(pruned, original)
     check_trainable(pruned)
     # Without a `forward`, Calibration drops the labels

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from knowiso_train.errors import InputTypeError, KnowisoWarning, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.features.state import device_of, preserve_state, restore_on_error
+from knowiso_train.features.state import check_materialized, device_of, preserve_state, restore_on_error
 from knowiso_train.ops.im2col import grouped_weight, num_groups, ungrouped_weight
 from knowiso_train.pruning._blocks import BlockFinetuner
 from knowiso_train.pruning._layer_regression import (
@@ -467,11 +467,8 @@ def check_network(*networks: nn.Module) -> None:
         OptionError: Weights without data or created in inference mode, or hooks of this library, which would hold old
             widths.
     """
+    check_materialized(*networks)
     for network in networks:
-        if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
-            raise OptionError(
-                f"this {type(network).__name__} is on the meta device and has no data; load its weights before pruning"
-            )
         if any(parameter.is_inference() for parameter in network.parameters()):
             raise OptionError(
                 f"the weights of this {type(network).__name__} were made under torch.inference_mode() and cannot be "

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
-from knowiso_train.errors import OptionError
+from knowiso_train.errors import KnowisoError, OptionError
 from knowiso_train.experiment.processes import Processes
 from knowiso_train.features import checked_device, on_device
 
@@ -39,6 +39,23 @@ CALLS: dict[str, Callable[[nn.Module, nn.Module, Any], Any]] = {
     "context": run_in_context,
 }
 UNUSABLE = ["meta", torch.device("meta"), 1.5, True, torch.float64, "nowhere", "cuda:99", "", [0], -1]
+
+
+WITHOUT_DATA: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
+    "measure, source": lambda model, other: ki.measure(model, other, [IMAGES], "0", order=0, progress=False),
+    "measure, target": lambda model, other: ki.measure(other, model, [IMAGES], "0", order=0, progress=False),
+    "callback": lambda model, other: ki.IsomorphismCallback(model, other, [IMAGES], "0", every=1, order=0).step(),
+    "teacher": lambda model, other: ki.IsomorphismLoss(other, model, "0"),
+    "peer": lambda model, other: ki.IsomorphismLoss(other, network(3), "0", target="consensus", peers=[model]),
+    "prune": lambda model, other: ki.prune(model, [IMAGES], progress=False),
+    "images": lambda model, other: ki.prune(other, [IMAGES.to("meta")], progress=False),
+}
+
+
+@pytest.mark.parametrize("call", WITHOUT_DATA)
+def test_networks_and_images_on_the_meta_device_are_refused(call: str) -> None:
+    with pytest.raises(KnowisoError, match="meta device"):
+        WITHOUT_DATA[call](network(1).to("meta"), network(2))
 
 
 @pytest.mark.parametrize("device", UNUSABLE, ids=repr)

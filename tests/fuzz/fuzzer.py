@@ -178,7 +178,7 @@ def of_the_user(error: Exception, call: Call) -> bool:
     recorded = last >= 0 and frames[last].name == "__torch_function__"
     callables = any(callable(value) for value in call.arguments.values() if not isinstance(value, nn.Module))
     replaced = any(isinstance(call.arguments.get(name), nn.Module) for name in ("forward", "log", "schedule"))
-    called_wrongly = isinstance(error, TypeError) and (callables or replaced)
+    called_wrongly = isinstance(error, (TypeError, ValueError)) and (callables or replaced)
     return "the user's function failed" in str(error) or in_network or recorded or called_wrongly
 
 

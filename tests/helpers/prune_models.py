@@ -14,7 +14,7 @@ from knowiso_train.errors import KnowisoWarning
 from knowiso_train.pruning.api import PruneResult
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "test_resnet": {},
+    "test_resnet": {"channels": (16, 16, 24, 24)},
     "seresnet50": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)},
     "test_byobnet": {},
     "densenet121": {"growth_rate": 4, "block_config": (2, 2)},

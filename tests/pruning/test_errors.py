@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -99,3 +100,10 @@ def test_a_network_without_data_raises() -> None:
     model = chain()[0].to("meta")
     with pytest.raises(OptionError, match="meta device and has no data"):
         ki.prune(model, [torch.randn(4, 3, 8, 8)], macs=0.5, progress=False)
+
+
+@pytest.mark.parametrize("importance", [np.zeros(3), torch.zeros(3), 3, "taylor"], ids=repr)
+def test_objects_that_are_no_importance_raise(importance: Any) -> None:
+    model, images = chain()
+    with pytest.raises(OptionError, match='importance must be "isomorphism" or an importance of torch-pruning'):
+        little(model, images, importance=importance)
