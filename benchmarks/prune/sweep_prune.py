@@ -1,14 +1,18 @@
 """Prune many architectures with random weights, and list what was pruned, refused, failed or took too long.
 
-    python -m benchmarks.prune.sweep_prune                          # about 250 networks, an hour on two cores; resumes
+    python -m benchmarks.prune.sweep_prune                          # about 240 networks, an hour of one core; resumes
     python -m benchmarks.prune.sweep_prune --only torchvision       # or timm, transformers
     python -m benchmarks.prune.sweep_prune --names timm/test_resnet transformers/vit --limit 60
 
 Every torchvision classifier, the smallest variant of every timm module and a small configuration of every image
-classifier of transformers is pruned to 0.6 of its multiply-adds, each within a time limit. A network is "ok" when the
-pruned network runs, its outputs are finite and have the shape of the original's, and torch's own flop counter finds at
-most the share that was asked for (0.02 more where widths are coarse). "refused" is a KnowisoError, with its reason.
-Anything else is "failed". Rows are appended to a file; a run that is started again skips the networks that it holds.
+classifier of transformers is pruned to 0.6 of its multiply-adds. A network is "ok" when the pruned network runs, its
+outputs are finite and have the shape of the original's, and torch's own flop counter finds at most the share that was
+asked for (0.02 more where widths are coarse). "refused" is a KnowisoError, with its reason. Anything else is "failed".
+
+The limit is one of CPU seconds of the process, so that a shared core does not change the outcome. Wide networks take
+minutes in the linear algebra of the refit: they are pruned by weight magnitude and without the refit ("structure" in
+the column "method"), which traces, tries, cuts and checks the same groups. Rows are appended to a file; a run that is
+started again skips the networks that it holds, and --redo drops rows of some outcomes.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import signal
 import time
 import traceback
 import warnings
@@ -32,7 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common.results import record, table
 
 MACS, IMAGES, BATCH = 0.6, 32, 16
+SMALL_SIZE = 96  # pixels
 TOLERANCE = 0.02
+WALL_FACTOR = 20  # wall-clock limit as a multiple of the limit of CPU seconds
+MAX_REFIT_OPERATIONS = 5e10  # sum of fan-in³ over all layers; 3.5e11 take 146 s of one core (ResNet-18)
 SMALL_CONFIG = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 64,
     "patch_size": 16, "embed_dim": 48, "num_labels": 5,
@@ -42,9 +50,10 @@ SMALL_CONFIG = {
 def main() -> None:
     """Run the sweep and write its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["torchvision", "timm", "transformers"], help="libraries to sweep")
+    parser.add_argument("--only", nargs="+", choices=["transformers", "timm", "torchvision"], help="libraries to sweep")
     parser.add_argument("--names", nargs="+", help="networks, as library/name")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each network")
+    parser.add_argument("--limit", type=float, default=60.0, help="CPU seconds for each network")
+    parser.add_argument("--redo", nargs="+", default=[], help="outcomes of which rows are computed again")
     parser.add_argument("--rows", type=Path, default=Path("output/sweep_prune.jsonl"), help="rows of this sweep")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/sweep_prune.json")
     args = parser.parse_args()
@@ -53,6 +62,8 @@ def main() -> None:
     ]
     args.rows.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    rows = [row for row in rows if row["outcome"] not in args.redo or row["network"] not in names]
+    args.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {row["network"] for row in rows}
     worker = Worker()
     for i, name in enumerate(names):
@@ -83,22 +94,26 @@ class Worker:
         self.pipe: Any = None
 
     def run(self, name: str, limit: float) -> dict[str, Any]:
-        """Prune a network within a limit in seconds, and return its row."""
+        """Prune a network within a limit in CPU seconds, and return its row."""
         if self.process is None or not self.process.is_alive():
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
             self.process = context.Process(target=serve, args=(theirs,), daemon=True)
             self.process.start()
+            theirs.close()  # so that the end of the process ends the pipe
             self.pipe.recv()  # imports are done: they do not count
-        start = time.perf_counter()
-        self.pipe.send(name)
+        time_out = {"outcome": "time-out", "seconds": limit, "reason": f"over {limit:g} CPU seconds"}
+        self.pipe.send((name, limit))
         try:
-            row = self.pipe.recv() if self.pipe.poll(limit) else {"outcome": "time-out", "reason": f"over {limit:g} s"}
+            row = self.pipe.recv() if self.pipe.poll(WALL_FACTOR * limit) else time_out
         except EOFError:
-            row = {"outcome": "failed", "reason": f"the process ended with exit code {self.process.exitcode}"}
+            self.process.join()
+            code = self.process.exitcode
+            ended = {"outcome": "failed", "seconds": 0.0, "reason": f"the process ended with exit code {code}"}
+            row = time_out if code == -signal.SIGPROF else ended
         if row["outcome"] == "time-out":
             self.stop()
-        return {"network": name, "seconds": round(time.perf_counter() - start, 1), **row}
+        return {"network": name, **row}
 
     def stop(self) -> None:
         """End the process."""
@@ -117,11 +132,18 @@ def serve(pipe: Connection[Any, Any]) -> None:
     warnings.simplefilter("ignore")
     pipe.send("ready")
     while True:
-        pipe.send(prune_one(pipe.recv()))
+        name, limit = pipe.recv()
+        start = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, limit)  # its signal ends the process
+        row = prune_one(name)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.send({"seconds": round(time.process_time() - start, 1), **row})
 
 
 def prune_one(name: str) -> dict[str, Any]:
     """Build and prune one network, and return outcome, reason and shares of multiply-adds."""
+    from torch_pruning.pruner.importance import GroupMagnitudeImportance
+
     import knowiso_train as ki
 
     torch.manual_seed(0)
@@ -135,8 +157,10 @@ def prune_one(name: str) -> dict[str, Any]:
     except Exception as error:
         return {"outcome": "skipped", "reason": f"cannot be built or run: {type(error).__name__}: {error}"[:300]}
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    full = refit_operations(model) <= MAX_REFIT_OPERATIONS
+    options = {} if full else {"importance": GroupMagnitudeImportance(), "refit": False}
     try:
-        result = ki.prune(model, list(images.split(BATCH)), macs=MACS, forward=forward, progress=False)
+        result = ki.prune(model, list(images.split(BATCH)), macs=MACS, forward=forward, progress=False, **options)
         pruned = result.model
         with torch.no_grad():
             after = logits(forward(pruned, images[:2]))
@@ -157,11 +181,18 @@ def prune_one(name: str) -> dict[str, Any]:
             "outcome": "failed",
             "reason": f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"[:400],
         }
+    row["method"] = "full" if full else "structure"
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, state[key])]
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     if changed or hooks:
         row |= {"outcome": "failed", "reason": f"original changed: {changed[:3]}, {hooks} hooks left. {row['reason']}"}
     return row
+
+
+def refit_operations(model: nn.Module) -> float:
+    """Return the sum of fan-in³ over convolutions and linear layers, to which the time of a refit is proportional."""
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return float(sum(layer.weight[0].numel() ** 3 for layer in layers))
 
 
 def logits(output: Any) -> Tensor:
@@ -193,7 +224,7 @@ def build_torchvision(name: str) -> tuple[nn.Module, tuple[int, int], Callable[[
     import torchvision
 
     options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    size = 299 if name == "inception_v3" else 224 if name.startswith(("vit", "maxvit", "swin")) else 96
+    size = 299 if name == "inception_v3" else 224 if name.startswith(("vit", "maxvit", "swin")) else SMALL_SIZE
     return torchvision.models.get_model(name, weights=None, **options), (size, size), lambda model, x: model(x)
 
 
@@ -221,11 +252,20 @@ def timm_names() -> list[str]:
 
 
 def build_timm(name: str) -> tuple[nn.Module, tuple[int, int], Callable[[nn.Module, Tensor], Any]]:
-    """Return a timm network with random weights, its image size and its forward."""
+    """Return a timm network with random weights, an image size and its forward.
+
+    Images are small where the network takes them, else of its own size.
+    """
     import timm
 
-    model = timm.create_model(name, pretrained=False, num_classes=5)
+    model = timm.create_model(name, pretrained=False, num_classes=5).eval()
     height, width = timm.data.resolve_model_data_config(model)["input_size"][1:]
+    try:
+        with torch.no_grad():
+            model(torch.randn(2, 3, SMALL_SIZE, SMALL_SIZE))
+        height = width = SMALL_SIZE
+    except Exception:  # of a network for one size only
+        model = timm.create_model(name, pretrained=False, num_classes=5)
     return model, (height, width), lambda model, x: model(x)
 
 
@@ -252,9 +292,9 @@ def build_transformers(name: str) -> tuple[nn.Module, tuple[int, int], Callable[
 
 
 BUILDERS: dict[str, tuple[Callable[[], list[str]], Callable[[str], Any]]] = {
-    "torchvision": (torchvision_names, build_torchvision),
-    "timm": (timm_names, build_timm),
     "transformers": (transformers_names, build_transformers),
+    "timm": (timm_names, build_timm),
+    "torchvision": (torchvision_names, build_torchvision),
 }
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def gather_patches(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1  # of the output
     # Output (r, c) takes the padded input at (r · s + i · dilation, c · s + j · dilation) for each cell (i, j) of the
     # kernel
-    image, row, column = torch.arange(len(x), device=x.device)[:, None], positions // width * sh, positions % width * sw
+    windows, area = len(x) // len(positions), width * ((x.shape[2] - dh * (kh - 1) - 1) // sh + 1)
+    image = torch.arange(len(positions), device=x.device)[:, None] * windows + positions // area
+    row, column = positions % area // width * sh, positions % width * sw
     cells = [channels_last[image, row + i * dh, column + j * dw] for i in range(kh) for j in range(kw)]
     patches = torch.stack(cells, 2)  # (N, P, kh · kw, C)
     num_images, count, area, channels = patches.shape
@@ -158,13 +160,18 @@ class SampledPositions:
         Raises:
             ShapeError: An output without these images and positions.
         """
-        flat = y.flatten(2).transpose(1, 2) if conv else y.reshape(len(self.index), -1, y.shape[-1])
-        if len(flat) != len(self.index) or int(self.index.max()) >= flat.shape[1]:
+        flat = y.flatten(2).transpose(1, 2) if conv else y
+        images, num_rows = len(self.index), flat.numel() // max(1, flat.shape[-1])
+        if num_rows % images or int(self.index.max()) >= num_rows // images:
             raise ShapeError(
-                f"an output of shape {tuple(y.shape)} does not hold {len(self.index)} images of the same size as before"
+                f"an output of shape {tuple(y.shape)} does not hold {images} images of the same size as before"
             )
         index = self.index.to(y.device)
-        return flat.gather(1, index[..., None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
+        return (
+            flat.reshape(images, -1, flat.shape[-1])
+            .gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
+            .flatten(0, 1)
+        )
 
     def inputs(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return a layer's inputs at these positions, (R, G, d), in the order of `grouped_weight`.

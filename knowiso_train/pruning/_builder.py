@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from knowiso_train.errors import OptionError
@@ -36,21 +37,32 @@ TRIAL_SAMPLES_PER_FEATURE, TRIAL_RIDGES = 20, (1e-2, 1.0, math.inf)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Return a deep copy in eval mode, without gradients.
+    """Return a deep copy in eval mode, without gradients; tensors cached by its modules are copied without history.
 
     Raises:
-        OptionError: A network with state that cannot be copied, such as results cached in eval mode.
+        OptionError: A network with state that cannot be copied.
 
     Example:
         >>> copy_model(nn.Linear(2, 2)).training
         False
     """
+    attributes = [vars(module) for module in model.modules()]
+    # torch copies leaves of the autograd graph only
+    cached = {
+        id(value): value.detach().clone()
+        for value in tree_leaves(attributes)
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(model).eval().requires_grad_(False)
-    except RuntimeError as error:
+        copied = copy.deepcopy(model, cached).requires_grad_(False)
+    except Exception as error:  # of modules that define how they are copied
         raise OptionError(
             f"{type(model).__name__} cannot be pruned: it cannot be copied ({error}). The model was not modified."
         ) from error
+    # Flags instead of .eval(), which may clear caches: the copy has the operations of the original
+    for module in copied.modules():
+        module.training = False
+    return copied
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning.dependency import index_mapping
 
 from knowiso_train.errors import OptionError
 from knowiso_train.pruning._tracing import Forward
@@ -25,11 +28,67 @@ DEPTHWISE_PRUNER = tp.prune_depthwise_conv_out_channels
 LINEAR_PRUNER = tp.prune_linear_out_channels
 CONSUMER_PRUNERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 PRODUCER_PRUNERS = (CONV_PRUNER, LINEAR_PRUNER, DEPTHWISE_PRUNER)
+_MAPPING_UPDATES = {
+    tp.ops.OPTYPE.CONCAT: index_mapping.update_concat_index_mapping,
+    tp.ops.OPTYPE.SPLIT: index_mapping.update_split_index_mapping,
+    tp.ops.OPTYPE.RESHAPE: index_mapping.update_reshape_index_mapping,
+    tp.ops.OPTYPE.UNBIND: index_mapping.update_unbind_index_mapping,
+    tp.ops.OPTYPE.EXPAND: index_mapping.update_expand_index_mapping,
+    tp.ops.OPTYPE.SLICE: index_mapping.update_slice_index_mapping,
+}
+CONTAINERS = (dict, OrderedDict, list)
 MAX_INDEX_FACTOR = 4  # largest channel index, as a multiple of the largest width of any parameter
 
 
-class _SearchLimitError(RuntimeError):
-    """Search of a group that does not end."""
+class _SearchError(RuntimeError):
+    """Search of a group that does not end, or that meets an operation of unknown channels."""
+
+
+class _UnknownChannels:
+    """Index mapping of an operation whose input and output channels torch-pruning cannot match.
+
+    Args:
+        operation: Name of the operation.
+    """
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+
+    def __call__(self, indices: Sequence[Any]) -> Sequence[Any]:
+        raise _SearchError(f"it does not match the channels before and after {self.operation}")
+
+
+def _update_mappings(graph: Any) -> None:
+    """Infer the index mappings of all nodes; groups through a node where this fails are not found.
+
+    In place of `update_index_mapping` of torch-pruning, where one such node fails the whole network.
+    """
+    for node in graph.module2node.values():
+        update = _MAPPING_UPDATES.get(node.type)
+        try:
+            if update is not None:
+                update(graph, node)
+        except Exception:  # of inferred sizes that are None, zero or out of range
+            unknown = _UnknownChannels(node.grad_fn.name())
+            for neighbor in (node, *node.inputs, *node.outputs):
+                for dependency in neighbor.dependencies:
+                    if node in (neighbor, dependency.target):
+                        dependency.index_mapping[0] = unknown
+
+
+def _skip_update(graph: Any) -> None:
+    """Keep the index mappings."""
+
+
+@contextmanager
+def _tolerant_mappings(update: Callable[[Any], None]) -> Iterator[None]:
+    """Let torch-pruning update index mappings by this function."""
+    before = index_mapping.update_index_mapping
+    index_mapping.update_index_mapping = update
+    try:
+        yield
+    finally:
+        index_mapping.update_index_mapping = before
 
 
 class _SearchBudget:
@@ -54,12 +113,12 @@ class _SearchBudget:
     def check_size(self, indices: Sequence[Any], repeats: int) -> None:
         """Check the number of indices that a mapping to several channels each would return."""
         if len(indices) * repeats > self.max_index:
-            raise _SearchLimitError(f"more than {self.max_index} channels, more than any layer has")
+            raise _SearchError(f"more than {self.max_index} channels, more than any layer has")
 
     def check_indices(self, indices: Sequence[Any]) -> Sequence[Any]:
         """Return mapped indices, if they are channels of this network."""
         if any(index.idx >= self.max_index for index in indices):
-            raise _SearchLimitError(f"channel indices beyond {self.max_index}, more than any layer has")
+            raise _SearchError(f"channel indices beyond {self.max_index}, more than any layer has")
         return indices
 
     def count_step(self, indices: Sequence[Any]) -> Sequence[Any]:
@@ -67,7 +126,7 @@ class _SearchBudget:
         self.steps += 1
         self.total += len(indices)
         if self.steps > self.max_steps or self.total > self.max_total:
-            raise _SearchLimitError(f"the search did not end within {self.steps - 1} steps")
+            raise _SearchError(f"the search did not end within {self.steps - 1} steps")
         return indices
 
 
@@ -130,7 +189,12 @@ class PruningGraph:
         self._names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         requires_grad = [parameter.requires_grad for parameter in model.parameters()]
         try:
-            with warnings.catch_warnings(), torch.enable_grad(), _restored_hooks(model):
+            with (
+                warnings.catch_warnings(),
+                torch.enable_grad(),
+                restored_attributes(model.modules()),
+                _tolerant_mappings(_update_mappings),
+            ):
                 warnings.simplefilter("ignore")
                 # The tracer follows the autograd graph
                 for parameter in model.parameters():
@@ -159,19 +223,27 @@ class PruningGraph:
                 producer = dependency.target.module if cuts_outputs else None
                 dependency.index_mapping = _BoundedMappings(dependency.index_mapping, self._budget, producer)
 
-    def group(self, layer: nn.Module, pruner: Callable[..., Any], channels: Sequence[int]) -> Any:
+    def group(
+        self, layer: nn.Module, pruner: Callable[..., Any], channels: Sequence[int], *, update: bool = True
+    ) -> Any:
         """Return the group of torch-pruning for the removal of channels of a layer.
+
+        Args:
+            layer: Layer.
+            pruner: Function of torch-pruning that removes its output channels.
+            channels: These channels.
+            update: Infer the index mappings again, as is needed after a removal.
 
         Raises:
             OptionError: A group that torch-pruning cannot find.
         """
         self._budget.start()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _tolerant_mappings(_update_mappings if update else _skip_update):
                 warnings.simplefilter("ignore")
                 return self.graph.get_pruning_group(layer, pruner, list(channels))
         except Exception as error:  # torch-pruning raises what its index mappings raise
-            reason = str(error) if isinstance(error, _SearchLimitError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, _SearchError) else f"{type(error).__name__}: {error}"
             raise OptionError(
                 f"torch-pruning {_version()} cannot find the channels that depend on layer "
                 f"{self._names.get(layer, '')!r} of {type(self.model).__name__} ({reason})"
@@ -190,7 +262,7 @@ class PruningGraph:
             if channels is None:
                 continue
             try:
-                group = self.group(layer, pruner.prune_out_channels, range(channels))
+                group = self.group(layer, pruner.prune_out_channels, range(channels), update=False)
             except OptionError as error:
                 failures[self._names.get(layer, type(layer).__name__)] = error
                 # The search from a layer of the same group would not end either
@@ -208,14 +280,33 @@ def _version() -> str:
 
 
 @contextmanager
-def _restored_hooks(model: nn.Module) -> Iterator[None]:
-    """Remove the forward hooks that torch-pruning leaves behind when the network raises during the trace."""
-    hooks: list[tuple[nn.Module, Mapping[int, Any]]] = [
-        (module, dict(module._forward_hooks)) for module in model.modules()
+def restored_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the attributes of modules, among them parameters, hooks and caches, after the context.
+
+    Dictionaries and lists keep their identity, to which handles of hooks refer.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with restored_attributes([layer]):
+        ...     layer.weight = nn.Parameter(torch.zeros(1, 2))
+        >>> layer.weight.shape
+        torch.Size([2, 2])
+    """
+    snapshots = [
+        (
+            vars(module),
+            dict(vars(module)),
+            {key: copy.copy(value) for key, value in vars(module).items() if type(value) in CONTAINERS},
+        )
+        for module in modules
     ]
     try:
         yield
     finally:
-        for module, before in hooks:
-            for key in [key for key in module._forward_hooks if key not in before]:
-                del module._forward_hooks[key]
+        for attributes, before, contents in snapshots:
+            for name, content in contents.items():
+                before[name].clear()
+                (before[name].extend if isinstance(content, list) else before[name].update)(content)
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)

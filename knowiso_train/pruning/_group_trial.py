@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features.state import preserve_state
 from knowiso_train.pruning._channel_groups import ChannelGroup, num_input_channels, remove_channels
-from knowiso_train.pruning._dependencies import PruningGraph
+from knowiso_train.pruning._dependencies import PruningGraph, restored_attributes
 from knowiso_train.pruning._tracing import Forward
 
 MAX_RELATIVE_ERROR = 1e-3  # between the outputs of the pruned model and of the original with masked channels
@@ -122,6 +120,9 @@ class _Trial:
     def __init__(self, model: nn.Module, batch: Any, forward: Forward, round_to: int) -> None:
         self.model, self.batch, self.forward, self.round_to = model, batch, forward, round_to
         self.graph = PruningGraph(model, batch, forward)
+        # Operations of the graph count the channels of concatenations and splits
+        nodes = [module for module in self.graph.graph.module2node if isinstance(module, nn.Module)]
+        self.modules = list({id(module): module for module in (*model.modules(), *nodes)}.values())
 
     def search(self, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Failures]:
         """Return the groups that can be removed together, and the others with their reasons."""
@@ -146,14 +147,14 @@ class _Trial:
     def failure(self, groups: Sequence[ChannelGroup]) -> str | None:
         """Return why units of these groups cannot be removed together; None if they can."""
         removed = {group.name: self._units(group) for group in groups}
-        with _restored(self.model, self.graph):
+        with restored_attributes(self.modules):
             masks = input_masks(self.model, groups, removed)
             for name in masks:
                 layer: Any = self.model.get_submodule(name)
                 layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
             mask_weights(self.model, masks)
             expected = self._output()
-        with _restored(self.model, self.graph):
+        with restored_attributes(self.modules):
             try:
                 remove_channels(self.model, self.batch, groups, removed, self.forward, self.graph)
             except OptionError as error:
@@ -182,24 +183,3 @@ class _Trial:
         keys = torch.rand(group.size, generator=torch.Generator().manual_seed(0))
         keys[: group.size // 2] += 0.5
         return sorted(keys.argsort(descending=True)[: max(0, group.size - width)].tolist())
-
-
-@contextmanager
-def _restored(model: nn.Module, graph: PruningGraph) -> Iterator[None]:
-    """Restore parameters, buffers and attributes of all modules, and of the operations of the graph."""
-    modules = {id(module): module for module in (*model.modules(), *graph.graph.module2node)}.values()
-    attributes = [
-        (module, {name: _shallow_copy(value) for name, value in vars(module).items()})
-        for module in modules
-        if isinstance(module, nn.Module)
-    ]
-    try:
-        yield
-    finally:
-        for module, before in attributes:
-            vars(module).clear()
-            vars(module).update(before)
-
-
-def _shallow_copy(value: Any) -> Any:
-    return value.copy() if type(value) in (dict, OrderedDict, list) else value

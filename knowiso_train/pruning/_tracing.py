@@ -357,6 +357,8 @@ def trace_model(model: nn.Module, batch: Any, forward: Forward = operator.call) 
         for name, layer in model.named_modules()
         if is_plain_linear_op(layer) and owners.count(id(layer.weight)) == 1
     }
+    # The first pass may compute and cache results; the operations of all later passes are the same
+    forward(model, batch)
     return trace_epilogues(model, layers, batch, forward)
 
 

@@ -430,6 +430,7 @@ def refit(
 def _check_same_structure(
     pruned: nn.Module, original: nn.Module, epilogues: Mapping[str, Epilogue], batch: Any, forward: Forward
 ) -> None:
+    forward(pruned, batch)  # fills caches, as `trace_model` does for the original
     counts = [count_operations(model, batch, forward) for model in (pruned, original)]
     if counts[0] != counts[1]:
         raise ShapeError(

@@ -232,3 +232,73 @@ def test_layers_may_be_called_by_keyword() -> None:
     found, wanted = little(model, macs=0.6), little(plain, macs=0.6)
     assert [width.after for width in found.report.widths] == [width.after for width in wanted.report.widths]
     torch.testing.assert_close(found.model(IMAGES), wanted.model(IMAGES))
+
+
+class CachedBias(nn.Module):
+    """Add a table of position biases, which eval mode computes once and caches, as timm's LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cache = nn.Parameter(torch.randn(5)), {}
+        self.index: Tensor
+        self.register_buffer("index", torch.arange(12 * 12) % 5)
+
+    def train(self, mode: bool = True) -> CachedBias:
+        self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x + self.table[self.index].view(12, 12)
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table[self.index].view(12, 12)
+        return x + self.cache["bias"]
+
+
+class Cached(Base):
+    """Residual sum behind the cached biases: its operations have other numbers in the first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.e = CachedBias(), nn.Conv2d(8, 8, 3, padding=1)
+
+    def first(self, x: Tensor) -> Tensor:
+        x = self.bias(x)
+        return x + self.e(x.relu())
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_results_cached_in_eval_mode(filled: bool) -> None:
+    model = Cached().eval()
+    if filled:
+        model(IMAGES[:2])  # the cache is part of an autograd graph, which torch does not copy
+    pruned = little(model, macs=0.6)
+    assert pruned.model.c.out_channels < 16
+    assert pruned.report.macs[1] <= 0.6 * pruned.report.macs[0]
+    if not filled:
+        assert not model.bias.cache or not model.bias.cache["bias"].requires_grad
+        copy.deepcopy(model)
+    report = ki.refit(pruned.model, model, [IMAGES], kept=pruned.kept, progress=False)
+    assert {layer.name for layer in report.layers} == {"stem", "e", "c", "d"}
+
+
+class Windows(Base):
+    """Convolutions on windows of 6 × 6, four for each image."""
+
+    def first(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.view(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h // 2, w // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return out.view(len(x), -1)
+
+
+def test_convolutions_on_windows_of_the_images() -> None:
+    model = Windows().eval()
+    # Other weights of one layer are found again, as the regression has the patches of its outputs
+    changed = copy.deepcopy(model)
+    nn.init.normal_(changed.c.weight)
+    ki.refit(changed, model, [IMAGES], ridge=0.0, progress=False)
+    torch.testing.assert_close(changed.c.weight, model.c.weight, rtol=1e-4, atol=1e-4)
+    assert little(model, macs=0.6).model.c.out_channels < 16
