@@ -85,6 +85,15 @@ class Extractor:
         return self._taps.names
 
     @property
+    def repeated(self) -> str:
+        """Choice for layers that run more than once: "error", "first" or "last"."""
+        return self._taps.repeated
+
+    def side(self, name: str) -> Side:
+        """Return the side at which a layer is hooked, "input" or "output"."""
+        return self._taps.side(name)
+
+    @property
     def device(self) -> torch.device | None:
         """Device of the network's first parameter or buffer; None for a network without any."""
         return device_of(self.model)
@@ -103,15 +112,46 @@ class Extractor:
             raise CaptureError(
                 f"{self.name}: the hooks are off; use the Extractor as a context manager and call run() inside"
             )
+        return self.run_prepared(self.prepare(batch))[0]
+
+    def prepare(self, batch: Any) -> Any:
+        """Return a batch on the network's device, with its images transformed."""
+        if self.device is not None:
+            batch = to_device(batch, self.device)
+        if self._transform is not None:
+            with torch.no_grad():
+                batch = replace_inputs(batch, self._transform(get_inputs(batch)))
+        return batch
+
+    def run_prepared(self, batch: Any, model: nn.Module | None = None) -> tuple[dict[str, Tensor], Any]:
+        """Run the network on a batch of `prepare`; return its features by layer name, and its output.
+
+        Args:
+            batch: Batch of `prepare`.
+            model: The network without its wrappers. None: with them.
+        """
         self._taps.clear()
         self.steps += 1
-        # Not inference_mode: tensors made in it cannot be saved for backward when a map is trained on them.
-        with torch.no_grad():
-            images, size = self._call(batch)
-            captured = self._taps.collect()
-            features = {name: self._to_nchw(name, tensor, images, size) for name, tensor in captured.items()}
+        images, size = None, None
+        if self._forward is None:
+            inputs = get_inputs(batch)
+            images, size = len(inputs), image_size(inputs)
+        output = self.call(batch, model)
+        captured = self._taps.collect()
+        features = {name: self._to_nchw(name, tensor, images, size) for name, tensor in captured.items()}
         self._check_finite(features)
-        return features
+        return features, output
+
+    def call(self, batch: Any, model: nn.Module | None = None) -> Any:
+        """Run the network without gradient and return its output; see `run_prepared` for the arguments."""
+        model = self.model if model is None else model
+        # Not inference_mode: tensors made in it cannot be saved for backward when a map is trained on them.
+        with torch.no_grad(), self._autocasting(batch):
+            return call_model(model, get_inputs(batch)) if self._forward is None else self._forward(model, batch)
+
+    def discard(self) -> None:
+        """Discard the captures of calls after the last `run`."""
+        self._taps.clear()
 
     def run_within(self, batch: Any, limit: int) -> int:
         """Run the network on a batch within a memory limit, and return the bytes of its captured features.
@@ -127,7 +167,7 @@ class Extractor:
         try:
             # Compiled code would be compiled for this batch alone
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), memory:
-                self._call(batch)
+                self.call(self.prepare(batch))
             return memory.live
         finally:
             self._taps.clear()
@@ -141,25 +181,10 @@ class Extractor:
     ) -> None:
         self._taps.detach()
 
-    def _call(self, batch: Any) -> tuple[int | None, tuple[int, int] | None]:
-        """Run the network; return number and size of its images, None for each with `forward=`."""
-        device = self.device
-        if device is not None:
-            batch = to_device(batch, device)
-        if self._transform is not None:
-            batch = replace_inputs(batch, self._transform(get_inputs(batch)))
-        with self._autocasting(device, batch):
-            if self._forward is not None:
-                self._forward(self.model, batch)
-                return None, None
-            inputs = get_inputs(batch)
-            call_model(self.model, inputs)
-        return len(inputs), image_size(inputs)
-
-    def _autocasting(self, device: torch.device | None, batch: Any) -> AbstractContextManager[Any]:
+    def _autocasting(self, batch: Any) -> AbstractContextManager[Any]:
         if self._autocast is None:
             return nullcontext()
-        return torch.autocast((device or get_inputs(batch).device).type, dtype=self._autocast)
+        return torch.autocast((self.device or get_inputs(batch).device).type, dtype=self._autocast)
 
     def _to_nchw(self, name: str, tensor: Tensor, images: int | None, size: tuple[int, int] | None) -> Tensor:
         if not tensor.is_floating_point():

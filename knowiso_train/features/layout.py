@@ -71,6 +71,40 @@ class FeatureSpec:
             )
         return feature
 
+    def from_nchw(self, feature: Tensor, like: Tensor) -> Tensor:
+        """Lay a feature back into the layer's own layout; the inverse of `to_nchw`.
+
+        Args:
+            feature: (N, C, H, W).
+            like: Tensor of the layer, which gives the dtype, the device, and the prefix and suffix tokens.
+
+        Returns:
+            A new tensor of the shape of `like`.
+
+        Raises:
+            ShapeError: Other images, channels or positions than those of `like`.
+
+        Example:
+            >>> spec = FeatureSpec("nlc", 8, (4, 4), prefix_tokens=1)
+            >>> tokens = torch.randn(2, 17, 8)
+            >>> torch.equal(spec.from_nchw(spec.to_nchw(tokens), tokens), tokens)
+            True
+        """
+        expected = self.to_nchw(like)
+        if feature.shape != expected.shape:
+            raise ShapeError(
+                f"expected a feature of shape {tuple(expected.shape)} for this layer, got {tuple(feature.shape)}"
+            )
+        tensor = like.clone()
+        # `to_nchw` of tokens may copy; a slice of the clone is always a view
+        if self.layout in ("nlc", "ncl"):
+            rows = tensor.transpose(1, 2) if self.layout == "nlc" else tensor
+            count = feature.shape[2] * feature.shape[3]
+            rows[:, :, self.prefix_tokens : self.prefix_tokens + count] = feature.flatten(2).to(like)
+        else:
+            self.to_nchw(tensor).copy_(feature)
+        return tensor
+
 
 def to_nchw(
     tensor: Tensor,

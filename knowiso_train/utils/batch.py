@@ -125,14 +125,8 @@ def replace_inputs(batch: Any, inputs: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move all tensors of a batch to a device, through tuples, lists and mappings; other values stay unchanged.
-
-    Raises:
-        InputTypeError: Tensors of the meta device, which have no data.
-    """
-    if any(tensor.is_meta for tensor in _tensors(batch)) and torch.device(device).type != "meta":
-        raise InputTypeError("expected batches with data, got tensors on the meta device; check the loader")
-    return _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    """Move all tensors of a batch to a device, through tuples, lists and mappings; other values stay unchanged."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def batch_size(batch: Any) -> int:
@@ -221,14 +215,25 @@ def _input_key(batch: Any) -> Any:
     )
 
 
-def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return _rebuild_mapping(batch, {key: _map_tensors(value, function) for key, value in batch.items()})
-    if isinstance(batch, (tuple, list)):
-        return _rebuild_sequence(batch, [_map_tensors(item, function) for item in batch])
-    return batch
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of nested lists, tuples, mappings and dataclasses with a function applied to every tensor.
+
+    Example:
+        >>> map_tensors({"logits": torch.ones(1), "loss": None}, lambda tensor: 2 * tensor)
+        {'logits': tensor([2.]), 'loss': None}
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return _rebuild_mapping(value, {key: map_tensors(item, function) for key, item in value.items()})
+    if isinstance(value, (tuple, list)):
+        return _rebuild_sequence(value, [map_tensors(item, function) for item in value])
+    if is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(copied, field.name, map_tensors(getattr(value, field.name), function))
+        return copied
+    return value
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
