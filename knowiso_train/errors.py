@@ -51,6 +51,10 @@ class CaptureError(KnowisoError, RuntimeError):
     """Hooked layer that did not run, ran more than once, or whose output was overwritten."""
 
 
+class ScriptError(CaptureError, AttributeError):
+    """Network with hooks that `torch.jit.script` cannot compile."""
+
+
 class NonFiniteError(KnowisoError, FloatingPointError):
     """NaN or Inf in features; nothing of that batch was accumulated."""
 

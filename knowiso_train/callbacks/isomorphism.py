@@ -17,7 +17,7 @@ from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, t
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, KnowisoWarning, MissingDependencyError, OptionError
-from knowiso_train.features.modules import forward_override, pair_layers, unwrap_model
+from knowiso_train.features.modules import forward_override, pair_layers, runnable_model, unwrap_model
 from knowiso_train.features.state import isolated_eval
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
@@ -206,9 +206,9 @@ class IsomorphismCallback:
 
     def measure(self) -> Report:
         """Measure at the present step and log the metrics; replace an earlier measurement of this step."""
-        student, teacher = unwrap_model(self.student), unwrap_model(self.teacher)
+        student, teacher = runnable_model(self.student), runnable_model(self.teacher)
         layers = [(pair.source, pair.target) for pair in self.pairs]
-        with isolated_eval(self.student, self.teacher), _measured_inputs(student) as inputs:
+        with isolated_eval(self.student, self.teacher), _measured_inputs(unwrap_model(student)) as inputs:
             report = run_measurement(student, teacher, self.loader, layers, self._config)
         self._compare_inputs(inputs)
         measurement = Measurement(self.steps, without_maps(report))

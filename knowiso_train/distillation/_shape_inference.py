@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from knowiso_train.distillation._networks import FrozenModel, StudentCapture
 from knowiso_train.errors import CaptureError, KnowisoError, OptionError
-from knowiso_train.features.hooks import FeatureTaps
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.modules import is_sharded, runnable_model
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.loading.timm import input_config
 from knowiso_train.utils.batch import image_size
@@ -34,13 +33,16 @@ def infer_shapes(student: StudentCapture, frozen: Sequence[FrozenModel], example
             a size guessed from timm's configuration and the first layer.
 
     Raises:
-        OptionError: No guessed size that all networks accept.
+        OptionError: No guessed size that all networks accept, or a module inside a network that FSDP shards.
     """
+    models = [student.model, *(network.model for network in frozen)]
+    for model in models:
+        runnable_model(model)
     if example is not None:
         _run(student, frozen, *_example_arguments(example))
         return
     first_error: Exception | None = None
-    for images in _candidate_images([student.model, *(network.model for network in frozen)]):
+    for images in _candidate_images(models):
         try:
             _run(student, frozen, (images,), {})
             return
@@ -49,6 +51,9 @@ def infer_shapes(student: StudentCapture, frozen: Sequence[FrozenModel], example
         # timm asserts on sizes
         except (KnowisoError, RuntimeError, ValueError, AssertionError) as error:
             first_error = first_error or error
+        # FSDP cannot run again after an interrupted forward
+        if any(map(is_sharded, models)):
+            break
     raise OptionError(
         "cannot run student and teacher on a guessed input; the first attempt ended with "
         f"{type(first_error).__name__}: {first_error}. Pass example=images, one batch of the student, and "
@@ -84,12 +89,13 @@ def _run(student: StudentCapture, frozen: Sequence[FrozenModel], args: tuple[Any
         student_input = student.input_of(args, kwargs)
         images = student_input.images
         stack.enter_context(student.taps)
-        with _allow_errors_after_captures(student.taps):
-            unwrap_model(student.model)(*args, **kwargs)
+        run = runnable_model(student.model)
+        with _allow_errors_after_captures(student):
+            run(*args, **kwargs)
         student.reader.read(student.taps.collect(), len(images), image_size(images))
         for network in frozen:
             stack.enter_context(network.taps)
-            with _allow_errors_after_captures(network.taps):
+            with _allow_errors_after_captures(network):
                 network.forward(student_input)
             network.collect(network.transform(images))
 
@@ -99,13 +105,15 @@ def _moved(value: Any, device: torch.device | None) -> Any:
 
 
 @contextmanager
-def _allow_errors_after_captures(taps: FeatureTaps[Tensor]) -> Iterator[None]:
+def _allow_errors_after_captures(network: StudentCapture | FrozenModel) -> Iterator[None]:
     """Ignore an error once all layers are captured: a head of fixed size refuses a guessed size, and is not needed."""
     try:
         yield
     except Exception as error:
+        if is_sharded(network.model):
+            raise
         try:
-            _ = taps.features
+            _ = network.taps.features
         except CaptureError:
             raise error from None
 

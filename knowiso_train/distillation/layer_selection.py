@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from knowiso_train.distillation._shape_inference import EXAMPLE_IMAGES
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated
 from knowiso_train.errors import LayerNameError, OptionError
-from knowiso_train.features.modules import forward_override, unwrap_model
+from knowiso_train.features.modules import forward_override, runnable_model
 from knowiso_train.features.state import device_of, preserve_random_state
 from knowiso_train.features.summary import stage_grids
 from knowiso_train.measurement.measure import measure
@@ -196,4 +196,4 @@ def _stages(
     device = device_of(model)
     images = images if device is None else to_device(images, device)
     inputs = images if transform is None else transform(images)
-    return stage_grids(model, lambda: forward(unwrap_model(model), inputs), image_size(inputs))
+    return stage_grids(model, lambda: forward(runnable_model(model), inputs), image_size(inputs))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from knowiso_train.errors import CaptureError, InputTypeError, LayerNameError, OptionError
+from knowiso_train.errors import CaptureError, InputTypeError, LayerNameError, OptionError, ScriptError
 from knowiso_train.features.modules import named_layers, resolve_layers, unwrap_model, wrapped_attribute
 from knowiso_train.utils.batch import tensor_leaves
 from knowiso_train.utils.validation import validate_arguments
@@ -117,11 +117,18 @@ class FeatureTaps(Generic[Captured]):
         """Register the hooks; needed only outside a `with` block.
 
         Raises:
-            CaptureError: The hooks are registered already.
+            CaptureError: The hooks are registered already, or a layer is compiled by `torch.jit`.
         """
         if self.attached:
             raise CaptureError("these taps are attached already; use one FeatureTaps per context, or detach() first")
         modules = named_layers(self._model)
+        places = {name: hook_target(modules[name], self._sides[name], self._step.root) for name in self._slots}
+        for name, place in places.items():
+            if isinstance(place, torch.jit.ScriptModule):
+                raise CaptureError(
+                    f"layer {name!r} is compiled by torch.jit and has no hooks; use the network as it was before "
+                    "torch.jit.script or torch.jit.trace"
+                )
         for slot in self._slots.values():
             slot.overwritten_in.clear()
         self.clear()
@@ -130,11 +137,10 @@ class FeatureTaps(Generic[Captured]):
         )
         for name, slot in self._slots.items():
             hook, side = LayerHook(slot, self._step), self._sides[name]
-            place = hook_target(modules[name], side, self._step.root)
             if side == "input":
-                self._handles.append(place.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(places[name].register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                self._handles.append(place.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(places[name].register_forward_hook(hook, with_kwargs=True))
         return self
 
     def detach(self) -> None:
@@ -321,14 +327,29 @@ class CaptureBuffer:
 
 
 class DetachedOnCopyHook:
-    """Hook that a copied or pickled network replaces by a function of the standard library that does nothing."""
+    """Hook that a copied or pickled network replaces by one that does nothing."""
+
+    # `torch.jit.script` reads the names of all hooks
+    @property
+    def __name__(self) -> str:
+        raise ScriptError(
+            "torch.jit.script cannot compile a network with hooks of this library, or a copy of one. "
+            "Leave the `with` block, or call detach(), before torch.jit.script and before copy.deepcopy"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedHook:
+        return CopiedHook()
 
     # A bound method of the standard library: loading a pickled network must not need this library.
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return nullcontext().__exit__
-
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+class CopiedHook(DetachedOnCopyHook):
+    """Hook of a copied network, without effect."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> None:
+        """Do nothing."""
 
 
 class ForwardStartHook(DetachedOnCopyHook):

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from knowiso_train.errors import LayoutError, ShapeError
 from knowiso_train.features._tokens import TokenGrid, parse_tokens, token_grid
-from knowiso_train.features.modules import named_layers, resolve_layers, unwrap_model
+from knowiso_train.features.modules import named_layers, plain_class, resolve_layers, unwrap_model
 
 Layout = Literal["nchw", "nhwc", "nlc", "ncl", "nc"]
 _NDIM: dict[Layout, int] = {"nchw": 4, "nhwc": 4, "nlc": 3, "ncl": 3, "nc": 2}
@@ -393,7 +393,7 @@ def channel_axis(
 
 def _before(module: nn.Module, parent: nn.Module) -> ModuleChannels | None:
     """Return the channels of the preceding module in a Sequential; None for other parents."""
-    if type(parent) is not nn.Sequential:
+    if plain_class(parent) is not nn.Sequential:
         return None
     children = list(parent)
     index = next((i for i, child in enumerate(children) if child is module), 0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError, LayerNameError
+from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
 from knowiso_train.utils.batch import get_inputs
 from knowiso_train.utils.validation import checked_value
 
@@ -25,6 +25,8 @@ _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
 )
+# Attribute of the wrapper FSDP1, whose forward gathers the weights
+_FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -70,6 +72,72 @@ def call_model(model: nn.Module, images: Any) -> Any:
             f"{type(unwrap_model(model)).__name__} has weights of {names[0]} and fails on images of {names[1]} "
             f"({error}). Convert the images in the loader, or in forward="
         ) from error
+
+
+def runnable_model(model: nn.Module) -> nn.Module:
+    """Return the network inside wrappers, except for FSDP, without which it has no weights to run with.
+
+    Raises:
+        OptionError: A module inside a network that FSDP shards.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> runnable_model(nn.DataParallel(torch.compile(inner))) is inner
+        True
+    """
+    while (attribute := wrapped_attribute(model)) and attribute != _FSDP1_ATTRIBUTE:
+        model = getattr(model, attribute)
+    # FSDP1 and FSDP2 mark all modules inside
+    inside = getattr(model, "_is_fsdp_managed_module", False) and attribute is None
+    if inside and not isinstance(model, sharded_classes()):
+        raise OptionError(
+            f"{type(model).__name__} is inside a network that FSDP shards, so it cannot be run alone. Pass the sharded "
+            "network, after FSDP or fully_shard was applied to it"
+        )
+    return model
+
+
+def sharded_classes() -> tuple[type[Any], ...]:
+    """Return the class of the modules of FSDP2, if it is imported."""
+    return _imported_classes(("torch.distributed.fsdp", "FSDPModule"))
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, which FSDP2 replaces by a subclass.
+
+    Example:
+        >>> plain_class(nn.Linear(2, 2)).__name__
+        'Linear'
+    """
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, sharded_classes()))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP shards the weights of the network or of a part of it.
+
+    Example:
+        >>> is_sharded(nn.Linear(2, 2))
+        False
+    """
+    classes = (*_imported_classes(("torch.distributed.fsdp", "FullyShardedDataParallel")), *sharded_classes())
+    return any(isinstance(module, classes) for module in model.modules())
+
+
+def has_collective_forward(model: nn.Module) -> bool:
+    """Return whether a forward of the network waits for the other processes, as that of DDP and FSDP.
+
+    Example:
+        >>> has_collective_forward(nn.Linear(2, 2))
+        False
+    """
+    ddp = _imported_classes(("torch.nn.parallel.distributed", "DistributedDataParallel"))
+    return is_sharded(model) or any(isinstance(module, ddp) for module in model.modules())
+
+
+def _imported_classes(*names: tuple[str, str]) -> tuple[type[Any], ...]:
+    """Return classes by module and name, without those whose module is not imported and that have no instances."""
+    classes = (getattr(sys.modules.get(home), name, None) for home, name in names)
+    return tuple(cls for cls in classes if cls is not None)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -312,4 +380,4 @@ def network_name(model: nn.Module) -> str:
     inner = unwrap_model(model)
     config = getattr(inner, "default_cfg", None) or {}
     name = config.get("architecture") if hasattr(config, "get") else None
-    return str(name or type(inner).__name__)
+    return str(name or plain_class(inner).__name__)

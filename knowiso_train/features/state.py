@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from knowiso_train.errors import InputTypeError, OptionError, OptionTypeError
 from knowiso_train.features.hooks import DetachedOnCopyHook
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.modules import sharded_classes, unwrap_model
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
 
@@ -115,7 +115,8 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True, updated: Iterable
 
     Restored are the `training` flag and every buffer of each submodule (see `BufferSnapshot`), `requires_grad` of each
     parameter, and the random state of Python, NumPy, torch and CUDA, also after an error. CUDA is not initialized by
-    this.
+    this. Networks that FSDP2 shards are sharded again: a forward without backward leaves the weights of the root
+    gathered, and an optimizer of these would train nothing.
 
     Args:
         models: Networks, wrapped or not.
@@ -142,6 +143,7 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True, updated: Iterable
     ]
     excluded = {id(module) for module in updated}
     buffers = BufferSnapshot(module for module in modules if id(module) not in excluded)
+    sharded = [(module, list(module.parameters())) for module in modules if isinstance(module, sharded_classes())]
     with preserve_random_state():
         try:
             if eval_mode:
@@ -150,6 +152,9 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True, updated: Iterable
                     module.training = False
             yield
         finally:
+            for module, parameters in sharded:
+                if any(now is not before for now, before in zip(module.parameters(), parameters, strict=True)):
+                    module.reshard()
             buffers.restore()
             for module, mode in modes:
                 module.training = mode

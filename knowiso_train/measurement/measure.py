@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from knowiso_train.disentangle.config import Solver
 from knowiso_train.errors import DataError
 from knowiso_train.features.extractor import Extractor, check_line
-from knowiso_train.features.modules import LayerPair, network_name, pair_layers
+from knowiso_train.features.modules import LayerPair, has_collective_forward, network_name, pair_layers
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.measurement._pair import Features, PairMeasurement, check_activations, check_capacity
 from knowiso_train.measurement.config import Directions, MeasureConfig, Repeated
@@ -205,6 +205,8 @@ class _Measurement:
     ) -> None:
         self.pairs, self.extractors, self.images, self.group, self.config = pairs, extractors, images, group, config
         self.show_progress = config.progress and group.rank == 0
+        self.collective_forward = group.size > 1 and any(has_collective_forward(part.model) for part in extractors)
+        self.last_batch: IndexedBatch | None = None
         self.num_images = dict.fromkeys(SPLIT_NAMES, 0)
         self.pair_measurements: list[PairMeasurement] = []
 
@@ -286,4 +288,19 @@ class _Measurement:
     def _batches(self, description: str, *, report: bool) -> Iterator[IndexedBatch]:
         batches = self.images.report_batches() if report else self.images.fit_batches()
         total = self.images.num_batches(report=report)
-        yield from tqdm(batches, desc=description, total=total, unit="batch", disable=not self.show_progress)
+        progress = tqdm(batches, desc=description, total=total, unit="batch", disable=not self.show_progress)
+        if not self.collective_forward:
+            yield from progress
+            return
+        remaining = iter(progress)
+        while True:
+            batch = next(remaining, None)
+            has_batch = self.group.gather(batch is not None)
+            if not any(has_batch) or (self.last_batch is None and not all(has_batch)):
+                return
+            if batch is not None:
+                self.last_batch = batch
+                yield batch
+            elif self.last_batch is not None:
+                # A forward that the other processes wait for, without using its features
+                self._extract(self.last_batch)

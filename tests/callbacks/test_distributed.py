@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch import Tensor, nn
 
 from knowiso_train import IsomorphismCallback, IsomorphismLoss, measure
+from tests.helpers.processes import WORLD, run_in_processes
 from tests.helpers.training import LAYERS, SHARES, held_out, network
 
 
@@ -90,33 +88,27 @@ class TestAccelerate:
 
 
 def worker(rank: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(29_000 + os.getppid() % 500))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        logged: list[int] = []
-        # Its own forward would broadcast buffers and wait for the other process
-        student = nn.parallel.DistributedDataParallel(network(1))
-        callback = IsomorphismCallback(
-            student,
-            network(2),
-            held_out(95),
-            LAYERS,
-            every=2,
-            path=Path(folder) / f"of-{rank}",
-            log=lambda values, step: logged.append(step),
-        )
-        for _ in range(3):
-            callback.step()
-        callback.end()
-        torch.save({"logged": logged, **callback.state_dict()}, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    logged: list[int] = []
+    # Its own forward would broadcast buffers and wait for the other process
+    student = nn.parallel.DistributedDataParallel(network(1))
+    callback = IsomorphismCallback(
+        student,
+        network(2),
+        held_out(95),
+        LAYERS,
+        every=2,
+        path=Path(folder) / f"of-{rank}",
+        log=lambda values, step: logged.append(step),
+    )
+    for _ in range(3):
+        callback.step()
+    callback.end()
+    torch.save({"logged": logged, **callback.state_dict()}, Path(folder) / f"{rank}.pt")
 
 
 def test_two_processes_measure_what_one_measures_and_one_speaks(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    run_in_processes(worker, str(tmp_path))
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     assert [state["logged"] for state in states] == [[2, 3], []]
     assert (tmp_path / "of-0" / "report.json").exists()
     assert not (tmp_path / "of-1").exists()

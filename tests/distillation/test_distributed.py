@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import WeightSchedule
+from tests.helpers.processes import WORLD, run_in_processes
 
-WORLD, STEPS, IMAGES = 2, 5, 32
+STEPS, IMAGES = 5, 32
 FORMS: dict[str, dict[str, Any]] = {
     "moment": {},
     "moment_3x3": {"kernel_size": 3, "window": 7},
@@ -89,28 +87,16 @@ CASES = [*((form, False) for form in FORMS), ("learned", True)]
 
 
 def worker(rank: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(30_100 + os.getppid() % 500),
-        RANK=str(rank),
-        WORLD_SIZE=str(WORLD),
-        LOCAL_RANK=str(rank),
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        for form, accelerated in CASES:
-            torch.save(
-                trained(form, rank, WORLD, accelerated=accelerated), Path(folder) / f"{form}-{accelerated}-{rank}.pt"
-            )
-    finally:
-        dist.destroy_process_group()
+    for form, accelerated in CASES:
+        torch.save(
+            trained(form, rank, WORLD, accelerated=accelerated), Path(folder) / f"{form}-{accelerated}-{rank}.pt"
+        )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two")
-    mp.spawn(worker, args=(str(path),), nprocs=WORLD, join=True)
+    run_in_processes(worker, str(path))
     return path
 
 

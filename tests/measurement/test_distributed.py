@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from knowiso_train import measure
 from knowiso_train.regression import FeatureSample, StreamingMoments
+from tests.helpers.processes import WORLD, run_in_processes
 from tests.measurement.test_measure import network
 
-WORLD = 2
 KINDS = ("plain", "sampler", "accelerate")
 
 
@@ -57,37 +55,25 @@ def figures(kind: str) -> list[dict[str, Any]]:
 
 
 def worker(rank: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(29_500 + os.getppid() % 500),
-        RANK=str(rank),
-        WORLD_SIZE=str(WORLD),
-        LOCAL_RANK=str(rank),
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        for kind in KINDS:
-            (Path(folder) / f"{kind}-{rank}.json").write_text(json.dumps(figures(kind)))
-        x, y = images(), images().flip(0) * 2 + 3
-        mine = slice(0, 50) if rank == 0 else slice(50, None)
-        stream = StreamingMoments(3, 3, 3)
-        stream.update(x[mine].double(), y[mine].double())
-        stream.all_reduce()
-        sample = FeatureSample(2000, 83, 3, 1, seed=0)
-        sample.add(x[mine], y[mine], np.arange(83)[mine])
-        kept = sample.result()
-        assert kept is not None
-        torch.save({"moments": vars(stream.value), "x": kept.x, "y": kept.y}, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    for kind in KINDS:
+        (Path(folder) / f"{kind}-{rank}.json").write_text(json.dumps(figures(kind)))
+    x, y = images(), images().flip(0) * 2 + 3
+    mine = slice(0, 50) if rank == 0 else slice(50, None)
+    stream = StreamingMoments(3, 3, 3)
+    stream.update(x[mine].double(), y[mine].double())
+    stream.all_reduce()
+    sample = FeatureSample(2000, 83, 3, 1, seed=0)
+    sample.add(x[mine], y[mine], np.arange(83)[mine])
+    kept = sample.result()
+    assert kept is not None
+    torch.save({"moments": vars(stream.value), "x": kept.x, "y": kept.y}, Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the results of two processes, which start once for all tests."""
     folder = tmp_path_factory.mktemp("results")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD, join=True)
+    run_in_processes(worker, str(folder))
     return folder
 
 
