@@ -240,7 +240,9 @@ class IsomorphismCallback:
             if isinstance(state, Mapping):
                 content = {str(key): type(value).__name__ for key, value in state.items()}
             raise FormatError(
-                f"expected the state of an IsomorphismCallback, {{'steps': int, 'history': list}}; got {content}"
+                f"expected the state of an IsomorphismCallback, {{'steps': int, 'history': list}}; got {content}. "
+                "accelerate restores objects in the order of register_for_checkpointing, which must be that of the "
+                "saved run"
             )
         self.history = from_plain(state["history"])
         self.steps = state["steps"]

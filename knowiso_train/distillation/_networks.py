@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation._maps import warn_once
+from knowiso_train.distillation._outputs import OutputCapture
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
 from knowiso_train.features.extractor import FeatureReader, check_line
@@ -20,6 +21,7 @@ from knowiso_train.features.hooks import DetachedOnCopyHook, FeatureTaps, is_rec
 from knowiso_train.features.modules import LayerPair, unwrap_model
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import INPUT_KEYS, get_inputs, image_size, replace_inputs
+from knowiso_train.utils.distributed import ProcessGroup
 
 LOSS_KEYWORDS = ("labels", "label", "num_items_in_batch", "return_loss")
 # Masks of padded positions by keyword argument, and the value of a valid position
@@ -118,7 +120,8 @@ class InputCapture:
         try:
             if not self.fired:
                 raise CaptureError(
-                    "the student has not run since the last iso(): call student(x) before iso(), inside `with iso:`. "
+                    "the student has not run since the last iso(): call student(x) before iso(), inside `with iso:`, "
+                    "or pass iso(images=x) after a call of a part such as student.forward_features(x). "
                     "If it was compiled and called before the hooks were attached, call torch.compiler.reset()"
                 )
             if self.args:
@@ -182,12 +185,14 @@ class StudentBatch:
         branches: One view of the layer's output per pair, which only that pair's loss uses.
         features: The branches as (N, C, H, W), per pair.
         padding: Keyword and mask of `StudentInput.valid_positions`.
+        outputs: Outputs of the student with gradient, in several processes.
     """
 
     input: StudentInput
     branches: list[Tensor]
     features: list[Tensor]
     padding: tuple[str, Tensor] | None = None
+    outputs: tuple[Tensor, ...] = ()
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -217,11 +222,12 @@ class StudentCapture:
         layers = list(dict.fromkeys(pair.source for pair in pairs))
         self.taps: FeatureTaps[Tensor] = FeatureTaps(model, layers, repeated=repeated)
         self.reader = FeatureReader(model, layers, "student", layout)
-        self._input = InputCapture()
+        self._input, self._output = InputCapture(), OutputCapture()
 
-    def attach_input(self) -> RemovableHandle:
-        """Register the hook that records the images; `taps` has the hooks on the layers."""
-        return self._input.attach(unwrap_model(self.model))
+    def attach_calls(self) -> list[RemovableHandle]:
+        """Register the hooks that record the images, and the outputs in several processes, which `taps` does not."""
+        student = unwrap_model(self.model)
+        return [self._input.attach(student), *([self._output.attach(student)] if ProcessGroup().size > 1 else [])]
 
     @staticmethod
     def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StudentInput:
@@ -237,15 +243,21 @@ class StudentCapture:
     def clear(self) -> None:
         """Drop all captures."""
         self._input.clear()
+        self._output.clear()
         self.taps.clear()
 
-    def take(self) -> StudentBatch:
+    def take(self, images: Tensor | None = None) -> StudentBatch:
         """Return images and features of the last forward.
+
+        Args:
+            images: Images of a call that was not the student's forward. None: those of its forward.
 
         Raises:
             CaptureError: No forward since the last call, a layer that did not fire, or features without gradient.
         """
         ran_as_teacher = self._input.ran_as_teacher
+        if images is not None:
+            self._input.record((images,), {})
         student_input = self._input.take()
         size, captures = image_size(student_input.images), self.taps.collect()
         branches = [captures[pair.source].view_as(captures[pair.source]) for pair in self.pairs]
@@ -266,7 +278,7 @@ class StudentCapture:
                 "student's last forward ran without gradient, or everything below these layers is frozen. Call iso() "
                 "right after the training forward student(x), or under torch.no_grad() to evaluate the loss"
             )
-        return StudentBatch(student_input, branches, features, student_input.valid_positions())
+        return StudentBatch(student_input, branches, features, student_input.valid_positions(), self._output.take())
 
 
 class FrozenModel:

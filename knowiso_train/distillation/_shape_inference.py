@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.distillation._networks import FrozenModel, StudentCapture
-from knowiso_train.errors import CaptureError, KnowisoError, OptionError
+from knowiso_train.errors import CaptureError, KnowisoError, OptionError, OptionTypeError
 from knowiso_train.features.modules import is_sharded, runnable_model
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.loading.timm import input_config
@@ -33,13 +33,23 @@ def infer_shapes(student: StudentCapture, frozen: Sequence[FrozenModel], example
             a size guessed from timm's configuration and the first layer.
 
     Raises:
-        OptionError: No guessed size that all networks accept, or a module inside a network that FSDP shards.
+        OptionError: No guessed size that all networks accept, an example that they do not accept, or a module inside a
+            network that FSDP shards.
+        OptionTypeError: An example of another type.
     """
     models = [student.model, *(network.model for network in frozen)]
     for model in models:
         runnable_model(model)
     if example is not None:
-        _run(student, frozen, *_example_arguments(example))
+        try:
+            _run(student, frozen, *_example_arguments(example))
+        except KnowisoError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise OptionError(
+                f"student and teacher cannot run on example=, {type(error).__name__}: {error}. Pass a batch as in "
+                "training, and teacher_transform= or teacher_forward= if the teacher needs other images or arguments"
+            ) from error
         return
     first_error: Exception | None = None
     for images in _candidate_images(models):
@@ -62,7 +72,17 @@ def infer_shapes(student: StudentCapture, frozen: Sequence[FrozenModel], example
 
 
 def _example_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of the student for the first images of an example."""
+    """Return the arguments of the student for the first images of an example.
+
+    Raises:
+        OptionTypeError: An example of another type.
+    """
+    names = list(example) if isinstance(example, Mapping) else []
+    if not isinstance(example, (Tensor, tuple, list, Mapping)) or not all(isinstance(name, str) for name in names):
+        raise OptionTypeError(
+            "example must be a batch of student images, a tuple of its arguments or a mapping of its keyword "
+            f"arguments, got {type(example).__name__}{f' with the keys {names}' if names else ''}"
+        )
     args = () if isinstance(example, Mapping) else example if isinstance(example, (tuple, list)) else (example,)
     kwargs = dict(example) if isinstance(example, Mapping) else {}
     num_images = max((len(value) for value in (*args, *kwargs.values()) if _is_batch(value)), default=0)

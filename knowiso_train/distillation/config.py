@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from knowiso_train.errors import LayerNameError, OptionError
-from knowiso_train.features.modules import LayerPair
+from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
+from knowiso_train.features.modules import LayerPair, unwrap_model
+from knowiso_train.features.state import check_materialized
 from knowiso_train.utils.validation import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -76,6 +77,27 @@ class IsomorphismLossConfig:
         weights = list(self.weight.values()) if isinstance(self.weight, Mapping) else [self.weight]
         if not all(weight == "balanced" or 0 <= weight < math.inf for weight in weights):
             raise OptionError(f"weights must be finite and at least 0, got {self.weight!r}")
+
+    def check_networks(self, student: nn.Module, teacher: nn.Module, peers: Sequence[nn.Module]) -> None:
+        """Check the networks of a loss.
+
+        Raises:
+            InputTypeError: Student or teacher is not a module.
+            OptionError: Student and teacher are the same network, or peers and `target` exclude each other.
+        """
+        for role, model in (("student", student), ("teacher", teacher)):
+            if not isinstance(model, nn.Module):
+                raise InputTypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
+        check_materialized(teacher, *peers)
+        if unwrap_model(student) is unwrap_model(teacher):
+            raise OptionError(
+                "student and teacher are the same network. To distill from the original weights, pass "
+                "copy.deepcopy(student) as the teacher before training"
+            )
+        if self.target == "consensus" and not peers:
+            raise OptionError('target="consensus" needs peers=[network, ...]')
+        if self.target != "consensus" and peers:
+            raise OptionError(f'peers= needs target="consensus", got target={self.target!r}')
 
     def pair_weights(self, pairs: Sequence[LayerPair]) -> list[float]:
         """Return the fixed weight of every layer pair; 1 where the weights are balanced.

@@ -12,8 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation._balancing import GradientBalance
 from knowiso_train.distillation._diagnostics import CollapseDetector, InactivityDetector
-from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
+from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite, check_state
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
+from knowiso_train.distillation._outputs import connect_outputs
+from knowiso_train.distillation._scale import joint_shares, log_share, separate_log_gradients
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
@@ -26,15 +28,11 @@ from knowiso_train.distillation.config import (
     Transform,
 )
 from knowiso_train.distillation.layer_selection import auto_layers
-from knowiso_train.errors import CaptureError, InputTypeError, OptionError
+from knowiso_train.errors import CaptureError, OptionError
 from knowiso_train.features.extractor import align
 from knowiso_train.features.hooks import FeatureTaps
-from knowiso_train.features.modules import LayerPair, pair_layers, unwrap_model
-from knowiso_train.features.state import check_materialized
+from knowiso_train.features.modules import LayerPair, pair_layers
 from knowiso_train.utils.distributed import ProcessGroup, all_reduce_gradients
-
-# Summand of the share in log scale; bounds the gradient of a pair that is nearly explained
-LOG_SHARE_OFFSET = 1e-3
 
 
 class IsomorphismLoss(nn.Module):
@@ -53,7 +51,7 @@ class IsomorphismLoss(nn.Module):
     standard deviation of the student's images in training.
 
     Args:
-        student: Network in training; bare, or wrapped by DDP, `torch.compile` or accelerate.
+        student: Network in training; bare, or wrapped by DDP, FSDP, `torch.compile` or accelerate.
         teacher: Frozen reference network; runs in eval mode without gradient, and its mode is restored afterwards.
         layers: {student layer: teacher layer}, names or globs for both networks, or (student, teacher) tuples. "auto":
             measure on `loader` and take the pairs with the largest unexplained shares.
@@ -145,7 +143,7 @@ class IsomorphismLoss(nn.Module):
             peer_layers=peer_layers, peer_transforms=peer_transforms, ridge=ridge, refresh=refresh, window=window,
             penalty=penalty, layout=layout, repeated=repeated,
         )  # fmt: skip
-        _check_networks(student, teacher, peers, target)
+        self.config.check_networks(student, teacher, peers)
         if layers == "auto":
             layers = auto_layers(student, teacher, loader, self.config)
         self.pairs: tuple[LayerPair, ...] = tuple(pair_layers(student, teacher, layers))
@@ -198,7 +196,7 @@ class IsomorphismLoss(nn.Module):
         try:
             for taps in self._all_taps():
                 taps.attach()
-            self._handles.append(self._student.attach_input())
+            self._handles += self._student.attach_calls()
             self._handles += all_reduce_gradients(list(self.parameters()), ProcessGroup())
         except BaseException:
             self.detach()
@@ -228,7 +226,13 @@ class IsomorphismLoss(nn.Module):
 
     # Counts calls and keeps state, so a compiled training step has a graph break here
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, *, teacher_output: Any = None, teacher_features: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        *,
+        teacher_output: Any = None,
+        teacher_features: Mapping[str, Tensor] | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of the student's last batch, then add the batch to the moments.
 
         In several processes every process calls this equally often. Without gradient, or in eval mode of this module,
@@ -238,6 +242,8 @@ class IsomorphismLoss(nn.Module):
             teacher_output: Output of `teacher(x)` in this step, inside the context; the teacher is not run again.
             teacher_features: Cached outputs of the teacher's layers for these images, by layer name; the teacher is not
                 run.
+            images: Images of the student, after a call of a part of it such as `student.forward_features(images)`.
+                Default: those of its last forward.
 
         Returns:
             A scalar, float32 or better, differentiable with respect to the student and to `parameters()`.
@@ -254,7 +260,7 @@ class IsomorphismLoss(nn.Module):
             )
         self.teacher_output = None
         try:
-            batch = self._student.take()
+            batch = self._student.take(images)
             targets = self._teacher_features(batch, teacher_output, teacher_features)
             return self._total(
                 batch, targets, [peer.features(batch.input, batch.autocast_dtype) for peer in self._peers]
@@ -267,7 +273,8 @@ class IsomorphismLoss(nn.Module):
 
         `loss` is `log(u + 1e-3)` in log scale, and u in linear scale, without the weight. `share` is `1 - u`.
         `grad_norm` is the norm of the weighted loss's gradient at the student's feature, after backward. Under a
-        GradScaler it includes the scale. Figures are of this process.
+        GradScaler it includes the scale. Figures are of this process; in log scale the losses and shares of a training
+        step are those of all processes.
         """
         figures = {
             f"iso/{_pair_label(pair, self.pairs)}/{name}": value
@@ -278,6 +285,15 @@ class IsomorphismLoss(nn.Module):
             return {}
         values = torch.stack([value.detach().float().cpu() for value in figures.values()]).tolist()
         return dict(zip(figures, values, strict=True))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restore the state of `state_dict`, with which a training resumes.
+
+        Raises:
+            FormatError: The state of another object or of a loss with other options. The loss was not modified.
+        """
+        check_state(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:
         """Return the number of calls, and of calls with a solved map.
@@ -326,13 +342,15 @@ class IsomorphismLoss(nn.Module):
             self.input_moments.add(batch.input.images)
         schedule = self.config.schedule
         factor = 1.0 if schedule is None else float(schedule(self._active_calls))
-        terms: list[Tensor] = []
-        self._log = {}
+        sources: list[Tensor] = []
+        losses: list[Tensor] = []
         for index, pair in enumerate(self.pairs):
             feature, target = batch.features[index], targets[pair.target]
             check_grids(pair, feature, target, self._student.reader, self._teacher.reader)
             inputs = self._aligned(batch, pair, feature, [target, *(peer[pair.target] for peer in peers)])
-            source, map_loss = inputs[0], self._map_loss(pair, inputs, update)
+            map_loss = self._map_loss(pair, inputs, update)
+            sources.append(inputs[0])
+            losses.append(map_loss)
             # Reading the loss in every step would stall a GPU; the moments leave a batch with NaN out in any case
             if refresh_due or map_loss.device.type == "cpu":
                 check_finite(pair, map_loss, feature, target, self._calls)
@@ -346,12 +364,18 @@ class IsomorphismLoss(nn.Module):
                     has_gradient=feature.requires_grad,
                     calls=self._calls,
                 )
-            weight = self._weight(index, map_loss, factor)
-            terms.append(self._term(index, pair, source, map_loss, weight, batch.branches[index] if update else None))
+        shares = [self._unexplained(pair, loss) for pair, loss in zip(self.pairs, losses, strict=True)]
+        if update and self.config.scale == "log":
+            shares = joint_shares(shares, ProcessGroup())
+        self._log, terms = {}, []
+        for index in range(len(self.pairs)):
+            weight, branch = self._weight(index, losses[index], factor), batch.branches[index] if update else None
+            terms.append(self._term(index, sources[index], losses[index], shares[index], weight, branch))
         if update:
             self._calls += 1
             self._active_calls += int(any(self._map_of(pair).ready for pair in self.pairs))
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return connect_outputs(total, batch.outputs)
 
     def _aligned(self, batch: StudentBatch, pair: LayerPair, feature: Tensor, targets: list[Tensor]) -> list[Tensor]:
         """Return the inputs of the pair's map: the features of student, teacher and peers at common positions.
@@ -385,26 +409,22 @@ class IsomorphismLoss(nn.Module):
             loss: Tensor = map_(*inputs, update=update)
         return loss
 
+    def _unexplained(self, pair: LayerPair, map_loss: Tensor) -> Tensor:
+        """Return the unexplained share of a pair: its loss, without the penalty and the gradient of a learned map."""
+        map_ = self._map_of(pair)
+        return map_loss.detach() - map_.gate_penalty().to(map_loss) if _is_trained(map_) else map_loss
+
     def _term(
-        self, index: int, pair: LayerPair, source: Tensor, map_loss: Tensor, weight: Tensor, branch: Tensor | None
+        self, index: int, source: Tensor, map_loss: Tensor, unexplained: Tensor, weight: Tensor, branch: Tensor | None
     ) -> Tensor:
         """Return the weighted loss of one pair in the scale of the options, and keep its figures for `log`."""
+        pair = self.pairs[index]
         map_ = self._map_of(pair)
-        # Before its scales are known a learned map returns 0, without its penalty
-        learned = isinstance(map_, LearnedMap) and map_.ready
-        unexplained = map_loss.detach() - map_.gate_penalty().to(map_loss) if learned else map_loss
-        if self.config.scale == "linear":
-            loss, term = map_loss, weight * map_loss
-        elif not learned:
-            loss = log_share(unexplained)
-            term = weight * loss
+        loss = map_loss if self.config.scale == "linear" else log_share(unexplained)
+        if self.config.scale == "log" and _is_trained(map_):
+            term = separate_log_gradients(map_loss, unexplained, weight, source)
         else:
-            # Value w log(u + ε). Its gradient is that of g's own loss for the parameters of g, since w and 1 / u would
-            # change their learning rate, and w ∇u / (u + ε) for the feature
-            loss, scale = log_share(unexplained), weight / (unexplained + LOG_SHARE_OFFSET)
-            if source.requires_grad:
-                source.register_hook(lambda gradient: gradient * scale.to(gradient))  # type: ignore[no-untyped-call]
-            term = map_loss + (weight * loss - map_loss).detach()
+            term = weight * loss
         share = 1 - unexplained.detach() if map_.ready else torch.zeros_like(unexplained)
         self._log[pair] = {"loss": loss.detach(), "share": share, "weight": weight.detach()}
         if branch is not None and branch.requires_grad:
@@ -454,30 +474,9 @@ class IsomorphismLoss(nn.Module):
             taps.clear()
 
 
-def log_share(unexplained: Tensor) -> Tensor:
-    """Return `log(u + 1e-3)` of an unexplained share u; 0 for u = 0, of an unsolved map or a constant target.
-
-    Example:
-        >>> log_share(torch.tensor([0.0, 0.009, 0.999]))
-        tensor([ 0.0000, -4.6052,  0.0000])
-    """
-    return torch.where(unexplained == 0, torch.zeros_like(unexplained), (unexplained + LOG_SHARE_OFFSET).log())
-
-
-def _check_networks(student: nn.Module, teacher: nn.Module, peers: Sequence[nn.Module], target: Target) -> None:
-    for role, model in (("student", student), ("teacher", teacher)):
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
-    check_materialized(teacher, *peers)
-    if unwrap_model(student) is unwrap_model(teacher):
-        raise OptionError(
-            "student and teacher are the same network. To distill from the original weights, pass "
-            "copy.deepcopy(student) as the teacher before training"
-        )
-    if target == "consensus" and not peers:
-        raise OptionError('target="consensus" needs peers=[network, ...]')
-    if target != "consensus" and peers:
-        raise OptionError(f'peers= needs target="consensus", got target={target!r}')
+def _is_trained(map_: nn.Module) -> bool:
+    """Return whether a map is learned and its scales are known; before, it returns 0 without its penalty."""
+    return isinstance(map_, LearnedMap) and map_.ready
 
 
 def _pair_key(pair: LayerPair) -> str:

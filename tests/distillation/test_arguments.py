@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.distillation import IsomorphismLoss
-from knowiso_train.errors import CaptureError
+from knowiso_train.errors import CaptureError, KnowisoError, OptionTypeError
 from knowiso_train.features import FeatureTaps
 
 META = torch.linspace(-2, 2, 16)
@@ -75,6 +75,39 @@ def test_an_example_may_hold_keyword_arguments() -> None:
     assert iso.maps["conv→conv"].weight.shape[:2] == (6, 4)
 
 
+@pytest.mark.parametrize(
+    "example",
+    [5, 2.5, "images", b"x", torch.zeros(2, 3, 8, 8).numpy(), {0: images()}, nn.ReLU(), {1.0}, Tensor],
+    ids=lambda example: type(example).__name__,
+)
+def test_an_example_of_another_type_raises(example: Any) -> None:
+    with pytest.raises(OptionTypeError, match=r"example must be a batch of student images, a tuple .* got"):
+        IsomorphismLoss(Conditioned(1, 4), Conditioned(2, 6), {"conv": "conv"}, example=example)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        torch.tensor(1.0),
+        torch.zeros(8, 8),
+        torch.zeros(2, 1, 8, 8),
+        torch.zeros(2, 3, 8, 8, dtype=torch.long),
+        torch.zeros(2, 3, 8, 8, device="meta"),
+        {"pixel_values": images()},
+        (images(), images()),
+        [],
+        {},
+        (None,),
+        (5,),
+    ],
+    ids=lambda example: f"{type(example).__name__} {getattr(example, 'shape', '')}",
+)
+def test_an_example_that_the_networks_do_not_take_raises(example: Any) -> None:
+    student, teacher = (nn.Sequential(nn.Conv2d(3, width, 3)) for width in (4, 6))
+    with pytest.raises(KnowisoError, match=r"cannot run on example=.* Pass a batch as in training|with images as its"):
+        IsomorphismLoss(student, teacher, "0", example=example)
+
+
 def test_arguments_that_the_teacher_does_not_take_raise() -> None:
     teacher = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1))
     student = Conditioned(1, 4)
@@ -91,6 +124,46 @@ def test_arguments_that_the_teacher_does_not_take_raise() -> None:
                 iso()
     with pytest.raises(CaptureError, match=r"does not take.*teacher_forward="):
         IsomorphismLoss(student, teacher, {"conv": "0"}, example=(images(), META))
+
+
+class Parts(nn.Module):
+    """Network whose features are often computed alone, like those of timm."""
+
+    def __init__(self, seed: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.head = nn.Conv2d(3, width, 3, 2, 1), nn.Linear(width, 5)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.forward_features(x).mean((2, 3)))
+        return out
+
+
+def test_a_call_of_a_part_of_the_student_counts_with_its_images() -> None:
+    losses: list[list[float]] = []
+    for part in (False, True):
+        student, teacher = Parts(1, 4), Parts(2, 6)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+        losses.append([])
+        with IsomorphismLoss(student, teacher, {"conv": "conv"}, teacher_transform=lambda x: 2 * x + 1) as iso:
+            for step in range(14):
+                x = images(step)
+                features = student.forward_features(x) if part else student(x) * 0
+                loss = iso(images=x) if part else iso()
+                assert iso.teacher_output.shape == (16, 5)
+                optimizer.zero_grad()
+                (loss + 0 * features.sum()).backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+            student.forward_features(images())
+            with pytest.raises(CaptureError, match=r"student has not run .* iso\(images=x\) after a call of a part"):
+                iso()
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < 0
 
 
 def test_labels_are_not_passed_to_the_teacher() -> None:

@@ -24,6 +24,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "learned": {"solver": "learned", "order": 1},
     "learned_linear": {"solver": "learned"},
     "consensus": {"target": "consensus"},
+    "log": {"scale": "log", "weight": 3.0},
+    "log_learned": {"scale": "log", "weight": 3.0, "solver": "learned", "order": 1},
     "balanced": {"weight": "balanced", "ratio": 0.5, "schedule": WeightSchedule(warmup=2)},
 }
 

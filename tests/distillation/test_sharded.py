@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train import IsomorphismCallback, IsomorphismLoss, measure
-from knowiso_train.errors import OptionError
+from knowiso_train.errors import DataError, OptionError
 from knowiso_train.features.state import preserve_state
 from tests.helpers.processes import WORLD, run_in_processes
 
@@ -27,12 +27,18 @@ LAYERS = {"2": "2", "4": "4"}
 FORMS: dict[str, dict[str, Any]] = {
     "closed_form": {},
     "learned": {"solver": "learned", "order": 1, "scale": "linear", "weight": 1.0},
+    # Without another loss, and with one of all outputs that is zero
+    "alone": {},
+    "alone with zeros": {},
 }
+EXPECTED = {"closed_form": "closed_form", "learned": "learned", "alone": "alone with zeros"}
 # (wrapper, creation of the loss before or after wrapping, form of the loss)
 CASES = [
     *((wrapper, "after", "closed_form") for wrapper in ("ddp", "fsdp1", "fsdp2")),
     ("fsdp2", "before", "closed_form"),
     *((wrapper, "after", "learned") for wrapper in ("ddp", "fsdp2")),
+    *((wrapper, "after", "alone") for wrapper in ("ddp", "fsdp1", "fsdp2")),
+    ("ddp", "after", "alone with zeros"),
 ]
 
 
@@ -99,10 +105,14 @@ def trained(wrapper: str, made: str, form: str, rank: int) -> dict[str, Any]:
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(WORLD * step + rank)
             images = torch.randn(IMAGES, 3, 8, 8, generator=generator)
-            loss = F.cross_entropy(run(images), torch.arange(IMAGES) % 4)
+            logits = run(images)
             if step == 3:
                 monitor.measure()  # between forward and backward
-            loss = loss + iso()
+            loss = iso()
+            if form == "alone with zeros":
+                loss = loss + 0 * logits.sum()
+            elif form != "alone":
+                loss = loss + F.cross_entropy(logits, torch.arange(IMAGES) % 4)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,6 +125,9 @@ def trained(wrapper: str, made: str, form: str, rank: int) -> dict[str, Any]:
 def worker(rank: int, folder: str) -> None:
     for case in CASES:
         torch.save(trained(*case, rank), Path(folder) / f"{'-'.join(case)}-{rank}.pt")
+    # One batch to fit on: the other process does not wait for a forward
+    with pytest.raises(DataError, match="no image to fit on for at least one of 2"):
+        measure(wrapped("fsdp2", network(1)), network(2, 8), held_out(20), LAYERS, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +138,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "ddp"], ids="-".join)
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "ddp" or case[2] == "alone"], ids="-".join)
 def test_sharded_training_equals_that_of_ddp(case: tuple[str, str, str], rank: int, folder: Path) -> None:
     sharded, expected = (
         torch.load(folder / f"{'-'.join(name)}-{rank}.pt", weights_only=True)
-        for name in (case, ("ddp", "after", case[2]))
+        for name in (case, ("ddp", "after", EXPECTED[case[2]]))
     )
     torch.testing.assert_close(sharded["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
     assert list(sharded["weights"]) == list(expected["weights"])
     start = network(1).state_dict()
     for name, value in expected["weights"].items():
         torch.testing.assert_close(sharded["weights"][name], value, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(value, start[name])
+        assert torch.equal(value, start[name]) == (case[2] == "alone" and name.startswith("7."))
     assert len(sharded["metrics"]) == 3
     for figures, others in zip(sharded["metrics"], expected["metrics"], strict=True):
         assert figures == pytest.approx(others, abs=1e-5)

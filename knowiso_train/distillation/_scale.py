@@ -1,0 +1,62 @@
+"""Logarithmic scale of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from knowiso_train.utils.distributed import ProcessGroup
+
+# Summand of the share in log scale; bounds the gradient of a pair that is nearly explained
+LOG_SHARE_OFFSET = 1e-3
+
+
+def log_share(unexplained: Tensor) -> Tensor:
+    """Return `log(u + 1e-3)` of an unexplained share u; 0 for u = 0, of an unsolved map or a constant target.
+
+    Example:
+        >>> log_share(torch.tensor([0.0, 0.009, 0.999]))
+        tensor([ 0.0000, -4.6052,  0.0000])
+    """
+    return torch.where(unexplained == 0, torch.zeros_like(unexplained), (unexplained + LOG_SHARE_OFFSET).log())
+
+
+def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Return the mean shares of all processes, each with the gradient of this process's own share. Collective.
+
+    DDP averages gradients: the mean of `∇u_r / (ū + ε)` over processes r is the gradient of `log(ū + ε)` of the joint
+    batch, and the mean of `∇u_r / (u_r + ε)` is not.
+
+    Args:
+        shares: Unexplained share of this process's batch for every pair, scalars.
+        group: Processes.
+
+    Example:
+        >>> joint_shares([torch.tensor(0.5)], ProcessGroup())
+        [tensor(0.5000)]
+    """
+    if group.size == 1:
+        return list(shares)
+    means = torch.stack([share.detach().to(group.device, torch.float64) for share in shares])
+    group.sum_(means)
+    means /= group.size
+    return [share + (mean.to(share) - share).detach() for share, mean in zip(shares, means, strict=True)]
+
+
+def separate_log_gradients(map_loss: Tensor, unexplained: Tensor, weight: Tensor, source: Tensor) -> Tensor:
+    """Return `w log(u + ε)` with the gradient of its own loss for a learned map, and `w ∇u / (u + ε)` for the feature.
+
+    The factors w and 1 / u would change the learning rate of the map.
+
+    Args:
+        map_loss: Loss of the map, with gradient.
+        unexplained: Unexplained share, without gradient.
+        weight: Weight w of the pair.
+        source: Feature of the student, a tensor that only this pair uses.
+    """
+    scale = weight / (unexplained + LOG_SHARE_OFFSET)
+    if source.requires_grad:
+        source.register_hook(lambda gradient: gradient * scale.to(gradient))  # type: ignore[no-untyped-call]
+    return map_loss + (weight * log_share(unexplained) - map_loss).detach()
