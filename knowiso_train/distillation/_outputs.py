@@ -74,5 +74,5 @@ def connect_outputs(loss: Tensor, outputs: tuple[Tensor, ...]) -> Tensor:
     """
     if not outputs or not loss.requires_grad:
         return loss
-    connected: Tensor = _ConnectOutputs.apply(loss, *outputs)  # type: ignore[no-untyped-call]
+    connected: Tensor = _ConnectOutputs.apply(loss, *outputs)
     return connected

@@ -393,7 +393,7 @@ def channel_axis(
 
 def _before(module: nn.Module, parent: nn.Module) -> ModuleChannels | None:
     """Return the channels of the preceding module in a Sequential; None for other parents."""
-    if plain_class(parent) is not nn.Sequential:
+    if not isinstance(parent, nn.Sequential) or plain_class(parent) is not nn.Sequential:
         return None
     children = list(parent)
     index = next((i for i, child in enumerate(children) if child is module), 0)
