@@ -103,7 +103,9 @@ def worker(rank: int, folder: str) -> None:
     for _ in range(3):
         callback.step()
     callback.end()
-    torch.save({"logged": logged, **callback.state_dict()}, Path(folder) / f"{rank}.pt")
+    report = measure(student, network(2), held_out(95), LAYERS, order=0, progress=False)
+    unexplained = [pair.unexplained for pair in report]
+    torch.save({"logged": logged, "measured": unexplained, **callback.state_dict()}, Path(folder) / f"{rank}.pt")
 
 
 def test_two_processes_measure_what_one_measures_and_one_speaks(tmp_path: Path) -> None:
@@ -114,6 +116,7 @@ def test_two_processes_measure_what_one_measures_and_one_speaks(tmp_path: Path) 
     assert not (tmp_path / "of-1").exists()
     one = measure(network(1), network(2), held_out(95), LAYERS, order=0, progress=False)
     for state in states:
+        assert state["measured"] == pytest.approx([pair.unexplained for pair in one], abs=1e-5)
         assert state["steps"] == 3
         assert [entry["step"] for entry in state["history"]] == [2, 3]
         for entry in state["history"]:
