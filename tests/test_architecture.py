@@ -23,6 +23,7 @@ ORDER = [
     "optim",
     "disentangle",
     "measurement",
+    "diagnosis",
     "distillation",
     "pruning",
     "refinement",

@@ -38,24 +38,12 @@ MAX_TITLE_CHARACTERS = 84  # over all panels, at the full font size
 
 def plot(report: Report, path: str | Path | None = None, *, title: str | None = None) -> Figure:
     """Plot a report; see `Report.plot`."""
-    try:
-        # Not pyplot: it has global state and selects a back-end
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise MissingDependencyError(
-            'Report.plot needs matplotlib, which is not installed; pip install "knowiso_train[plots]"'
-        ) from error
-
     panels = directions(report)
     if not panels:
         raise OptionError("the report has no layer pairs, so there is nothing to plot")
     num_rows = max(len(pairs) for _, pairs in panels)
     height = ROW_HEIGHT_INCHES * num_rows + MARGIN_HEIGHT_INCHES + (0 if title is None else TITLE_HEIGHT_INCHES)
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
-    figure = Figure(figsize=(FIGURE_WIDTH_INCHES, height), dpi=FIGURE_DPI, layout=layout, facecolor="white")
-    if title is not None:
-        figure.suptitle(title, fontsize=12, color=TEXT_COLOR, fontweight="bold")
+    figure = new_figure(FIGURE_WIDTH_INCHES, height, title, "Report.plot")
     colors = order_colors(max(len(pair.shares) for pair in report.pairs))
     labels = [[_label(pair) for pair in pairs] for _, pairs in panels]
     same_labels = all(panel == labels[0] for panel in labels)
@@ -67,7 +55,35 @@ def plot(report: Report, path: str | Path | None = None, *, title: str | None = 
         _format_axes(axes, pairs, [] if i and same_labels else labels[i])
     _draw_legend(figure, report, colors)
     if path is not None:
-        _save(figure, Path(path))
+        save_figure(figure, Path(path))
+    return figure
+
+
+def new_figure(width: float, height: float, title: str | None, method: str) -> Figure:
+    """Return an empty white figure.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        title: Title above the panels. None: no title.
+        method: Method that plots, for the error message.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        # Not pyplot: it has global state and selects a back-end
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'{method} needs matplotlib, which is not installed; pip install "knowiso_train[plots]"'
+        ) from error
+
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
+    figure = Figure(figsize=(width, height), dpi=FIGURE_DPI, layout=layout, facecolor="white")
+    if title is not None:
+        figure.suptitle(title, fontsize=12, color=TEXT_COLOR, fontweight="bold")
     return figure
 
 
@@ -238,7 +254,12 @@ def _draw_legend(figure: Figure, report: Report, colors: list[str]) -> None:
     legend.set_in_layout(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the file's suffix.
+
+    Raises:
+        OptionError: A suffix that matplotlib cannot write.
+    """
     file_types = sorted(figure.canvas.get_supported_filetypes())
     file_type = path.suffix.lstrip(".").lower() or "png"
     if file_type not in file_types:

@@ -143,12 +143,26 @@ def measure(
 
 
 def run_measurement(
-    source: nn.Module, target: nn.Module, loader: Iterable[Any], layers: Layers, config: MeasureConfig
+    source: nn.Module,
+    target: nn.Module,
+    loader: Iterable[Any] | SplitImageLoader,
+    layers: Layers,
+    config: MeasureConfig,
 ) -> Report:
-    """Run `measure` with the options of a config."""
+    """Run `measure` with the options of a config.
+
+    Args:
+        source: Explaining network.
+        target: Explained network.
+        loader: Batches, or images that are split already, with the split, seed and `max_images` of the config.
+        layers: As for `measure`.
+        config: Options.
+    """
     start = time.perf_counter()
     group = ProcessGroup()
-    images = SplitImageLoader(loader, config.split, config.seed, config.max_images, group)
+    images = loader
+    if not isinstance(images, SplitImageLoader):
+        images = SplitImageLoader(images, config.split, config.seed, config.max_images, group)
     pairs = pair_layers(source, target, layers)
     checked_device(config.device, source, target)  # initializes CUDA, whose random state is then restored too
     with ExitStack() as stack:

@@ -20,6 +20,7 @@ class SavedReport:
     Attributes:
         saved_format: Value of "format" in the file, which distinguishes the classes.
         saved_version: Version of the fields.
+        saved_indent: Spaces per level of the JSON. None: a single line, for reports with many numbers.
 
     Example:
         >>> from dataclasses import dataclass
@@ -33,6 +34,7 @@ class SavedReport:
 
     saved_format: ClassVar[str]
     saved_version: ClassVar[int] = 1
+    saved_indent: ClassVar[int | None] = 2
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers for `from_dict`."""
@@ -44,7 +46,7 @@ class SavedReport:
         Args:
             path: File to write as well. None: no file.
         """
-        text = dump_json(self.to_dict()) + "\n"
+        text = dump_json(self.to_dict(), indent=self.saved_indent) + "\n"
         if path is not None:
             write_file(path, text)
         return text

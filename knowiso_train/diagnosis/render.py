@@ -1,0 +1,110 @@
+"""Text tables of a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from knowiso_train.measurement.render import interval, pair_name, percent
+from knowiso_train.utils.text_table import format_table
+
+if TYPE_CHECKING:
+    from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, LayerDiagnosis
+
+KIND_TITLES = {"blind_spots": "blind spots", "unreliable": "unreliable features"}
+TABLE_CLASSES, TABLE_CHANNELS, TABLE_IMAGES = 10, 10, 5
+
+
+def render_diagnosis(diagnosis: Diagnosis) -> str:
+    """Return an aligned table with one row per result."""
+    counts = ", ".join(f"{count:,} to {role}" for role, count in diagnosis.images.items())
+    title = f"{diagnosis.weak} beside {', '.join(diagnosis.strong)}"
+    lines = [" · ".join([title, f"images: {counts}", f"{diagnosis.seconds:.1f} s"]), ""]
+    head = ["layer", "unexplained", "95 % interval", "first direction", "its KL", "most unexplained class"]
+    groups: dict[str, list[LayerDiagnosis]] = {}
+    for layer in diagnosis.layers:
+        groups.setdefault(block_title(layer), []).append(layer)
+    rows = [[_summary_cells(layer, diagnosis.class_names) for layer in layers] for layers in groups.values()]
+    table = format_table([head, *(row for block in rows for row in block)], rule=True, indent="  ")
+    header_line, rule, *body = table.split("\n")
+    for name, block in zip(groups, rows, strict=True):
+        lines += [name, header_line, rule, *body[: len(block)], ""]
+        body = body[len(block) :]
+    if not groups:
+        lines += ["no layer pairs", ""]
+    lines.append("First direction: share of the feature's variance in the leading direction of the residual.")
+    lines.append('print(diagnosis["layer"]) lists directions, channels, classes and images of a layer.')
+    notes = [
+        f"! {pair_name(layer.pair)} ({layer.kind}): {note}"
+        for layer in diagnosis
+        for note in (*layer.pair.warnings, *layer.warnings)
+    ]
+    return "\n".join(lines + ["", *notes] if notes else lines)
+
+
+def block_title(layer: LayerDiagnosis) -> str:
+    """Return the kind of a result and the names of both networks."""
+    return f"{KIND_TITLES[layer.kind]}: {layer.network} not explained from {layer.explaining}"
+
+
+def render_layer(layer: LayerDiagnosis) -> str:
+    """Return tables of the directions, channels, classes and images of one layer."""
+    lines = [
+        f"{block_title(layer)}, layer {pair_name(layer.pair)}",
+        f"unexplained {percent(layer.pair.unexplained)} ({interval(layer.pair.interval)})",
+    ]
+    for entry in layer.confirmations:
+        lines.append(f"reproduced by {entry.network}: {percent(entry.share)}")
+    if layer.directions:
+        lines += ["", _direction_table("direction", layer.directions)]
+    if layer.shared:
+        lines += ["", _direction_table("shared", layer.shared)]
+    order = sorted(
+        range(len(layer.channels)), key=lambda c: layer.channels[c] * layer.channel_variances[c], reverse=True
+    )
+    rows = [[str(c), percent(layer.channels[c]), percent(layer.channel_variances[c])] for c in order[:TABLE_CHANNELS]]
+    lines += ["", format_table([["channel", "unexplained", "share of variance"], *rows], rule=True)]
+    if layer.classes:
+        rows = [
+            [str(entry.label), str(entry.images), percent(entry.unexplained), percent(entry.share)]
+            for entry in layer.classes[:TABLE_CLASSES]
+        ]
+        lines += ["", format_table([["class", "images", "unexplained", "share of residual"], *rows], rule=True)]
+    rows = [
+        [str(image.index), "–" if image.label is None else str(image.label), percent(image.share), str(image.peak)]
+        for image in layer.images[:TABLE_IMAGES]
+    ]
+    lines += ["", format_table([["image", "class", "share of residual", "peak"], *rows], rule=True)]
+    return "\n".join(lines)
+
+
+def _summary_cells(layer: LayerDiagnosis, class_names: Sequence[str]) -> list[str]:
+    first = layer.directions[0] if layer.directions else None
+    effect = first.effect if first else None
+    label = "–"
+    if layer.classes:
+        top = layer.classes[0]
+        name = class_names[top.label] if top.label < len(class_names) else str(top.label)
+        label = f"{name} ({percent(top.unexplained)})"
+    return [
+        pair_name(layer.pair),
+        percent(layer.pair.unexplained),
+        interval(layer.pair.interval),
+        percent(first.share if first else None),
+        "–" if effect is None else f"{effect.kl:.3g}",
+        label,
+    ]
+
+
+def _direction_table(name: str, directions: Sequence[FeatureDirection]) -> str:
+    has_effect = any(direction.effect is not None for direction in directions)
+    head = [name, "share", "unexplained", *(["KL", "agreement"] if has_effect else []), "channels", "images"]
+    rows = [head]
+    for i, direction in enumerate(directions, 1):
+        effect = direction.effect
+        cells = ["–", "–"] if effect is None else [f"{effect.kl:.3g}", percent(effect.agreement)]
+        channels = ", ".join(map(str, direction.channels))
+        images = ", ".join(str(image.index) for image in direction.images)
+        figures = [percent(direction.share), percent(direction.unexplained), *(cells if has_effect else [])]
+        rows.append([str(i), *figures, channels, images])
+    return format_table(rows, left=(0, -2, -1), rule=True)
