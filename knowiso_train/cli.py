@@ -4,7 +4,7 @@ knowiso layers resnet18
 knowiso measure --source resnet18 --target resnet50 --layers layer3 layer4 --dataset hfds/cifar100 --directions both
 --plot report.png
 accelerate launch -m knowiso_train.cli measure ...
-knowiso report report.json --plot report.png
+knowiso report report.json --html report.html --csv report.csv --plot report.png
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError
 from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
-    from knowiso_train.experiment.processes import Processes
     from knowiso_train.features.summary import LayerSummary
     from knowiso_train.measurement import Report
 
@@ -128,7 +127,8 @@ def measure(args: argparse.Namespace) -> None:
                 names=_names(args),
                 progress=args.progress and processes.is_main,
             )
-        _write_report(report, args, processes)
+        if processes.is_main:
+            _write_report(report, args)
     finally:
         processes.close()
 
@@ -171,9 +171,7 @@ def show(args: argparse.Namespace) -> None:
     from knowiso_train.measurement import Report
 
     report = Report.from_json(Path(args.report))
-    print(report)
-    if args.plot is not None:
-        report.plot(args.plot)
+    _write_report(report, args)
 
 
 def layer_pairs(layers: Sequence[str]) -> list[str] | list[tuple[str, str]]:
@@ -219,7 +217,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
             )
         if args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise OptionError(f"--plot writes .png, .pdf or .svg, got {args.plot.name!r}")
-    for path in (args.plot, getattr(args, "json", None)):
+    for path in (args.plot, args.html, args.csv, getattr(args, "json", None)):
         if path is None:
             continue
         if path.is_dir():
@@ -230,14 +228,17 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise DataError(f"the folder of {path} cannot be created: {error}") from error
 
 
-def _write_report(report: Report, args: argparse.Namespace, processes: Processes) -> None:
-    if not processes.is_main:
-        return
+def _write_report(report: Report, args: argparse.Namespace) -> None:
+    """Print a report and write it to the files that the options name."""
     print(report)
-    if args.json is not None:
-        report.to_json(args.json)
-    if args.plot is not None:
-        report.plot(args.plot)
+    for name, write in {
+        "json": report.to_json,
+        "html": report.to_html,
+        "csv": report.to_csv,
+        "plot": report.plot,
+    }.items():
+        if (path := getattr(args, name, None)) is not None:
+            write(path)
 
 
 def _layer_table(lines: Sequence[LayerSummary], ends: set[str]) -> str:
@@ -369,9 +370,7 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
         "--autocast", choices=("bf16", "fp16"), help="autocast of the networks, not of the statistics (default: off)"
     )
     running.add_argument("--json", type=Path, metavar="FILE", help="write the report (default: not written)")
-    running.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)"
-    )
+    _file_options(running)
     running.add_argument(
         "--no-progress", dest="progress", action="store_false", help="no progress bars (default: shown)"
     )
@@ -395,10 +394,19 @@ def _layers_options(options: argparse.ArgumentParser) -> None:
 
 def _report_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("report", metavar="FILE", help="JSON of a report")
+    _file_options(options)
+    options.set_defaults(run=show)
+
+
+def _file_options(options: argparse._ActionsContainer) -> None:
+    """Add the options that name files of a report."""
+    options.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page that opens in a browser (default: not written)"
+    )
+    options.add_argument("--csv", type=Path, metavar="FILE", help="write the figures as CSV (default: not written)")
     options.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)"
     )
-    options.set_defaults(run=show)
 
 
 if __name__ == "__main__":

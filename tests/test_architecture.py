@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "knowiso_train"
 ORDER = [
     "errors",
     "utils",
+    "pages",
     "ops",
     "features",
     "loading",
@@ -39,6 +40,7 @@ THIRD_PARTY = {
     "torch_pruning": ("pruning/_dependencies.py", "pruning/importance.py"),
     "transformers": ("integrations/transformers.py",),
     "lightning": ("integrations/lightning.py",),
+    "pandas": ("measurement/report.py", "measurement/_records.py"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

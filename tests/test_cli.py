@@ -114,9 +114,14 @@ def test_a_network_explains_itself(pictures: Path, tmp_path: Path) -> None:
 def test_report_shows_a_saved_one_again(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options(pictures, json=str(tmp_path / "out.json"))) == 0
     first = capsys.readouterr().out
-    assert main(["report", str(tmp_path / "out.json"), "--plot", str(tmp_path / "again.png")]) == 0
+    files = {name: tmp_path / f"again.{name}" for name in ("png", "html", "csv")}
+    arguments = ["--plot", str(files["png"]), "--html", str(files["html"]), "--csv", str(files["csv"])]
+    assert main(["report", str(tmp_path / "out.json"), *arguments]) == 0
     assert capsys.readouterr().out == first
-    assert (tmp_path / "again.png").stat().st_size > 10_000
+    assert files["png"].stat().st_size > 10_000
+    saved = Report.from_json(tmp_path / "out.json")
+    assert files["html"].read_text(encoding="utf-8") == saved.to_html()
+    assert files["csv"].read_text(encoding="utf-8") == saved.to_csv()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from knowiso_train.callbacks.history import Measurement, metric_prefix
 from knowiso_train.errors import MissingDependencyError, OptionError
-from knowiso_train.measurement.render import MUTED_COLOR, NOISE_FLOOR_COLOR, TEXT_COLOR, UNEXPLAINED_COLOR, order_colors
+from knowiso_train.measurement.render import MUTED_COLOR, NOISE_FLOOR_COLOR, UNEXPLAINED_COLOR
+from knowiso_train.pages.colors import TEXT_COLOR, order_colors
 from knowiso_train.utils.serialization import replace_file
 
 if TYPE_CHECKING:

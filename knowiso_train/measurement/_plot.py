@@ -12,13 +12,13 @@ from knowiso_train.measurement.render import (
     HATCH_COLOR,
     MUTED_COLOR,
     NOISE_FLOOR_COLOR,
-    TEXT_COLOR,
     UNEXPLAINED_COLOR,
     directions,
-    order_colors,
+    interval,
     pair_name,
-    text_color_on,
 )
+from knowiso_train.pages.charts import clip, stacked_edges
+from knowiso_train.pages.colors import TEXT_COLOR, order_colors, text_color_on
 from knowiso_train.utils.serialization import replace_file
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def new_figure(width: float, height: float, title: str | None, method: str) -> F
 
 def _draw_pair(axes: Axes, row: int, pair: PairResult, colors: list[str], min_label_share: float) -> None:
     """Draw the bar of one pair, its interval and its noise floor."""
-    explained = _clip(pair.explained)
+    explained = clip(pair.explained)
     axes.barh(
         row,
         1 - explained,
@@ -109,7 +109,7 @@ def _draw_pair(axes: Axes, row: int, pair: PairResult, colors: list[str], min_la
         label.set_bbox({"facecolor": UNEXPLAINED_COLOR, "edgecolor": "none", "pad": 1.2})
     _draw_interval(axes, row, pair)
     if pair.noise_floor is not None and math.isfinite(pair.noise_floor):
-        x, half_height = _clip(pair.noise_floor), BAR_HEIGHT_ROWS / 2 + 0.06
+        x, half_height = clip(pair.noise_floor), BAR_HEIGHT_ROWS / 2 + 0.06
         axes.plot(
             [x, x],
             [row - half_height, row + half_height],
@@ -123,19 +123,17 @@ def _draw_pair(axes: Axes, row: int, pair: PairResult, colors: list[str], min_la
 
 def _draw_shares(axes: Axes, row: int, pair: PairResult, colors: list[str], min_label_share: float) -> None:
     """Draw shares that sum to the explained share as a stacked bar."""
-    explained, left = _clip(pair.explained), 0.0
-    for share, color in zip(pair.shares, colors, strict=False):
-        right = left if math.isnan(share) else _clip(min(left + max(share, 0.0), explained))
+    edges = stacked_edges(pair.shares, clip(pair.explained))
+    for share, color, (left, right) in zip(pair.shares, colors, edges, strict=False):
         axes.barh(row, right - left, BAR_HEIGHT_ROWS, left=left, color=color, edgecolor="white", linewidth=0.6)
         if right - left >= min_label_share:
             x = _label_position(pair.noise_floor, left, right)
             _draw_number(axes, x, row, share, text_color_on(color))
-        left = right
 
 
 def _draw_components(axes: Axes, row: int, pair: PairResult, colors: list[str]) -> None:
     """Draw correlated components, which cannot be stacked: one bar, and a marker per component."""
-    axes.barh(row, _clip(pair.explained), BAR_HEIGHT_ROWS, color=EXPLAINED_COLOR, linewidth=0)
+    axes.barh(row, clip(pair.explained), BAR_HEIGHT_ROWS, color=EXPLAINED_COLOR, linewidth=0)
     for variance, color in zip(pair.component_variances, colors, strict=False):
         axes.plot(
             variance,
@@ -151,11 +149,11 @@ def _draw_components(axes: Axes, row: int, pair: PairResult, colors: list[str]) 
 
 
 def _draw_interval(axes: Axes, row: int, pair: PairResult) -> None:
-    """Draw the interval of the explained share below the bar, where it covers no number."""
+    """Draw the interval of the edge between explained and unexplained below the bar, where it covers no number."""
     low, high = 1 - pair.interval[1], 1 - pair.interval[0]
     if not (math.isfinite(low) and math.isfinite(high)):
         return
-    low, high, y = _clip(low), _clip(high), row + BAR_HEIGHT_ROWS / 2 + 0.1
+    low, high, y = clip(low), clip(high), row + BAR_HEIGHT_ROWS / 2 + 0.1
     axes.plot([low, high], [y, y], color=TEXT_COLOR, linewidth=1.1, solid_capstyle="butt", zorder=5)
     for end in (low, high):
         axes.plot([end, end], [y - 0.07, y + 0.07], color=TEXT_COLOR, linewidth=1.1, zorder=5)
@@ -203,6 +201,12 @@ def _format_axes(axes: Axes, pairs: tuple[PairResult, ...], labels: list[str]) -
     axes.set_xlim(0, 1.0 if largest == 1 else largest * 1.04)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25", "50", "75", "100 %"], fontsize=8, color=MUTED_COLOR)
     axes.tick_params(axis="both", length=0, pad=5)
+    # The axis counts the explained share, so the interval of the unexplained share is written as numbers
+    right = axes.secondary_yaxis("right")
+    intervals = [interval(pair.interval).removesuffix(" %") for pair in pairs]
+    right.set_yticks(range(len(pairs)), intervals, fontsize=7.5, color=MUTED_COLOR)
+    right.tick_params(length=0, pad=4)
+    right.spines[:].set_visible(False)
     axes.set_xlabel("share of the explained layer's variance", fontsize=8.5, color=MUTED_COLOR)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -226,7 +230,17 @@ def _draw_legend(figure: Figure, report: Report, colors: list[str]) -> None:
     handles.append(
         Patch(facecolor=UNEXPLAINED_COLOR, edgecolor=HATCH_COLOR, hatch="/////", linewidth=0, label="unexplained")
     )
-    handles.append(Line2D([], [], color=TEXT_COLOR, linewidth=1.1, marker="|", markersize=6, label="95 % interval"))
+    handles.append(
+        Line2D(
+            [],
+            [],
+            color=TEXT_COLOR,
+            linewidth=1.1,
+            marker="|",
+            markersize=6,
+            label="95 % interval of unexplained (right)",
+        )
+    )
     if any(pair.noise_floor is not None for pair in report.pairs):
         handles.append(
             Line2D(
@@ -266,11 +280,6 @@ def save_figure(figure: Figure, path: Path) -> None:
         raise OptionError(f"cannot write a picture as {path.suffix!r}; expected one of {', '.join(file_types)}")
     with replace_file(path) as partial:
         figure.savefig(partial, dpi=FIGURE_DPI, format=file_type)
-
-
-def _clip(share: float) -> float:
-    """Return a share within the bar: held-out shares can be negative or, after a failed fit, above 1."""
-    return 0.0 if math.isnan(share) else min(max(share, 0.0), 1.0)
 
 
 def _shorten(name: str, max_characters: int) -> str:

@@ -8,18 +8,18 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from knowiso_train.measurement.config import DIRECTIONS
+from knowiso_train.pages.colors import order_colors
+from knowiso_train.pages.elements import Cell
 from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
     from knowiso_train.measurement.report import PairResult, Report
 
 
-ORDER_COLORS = ("#16325b", "#227b94", "#6cbf9c", "#d3e59b")
 UNEXPLAINED_COLOR = "#ececec"
 EXPLAINED_COLOR = "#c9d8e6"  # all orders together, where they cannot be stacked
 HATCH_COLOR = "#bdbdbd"
 NOISE_FLOOR_COLOR = "#d1495b"
-TEXT_COLOR = "#222222"
 MUTED_COLOR = "#6b6b6b"
 
 _CELL = "padding:3px 10px;border:0;background:none;white-space:nowrap;"
@@ -29,46 +29,15 @@ _HATCH = (
 )
 
 
-def order_colors(count: int) -> list[str]:
-    """Return one color per order: the first of `ORDER_COLORS`, or an interpolation of them for more orders.
-
-    Example:
-        >>> order_colors(2)
-        ['#16325b', '#227b94']
-    """
-    if count <= len(ORDER_COLORS):
-        return list(ORDER_COLORS[:count])
-    last = len(ORDER_COLORS) - 1
-    colors = []
-    for i in range(count):
-        position = i * last / (count - 1)
-        left = min(int(position), last - 1)
-        colors.append(_interpolate(ORDER_COLORS[left], ORDER_COLORS[left + 1], position - left))
-    return colors
-
-
-def text_color_on(color: str) -> str:
-    """Return the text color, black or white, with the better contrast on a color."""
-    red, green, blue = _channels(color)
-    # Luma of ITU-R BT.601
-    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else TEXT_COLOR
-
-
-def _interpolate(a: str, b: str, weight: float) -> str:
-    channels = zip(_channels(a), _channels(b), strict=True)
-    return "#" + "".join(f"{round(x + (y - x) * weight):02x}" for x, y in channels)
-
-
-def _channels(color: str) -> tuple[int, int, int]:
-    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
-
-
 def render_text(report: Report) -> str:
     """Return an aligned table with one row per layer pair and one block per direction."""
-    columns = _number_columns(report)
+    columns = number_columns(report.pairs)
     head = ["source layer", "target layer", *columns]
     blocks = [
-        (direction, [[pair.source, pair.target, *_number_cells(pair, columns)] for pair in pairs])
+        (
+            direction,
+            [[pair.source, pair.target, *(cell.text for cell in number_cells(pair, columns))] for pair in pairs],
+        )
         for direction, pairs in directions(report)
     ]
     # One table for all directions, so that their columns have the same widths.
@@ -153,22 +122,23 @@ def interval(bounds: tuple[float, float]) -> str:
     return f"{percent(low).removesuffix(' %')} … {percent(high)}"
 
 
-def _number_columns(report: Report) -> list[str]:
+def number_columns(pairs: Sequence[PairResult]) -> list[str]:
     """Return the heads of the columns of numbers."""
-    num_orders = max((len(pair.shares) for pair in report.pairs), default=0)
-    has_noise_floor = any(pair.noise_floor is not None for pair in report.pairs)
+    num_orders = max((len(pair.shares) for pair in pairs), default=0)
+    has_noise_floor = any(pair.noise_floor is not None for pair in pairs)
     orders = [f"order {k}" for k in range(num_orders)]
     return [*orders, "unexplained", "95 % interval", *(["noise floor"] if has_noise_floor else [])]
 
 
-def _number_cells(pair: PairResult, columns: Sequence[str]) -> list[str]:
+def number_cells(pair: PairResult, columns: Sequence[str]) -> list[Cell]:
     """Return the numbers of one pair in the given columns; orders beyond those of the pair are empty."""
-    cells = {f"order {k}": percent(share) for k, share in enumerate(pair.shares)} | {
-        "unexplained": percent(pair.unexplained),
-        "95 % interval": interval(pair.interval),
-        "noise floor": percent(pair.noise_floor),
+    low, high = pair.interval
+    cells = {f"order {k}": Cell(percent(share), share) for k, share in enumerate(pair.shares)} | {
+        "unexplained": Cell(percent(pair.unexplained), pair.unexplained),
+        "95 % interval": Cell(interval(pair.interval), high - low),
+        "noise floor": Cell(percent(pair.noise_floor), pair.noise_floor),
     }
-    return [cells.get(column, "") for column in columns]
+    return [cells.get(column, Cell("")) for column in columns]
 
 
 def _method(report: Report) -> list[str]:
@@ -182,7 +152,7 @@ def _method(report: Report) -> list[str]:
 
 def render_html(report: Report) -> str:
     """Return the table for notebooks; it sets no text color, so that it is readable in dark themes."""
-    columns = _number_columns(report)
+    columns = number_columns(report.pairs)
     colors = order_colors(sum(name.startswith("order ") for name in columns))
     heads = ["source layer", "target layer", "", *columns]
     body = []
@@ -211,7 +181,7 @@ def render_html(report: Report) -> str:
 
 def _html_row(pair: PairResult, colors: list[str], columns: Sequence[str]) -> str:
     names = "".join(f'<td style="{_LEFT}"><code>{escape(name)}</code></td>' for name in (pair.source, pair.target))
-    cells = "".join(f'<td style="{_RIGHT}">{cell}</td>' for cell in _number_cells(pair, columns))
+    cells = "".join(f'<td style="{_RIGHT}">{cell.text}</td>' for cell in number_cells(pair, columns))
     return f'<tr style="background:none;">{names}<td style="{_LEFT}">{_html_bar(pair, colors)}</td>{cells}</tr>'
 
 

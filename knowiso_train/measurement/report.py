@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowiso_train.errors import FormatError, LayerNameError
+from knowiso_train.measurement._page import report_page
 from knowiso_train.measurement._plot import plot
+from knowiso_train.measurement._records import records_csv, records_frame
 from knowiso_train.measurement.config import DIRECTIONS, Direction
 from knowiso_train.measurement.render import render_html, render_text
 from knowiso_train.utils.saved_report import SavedReport
+from knowiso_train.utils.serialization import write_file
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.figure import Figure
 
 
@@ -165,6 +169,50 @@ class Report(SavedReport):
 
     def _repr_html_(self) -> str:
         return render_html(self)
+
+    def to_html(self, path: str | Path | None = None, *, title: str | None = None) -> str:
+        """Return a page in one HTML file that needs no network access: bars, sortable tables, settings, warnings.
+
+        Args:
+            path: File to write as well. None: no file.
+            title: Heading of the page. None: the names of both networks.
+
+        Example:
+            >>> page = Report("small", "large", (), {"fit": 60}, {"order": 1}, 0.1, {}).to_html()
+            >>> "<h1>small and large: shared features</h1>" in page
+            True
+        """
+        page = report_page(self, title)
+        if path is not None:
+            write_file(path, page)
+        return page
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Return one line per layer pair and direction with all figures as fractions of 1, below a header.
+
+        Args:
+            path: File to write as well. None: no file.
+
+        Example:
+            >>> Report("small", "large", (), {"fit": 60}, {"order": 1}, 0.1, {}).to_csv().strip()
+            'direction,source,target'
+        """
+        text = records_csv(self)
+        if path is not None:
+            write_file(path, text)
+        return text
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return the table of `to_csv` as a pandas data frame.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+
+        Example:
+            >>> len(Report("small", "large", (), {"fit": 60}, {"order": 1}, 0.1, {}).to_dataframe())
+            0
+        """
+        return records_frame(self)
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Figure:
         """Plot stacked bars per layer pair, with one panel per direction.

@@ -16,41 +16,11 @@ from PIL import Image
 
 from knowiso_train import Report
 from knowiso_train.errors import FormatError, LayerNameError, MissingDependencyError, OptionError
-from knowiso_train.measurement import PairResult
-from knowiso_train.measurement.render import ORDER_COLORS, TEXT_COLOR, order_colors, percent, text_color_on
+from knowiso_train.measurement.render import percent
+from knowiso_train.pages.colors import ORDER_COLORS, TEXT_COLOR, order_colors, text_color_on
+from tests.helpers.reports import pair, report
 
 matplotlib = pytest.importorskip("matplotlib")
-
-
-def pair(
-    source: str, target: str, direction: str = "forward", shares: tuple[float, ...] = (0.6, 0.25), **changes: Any
-) -> PairResult:
-    unexplained = 1 - sum(shares)
-    made = PairResult(
-        source=source,
-        target=target,
-        direction=direction,
-        shares=shares,
-        unexplained=unexplained,
-        interval=(unexplained - 0.02, unexplained + 0.03),
-        share_intervals=tuple((share - 0.01, share + 0.01) for share in shares),
-        noise_floor=0.0123,
-        component_variances=tuple(share / 2 for share in shares),
-        additive=True,
-        source_channels=8,
-        target_channels=16,
-        source_grid=(8, 8),
-        target_grid=(4, 4),
-        ridge=(0.001,) * len(shares),
-        rows=960,
-    )
-    return replace(made, **changes)
-
-
-def report(*pairs: PairResult) -> Report:
-    images = {"fit": 1800, "select": 600, "report": 600}
-    settings = {"order": 1, "kernel_size": 3, "solver": "closed_form", "split": [0.6, 0.2, 0.2], "max_images": None}
-    return Report("small", "large", pairs, images, settings, 12.34, {"torch": "2"})
 
 
 @pytest.fixture
@@ -238,6 +208,9 @@ def test_picture_bars_are_the_shares(both: Report) -> None:
     assert widths[:3] == [0.15, 0.6, 0.25]
     texts = [text.get_text() for text in both.plot().axes[0].texts]
     assert texts[:3] == ["60.0", "25.0", "15.0"]
+    # The interval of the table, beside the bar
+    right = both.plot().axes[0].child_axes[0]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["13.0 … 18.0"] * 2
 
 
 def test_picture_titles_and_figures_stay_readable() -> None:

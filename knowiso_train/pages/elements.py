@@ -1,0 +1,202 @@
+"""Text elements of a page; all text is escaped here, so that names of layers and classes cannot contain markup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import NewType
+
+HATCHED = "hatched"  # in place of a color: the pattern of what is unexplained
+
+Html = NewType("Html", str)  # escaped; plain text is not accepted in its place
+
+
+@dataclass(frozen=True)
+class Column:
+    """Column of a table.
+
+    Attributes:
+        title: Text of the head.
+        numeric: Right-aligned, and sorted by `Cell.value`. False: left-aligned, and sorted by text.
+        hint: Tooltip of the head. Empty: none.
+        color: CSS color of a swatch in front of the title, which links the column to a picture, or "hatched". Empty:
+            none.
+    """
+
+    title: str
+    numeric: bool = True
+    hint: str = ""
+    color: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Cell of a table.
+
+    Attributes:
+        text: Text of the cell.
+        value: Number that the cell is sorted by. None or NaN: sorted last.
+        hint: Tooltip. Empty: none.
+    """
+
+    text: str
+    value: float | None = None
+    hint: str = ""
+
+
+def join(parts: Iterable[Html]) -> Html:
+    """Return several elements one after the other.
+
+    Example:
+        >>> join([paragraph("a"), paragraph("b")])
+        '<p>a</p><p>b</p>'
+    """
+    return Html("".join(parts))
+
+
+def paragraph(text: str) -> Html:
+    """Return a paragraph.
+
+    Example:
+        >>> paragraph("a < b")
+        '<p>a &lt; b</p>'
+    """
+    return Html(f"<p>{escape(text)}</p>")
+
+
+def heading(text: str) -> Html:
+    """Return a heading within a section.
+
+    Example:
+        >>> heading("Directions")
+        '<h3>Directions</h3>'
+    """
+    return Html(f"<h3>{escape(text)}</h3>")
+
+
+def side_by_side(parts: Sequence[Html]) -> Html:
+    """Return parts beside each other, or below each other on narrow screens.
+
+    Example:
+        >>> side_by_side([paragraph("a"), paragraph("b")])
+        '<div class="side-by-side"><div><p>a</p></div><div><p>b</p></div></div>'
+    """
+    return Html(f'<div class="side-by-side">{"".join(f"<div>{part}</div>" for part in parts)}</div>')
+
+
+def term(title: str, text: str) -> Html:
+    """Return a paragraph that begins with its title.
+
+    Example:
+        >>> term("Direction 1", "5 % of the variance")
+        '<p class="term"><strong>Direction 1</strong> 5 % of the variance</p>'
+    """
+    return Html(f'<p class="term"><strong>{escape(title)}</strong> {escape(text)}</p>')
+
+
+def note(lines: Sequence[str]) -> Html:
+    """Return small print below a picture or table, one paragraph per line; nothing if there are no lines.
+
+    Example:
+        >>> note(["Images are 32 px wide."])
+        '<div class="note"><p>Images are 32 px wide.</p></div>'
+    """
+    return Html(f'<div class="note">{join(map(paragraph, lines))}</div>' if lines else "")
+
+
+def picture(reading_aid: str, content: Html) -> Html:
+    """Return a picture below the sentence that explains how to read it.
+
+    Example:
+        >>> picture("Each bar is a layer.", Html("<svg></svg>"))
+        '<figure class="picture"><figcaption>Each bar is a layer.</figcaption><svg></svg></figure>'
+    """
+    return Html(f'<figure class="picture"><figcaption>{escape(reading_aid)}</figcaption>{content}</figure>')
+
+
+def folded(title: str, content: Html, *, opened: bool = False) -> Html:
+    """Return content that a click on its title shows; printing shows it as well.
+
+    Example:
+        >>> folded("Settings", paragraph("seed 0"))
+        '<details><summary>Settings</summary><div class="folded"><p>seed 0</p></div></details>'
+    """
+    state = " open" if opened else ""
+    summary = f"<summary>{escape(title)}</summary>"
+    return Html(f'<details{state}>{summary}<div class="folded">{content}</div></details>')
+
+
+def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Html:
+    """Return a table whose heads become buttons that sort it; without JavaScript it keeps the given order.
+
+    Args:
+        caption: Text that names the table, above it.
+        columns: One column per cell of a row.
+        rows: Cells of each row, as many as columns.
+
+    Raises:
+        ValueError: A row with another number of cells than columns.
+
+    Example:
+        >>> html = table("Layers", [Column("layer", numeric=False), Column("share")], [[Cell("a"), Cell("5 %", 0.05)]])
+        >>> '<td class="number" data-value="0.05">5 %</td>' in html
+        True
+    """
+    heads = "".join(f"<th{_column_attributes(column)}>{_column_title(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr>{''.join(_table_cell(cell, column) for cell, column in zip(row, columns, strict=True))}</tr>"
+        for row in rows
+    )
+    return Html(
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
+        f'<table class="sortable"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def swatch(color: str) -> Html:
+    """Return a small square of a CSS color, or of the pattern "hatched".
+
+    Example:
+        >>> swatch("#16325b")
+        '<span class="swatch" style="background:#16325b"></span>'
+    """
+    if color == HATCHED:
+        return Html('<span class="swatch hatched"></span>')
+    return Html(f'<span class="swatch" style="background:{escape(color)}"></span>')
+
+
+def attributes(**values: str | None) -> str:
+    """Return HTML attributes with a leading space each; those that are None or empty are left out.
+
+    Example:
+        >>> attributes(title="a & b", id=None)
+        ' title="a &amp; b"'
+    """
+    return "".join(f' {name.strip("_").replace("_", "-")}="{escape(value)}"' for name, value in values.items() if value)
+
+
+def _column_attributes(column: Column) -> str:
+    return ' scope="col"' + attributes(
+        class_="number" if column.numeric else None,
+        data_sort="number" if column.numeric else "text",
+        title=column.hint,
+    )
+
+
+def _column_title(column: Column) -> Html:
+    return Html((swatch(column.color) if column.color else "") + escape(column.title))
+
+
+def _table_cell(cell: Cell, column: Column) -> str:
+    known = cell.value is not None and not math.isnan(cell.value)
+    content = attributes(
+        class_="number" if column.numeric else None,
+        title=cell.hint,
+        data_value=repr(float(cell.value)) if cell.value is not None and known else None,
+    )
+    # Layer names break at their dots on narrow screens
+    text = escape(cell.text) if column.numeric else escape(cell.text).replace(".", ".<wbr>")
+    return f"<td{content}>{text}</td>"
