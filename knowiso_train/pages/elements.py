@@ -116,16 +116,21 @@ def picture(reading_aid: str, content: Html) -> Html:
     return Html(f'<figure class="picture"><figcaption>{escape(reading_aid)}</figcaption>{content}</figure>')
 
 
-def folded(title: str, content: Html, *, opened: bool = False) -> Html:
-    """Return content that a click on its title shows; printing shows it as well.
+def folded(title: str, content: Html, *, printed: bool = True) -> Html:
+    """Return content that a click on its title shows.
+
+    Args:
+        title: Title that is always visible.
+        content: Content to fold.
+        printed: Print the content although it is folded. False: for long tables.
 
     Example:
         >>> folded("Settings", paragraph("seed 0"))
         '<details><summary>Settings</summary><div class="folded"><p>seed 0</p></div></details>'
     """
-    state = " open" if opened else ""
+    kind = "" if printed else ' class="unprinted"'
     summary = f"<summary>{escape(title)}</summary>"
-    return Html(f'<details{state}>{summary}<div class="folded">{content}</div></details>')
+    return Html(f'<details{kind}>{summary}<div class="folded">{content}</div></details>')
 
 
 def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Html:

@@ -48,10 +48,10 @@
     });
   }
 
-  // Printing shows what is folded
+  // Printing shows what is folded, except long tables
   let folded = [];
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open])")];
+    folded = [...document.querySelectorAll("details:not([open], .unprinted)")];
     for (const item of folded) item.open = true;
   });
   addEventListener("afterprint", () => { for (const item of folded) item.open = false; });
