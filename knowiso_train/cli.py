@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,12 +231,13 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _write_report(report: Report, args: argparse.Namespace) -> None:
     """Print a report and write it to the files that the options name."""
     print(report)
-    for name, write in {
+    writers: dict[str, Callable[[Path], object]] = {
         "json": report.to_json,
         "html": report.to_html,
         "csv": report.to_csv,
         "plot": report.plot,
-    }.items():
+    }
+    for name, write in writers.items():
         if (path := getattr(args, name, None)) is not None:
             write(path)
 

@@ -64,7 +64,7 @@ def text_color_on(color: str) -> str:
     return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else TEXT_COLOR
 
 
-def heat_colors(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+def heat_colors(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Return the color and the opacity of values between 0 and 1; higher values are lighter and less transparent.
 
     Args:
@@ -85,7 +85,7 @@ def heat_colors(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.concatenate([rgb, opacity[..., None]], -1).round().astype(np.uint8)
 
 
-def _interpolate(colors: Sequence[str], positions: NDArray[np.floating]) -> NDArray[np.float64]:
+def _interpolate(colors: Sequence[str], positions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the channels at positions 0…n−1 of a ramp of n colors."""
     anchors = np.array([_channels(color) for color in colors], float)
     steps = np.arange(len(anchors))
