@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from knowiso_train.diagnosis.render import KIND_TITLES
 from knowiso_train.errors import OptionError
 from knowiso_train.measurement._plot import FIGURE_WIDTH_INCHES, new_figure, save_figure
-from knowiso_train.measurement.render import MUTED_COLOR, NOISE_FLOOR_COLOR, ORDER_COLORS, TEXT_COLOR, pair_name
+from knowiso_train.measurement.render import MUTED_COLOR, NOISE_FLOOR_COLOR, pair_name
+from knowiso_train.pages.colors import ORDER_COLORS, TEXT_COLOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

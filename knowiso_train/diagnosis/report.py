@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from knowiso_train.diagnosis._page import diagnosis_page
 from knowiso_train.diagnosis.render import render_diagnosis, render_layer
 from knowiso_train.errors import LayerNameError
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.saved_report import SavedReport
+from knowiso_train.utils.serialization import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -259,6 +261,23 @@ class Diagnosis(SavedReport):
 
     def __str__(self) -> str:
         return render_diagnosis(self)
+
+    def to_html(self, path: str | Path | None = None, *, title: str | None = None) -> str:
+        """Return a page in one HTML file that needs no network access: directions, images, classes and channels.
+
+        Args:
+            path: File to write as well. None: no file.
+            title: Heading of the page. None: the names of the networks.
+
+        Example:
+            >>> page = Diagnosis("small", ("large",), (), {"fit": 60}, (), (), {}, 0.1, {}).to_html()
+            >>> "<h1>Diagnosis of small beside large</h1>" in page
+            True
+        """
+        page = diagnosis_page(self, title)
+        if path is not None:
+            write_file(path, page)
+        return page
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Figure:
         """Plot one row per result: unexplained share by channel, heat map of the positions, and bars of the classes.

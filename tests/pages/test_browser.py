@@ -28,6 +28,7 @@ from knowiso_train.pages import (
     thumbnail,
 )
 from tests.helpers.browser import Browser, find_browser, headless_browser
+from tests.helpers.diagnoses import diagnosis
 from tests.helpers.reports import pair, report
 
 COLUMN = "[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[{}].textContent)"
@@ -175,3 +176,7 @@ def test_page_of_a_report(browser: Browser, tmp_path: Path) -> None:
         for direction in ("forward", "backward")
     ]
     check_page(browser, report(*pairs).to_html(), tmp_path / "report.html")
+
+
+def test_page_of_a_diagnosis(browser: Browser, tmp_path: Path) -> None:
+    check_page(browser, diagnosis(strong=("large", "other <i>")).to_html(), tmp_path / "diagnosis.html")

@@ -1,0 +1,288 @@
+"""Page of a diagnosis: blind spots and unreliable features of each layer side by side, with their images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from knowiso_train.diagnosis.render import KIND_TITLES
+from knowiso_train.measurement._page import method_details, pair_bars
+from knowiso_train.measurement.render import interval, pair_name, percent
+from knowiso_train.pages import (
+    Bar,
+    Cell,
+    Column,
+    Html,
+    Section,
+    Segment,
+    Tile,
+    folded,
+    heading,
+    heat_image,
+    heat_scale,
+    image_grid,
+    join,
+    paragraph,
+    picture,
+    render_page,
+    side_by_side,
+    table,
+    term,
+    value_bars,
+)
+from knowiso_train.pages.colors import series_colors
+
+if TYPE_CHECKING:
+    from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, HeatMap, LayerDiagnosis, RankedImage
+
+PAGE_CHANNELS = 10  # bars of the channels with most residual; a folded table has all
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+SHOWN_DIRECTIONS = 3  # the others are folded
+OVERVIEW_AIDS = {
+    "blind_spots": "Each bar is a layer of the strong network; the weak network cannot reproduce the hatched part.",
+    "unreliable": "Each bar is a layer of the weak network; the strong network cannot reproduce the hatched part.",
+}
+DIRECTION_AID = (
+    "Each row is a direction of the residual with the images that hold most of it; light colors mark where it is "
+    "strongest, and the pointer over an image hides them."
+)
+SHARED_AID = "Each row is a direction that both networks have, with the images where both respond most."
+IMAGES_AID = "These images hold most of the residual; the last map is its mean at each position over all images."
+CLASSES_AID = "Each bar is a class: the share of the feature in its images that is not reproduced."
+CHANNELS_AID = "These channels hold most of the residual: the share of each that is not reproduced."
+
+
+def diagnosis_page(diagnosis: Diagnosis, title: str | None = None) -> str:
+    """Return the page; see `Diagnosis.to_html`."""
+    names = f"{diagnosis.weak} beside {', '.join(diagnosis.strong)}"
+    counts = ", ".join(f"{count:,} to {role}" for role, count in diagnosis.images.items())
+    sections = [Section("Overview", _overview(diagnosis))] if diagnosis.layers else []
+    sections += [
+        Section(name, side_by_side([_LayerColumn(diagnosis, layer).content() for layer in layers]))
+        for name, layers in _by_layers(diagnosis).items()
+    ]
+    if not sections:
+        sections = [Section("No layer pairs", paragraph("The diagnosis has no layer pairs."))]
+    warnings = [
+        f"{pair_name(layer.pair)} ({KIND_TITLES[layer.kind]}): {note}"
+        for layer in diagnosis.layers
+        for note in (*layer.pair.warnings, *layer.warnings)
+    ]
+    return render_page(
+        title or f"Diagnosis of {names}",
+        sections,
+        subtitle=f"{names} · images: {counts} · {diagnosis.seconds:.1f} s",
+        appendix=join(method_details(diagnosis.settings, diagnosis.versions, warnings)),
+    )
+
+
+def _strong(layer: LayerDiagnosis) -> str:
+    """Return the name of the strong network of a result."""
+    return layer.network if layer.kind == "blind_spots" else layer.explaining
+
+
+def _label(diagnosis: Diagnosis, layer: LayerDiagnosis) -> str:
+    """Return the layers of a result, with the strong network where there are several."""
+    return pair_name(layer.pair) + (f", {_strong(layer)}" if len(diagnosis.strong) > 1 else "")
+
+
+def _by_layers(diagnosis: Diagnosis) -> dict[str, list[LayerDiagnosis]]:
+    """Return the results of each layer pair and strong network, blind spots first."""
+    groups: dict[str, list[LayerDiagnosis]] = {}
+    for layer in sorted(diagnosis.layers, key=lambda layer: layer.kind):
+        names = (layer.pair.source, layer.pair.target)
+        weak, strong = names if layer.kind == "blind_spots" else names[::-1]
+        title = weak if weak == strong else f"{weak} and {strong}"
+        groups.setdefault(f"{title}, {_strong(layer)}" if len(diagnosis.strong) > 1 else title, []).append(layer)
+    return groups
+
+
+def _overview(diagnosis: Diagnosis) -> Html:
+    """Return bars of the shares, both kinds side by side, and a table of all results."""
+    panels = []
+    for kind, aid in OVERVIEW_AIDS.items():
+        layers = [layer for layer in diagnosis.layers if layer.kind == kind]
+        if layers:
+            bars = pair_bars([layer.pair for layer in layers], [_label(diagnosis, layer) for layer in layers])
+            panels.append(join([heading(KIND_TITLES[kind].capitalize()), picture(aid, bars)]))
+    columns = [
+        Column("layer", numeric=False),
+        Column("kind", numeric=False),
+        Column("unexplained", hint="Share of the feature's variance that the other network does not reproduce"),
+        Column("95 % interval", hint="Bootstrap interval over images; sorted by its width"),
+        Column("first direction", hint="Share of the feature's variance in the leading direction of the residual"),
+        Column("its KL", hint="Change of the output when the residual in that direction is removed, in nats"),
+    ]
+    if any(layer.classes for layer in diagnosis.layers):
+        columns.append(Column("least explained class", numeric=False))
+    rows = [_overview_row(diagnosis, layer)[: len(columns)] for layer in diagnosis.layers]
+    return join([side_by_side(panels), table("All results", columns, rows)])
+
+
+def _overview_row(diagnosis: Diagnosis, layer: LayerDiagnosis) -> list[Cell]:
+    first = layer.directions[0] if layer.directions else None
+    effect = None if first is None else first.effect
+    worst = "–"
+    if layer.classes:
+        worst = f"{_class_name(diagnosis, layer.classes[0].label)} ({percent(layer.classes[0].unexplained)})"
+    low, high = layer.pair.interval
+    return [
+        Cell(_label(diagnosis, layer)),
+        Cell(KIND_TITLES[layer.kind]),
+        Cell(percent(layer.pair.unexplained), layer.pair.unexplained),
+        Cell(interval(layer.pair.interval), high - low),
+        Cell("–") if first is None else Cell(percent(first.share), first.share),
+        Cell("–") if effect is None else Cell(f"{effect.kl:.3g}", effect.kl),
+        Cell(worst),
+    ]
+
+
+def _class_name(diagnosis: Diagnosis, label: int) -> str:
+    return diagnosis.class_names[label] if 0 <= label < len(diagnosis.class_names) else f"class {label}"
+
+
+class _LayerColumn:
+    """Column of the page with one result.
+
+    Args:
+        diagnosis: Diagnosis with the pictures and class names.
+        layer: Result to show.
+    """
+
+    def __init__(self, diagnosis: Diagnosis, layer: LayerDiagnosis) -> None:
+        self.diagnosis, self.layer = diagnosis, layer
+        self.pictures = {thumbnail.index: thumbnail.picture for thumbnail in diagnosis.thumbnails}
+        self.color = series_colors(2)[1][0]
+
+    def content(self) -> Html:
+        """Return all elements of the column."""
+        layer = self.layer
+        parts = [heading(KIND_TITLES[layer.kind].capitalize()), paragraph(self._summary())]
+        if layer.directions:
+            parts.append(self._directions(layer.directions, DIRECTION_AID))
+        parts += [self._images(), self._classes(), self._channels()]
+        if layer.shared:
+            parts.append(folded("Shared directions", self._directions(layer.shared, SHARED_AID)))
+        return join(parts)
+
+    def _summary(self) -> str:
+        layer = self.layer
+        sentences = [
+            f"{layer.explaining} does not reproduce {percent(layer.pair.unexplained)} "
+            f"({interval(layer.pair.interval)}) of the variance of {layer.layer} in {layer.network}."
+        ]
+        sentences += [f"{entry.network} reproduces {percent(entry.share)}." for entry in layer.confirmations]
+        if layer.confirmed_by_none is not None:
+            sentences.append(f"At most {percent(layer.confirmed_by_none)} is reproduced by none of them.")
+        return " ".join(sentences)
+
+    def _directions(self, directions: Sequence[FeatureDirection], aid: str) -> Html:
+        """Return a row of images per direction; those beyond the first three are folded."""
+        rows = [self._direction(number, direction) for number, direction in enumerate(directions, 1)]
+        shown, others = join(rows[:SHOWN_DIRECTIONS]), join(rows[SHOWN_DIRECTIONS:])
+        more = folded(f"{len(directions) - SHOWN_DIRECTIONS} more directions", others) if others else Html("")
+        return picture(aid, join([heat_scale("no energy", "strongest"), shown, more]))
+
+    def _direction(self, number: int, direction: FeatureDirection) -> Html:
+        parts = [f"{percent(direction.unexplained)} of it unexplained"]
+        if (effect := direction.effect) is not None:
+            parts.append(f"output without it: KL {effect.kl:.3g}, agreement {percent(effect.agreement)}")
+            if effect.top1_change is not None:
+                parts.append(f"top-1 {100 * effect.top1_change:+.1f} points")
+        for entry, share in zip(self.layer.confirmations, direction.confirmed, strict=False):
+            parts.append(f"{entry.network} reproduces {percent(share)}")
+        parts.append(f"channels {', '.join(map(str, direction.channels))}")
+        title = f"{number}. {percent(direction.share)} of the variance"
+        return join([term(title, " · ".join(["", *parts])), image_grid(self._tiles(direction.images, "the direction"))])
+
+    def _images(self) -> Html:
+        """Return the images with most residual, and the mean over all images."""
+        positions = self.layer.positions
+        mean = Tile("", "mean of all images", "mean residual of all images", _heat(positions, _maximum([positions])))
+        tiles = [*self._tiles(self.layer.images, "the residual"), mean]
+        return join([heading("Images"), picture(IMAGES_AID, image_grid(tiles))])
+
+    def _tiles(self, images: Sequence[RankedImage], part: str) -> list[Tile]:
+        """Return images with heat maps of one common scale."""
+        maximum = _maximum([image.heat_map for image in images])
+        tiles = []
+        for image in images:
+            name = f"image {image.index}"
+            hints = [name, f"{percent(image.share)} of the energy of {part}"]
+            if image.label is not None:
+                name = _class_name(self.diagnosis, image.label)
+                hints.insert(1, f"class {name}")
+            if image.value is not None:
+                hints.append(f"{image.value:+.1f} standard deviations at the peak")
+            hints.append(f"peak at row {image.peak[0]}, column {image.peak[1]}")
+            hints.append(f"at most {_maximum([image.heat_map]):.3g} times the feature's mean energy")
+            heat = _heat(image.heat_map, maximum)
+            # A number and its unit stay on one line
+            caption = f"{name} · {percent(image.share).replace(' ', NO_BREAK_SPACE)}"
+            tiles.append(Tile(self.pictures.get(image.index, ""), caption, ", ".join(hints), heat))
+        return tiles
+
+    def _classes(self) -> Html:
+        """Return one bar per class; nothing without labels."""
+        classes = self.layer.classes
+        if not classes:
+            return Html("")
+        bars = []
+        for entry in classes:
+            name = _class_name(self.diagnosis, entry.label)
+            hint = f"{name}: {percent(entry.unexplained)} unexplained in {entry.images:,} images, "
+            hint += f"{percent(entry.share)} of the residual"
+            bars.append(self._value_bar(name, entry.unexplained, hint))
+        maximum = max(1.0, *(entry.unexplained for entry in classes))
+        chart = value_bars(bars, text_title="unexplained", maximum=maximum)
+        return join([heading("Classes"), picture(CLASSES_AID, chart)])
+
+    def _channels(self) -> Html:
+        """Return bars of the channels with most residual, and a table of all."""
+        layer = self.layer
+        energies = np.array(layer.channels) * np.array(layer.channel_variances)
+        strongest = np.argsort(-energies)[:PAGE_CHANNELS].tolist()
+        bars = [
+            self._value_bar(
+                f"channel {c}",
+                layer.channels[c],
+                f"channel {c}: {percent(layer.channels[c])} unexplained, {percent(energies[c])} of all variance",
+            )
+            for c in strongest
+        ]
+        columns = [
+            Column("channel"),
+            Column("unexplained"),
+            Column("share of the variance"),
+            Column("share of the residual"),
+        ]
+        total = float(energies.sum())
+        rows = [
+            [
+                Cell(str(c), c),
+                Cell(percent(share), share),
+                Cell(percent(variance), variance),
+                Cell(percent(energy / total if total else None), float(energy)),
+            ]
+            for c, (share, variance, energy) in enumerate(
+                zip(layer.channels, layer.channel_variances, energies, strict=True)
+            )
+        ]
+        maximum = max([1.0, *(layer.channels[c] for c in strongest)])
+        chart = value_bars(bars, text_title="unexplained", maximum=maximum)
+        all_channels = folded(f"All {len(rows)} channels", table("Channels", columns, rows), printed=False)
+        return join([heading("Channels"), picture(CHANNELS_AID, chart), all_channels])
+
+    def _value_bar(self, label: str, share: float, hint: str) -> Bar:
+        return Bar(label, (Segment(0.0, share, hint, self.color),), percent(share))
+
+
+def _heat(values: HeatMap, maximum: float) -> str:
+    return heat_image(np.array(values, float), maximum)
+
+
+def _maximum(maps: Sequence[HeatMap]) -> float:
+    """Return the largest value of several maps."""
+    return max((value for heat_map in maps for row in heat_map for value in row), default=0.0)
