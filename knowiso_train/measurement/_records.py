@@ -66,7 +66,7 @@ def _record(report: Report, pair: PairResult) -> dict[str, Value]:
         "unexplained_high": pair.interval[1],
         "noise_floor": pair.noise_floor,
     }
-    for name in ("functional", "residual_only", "similarity"):
+    for name in ("functional", "residual_only", "target_output", "similarity"):
         record |= _flatten(getattr(pair, name, None), name)
     record |= _flatten(pair.ridge, "ridge")
     return record | {
