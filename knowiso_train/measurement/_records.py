@@ -85,10 +85,9 @@ def _flatten(value: Any, name: str) -> dict[str, Value]:
     """Return the numbers of nested dataclasses, mappings and sequences by name, joined with underscores."""
     if value is None or isinstance(value, str | int | float):
         return {} if value is None else {name: value}
+    items: list[tuple[object, Any]]
     if is_dataclass(value):
         items = [(field.name, getattr(value, field.name)) for field in fields(value) if field.compare]
-    elif isinstance(value, Mapping):
-        items = list(value.items())
     else:
-        items = list(enumerate(value))
+        items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
     return {key: leaf for part, item in items for key, leaf in _flatten(item, f"{name}_{part}").items()}
