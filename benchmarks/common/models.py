@@ -16,6 +16,8 @@ from torch import Tensor, nn
 DATA = Path(os.environ.get("KNOWISO_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 # Normalization in the training of the checkpoints
 CIFAR10_MEAN, CIFAR10_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Normalization of the CIFAR-10 checkpoints by the author of the CIFAR-100 ones
+CIFAR10_OTHER_MEAN, CIFAR10_OTHER_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CIFAR10_CHECKPOINTS = {
     20: "resnet20-12fca82f.th",
@@ -136,17 +138,17 @@ class Cifar100Block(BasicBlock):
 
 
 class Cifar100ResNet(nn.Module):
-    """ResNet of the CIFAR-100 checkpoints.
+    """ResNet of the CIFAR-100 checkpoints, and of the CIFAR-10 ones by the same author.
 
     The stem has 64 channels, a ReLU follows each stage, and the classifier reads 2 × 2 positions.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, classes: int = 100) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         add_stages(self, Cifar100Block, depth, 64)
-        self.linear = nn.Linear(256, 100)
+        self.linear = nn.Linear(256, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -157,10 +159,17 @@ class Cifar100ResNet(nn.Module):
 
 def cifar100_resnet(depth: int) -> Cifar100ResNet:
     """Load ResNet-8/20/32 with trained CIFAR-100 weights, in eval mode."""
-    state = torch.load(DATA / "weights" / f"resnet{depth}_cifar100.pth", map_location="cpu", weights_only=True)[
-        "model_state_dict"
-    ]
-    model = Cifar100ResNet(depth)
+    return _load_cifar100_resnet(f"resnet{depth}_cifar100.pth", depth, 100)
+
+
+def cifar10_other_resnet(depth: int) -> Cifar100ResNet:
+    """Load ResNet-8/14/26/32 with trained CIFAR-10 weights by another author than `cifar_resnet`, in eval mode."""
+    return _load_cifar100_resnet(f"resnet{depth}_cifar10.pth", depth, 10)
+
+
+def _load_cifar100_resnet(file: str, depth: int, classes: int) -> Cifar100ResNet:
+    state = torch.load(DATA / "weights" / file, map_location="cpu", weights_only=True)["model_state_dict"]
+    model = Cifar100ResNet(depth, classes)
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     return model.eval()
 

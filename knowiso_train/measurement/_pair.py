@@ -17,6 +17,7 @@ from knowiso_train.features.modules import LayerPair
 from knowiso_train.features.state import preserve_state
 from knowiso_train.measurement.config import Direction, MeasureConfig
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, PermutedTargets
+from knowiso_train.measurement.functional import ExplainedNetwork, FunctionalStatistics
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.regression.explained_variance import ResidualStatistics
 from knowiso_train.utils.batch import batch_size, index_batch
@@ -69,12 +70,18 @@ class PairMeasurement:
         self._permute = PermutedTargets()
         self._disentanglers: list[Disentangler] = []
         self._statistics: list[ResidualStatistics] = []
+        self._functional = FunctionalStatistics(self.settings.order + 1) if config.functional else None
 
     @property
     def label(self) -> str:
         """Layers and direction, for messages."""
         source, target = self._in_direction(self.pair.source, self.pair.target)
         return f"{source} → {target} ({self.direction})"
+
+    @property
+    def explained_layer(self) -> str:
+        """Name of the explained layer."""
+        return self._in_direction(self.pair.source, self.pair.target)[1]
 
     @property
     def num_targets(self) -> int:
@@ -118,8 +125,14 @@ class PairMeasurement:
             )
 
     @torch.no_grad()
-    def report(self, source_features: Features, target_features: Features, batch: IndexedBatch) -> None:
-        """Accumulate the residuals of the report images of a batch."""
+    def report(
+        self,
+        source_features: Features,
+        target_features: Features,
+        batch: IndexedBatch,
+        network: ExplainedNetwork | None = None,
+    ) -> None:
+        """Accumulate the residuals of the report images of a batch, and the outputs of the explained network."""
         mask = batch.mask("report")
         if not mask.any():
             return
@@ -128,13 +141,20 @@ class PairMeasurement:
         targets = [y]
         if self.config.noise_floor:
             targets.append(self._permute(y, torch.full((len(y),), SPLIT_NAMES.index("report"))))
-        for disentangler, statistics, target in zip(self._disentanglers, self._statistics, targets, strict=True):
-            statistics.update(target, disentangler.components(x), batch.index[mask])
+        components = [disentangler.components(x) for disentangler in self._disentanglers]
+        for parts, statistics, target in zip(components, self._statistics, targets, strict=True):
+            statistics.update(target, parts, batch.index[mask])
+        if self._functional is not None and network is not None:
+            feature = self._aligned(source_features, target_features)[1]
+            center = self._started_fitter().centers[0]
+            self._functional.update(network, self.explained_layer, feature, components[0], center, images)
 
     def result(self) -> PairResult:
         """Return the figures of this pair, reduced over the processes."""
-        for statistics in self._statistics:
-            statistics.all_reduce(self.group)
+        for statistics in (*self._statistics, self._functional):
+            if statistics is not None:
+                statistics.all_reduce(self.group)
+        functional, residual_only, target_output = self._functional.shares() if self._functional else ((), None, None)
         fitter, estimate = self._started_fitter(), self._statistics[0].estimate()
         num_images = int(self._statistics[0].images)
         # The paper's components are correlated: their variances are reported as published, and do not sum to 1
@@ -165,6 +185,9 @@ class PairMeasurement:
             ridge=fitter.ridges[0],
             rows=fitter.rows,
             warnings=tuple(notes),
+            functional=functional,
+            residual_only=residual_only,
+            target_output=target_output,
             disentangler=self._disentanglers[0],
         )
 

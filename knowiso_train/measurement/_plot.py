@@ -32,7 +32,16 @@ FIGURE_WIDTH_INCHES, FIGURE_DPI = 9.0, 160
 ROW_HEIGHT_INCHES, MARGIN_HEIGHT_INCHES, TITLE_HEIGHT_INCHES = 0.44, 1.6, 0.35
 BAR_HEIGHT_ROWS = 0.62
 MIN_LABEL_SHARE = 0.075  # segments narrower than this have no label, in a figure of two panels
+MAX_LEGEND_COLUMNS = 7
 MAX_LABEL_CHARACTERS = 26  # of a layer name
+AGREEMENT_MARKERS = {"output agrees (images)": "o", "residual agrees (images)": "X"}
+AGREEMENT_STYLE: dict[str, Any] = {
+    "color": "white",
+    "markeredgecolor": TEXT_COLOR,
+    "markeredgewidth": 1.0,
+    "markersize": 7,
+    "linestyle": "none",
+}
 MAX_TITLE_CHARACTERS = 84  # over all panels, at the full font size
 
 
@@ -119,6 +128,10 @@ def _draw_pair(axes: Axes, row: int, pair: PairResult, colors: list[str], min_la
             zorder=7,
             clip_on=False,
         )
+    if pair.functional and pair.residual_only is not None:
+        for share, marker in zip((pair.functional[-1], pair.residual_only), AGREEMENT_MARKERS.values(), strict=True):
+            if math.isfinite(share.agreement):
+                axes.plot(clip(share.agreement), row, marker=marker, zorder=8, clip_on=False, **AGREEMENT_STYLE)
 
 
 def _draw_shares(axes: Axes, row: int, pair: PairResult, colors: list[str], min_label_share: float) -> None:
@@ -255,10 +268,14 @@ def _draw_legend(figure: Figure, report: Report, colors: list[str]) -> None:
                 label="noise floor",
             )
         )
+    if any(pair.functional for pair in report.pairs):
+        handles += [
+            Line2D([], [], marker=marker, label=label, **AGREEMENT_STYLE) for label, marker in AGREEMENT_MARKERS.items()
+        ]
     legend = figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=len(handles),
+        ncols=min(len(handles), MAX_LEGEND_COLUMNS),
         frameon=False,
         fontsize=8.5,
         labelcolor=TEXT_COLOR,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from knowiso_train.disentangle.config import DisentangleConfig, Order, Solver
 from knowiso_train.errors import OptionError
+from knowiso_train.measurement.functional import AUTO_LABELS
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Range, Seed, UnitFloat, validate_fields
 
 Direction = Literal["forward", "backward"]
@@ -49,6 +50,9 @@ class MeasureConfig:
     forward: Callable[[nn.Module, Any], Any] | None = None
     layout: str | Mapping[str, str] | None = None
     repeated: Repeated = "error"
+    functional: bool = False
+    labels: str | Callable[[Any], Any] | None = AUTO_LABELS
+    output: Callable[[Any], Tensor] | None = None
     device: torch.device | str | None = None
     autocast: torch.dtype | None = None
     names: tuple[str, str] | None = None
@@ -93,4 +97,5 @@ class MeasureConfig:
             "split": list(self.split),
             "max_images": self.max_images,
             "bootstrap": self.bootstrap,
+            "functional": self.functional,
         }

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from knowiso_train.disentangle.config import Solver
@@ -17,8 +17,9 @@ from knowiso_train.features.extractor import Extractor, check_line
 from knowiso_train.features.modules import LayerPair, has_collective_forward, network_name, pair_layers
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.measurement._pair import Features, PairMeasurement, check_activations, check_capacity
-from knowiso_train.measurement.config import Directions, MeasureConfig, Repeated
+from knowiso_train.measurement.config import Direction, Directions, MeasureConfig, Repeated
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImageLoader
+from knowiso_train.measurement.functional import AUTO_LABELS, ExplainedNetwork
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.environment import library_versions
@@ -53,6 +54,9 @@ def measure(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     layout: str | Mapping[str, str] | None = None,
     repeated: Repeated = "error",
+    functional: bool = False,
+    labels: str | Callable[[Any], Any] | None = AUTO_LABELS,
+    output: Callable[[Any], Tensor] | None = None,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     names: tuple[str, str] | None = None,
@@ -94,6 +98,13 @@ def measure(
         layout: "nchw", "nhwc", "nlc", "ncl" or "nc", for all layers or by layer name. None: inferred. For tokens it can
             state prefix tokens, grid and suffix tokens: "nlc:1+14x14", "nlc:1+14x14+100", or "nlc:line" for a sequence.
         repeated: "error", "first" or "last": treatment of layers that are called more than once in one forward pass.
+        functional: Also put parts of each explained feature in its place, and compare the network's output with its own
+            on the report images: `functional[k]` (orders 0…k), `residual_only` (with the feature's mean) and
+            `target_output` of each pair. See `FunctionalShare`.
+        labels: Labels for top-1 with `functional=True`: the key of batches that are mappings, or a function of the
+            batch. "auto": the second element of a tuple, or an entry such as "labels". None: no labels.
+        output: Function of a network's output that returns its logits (N, C, …). None: the tensor, its "logits" or
+            "out", or its only floating tensor.
         device: Device of both networks during the call. None: their present devices.
         autocast: dtype of autocast for the networks; statistics stay in float32 and float64. None: no autocast.
         names: Names of source and target in the report. None: class names.
@@ -133,6 +144,9 @@ def measure(
         forward=forward,
         layout=layout,
         repeated=repeated,
+        functional=functional,
+        labels=labels,
+        output=output,
         device=device,
         autocast=autocast,
         names=names,
@@ -223,6 +237,14 @@ class _Measurement:
         self.last_batch: IndexedBatch | None = None
         self.num_images = dict.fromkeys(SPLIT_NAMES, 0)
         self.pair_measurements: list[PairMeasurement] = []
+        # By the direction in which the network is explained
+        self.explained: dict[Direction, ExplainedNetwork] = {}
+        if config.functional:
+            extractor_of = {"forward": extractors[1], "backward": extractors[0]}
+            self.explained = {
+                direction: ExplainedNetwork(extractor_of[direction], config.output, config.labels)
+                for direction in config.measured_directions
+            }
 
     def fit(self) -> None:
         """Accumulate the fitting and selection images."""
@@ -232,6 +254,7 @@ class _Measurement:
             features = self._extract(batch, "fit", "select")
             if not self.pair_measurements:
                 self._start(*features)
+                self._check_outputs(batch)
             for pair in self.pair_measurements:
                 pair.fit(*features, batch)
         if not all(self.group.gather(bool(self.pair_measurements))):
@@ -251,9 +274,11 @@ class _Measurement:
     def report(self) -> None:
         """Accumulate the residuals of the report images."""
         for batch in self._batches("report", report=True):
-            features = self._extract(batch, "report")
+            features = self._extract(batch, "report", outputs=True)
             for pair in self.pair_measurements:
-                pair.report(*features, batch)
+                pair.report(*features, batch, self.explained.get(pair.direction))
+        for network in self.explained.values():
+            network.substitution.clear()
 
     def total_images(self) -> dict[str, int]:
         """Return the number of images of each part over all processes."""
@@ -293,10 +318,21 @@ class _Measurement:
                 if extractor.specs[layers[i]].is_line:
                     check_line(features[i], features[1 - i], f"{extractor.name}: layer {layers[i]!r}")
 
-    def _extract(self, batch: IndexedBatch, *parts: str) -> tuple[Features, Features]:
+    def _check_outputs(self, batch: IndexedBatch) -> None:
+        """Check outputs, labels and replaced features on one batch, before maps are fitted."""
+        for direction, network in self.explained.items():
+            pairs = [pair for pair in self.pair_measurements if pair.direction == direction]
+            network.check(batch.batch, sorted({pair.explained_layer for pair in pairs}))
+            network.substitution.clear()
+
+    def _extract(self, batch: IndexedBatch, *parts: str, outputs: bool = False) -> tuple[Features, Features]:
         for part in parts:
             self.num_images[part] += int(batch.mask(part).sum())
-        source_features, target_features = (extractor.run(batch.batch) for extractor in self.extractors)
+        explained = (self.explained.get("backward"), self.explained.get("forward")) if outputs else (None, None)
+        source_features, target_features = (
+            extractor.run(batch.batch) if network is None else network.run(batch.batch)
+            for extractor, network in zip(self.extractors, explained, strict=True)
+        )
         return source_features, target_features
 
     def _batches(self, description: str, *, report: bool) -> Iterator[IndexedBatch]:

@@ -89,6 +89,11 @@ def footnotes(report: Report) -> list[str]:
         )
     if any(pair.noise_floor is not None for pair in report.pairs):
         lines.append("Noise floor: share that is still explained after the targets are permuted between images.")
+    if any(pair.functional for pair in report.pairs):
+        lines.append(
+            "Output agrees: images with the explained network's own top-1 class while all orders together stand in "
+            "the feature's place; residual agrees: while the residual and the mean do. Own: the network unchanged."
+        )
     return lines
 
 
@@ -127,7 +132,11 @@ def number_columns(pairs: Sequence[PairResult]) -> list[str]:
     num_orders = max((len(pair.shares) for pair in pairs), default=0)
     has_noise_floor = any(pair.noise_floor is not None for pair in pairs)
     orders = [f"order {k}" for k in range(num_orders)]
-    return [*orders, "unexplained", "95 % interval", *(["noise floor"] if has_noise_floor else [])]
+    floor = ["noise floor"] if has_noise_floor else []
+    functional = ["output agrees", "residual agrees"] if any(pair.functional for pair in pairs) else []
+    if any(pair.target_output is not None and pair.target_output.top1 is not None for pair in pairs):
+        functional += ["top-1", "residual top-1", "own top-1"]
+    return [*orders, "unexplained", "95 % interval", *floor, *functional]
 
 
 def number_cells(pair: PairResult, columns: Sequence[str]) -> list[Cell]:
@@ -138,6 +147,16 @@ def number_cells(pair: PairResult, columns: Sequence[str]) -> list[Cell]:
         "95 % interval": Cell(interval(pair.interval), high - low),
         "noise floor": Cell(percent(pair.noise_floor), pair.noise_floor),
     }
+    if pair.functional and pair.residual_only is not None and pair.target_output is not None:
+        mapped, residual, own = pair.functional[-1], pair.residual_only, pair.target_output
+        figures = {
+            "output agrees": mapped.agreement,
+            "residual agrees": residual.agreement,
+            "top-1": mapped.top1,
+            "residual top-1": residual.top1,
+            "own top-1": own.top1,
+        }
+        cells |= {head: Cell(percent(figure), figure) for head, figure in figures.items()}
     return [cells.get(column, Cell("")) for column in columns]
 
 

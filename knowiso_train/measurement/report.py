@@ -12,6 +12,7 @@ from knowiso_train.measurement._page import report_page
 from knowiso_train.measurement._plot import plot
 from knowiso_train.measurement._records import records_csv, records_frame
 from knowiso_train.measurement.config import DIRECTIONS, Direction
+from knowiso_train.measurement.functional import FunctionalShare
 from knowiso_train.measurement.render import render_html, render_text
 from knowiso_train.utils.saved_report import SavedReport
 from knowiso_train.utils.serialization import write_file
@@ -42,6 +43,10 @@ class PairResult:
         target_grid: (height, width) of the explained layer.
         ridge: Relative ridge of each order.
         rows: Number of samples (positions × images) of the order-0 fit.
+        functional: Output of the explained network with orders 0…k in the feature's place, for k = 0…K. Empty without
+            `functional=True`.
+        residual_only: Output with the residual of all orders and the feature's mean in its place. None: not measured.
+        target_output: The explained network's own output: agreement 1, KL 0 and its top-1. None: not measured.
         warnings: Conditions that limit the accuracy of the figures.
         disentangler: Fitted maps; neither saved with the report nor compared.
     """
@@ -63,6 +68,9 @@ class PairResult:
     ridge: tuple[float, ...]
     rows: int
     warnings: tuple[str, ...] = ()
+    functional: tuple[FunctionalShare, ...] = field(default_factory=tuple)
+    residual_only: FunctionalShare | None = None
+    target_output: FunctionalShare | None = None
     disentangler: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -76,7 +84,8 @@ class PairResult:
         Raises:
             FormatError: Another number of intervals or component variances than of shares.
         """
-        if len({len(self.shares), len(self.share_intervals), len(self.component_variances)}) > 1:
+        counts = {len(self.shares), len(self.share_intervals), len(self.component_variances)}
+        if len(counts | ({len(self.functional)} if self.functional else set())) > 1:
             raise FormatError(
                 f"{label}: expected one share, interval and component variance per order, got different counts"
             )

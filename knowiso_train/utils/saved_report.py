@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -117,14 +117,19 @@ def _read_fields(values: Any, kind: type[Any], label: str) -> Any:
     if not isinstance(values, Mapping):
         raise FormatError(f"{label}: expected an object, got {_abbreviate(values)}")
     hints = _saved_hints(kind)
-    missing = [name for name in hints if name not in values]
+    # Fields that files of earlier versions lack
+    optional = {item.name for item in fields(kind) if item.default is None or item.default_factory is not MISSING}
+    missing = [name for name in hints if name not in values and name not in optional]
     unknown = [name for name in values if name not in hints]
     if missing or unknown:
         raise FormatError(
             f"{label}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; "
             "the file is not of this format version"
         )
-    record = kind(**{name: _read_value(values[name], hint, f"{label}: {name!r}") for name, hint in hints.items()})
+    read = {
+        name: _read_value(values[name], hint, f"{label}: {name!r}") for name, hint in hints.items() if name in values
+    }
+    record = kind(**read)
     if hasattr(record, "check_saved"):
         record.check_saved(label)
     return record

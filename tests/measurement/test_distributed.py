@@ -42,10 +42,16 @@ def figures(kind: str) -> list[dict[str, Any]]:
         progress=False,
         bootstrap=50,
         solver_options={"epochs": 2},
+        functional=True,
     )
     return [
         {
             "shares": [*pair.shares, pair.unexplained, *pair.interval, pair.noise_floor],
+            "functional": [
+                [share.agreement, share.agreement_error, share.kl]
+                for share in (*pair.functional, pair.residual_only, pair.target_output)
+                if share is not None
+            ],
             "ridge": pair.ridge,
             "images": report.images,
             "rows": pair.rows,
@@ -83,6 +89,7 @@ def test_two_processes_measure_what_one_measures(kind: str, results: Path) -> No
     assert both[0] == both[1]
     for one, two in zip(figures("plain"), both[0], strict=True):
         np.testing.assert_allclose(two["shares"], one["shares"], atol=1e-5)
+        np.testing.assert_allclose(two["functional"], one["functional"], atol=1e-4)
         np.testing.assert_allclose(two["ridge"], one["ridge"])
         assert two["images"] == one["images"]
         assert sum(two["images"].values()) == 83  # padding is not counted
