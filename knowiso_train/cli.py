@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from knowiso_train.features.summary import LayerSummary
     from knowiso_train.measurement import Report
 
+SIMILARITIES = ("cka", "procrustes", "r2", "pooled_cka", "pooled_procrustes", "pooled_r2")
 SUMMARY_IMAGES = 2  # so that the batch axis differs from axes of size 1
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130  # 2 as in argparse; 130 = 128 + SIGINT
 
@@ -121,6 +122,8 @@ def measure(args: argparse.Namespace) -> None:
                 seed=args.seed,
                 max_images=args.max_images,
                 noise_floor=args.noise_floor,
+                at=args.at,
+                similarity=args.similarity or args.similarity is not None,
                 source_transform=input_transform(source, size=args.input_size),
                 target_transform=input_transform(target, size=args.input_size),
                 autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.autocast),
@@ -199,11 +202,13 @@ def layer_pairs(layers: Sequence[str]) -> list[str] | list[tuple[str, str]]:
 
 def _names(args: argparse.Namespace) -> tuple[str, str]:
     """Return the names of the networks: architectures, with checkpoint or role if they are equal."""
+    from knowiso_train.features.modules import distinct_names
+
     if args.source != args.target:
         return args.source, args.target
     files = [Path(file).stem if file else "" for file in (args.source_checkpoint, args.target_checkpoint)]
     source, target = (f"{args.source} {f'({file})' if file else ''}".strip() for file in files)
-    return (source, target) if source != target else (f"{source} (source)", f"{target} (target)")
+    return distinct_names(source, target)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -262,6 +267,14 @@ def _ignore_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 
 def _measure_options(options: argparse.ArgumentParser) -> None:
+    _network_options(options)
+    _image_options(options)
+    _method_options(options)
+    _running_options(options)
+    options.set_defaults(run=measure)
+
+
+def _network_options(options: argparse.ArgumentParser) -> None:
     networks = options.add_argument_group("networks")
     networks.add_argument("--source", required=True, metavar="MODEL", help="explaining timm network")
     networks.add_argument("--target", required=True, metavar="MODEL", help="explained timm network")
@@ -296,6 +309,8 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
         help="random weights (default: timm's published weights)",
     )
 
+
+def _image_options(options: argparse.ArgumentParser) -> None:
     images = options.add_argument_group("images")
     images.add_argument(
         "--dataset",
@@ -333,6 +348,8 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=2, metavar="N", help="processes that decode images (default: %(default)s)"
     )
 
+
+def _method_options(options: argparse.ArgumentParser) -> None:
     method = options.add_argument_group("method")
     method.add_argument(
         "--order", type=int, default=2, metavar="K", help="highest number of non-linear steps (default: %(default)s)"
@@ -364,7 +381,22 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--seed", type=int, default=0, help="seed of split, samples and random weights (default: %(default)s)"
     )
+    method.add_argument(
+        "--at",
+        default="output",
+        choices=("output", "input"),
+        help="side of the layers, such as the input of an activation (default: %(default)s)",
+    )
+    method.add_argument(
+        "--similarity",
+        nargs="*",
+        choices=SIMILARITIES,
+        metavar="NAME",
+        help=f"columns of other measures: {', '.join(SIMILARITIES)} (default: none; without a NAME: the first three)",
+    )
 
+
+def _running_options(options: argparse.ArgumentParser) -> None:
     running = options.add_argument_group("running")
     running.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: selected by accelerate)")
     running.add_argument(
@@ -375,7 +407,6 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--no-progress", dest="progress", action="store_false", help="no progress bars (default: shown)"
     )
-    options.set_defaults(run=measure)
 
 
 def _layers_options(options: argparse.ArgumentParser) -> None:

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from knowiso_train import Report
-from knowiso_train.cli import layer_pairs, main, parser
+from knowiso_train.cli import SIMILARITIES, layer_pairs, main, parser
 from knowiso_train.errors import OptionError
+from knowiso_train.measurement.similarity import SIMILARITY_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 150  # about 30 of them to report on: enough for no warning
@@ -62,6 +63,8 @@ def test_measure_prints_and_writes(pictures: Path, tmp_path: Path, capsys: pytes
         target="test_efficientnet",
         layers="layer1=blocks.1 layer2.0.conv1=blocks.2",
         directions="both",
+        similarity="cka pooled_r2",
+        at="output",
         **{k: str(v) for k, v in files.items()},
     )
     assert main(arguments) == 0
@@ -74,6 +77,7 @@ def test_measure_prints_and_writes(pictures: Path, tmp_path: Path, capsys: pytes
         ("layer1", "blocks.1"), ("layer2.0.conv1", "blocks.2"), ("blocks.1", "layer1"), ("blocks.2", "layer2.0.conv1")
     ]  # fmt: skip
     assert sum(report.images.values()) == COUNT
+    assert all(list(pair.similarity) == ["cka", "pooled_r2"] for pair in report)
     assert all(abs(sum(pair.shares) + pair.unexplained - 1) < 1e-9 for pair in report)
     with Image.open(files["plot"]) as image:
         assert image.format == "PNG"
@@ -109,6 +113,19 @@ def test_a_network_explains_itself(pictures: Path, tmp_path: Path) -> None:
     assert report.pairs[0].unexplained < 1e-3
     assert (report.source, report.target) == ("test_resnet (w) (source)", "test_resnet (w) (target)")
     assert sum(report.images.values()) == 120
+
+
+def test_similarity_without_names_means_the_default_ones_and_inputs_are_measured(
+    pictures: Path, tmp_path: Path
+) -> None:
+    assert SIMILARITIES == SIMILARITY_NAMES
+    path = tmp_path / "out.json"
+    figures = []
+    for extra in (["--similarity", "--at", "input"], []):
+        assert main([*options(pictures, json=str(path)), *extra]) == 0
+        report = Report.from_json(path)
+        figures.append((report.settings["at"], list(report.pairs[0].similarity)))
+    assert figures == [("input", ["cka", "procrustes", "r2"]), ("output", [])]
 
 
 def test_report_shows_a_saved_one_again(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,7 +168,8 @@ class IsomorphismCallback:
         """Create a callback for the networks, layer pairs and options of a loss.
 
         Args:
-            iso: Loss that provides networks, pairs, kernel size, transform, teacher's forward, layout and `repeated`.
+            iso: Loss that provides networks, pairs, kernel size, transform, teacher's forward, layout, `repeated` and
+                `at`.
             loader: Held-out images.
             **options: Options of `IsomorphismCallback`; they take precedence over those of the loss.
 
@@ -184,6 +185,7 @@ class IsomorphismCallback:
             "teacher_transform": iso.config.teacher_transform,
             "layout": iso.config.layout,
             "repeated": iso.config.repeated,
+            "at": iso.config.at,
         }
         if options.get("forward") is None:
             loss_options["teacher_forward"] = iso.config.teacher_forward

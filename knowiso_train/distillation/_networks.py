@@ -17,21 +17,14 @@ from knowiso_train.distillation._outputs import OutputCapture
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
 from knowiso_train.features.extractor import FeatureReader, check_line
-from knowiso_train.features.hooks import DetachedOnCopyHook, FeatureTaps, is_recomputing
+from knowiso_train.features.hooks import DetachedOnCopyHook, FeatureTaps, Side, is_recomputing
 from knowiso_train.features.modules import LayerPair, unwrap_model
+from knowiso_train.features.padding import ValidPositions, find_padding
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import INPUT_KEYS, get_inputs, image_size, replace_inputs
 from knowiso_train.utils.distributed import ProcessGroup
 
 LOSS_KEYWORDS = ("labels", "label", "num_items_in_batch", "return_loss")
-# Masks of padded positions by keyword argument, and the value of a valid position
-PADDING_MASKS = {
-    "attention_mask": True,
-    "pixel_mask": True,
-    "key_padding_mask": False,
-    "src_key_padding_mask": False,
-    "padding_mask": False,
-}
 
 
 @dataclass(frozen=True)
@@ -65,15 +58,10 @@ class StudentInput:
             return (images,), kwargs
         return (replace_inputs(self.args[0], images), *(moved(value) for value in self.args[1:])), kwargs
 
-    def valid_positions(self) -> tuple[str, Tensor] | None:
-        """Return the keyword and the mask (N, L) of the positions that are not padding; None without padding."""
-        for name, value_of_valid in PADDING_MASKS.items():
-            mask = self.kwargs.get(name)
-            if isinstance(mask, Tensor) and mask.ndim in (2, 3) and len(mask) == len(self.images):
-                valid = (mask.flatten(1) != 0) == value_of_valid
-                if not bool(valid.all()):
-                    return name, valid
-        return None
+    def valid_positions(self) -> ValidPositions | None:
+        """Return the positions that are not padding; None without padding."""
+        valid = find_padding(self.kwargs, len(self.images))
+        return None if valid is None or valid.complete else valid
 
 
 class InputCapture:
@@ -184,14 +172,14 @@ class StudentBatch:
         input: Images, and how they were passed.
         branches: One view of the layer's output per pair, which only that pair's loss uses.
         features: The branches as (N, C, H, W), per pair.
-        padding: Keyword and mask of `StudentInput.valid_positions`.
+        padding: `StudentInput.valid_positions`.
         outputs: Outputs of the student with gradient, in several processes.
     """
 
     input: StudentInput
     branches: list[Tensor]
     features: list[Tensor]
-    padding: tuple[str, Tensor] | None = None
+    padding: ValidPositions | None = None
     outputs: tuple[Tensor, ...] = ()
 
     @property
@@ -209,6 +197,7 @@ class StudentCapture:
         pairs: Layer pairs of the unwrapped networks.
         layout: Layout of layers for which it cannot be inferred.
         repeated: Capture to use of layers that fire more than once.
+        sides: Side of each layer.
     """
 
     def __init__(
@@ -217,11 +206,12 @@ class StudentCapture:
         pairs: Sequence[LayerPair],
         layout: str | Mapping[str, str] | None,
         repeated: Repeated,
+        sides: Mapping[str, Side],
     ) -> None:
         self.model, self.pairs = model, tuple(pairs)
         layers = list(dict.fromkeys(pair.source for pair in pairs))
-        self.taps: FeatureTaps[Tensor] = FeatureTaps(model, layers, repeated=repeated)
-        self.reader = FeatureReader(model, layers, "student", layout)
+        self.taps: FeatureTaps[Tensor] = FeatureTaps(model, layers, at=sides, repeated=repeated)
+        self.reader = FeatureReader(model, layers, "student", layout, sides)
         self._input, self._output = InputCapture(), OutputCapture()
 
     def attach_calls(self) -> list[RemovableHandle]:
@@ -292,6 +282,7 @@ class FrozenModel:
         forward: Call `forward(model, images)` in place of `model(images)`.
         layout: Layout of layers for which it cannot be inferred.
         repeated: Capture to use of layers that fire more than once.
+        sides: Side of each layer. Default: all outputs.
     """
 
     def __init__(
@@ -303,10 +294,11 @@ class FrozenModel:
         forward: Callable[[nn.Module, Tensor], Any] | None = None,
         layout: str | Mapping[str, str] | None = None,
         repeated: Repeated = "error",
+        sides: Mapping[str, Side] | None = None,
     ) -> None:
         self.model, self.role = model, role
-        self.taps: FeatureTaps[Tensor] = FeatureTaps(model, list(layers), repeated=repeated)
-        self.reader = FeatureReader(model, self.taps.names, role, layout)
+        self.taps: FeatureTaps[Tensor] = FeatureTaps(model, list(layers), at=sides or "output", repeated=repeated)
+        self.reader = FeatureReader(model, self.taps.names, role, layout, sides)
         self._transform, self._custom_forward = transform, forward
         self._modules = list(unwrap_model(model).modules())
 
@@ -457,9 +449,9 @@ class Peer:
 
 
 def freeze_peers(
-    peers: Sequence[nn.Module], teacher_layers: Sequence[str], config: IsomorphismLossConfig
+    peers: Sequence[nn.Module], teacher_layers: Sequence[str], config: IsomorphismLossConfig, sides: Mapping[str, Side]
 ) -> list[Peer]:
-    """Return the peers with hooks on the layers that stand for the teacher's.
+    """Return the peers with hooks on the layers that stand for the teacher's, at the same sides.
 
     Raises:
         OptionError, LayerNameError: As `IsomorphismLossConfig.peer_options`.
@@ -467,7 +459,10 @@ def freeze_peers(
     frozen = []
     for index, (layers, transform) in enumerate(config.peer_options(len(peers), teacher_layers)):
         names = list(dict.fromkeys(layers.values()))
-        network = FrozenModel(peers[index], names, f"peer {index}", transform, None, config.layout, config.repeated)
+        network = FrozenModel(
+            peers[index], names, f"peer {index}", transform, None, config.layout, config.repeated,
+            {peer: sides[name] for name, peer in layers.items()},
+        )  # fmt: skip
         frozen.append(Peer(network, layers))
     return frozen
 

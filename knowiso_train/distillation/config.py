@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
+from knowiso_train.features.hooks import Side
 from knowiso_train.features.modules import LayerPair, unwrap_model
 from knowiso_train.features.state import check_materialized
 from knowiso_train.utils.validation import (
@@ -65,6 +66,7 @@ class IsomorphismLossConfig:
     penalty: NonNegativeFloat = 0.1
     layout: str | Mapping[str, str] | None = None
     repeated: Repeated = "error"
+    at: Side | Mapping[str, Side] = "output"
 
     def __post_init__(self) -> None:
         validate_fields(self)

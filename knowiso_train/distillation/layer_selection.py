@@ -129,11 +129,13 @@ def auto_layers(
     """Return the pairs of `layers="auto"`.
 
     Raises:
-        OptionError: No loader.
+        OptionError: No loader, or another side than the outputs.
         LayerNameError: As `suggest_layers`.
     """
     if loader is None:
         raise OptionError('layers="auto" measures unexplained shares: pass loader=, batches of student images')
+    if config.at != "output":
+        raise OptionError(f'layers="auto" selects outputs of layers; name the layers for at={config.at!r}')
     suggestion = suggest_layers(
         student,
         teacher,

@@ -29,8 +29,8 @@ from knowiso_train.distillation.config import (
 )
 from knowiso_train.distillation.layer_selection import auto_layers
 from knowiso_train.errors import CaptureError, OptionError
-from knowiso_train.features.extractor import align
-from knowiso_train.features.hooks import FeatureTaps
+from knowiso_train.features.extractor import align, sides_of_networks
+from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.modules import LayerPair, pair_layers
 from knowiso_train.utils.distributed import ProcessGroup, all_reduce_gradients
 
@@ -87,6 +87,8 @@ class IsomorphismLoss(nn.Module):
         layout: Layout of layers for which it cannot be inferred: "nchw", "nhwc", "nlc", "ncl" or "nc", or one by layer.
             For tokens it can state prefix tokens, grid and suffix tokens, such as "nlc:1+14x14+100" or "nlc:line".
         repeated: Capture to use of layers that fire more than once in a forward: "first", "last", or "error" (default).
+        at: Side of the layers: "output", "input" (the feature before an activation), or a mapping from student or
+            teacher layer to side. Peers have the teacher's. Default: "output".
         loader: Batches of student images for `layers="auto"`.
 
     Raises:
@@ -134,6 +136,7 @@ class IsomorphismLoss(nn.Module):
         penalty: float = 0.1,
         layout: str | Mapping[str, str] | None = None,
         repeated: Repeated = "error",
+        at: Side | Mapping[str, Side] = "output",
         loader: Iterable[Any] | None = None,
     ) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class IsomorphismLoss(nn.Module):
             solver=solver, target=target, order=order, kernel_size=kernel_size, scale=scale, weight=weight,
             ratio=ratio, schedule=schedule, teacher_transform=teacher_transform, teacher_forward=teacher_forward,
             peer_layers=peer_layers, peer_transforms=peer_transforms, ridge=ridge, refresh=refresh, window=window,
-            penalty=penalty, layout=layout, repeated=repeated,
+            penalty=penalty, layout=layout, repeated=repeated, at=at,
         )  # fmt: skip
         self.config.check_networks(student, teacher, peers)
         if layers == "auto":
@@ -150,11 +153,13 @@ class IsomorphismLoss(nn.Module):
         teacher_layers = list(dict.fromkeys(pair.target for pair in self.pairs))
         self.teacher_output: Any = None
         # Plain objects in place of submodules: student, teacher and peers are not registered
-        self._student = StudentCapture(student, self.pairs, layout, repeated)
+        networks = (student, [pair.source for pair in self.pairs]), (teacher, teacher_layers)
+        student_sides, teacher_sides = sides_of_networks(at, networks)
+        self._student = StudentCapture(student, self.pairs, layout, repeated, student_sides)
         self._teacher = FrozenModel(
-            teacher, teacher_layers, "teacher", teacher_transform, teacher_forward, layout, repeated
+            teacher, teacher_layers, "teacher", teacher_transform, teacher_forward, layout, repeated, teacher_sides
         )
-        self._peers = freeze_peers(peers, teacher_layers, self.config)
+        self._peers = freeze_peers(peers, teacher_layers, self.config, teacher_sides)
         infer_shapes(self._student, [self._teacher, *(peer.network for peer in self._peers)], example)
 
         self.maps = nn.ModuleDict({_pair_key(pair): self._make_map(pair) for pair in self.pairs})
@@ -389,16 +394,11 @@ class IsomorphismLoss(nn.Module):
         if batch.padding is None:
             # A view of its own, at which `_term` may scale the gradient
             return [inputs[0].view_as(inputs[0]), *inputs[1:]]
-        keyword, valid = batch.padding
-        if self.config.kernel_size > 1 or feature.shape[2:] != grid or valid.shape[1] != grid[0] * grid[1]:
-            raise CaptureError(
-                f"{keyword}= marks padded positions, which can be left out for kernel_size=1 and features with one "
-                f"position for each of its {valid.shape[1]}; {pair.source!r} has {feature.shape[2:].numel()} and "
-                f"{pair.target!r} has {grid[0] * grid[1]}. Pair other layers, or give batches without padding"
-            )
-        rows = valid.to(feature.device).flatten()
+        source_grid = (feature.shape[2], feature.shape[3])
+        if not batch.padding.fits(grid, source_grid, kernel_size=self.config.kernel_size):
+            raise batch.padding.misfit_error({pair.source: source_grid, pair.target: grid})
         # (N, C, H, W) → (1, C, 1, P) of the P valid positions
-        return [part.flatten(2).movedim(1, 2).flatten(0, 1)[rows].T[None, :, None] for part in inputs]
+        return [batch.padding.rows(part).T[None, :, None] for part in inputs]
 
     def _map_loss(self, pair: LayerPair, inputs: list[Tensor], update: bool) -> Tensor:
         """Return the loss of the pair's map: the unexplained share, plus the penalty of a learned map."""

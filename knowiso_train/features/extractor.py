@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.errors import CaptureError, LayoutError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import CaptureError, LayerNameError, LayoutError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features._memory import ActivationMemory
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.layout import FeatureSpec, describe_feature
-from knowiso_train.features.modules import call_model
+from knowiso_train.features.modules import call_model, resolve_layers
 from knowiso_train.features.state import check_materialized, device_of
 from knowiso_train.utils.batch import get_inputs, image_size, replace_inputs, to_device
 
@@ -224,6 +224,39 @@ class Extractor:
             )
 
 
+def sides_of_networks(
+    at: Side | Mapping[str, Side], networks: Sequence[tuple[nn.Module, Sequence[str]]]
+) -> list[dict[str, Side]]:
+    """Return the side of each network's layers, where a mapping may name layers of any of the networks.
+
+    Args:
+        at: Side of all layers, or a mapping from name or glob to side. Layers missing in it: "output".
+        networks: Networks with the names of their layers.
+
+    Raises:
+        LayerNameError: A name or glob of none of these layers.
+
+    Example:
+        >>> a, b = nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU())
+        >>> sides_of_networks({"1": "input"}, [(a, ["0"]), (b, ["1"])])
+        [{'0': 'output'}, {'1': 'input'}]
+    """
+    if not isinstance(at, Mapping):
+        return [dict.fromkeys(layers, at) for _, layers in networks]
+    sides: list[dict[str, Side]] = [dict.fromkeys(layers, "output") for _, layers in networks]
+    for pattern, side in at.items():
+        matched = False
+        for (model, layers), sides_of_network in zip(networks, sides, strict=True):
+            with suppress(LayerNameError):
+                names = [name for name in resolve_layers(model, pattern) if name in layers]
+                sides_of_network.update(dict.fromkeys(names, side))
+                matched = matched or bool(names)
+        if not matched:
+            tapped = [list(layers) for _, layers in networks]
+            raise LayerNameError(f"at= names {pattern!r}, which is none of the layers; these are {tapped}")
+    return sides
+
+
 def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resample a source feature to the target's grid.
 
@@ -293,16 +326,22 @@ class FeatureReader:
         names: Names of its hooked layers without wrapper prefixes.
         role: Role of the network in error messages.
         layout: Layout of all layers, or a mapping by layer name. None: inferred.
+        sides: Side of each layer that its tensors are captured at. Default: all outputs.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], role: str, layout: str | Mapping[str, str] | None = None
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        role: str,
+        layout: str | Mapping[str, str] | None = None,
+        sides: Mapping[str, Side] | None = None,
     ) -> None:
         self.names, self.role = tuple(names), role
         self.channels: dict[str, int] = {}
         # Layers whose positions were a line in the last batch.
         self.lines: set[str] = set()
-        self._model, self.layout = model, layout
+        self._model, self.layout, self._sides = model, layout, sides or {}
         self._layouts: dict[tuple[str, int], str] = {}
         self._specs: dict[tuple[str, torch.Size, tuple[int, int] | None], FeatureSpec] = {}
 
@@ -341,7 +380,8 @@ class FeatureReader:
             layout = self.layout.get(name) if isinstance(self.layout, Mapping) else self.layout
             # The layout of a layer does not change, but some shapes alone do not determine it.
             layout = layout or self._layouts.get((name, tensor.ndim))
-            spec = describe_feature(name, self._model, tensor, layout, input_size=size)
+            at = self._sides.get(name, "output")
+            spec = describe_feature(name, self._model, tensor, layout, at=at, input_size=size)
             if spec.channels != self.channels.setdefault(name, spec.channels):
                 raise ShapeError(
                     f"{self.role}: layer {name!r} emitted {spec.channels} channels, {self.channels[name]} before. "

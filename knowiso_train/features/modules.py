@@ -381,3 +381,13 @@ def network_name(model: nn.Module) -> str:
     config = getattr(inner, "default_cfg", None) or {}
     name = config.get("architecture") if hasattr(config, "get") else None
     return str(name or plain_class(inner).__name__)
+
+
+def distinct_names(source: str, target: str) -> tuple[str, str]:
+    """Return the names of two networks, with their roles if the names are equal.
+
+    Example:
+        >>> distinct_names("resnet18", "resnet18")
+        ('resnet18 (source)', 'resnet18 (target)')
+    """
+    return (source, target) if source != target else (f"{source} (source)", f"{target} (target)")

@@ -16,6 +16,7 @@ from knowiso_train.measurement.render import (
     pair_name,
     pair_warnings,
     percent,
+    roughness_mark,
 )
 from knowiso_train.pages import (
     Bar,
@@ -84,7 +85,7 @@ def _direction(report: Report, direction: str, pairs: tuple[PairResult, ...]) ->
         f"Each bar is the variance of one layer of {explained}: the colored part can be computed from the layer of "
         f"{explaining}, the hatched part cannot, and the bracket is the 95 % interval of the edge between them."
     )
-    figures = _table(f"Figures of {block_title(report, direction)}", pairs)
+    figures = _table(f"Figures of {block_title(report, direction)}", pairs, roughness_mark(report))
     return join([picture(aid, pair_bars(pairs)), figures, note(footnotes(report))])
 
 
@@ -145,7 +146,7 @@ def _bar(pair: PairResult, label: str, colors: list[tuple[str, str]]) -> Bar:
     )
 
 
-def _table(caption: str, pairs: tuple[PairResult, ...]) -> Html:
+def _table(caption: str, pairs: tuple[PairResult, ...], mark: str) -> Html:
     """Return the figures of one direction."""
     names = number_columns(pairs)
     colors = dict(enumerate(series_colors(max(len(pair.shares) for pair in pairs))))
@@ -158,7 +159,7 @@ def _table(caption: str, pairs: tuple[PairResult, ...]) -> Html:
         color = HATCHED if name == "unexplained" else "" if order is None else colors[order][0]
         hint = COLUMN_HINTS.get(name, f"Explained by {order} non-linear steps beyond the orders below" if order else "")
         columns.append(Column(name, hint=hint, color=color))
-    rows = [[*map(Cell, (pair.source, pair.target)[: len(layers)]), *number_cells(pair, names)] for pair in pairs]
+    rows = [[*map(Cell, (pair.source, pair.target)[: len(layers)]), *number_cells(pair, names, mark)] for pair in pairs]
     return table(caption, columns, rows)
 
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from knowiso_train.disentangle.config import Fitter, MemoryEstimate
 from knowiso_train.disentangle.disentangler import Disentangler, fitter_type, make_fitter
-from knowiso_train.errors import CapacityError, KnowisoWarning, ShapeError
+from knowiso_train.errors import CapacityError, KnowisoWarning, OptionError, ShapeError
 from knowiso_train.features.extractor import Extractor, align
 from knowiso_train.features.modules import LayerPair
+from knowiso_train.features.padding import ValidPositions
 from knowiso_train.features.state import preserve_state
-from knowiso_train.measurement.config import Direction, MeasureConfig
+from knowiso_train.measurement.config import MIN_RELIABLE_IMAGES, Direction, MeasureConfig
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, PermutedTargets
 from knowiso_train.measurement.functional import ExplainedNetwork, FunctionalStatistics
 from knowiso_train.measurement.report import PairResult
+from knowiso_train.measurement.similarity import SimilarityMoments
 from knowiso_train.regression.explained_variance import ResidualStatistics
 from knowiso_train.utils.batch import batch_size, index_batch
 from knowiso_train.utils.distributed import ProcessGroup
@@ -26,10 +31,33 @@ from knowiso_train.utils.memory import format_bytes, usable_bytes
 
 Features = dict[str, Tensor]  # (N, C, H, W) by layer name
 
-MIN_REPORT_IMAGES = 10  # below this number the bootstrap interval is unreliable: a warning
 DEFAULT_EXPECTED_IMAGES = 10_000  # if the loader does not provide its length
+SELECT = SPLIT_NAMES.index("select")
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PairSamples:
+    """Features of one batch as the fit and the statistics take them.
+
+    With padding, each valid position is an image of its own, with one position.
+
+    Attributes:
+        x: Source on the target's grid, (M, C_A, H, W).
+        targets: The target feature and, for the noise floor, its permutation, each (M, C_B, H, W).
+        image: Dataset index of each image, (M,).
+        index: Distinct index of each image or position, (M,).
+        part: Position in `SPLIT_NAMES` of each image, (M,).
+        pooled: Means of both features over the valid positions of each image. None: without padding.
+    """
+
+    x: Tensor
+    targets: list[Tensor]
+    image: NDArray[np.int64]
+    index: NDArray[np.int64]
+    part: NDArray[np.int64]
+    pooled: tuple[Tensor, Tensor] | None = None
 
 
 class PairMeasurement:
@@ -68,6 +96,9 @@ class PairMeasurement:
         self.expected_images = expected_images
         self._fitter: Fitter | None = None
         self._permute = PermutedTargets()
+        self._similarity: SimilarityMoments | None = None
+        if config.similarities:
+            self._similarity = SimilarityMoments(config.similarities, *self.channels, self.device, self.label)
         self._disentanglers: list[Disentangler] = []
         self._statistics: list[ResidualStatistics] = []
         self._functional = FunctionalStatistics(self.settings.order + 1) if config.functional else None
@@ -93,25 +124,21 @@ class PairMeasurement:
         height, width = self.grids[1]
         rows = None if self.expected_images is None else self.expected_images * height * width
         fitter = fitter_type(self.settings)
-        return fitter.estimate_memory(self.settings, *self.channels, self.num_targets, rows)
+        estimate = fitter.estimate_memory(self.settings, *self.channels, self.num_targets, rows)
+        similarity = SimilarityMoments.estimate_bytes(self.config.similarities, *self.channels)
+        return replace(estimate, streaming=estimate.streaming + similarity)
 
     def fit(self, source_features: Features, target_features: Features, batch: IndexedBatch) -> None:
         """Accumulate the fitting and selection images of a batch."""
-        x, y = self._aligned(source_features, target_features)
-        if len(x) != len(batch.index) or len(y) != len(batch.index):
-            raise ShapeError(
-                f"{self.label}: expected one feature of each of the {len(batch.index)} images of the batch, got "
-                f"{len(x)} of the source and {len(y)} of the target; check the transforms and forward="
-            )
-        if self.config.noise_floor:
-            y = torch.cat([y, self._permute(y, torch.from_numpy(batch.part))], 1)
+        samples = self._samples(source_features, target_features, batch, "fit", "select")
         if self._fitter is None:
             expected = self.expected_images or DEFAULT_EXPECTED_IMAGES
+            if batch.valid is not None:
+                expected *= batch.valid.mask.shape[1]
+            x, y = samples.x, torch.cat(samples.targets, 1)
             self._fitter = make_fitter(self.settings, x, y, expected, num_targets=self.num_targets, group=self.group)
-        select = batch.mask("select")
-        mask = batch.mask("fit") | select
-        images = torch.from_numpy(mask).to(y.device)
-        self._fitter.update(x[images], y[images], batch.index[mask], select[mask])
+        self._fitter.update(samples.x, torch.cat(samples.targets, 1), samples.index, samples.part == SELECT)
+        self._update_similarity(samples, report=False)
 
     def solve(self, *, progress: bool) -> None:
         """Fit the maps; they are fixed from here on."""
@@ -133,38 +160,40 @@ class PairMeasurement:
         network: ExplainedNetwork | None = None,
     ) -> None:
         """Accumulate the residuals of the report images of a batch, and the outputs of the explained network."""
-        mask = batch.mask("report")
-        if not mask.any():
+        if not batch.mask("report").any():
             return
-        images = torch.from_numpy(mask).to(self.device)
-        x, y = (feature[images] for feature in self._aligned(source_features, target_features))
-        targets = [y]
-        if self.config.noise_floor:
-            targets.append(self._permute(y, torch.full((len(y),), SPLIT_NAMES.index("report"))))
-        components = [disentangler.components(x) for disentangler in self._disentanglers]
-        for parts, statistics, target in zip(components, self._statistics, targets, strict=True):
-            statistics.update(target, parts, batch.index[mask])
+        samples = self._samples(source_features, target_features, batch, "report")
+        components = [disentangler.components(samples.x) for disentangler in self._disentanglers]
+        for parts, statistics, target in zip(components, self._statistics, samples.targets, strict=True):
+            statistics.update(target, parts, samples.image)
+        self._update_similarity(samples, report=True)
         if self._functional is not None and network is not None:
-            feature = self._aligned(source_features, target_features)[1]
+            x, feature = self._aligned(source_features, target_features)
+            images = torch.from_numpy(batch.mask("report")).to(self.device)
+            # With padding the samples are single positions
+            parts = components[0] if samples.pooled is None else self._disentanglers[0].components(x[images])
             center = self._started_fitter().centers[0]
-            self._functional.update(network, self.explained_layer, feature, components[0], center, images)
+            self._functional.update(network, self.explained_layer, feature, parts, center, images)
 
-    def result(self) -> PairResult:
-        """Return the figures of this pair, reduced over the processes."""
-        for statistics in (*self._statistics, self._functional):
+    def result(self, num_images: int) -> PairResult:
+        """Return the figures of this pair, reduced over the processes.
+
+        Args:
+            num_images: Number of report images of all processes.
+        """
+        for statistics in (*self._statistics, self._functional, self._similarity):
             if statistics is not None:
                 statistics.all_reduce(self.group)
         functional, residual_only, target_output = self._functional.shares() if self._functional else ((), None, None)
         fitter, estimate = self._started_fitter(), self._statistics[0].estimate()
-        num_images = int(self._statistics[0].images)
         # The paper's components are correlated: their variances are reported as published, and do not sum to 1
         additive = self.settings.solver != "paper"
         noise_floor = None
-        if self.config.noise_floor and num_images > 1:
+        if self.config.noise_floor:
             noise_floor = 1 - self._statistics[1].estimate().unexplained[-1]
         notes = list(fitter.notes)
-        if num_images < MIN_REPORT_IMAGES:
-            notes.append(f"only {num_images} images to report on: the interval is rough")
+        if num_images < MIN_RELIABLE_IMAGES:
+            notes.append(f"only {num_images} images to report on: shares and interval are rough")
             warnings.warn(f"{self.label}: {notes[-1]}", KnowisoWarning, stacklevel=4)
         source, target = self._in_direction(self.pair.source, self.pair.target)
         return PairResult(
@@ -188,11 +217,70 @@ class PairMeasurement:
             functional=functional,
             residual_only=residual_only,
             target_output=target_output,
+            similarity=self._similarity.result() if self._similarity else {},
             disentangler=self._disentanglers[0],
         )
 
     def _in_direction(self, of_source: T, of_target: T) -> tuple[T, T]:
         return (of_source, of_target) if self.direction == "forward" else (of_target, of_source)
+
+    def _samples(
+        self, source_features: Features, target_features: Features, batch: IndexedBatch, *parts: str
+    ) -> PairSamples:
+        """Return the features of the images of some parts, without padding.
+
+        Raises:
+            ShapeError: Another number of features than images.
+            CaptureError: Padded positions that cannot be left out.
+        """
+        x, y = self._aligned(source_features, target_features)
+        if len(x) != len(batch.index) or len(y) != len(batch.index):
+            raise ShapeError(
+                f"{self.label}: expected one feature of each of the {len(batch.index)} images of the batch, got "
+                f"{len(x)} of the source and {len(y)} of the target; check the transforms and forward="
+            )
+        valid = self._valid_positions(batch)
+        if valid is not None:
+            # So that the targets of all images can be permuted position by position
+            x, y, valid = valid.repeated(x), valid.repeated(y), valid.leading()
+        targets = [y]
+        if self.config.noise_floor:
+            targets.append(self._permute(y, torch.from_numpy(batch.part)))
+        mask = np.logical_or.reduce([batch.mask(part) for part in parts])
+        images = torch.from_numpy(mask).to(y.device)
+        x, targets = x[images], [target[images] for target in targets]
+        index, part = batch.index[mask], batch.part[mask]
+        if valid is None:
+            return PairSamples(x, targets, index, index, part)
+        valid = ValidPositions(valid.origin, valid.mask[images.to(valid.mask.device)])
+        counts, length = valid.counts.cpu().numpy(), valid.mask.shape[1]
+        owner = np.repeat(np.arange(len(index)), counts)
+        position = np.concatenate([np.arange(count) for count in counts]) if len(counts) else owner
+        single = [valid.rows(feature)[:, :, None, None] for feature in (x, *targets)]
+        pooled = (valid.mean(x), valid.mean(targets[0]))
+        return PairSamples(single[0], single[1:], index[owner], index[owner] * length + position, part[owner], pooled)
+
+    def _valid_positions(self, batch: IndexedBatch) -> ValidPositions | None:
+        """Return the valid positions of features with padding; None for features to which the mask does not apply."""
+        source_grid, grid = self.grids
+        if batch.valid is None or source_grid == grid == (1, 1):
+            return None
+        solver_fits = self.settings.solver == "closed_form" and self.settings.positions is None
+        if solver_fits and batch.valid.fits(grid, source_grid, kernel_size=self.settings.kernel_size or 1):
+            return batch.valid
+        if batch.valid.complete:
+            return None
+        if not solver_fits:
+            raise OptionError(
+                f'{self.label}: {batch.valid.origin} marks padded positions, which solver="closed_form" without '
+                "positions= can leave out. Change these options, or count padding as positions with mask=None"
+            )
+        layers = self._in_direction(self.pair.source, self.pair.target)
+        raise batch.valid.misfit_error(dict(zip(layers, self.grids, strict=True)))
+
+    def _update_similarity(self, samples: PairSamples, *, report: bool) -> None:
+        if self._similarity is not None and len(samples.x):
+            self._similarity.update(samples.x, samples.targets[0], report=report, pooled=samples.pooled)
 
     def _aligned(self, source_features: Features, target_features: Features) -> tuple[Tensor, Tensor]:
         """Return both features in one dtype, the explaining one resampled to the grid of the explained one."""

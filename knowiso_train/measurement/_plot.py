@@ -16,6 +16,7 @@ from knowiso_train.measurement.render import (
     directions,
     interval,
     pair_name,
+    roughness_mark,
 )
 from knowiso_train.pages.charts import clip, stacked_edges
 from knowiso_train.pages.colors import TEXT_COLOR, order_colors, text_color_on
@@ -62,6 +63,9 @@ def plot(report: Report, path: str | Path | None = None, *, title: str | None = 
         for row, pair in enumerate(pairs):
             _draw_pair(axes, row, pair, colors, min_label_share=MIN_LABEL_SHARE * len(panels) / 2)
         _format_axes(axes, pairs, [] if i and same_labels else labels[i])
+        if roughness_mark(report):
+            label = f"rough: only {report.images['report']} report images"
+            axes.set_xlabel(label, fontsize=8.5, color=NOISE_FLOOR_COLOR)
     _draw_legend(figure, report, colors)
     if path is not None:
         save_figure(figure, Path(path))

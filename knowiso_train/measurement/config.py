@@ -11,16 +11,22 @@ from torch import Tensor, nn
 
 from knowiso_train.disentangle.config import DisentangleConfig, Order, Solver
 from knowiso_train.errors import OptionError
+from knowiso_train.features.hooks import Side
 from knowiso_train.measurement.functional import AUTO_LABELS
+from knowiso_train.measurement.similarity import SimilarityName, similarity_names
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Range, Seed, UnitFloat, validate_fields
 
 Direction = Literal["forward", "backward"]
 Directions = Literal["forward", "backward", "both"]
 Repeated = Literal["error", "first", "last"]
+# Function of a batch that returns the valid positions, or "auto" for the masks in batches that are mappings
+Mask = Callable[[Any], Tensor] | Literal["auto"]
 # Weights of the bootstrap are held for every replicate and image
 Replicates = Annotated[int, Range(0, 100_000)]
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+MIN_REPORT_IMAGES = 2  # of the report set; fewer are refused
+MIN_RELIABLE_IMAGES = 10  # of the report set; below this number the figures are marked, and the pairs have a warning
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class MeasureConfig:
     functional: bool = False
     labels: str | Callable[[Any], Any] | None = AUTO_LABELS
     output: Callable[[Any], Tensor] | None = None
+    at: Side | Mapping[str, Side] = "output"
+    mask: Mask | None = "auto"
+    similarity: bool | SimilarityName | Sequence[SimilarityName] = False
     device: torch.device | str | None = None
     autocast: torch.dtype | None = None
     names: tuple[str, str] | None = None
@@ -69,6 +78,12 @@ class MeasureConfig:
             )
         object.__setattr__(self, "split", split)
         self.disentangle_config()  # checks the options of the maps
+        _ = self.similarities  # checks the names
+
+    @property
+    def similarities(self) -> tuple[SimilarityName, ...]:
+        """Names of the similarities to compute."""
+        return similarity_names(self.similarity)
 
     @property
     def measured_directions(self) -> tuple[Direction, ...]:
@@ -98,4 +113,6 @@ class MeasureConfig:
             "max_images": self.max_images,
             "bootstrap": self.bootstrap,
             "functional": self.functional,
+            "at": self.at if isinstance(self.at, str) else dict(self.at),
+            "similarity": list(self.similarities),
         }

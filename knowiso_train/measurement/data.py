@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from knowiso_train.errors import DataError, InputTypeError
+from knowiso_train.errors import DataError, InputTypeError, ShapeError
+from knowiso_train.features.padding import ValidPositions, find_padding
 from knowiso_train.features.state import preserve_random_state
+from knowiso_train.measurement.config import Mask
 from knowiso_train.utils.batch import batch_size, check_loader, get_inputs
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import Stream, hash_unit, split_by_hash
@@ -34,11 +36,27 @@ class IndexedBatch:
         batch: Batch of the loader.
         index: (N,) dataset indices.
         part: (N,) positions in `SPLIT_NAMES`, or `UNUSED`.
+        valid: Positions that are not padding. None: all.
     """
 
     batch: Any
     index: NDArray[np.int64]
     part: NDArray[np.int64]
+    valid: ValidPositions | None = None
+
+    def with_mask(self, mask: Mask | None) -> IndexedBatch:
+        """Return the batch with its valid positions; images without any are not used.
+
+        Args:
+            mask: Option of `measure`.
+
+        Raises:
+            InputTypeError: A function that does not return a boolean (N, L) or (N, H, W).
+        """
+        valid = _valid_positions(self.batch, mask, len(self.index))
+        if valid is None:
+            return self
+        return replace(self, valid=valid, part=np.where(valid.mask.any(1).cpu().numpy(), self.part, UNUSED))
 
     def mask(self, name: str) -> NDArray[np.bool_]:
         """Return the (N,) mask of the images of a part."""
@@ -180,6 +198,19 @@ class SplitImageLoader:
                     "report images would be among the fitted ones. Pass a DataLoader over a map-style dataset, or "
                     "an iterable with the same images in the same order each time."
                 )
+
+
+def _valid_positions(batch: Any, mask: Mask | None, num_images: int) -> ValidPositions | None:
+    if mask is None or mask == "auto":
+        values = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        return find_padding(values, num_images) if mask and isinstance(values, Mapping) else None
+    valid = mask(batch)
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.ndim not in (2, 3):
+        content = f"{valid.dtype} of shape {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
+        raise InputTypeError(f"mask= must return a boolean tensor (N, L) or (N, H, W), True where valid; got {content}")
+    if len(valid) != num_images:
+        raise ShapeError(f"mask= must return a row for each of the {num_images} images, got {tuple(valid.shape)}")
+    return ValidPositions("mask=", valid.flatten(1))
 
 
 def _base_loader(loader: Any) -> Any:

@@ -13,14 +13,22 @@ from tqdm.auto import tqdm
 
 from knowiso_train.disentangle.config import Solver
 from knowiso_train.errors import DataError
-from knowiso_train.features.extractor import Extractor, check_line
-from knowiso_train.features.modules import LayerPair, has_collective_forward, network_name, pair_layers
+from knowiso_train.features.extractor import Extractor, check_line, sides_of_networks
+from knowiso_train.features.hooks import Side
+from knowiso_train.features.modules import (
+    LayerPair,
+    distinct_names,
+    has_collective_forward,
+    network_name,
+    pair_layers,
+)
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.measurement._pair import Features, PairMeasurement, check_activations, check_capacity
-from knowiso_train.measurement.config import Direction, Directions, MeasureConfig, Repeated
+from knowiso_train.measurement.config import MIN_REPORT_IMAGES, Direction, Directions, Mask, MeasureConfig, Repeated
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImageLoader
 from knowiso_train.measurement.functional import AUTO_LABELS, ExplainedNetwork
 from knowiso_train.measurement.report import Report
+from knowiso_train.measurement.similarity import SimilarityName
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.validation import validate_arguments
@@ -57,6 +65,9 @@ def measure(
     functional: bool = False,
     labels: str | Callable[[Any], Any] | None = AUTO_LABELS,
     output: Callable[[Any], Tensor] | None = None,
+    at: Side | Mapping[str, Side] = "output",
+    mask: Mask | None = "auto",
+    similarity: bool | SimilarityName | Sequence[SimilarityName] = False,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     names: tuple[str, str] | None = None,
@@ -105,9 +116,16 @@ def measure(
             batch. "auto": the second element of a tuple, or an entry such as "labels". None: no labels.
         output: Function of a network's output that returns its logits (N, C, …). None: the tensor, its "logits" or
             "out", or its only floating tensor.
+        at: Side to measure: "output", "input" (the first positional tensor of the call, such as the feature before
+            an activation), or a mapping from name or glob to side.
+        mask: Function of a batch that returns True for its valid positions, (N, L) or (N, H, W). Others, such as padded
+            tokens, are left out. "auto": the entry of batches that are mappings, such as "attention_mask". None: all.
+        similarity: Also compute linear CKA, orthogonal Procrustes and linear-regression R²; or names of
+            `SIMILARITY_NAMES`. See `SimilarityMoments`.
         device: Device of both networks during the call. None: their present devices.
         autocast: dtype of autocast for the networks; statistics stay in float32 and float64. None: no autocast.
-        names: Names of source and target in the report. None: class names.
+        names: Names of source and target in the report. None: architectures or class names, with the role if both are
+            equal.
         progress: Show progress bars.
         solver_options: Fields of `NonlinearConfig` (closed form) or `PaperConfig`.
 
@@ -147,6 +165,9 @@ def measure(
         functional=functional,
         labels=labels,
         output=output,
+        at=at,
+        mask=mask,
+        similarity=similarity,
         device=device,
         autocast=autocast,
         names=names,
@@ -188,8 +209,8 @@ def run_measurement(
         measurement.solve()
         measurement.report()
         num_images = measurement.total_images()
-        results = tuple(pair.result() for pair in measurement.pair_measurements)
-    source_name, target_name = config.names or (network_name(source), network_name(target))
+        results = tuple(pair.result(num_images["report"]) for pair in measurement.pair_measurements)
+    source_name, target_name = config.names or distinct_names(network_name(source), network_name(target))
     return Report(
         source=source_name,
         target=target_name,
@@ -205,18 +226,21 @@ def _extractors(
     source: nn.Module, target: nn.Module, pairs: Sequence[LayerPair], config: MeasureConfig
 ) -> list[Extractor]:
     networks = (("source", source, config.source_transform), ("target", target, config.target_transform))
+    layers = [sorted({getattr(pair, role) for pair in pairs}) for role, _, _ in networks]
+    sides = sides_of_networks(config.at, list(zip((source, target), layers, strict=True)))
     return [
         Extractor(
             model,
-            sorted({getattr(pair, role) for pair in pairs}),
+            names,
             name=role,
+            at=at,
             layout=config.layout,
             repeated=config.repeated,
             transform=transform,
             forward=config.forward,
             autocast=config.autocast,
         )
-        for role, model, transform in networks
+        for (role, model, transform), names, at in zip(networks, layers, sides, strict=True)
     ]
 
 
@@ -283,10 +307,10 @@ class _Measurement:
     def total_images(self) -> dict[str, int]:
         """Return the number of images of each part over all processes."""
         totals = {part: sum(self.group.gather(count)) for part, count in self.num_images.items()}
-        if not totals["report"]:
+        if totals["report"] < MIN_REPORT_IMAGES:
             raise DataError(
-                f"no image fell to the report set (fit {totals['fit']}, select {totals['select']}); "
-                "give more images or a larger last fraction in split="
+                f"expected at least {MIN_REPORT_IMAGES} images in the report set, got {totals['report']} (fit "
+                f"{totals['fit']}, select {totals['select']}); give more images or a larger last fraction in split="
             )
         return totals
 
@@ -339,12 +363,12 @@ class _Measurement:
         batches = self.images.report_batches() if report else self.images.fit_batches()
         total = self.images.num_batches(report=report)
         progress = tqdm(batches, desc=description, total=total, unit="batch", disable=not self.show_progress)
+        masked = (batch.with_mask(self.config.mask) for batch in progress)
         if not self.collective_forward:
-            yield from progress
+            yield from masked
             return
-        remaining = iter(progress)
         while True:
-            batch = next(remaining, None)
+            batch = next(masked, None)
             has_batch = self.group.gather(batch is not None)
             if not any(has_batch) or (self.last_batch is None and not all(has_batch)):
                 return

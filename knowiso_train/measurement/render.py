@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from knowiso_train.measurement.config import DIRECTIONS
+from knowiso_train.measurement.config import DIRECTIONS, MIN_RELIABLE_IMAGES
 from knowiso_train.pages.colors import order_colors
 from knowiso_train.pages.elements import Cell
 from knowiso_train.utils.text_table import format_table
@@ -21,6 +21,15 @@ EXPLAINED_COLOR = "#c9d8e6"  # all orders together, where they cannot be stacked
 HATCH_COLOR = "#bdbdbd"
 NOISE_FLOOR_COLOR = "#d1495b"
 MUTED_COLOR = "#6b6b6b"
+SIMILARITY_HEADS = {
+    "cka": "CKA",
+    "procrustes": "Procrustes",
+    "r2": "R²",
+    "pooled_cka": "pooled CKA",
+    "pooled_procrustes": "pooled Procrustes",
+    "pooled_r2": "pooled R²",
+}
+ROUGHNESS_MARK = "~"  # in front of shares from too few images
 
 _CELL = "padding:3px 10px;border:0;background:none;white-space:nowrap;"
 _LEFT, _RIGHT = f"{_CELL}text-align:left;", f"{_CELL}text-align:right;font-variant-numeric:tabular-nums;"
@@ -31,14 +40,10 @@ _HATCH = (
 
 def render_text(report: Report) -> str:
     """Return an aligned table with one row per layer pair and one block per direction."""
-    columns = number_columns(report.pairs)
+    columns, mark = number_columns(report.pairs), roughness_mark(report)
     head = ["source layer", "target layer", *columns]
     blocks = [
-        (
-            direction,
-            [[pair.source, pair.target, *(cell.text for cell in number_cells(pair, columns))] for pair in pairs],
-        )
-        for direction, pairs in directions(report)
+        (direction, [_text_row(pair, columns, mark) for pair in pairs]) for direction, pairs in directions(report)
     ]
     # One table for all directions, so that their columns have the same widths.
     table = format_table([head, *(row for _, rows in blocks for row in rows)], left=(0, 1), rule=True, indent="  ")
@@ -52,6 +57,29 @@ def render_text(report: Report) -> str:
     lines += footnotes(report)
     notes = pair_warnings(report)
     return "\n".join(lines + ([""] + [f"! {note}" for note in notes] if notes else []))
+
+
+def render_pair(pair: PairResult) -> str:
+    """Return the table of one layer pair, with its warnings."""
+    columns = number_columns((pair,))
+    rows = [["source layer", "target layer", *columns], _text_row(pair, columns, "")]
+    notes = [f"! {note}" for note in pair.warnings]
+    return "\n".join(
+        [
+            f"{pair.target} explained from {pair.source} ({pair.direction})",
+            format_table(rows, left=(0, 1), rule=True, indent="  "),
+            *notes,
+        ]
+    )
+
+
+def _text_row(pair: PairResult, columns: Sequence[str], mark: str) -> list[str]:
+    return [pair.source, pair.target, *(cell.text for cell in number_cells(pair, columns, mark))]
+
+
+def roughness_mark(report: Report) -> str:
+    """Return the mark of shares from too few images, or nothing."""
+    return ROUGHNESS_MARK if report.images.get("report", MIN_RELIABLE_IMAGES) < MIN_RELIABLE_IMAGES else ""
 
 
 def directions(report: Report) -> list[tuple[str, tuple[PairResult, ...]]]:
@@ -94,6 +122,13 @@ def footnotes(report: Report) -> list[str]:
             "Output agrees: images with the explained network's own top-1 class while all orders together stand in "
             "the feature's place; residual agrees: while the residual and the mean do. Own: the network unchanged."
         )
+    if any(pair.similarity for pair in report.pairs):
+        lines.append(
+            "CKA, Procrustes, R²: 1 for equal features up to the respective map; positions are samples "
+            "(pooled: images). Maps are fitted on other images than the reported ones."
+        )
+    if mark := roughness_mark(report):
+        lines.append(f"{mark} rough: measured on {report.images['report']} images only.")
     return lines
 
 
@@ -119,6 +154,16 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.1f} %" if abs(share) >= 0.0005 else "0.0 %"
 
 
+def similarity(value: float) -> str:
+    """Format a similarity; no minus before zero, a dash for NaN.
+
+    Example:
+        >>> similarity(0.12345), similarity(-0.0001), similarity(float("nan"))
+        ('0.123', '0.000', '–')
+    """
+    return "–" if math.isnan(value) else f"{value if abs(value) >= 0.0005 else 0:.3f}"
+
+
 def interval(bounds: tuple[float, float]) -> str:
     """Format an interval of shares."""
     if any(map(math.isnan, bounds)):
@@ -136,16 +181,22 @@ def number_columns(pairs: Sequence[PairResult]) -> list[str]:
     functional = ["output agrees", "residual agrees"] if any(pair.functional for pair in pairs) else []
     if any(pair.target_output is not None and pair.target_output.top1 is not None for pair in pairs):
         functional += ["top-1", "residual top-1", "own top-1"]
-    return [*orders, "unexplained", "95 % interval", *floor, *functional]
+    similarities = [head for name, head in SIMILARITY_HEADS.items() if any(name in pair.similarity for pair in pairs)]
+    return [*orders, "unexplained", "95 % interval", *floor, *functional, *similarities]
 
 
-def number_cells(pair: PairResult, columns: Sequence[str]) -> list[Cell]:
+def number_cells(pair: PairResult, columns: Sequence[str], mark: str = "") -> list[Cell]:
     """Return the numbers of one pair in the given columns; orders beyond those of the pair are empty."""
     low, high = pair.interval
-    cells = {f"order {k}": Cell(percent(share), share) for k, share in enumerate(pair.shares)} | {
-        "unexplained": Cell(percent(pair.unexplained), pair.unexplained),
+    cells = {f"order {k}": Cell(mark + percent(share), share) for k, share in enumerate(pair.shares)} | {
+        "unexplained": Cell(mark + percent(pair.unexplained), pair.unexplained),
         "95 % interval": Cell(interval(pair.interval), high - low),
-        "noise floor": Cell(percent(pair.noise_floor), pair.noise_floor),
+        "noise floor": Cell(mark + percent(pair.noise_floor), pair.noise_floor),
+    }
+    cells |= {
+        head: Cell(mark + similarity(pair.similarity[name]), pair.similarity[name])
+        for name, head in SIMILARITY_HEADS.items()
+        if name in pair.similarity
     }
     if pair.functional and pair.residual_only is not None and pair.target_output is not None:
         mapped, residual, own = pair.functional[-1], pair.residual_only, pair.target_output
@@ -156,7 +207,7 @@ def number_cells(pair: PairResult, columns: Sequence[str]) -> list[Cell]:
             "residual top-1": residual.top1,
             "own top-1": own.top1,
         }
-        cells |= {head: Cell(percent(figure), figure) for head, figure in figures.items()}
+        cells |= {head: Cell(mark + percent(figure), figure) for head, figure in figures.items()}
     return [cells.get(column, Cell("")) for column in columns]
 
 
@@ -166,12 +217,14 @@ def _method(report: Report) -> list[str]:
         parts.append({"closed_form": "closed form", "paper": "the paper's solver"}.get(str(solver), str(solver)))
     if kernel := settings.get("kernel_size"):
         parts.append(f"{kernel}×{kernel} maps")
+    if (side := settings.get("at", "output")) != "output":
+        parts.append("inputs of layers" if side == "input" else "inputs of some layers")
     return parts
 
 
 def render_html(report: Report) -> str:
     """Return the table for notebooks; it sets no text color, so that it is readable in dark themes."""
-    columns = number_columns(report.pairs)
+    columns, mark = number_columns(report.pairs), roughness_mark(report)
     colors = order_colors(sum(name.startswith("order ") for name in columns))
     heads = ["source layer", "target layer", "", *columns]
     body = []
@@ -180,7 +233,7 @@ def render_html(report: Report) -> str:
             f'<th colspan="{len(heads)}" style="{_LEFT}padding-top:12px;">{escape(block_title(report, direction))}</th>'
         )
         body.append(f"<tr>{title}</tr>")
-        body += [_html_row(pair, colors, columns) for pair in pairs]
+        body += [_html_row(pair, colors, columns, mark) for pair in pairs]
     styles = [_LEFT] * 3 + [_RIGHT] * (len(heads) - 3)
     top = "".join(
         f'<th style="{style}font-weight:normal;">{_html_head(name, colors)}</th>'
@@ -198,9 +251,9 @@ def render_html(report: Report) -> str:
     )
 
 
-def _html_row(pair: PairResult, colors: list[str], columns: Sequence[str]) -> str:
+def _html_row(pair: PairResult, colors: list[str], columns: Sequence[str], mark: str) -> str:
     names = "".join(f'<td style="{_LEFT}"><code>{escape(name)}</code></td>' for name in (pair.source, pair.target))
-    cells = "".join(f'<td style="{_RIGHT}">{cell.text}</td>' for cell in number_cells(pair, columns))
+    cells = "".join(f'<td style="{_RIGHT}">{cell.text}</td>' for cell in number_cells(pair, columns, mark))
     return f'<tr style="background:none;">{names}<td style="{_LEFT}">{_html_bar(pair, colors)}</td>{cells}</tr>'
 
 

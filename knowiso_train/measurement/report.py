@@ -13,7 +13,7 @@ from knowiso_train.measurement._plot import plot
 from knowiso_train.measurement._records import records_csv, records_frame
 from knowiso_train.measurement.config import DIRECTIONS, Direction
 from knowiso_train.measurement.functional import FunctionalShare
-from knowiso_train.measurement.render import render_html, render_text
+from knowiso_train.measurement.render import percent, render_html, render_pair, render_text
 from knowiso_train.utils.saved_report import SavedReport
 from knowiso_train.utils.serialization import write_file
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairResult:
-    """Figures of one layer pair in one direction, all measured on the report images.
+    """Figures of one layer pair in one direction, all measured on the report images. Its text is a table.
 
     Attributes:
         source: Explaining layer.
@@ -47,6 +47,7 @@ class PairResult:
             `functional=True`.
         residual_only: Output with the residual of all orders and the feature's mean in its place. None: not measured.
         target_output: The explained network's own output: agreement 1, KL 0 and its top-1. None: not measured.
+        similarity: Similarities by name, see `SimilarityMoments`. Empty: not measured.
         warnings: Conditions that limit the accuracy of the figures.
         disentangler: Fitted maps; neither saved with the report nor compared.
     """
@@ -71,7 +72,8 @@ class PairResult:
     functional: tuple[FunctionalShare, ...] = field(default_factory=tuple)
     residual_only: FunctionalShare | None = None
     target_output: FunctionalShare | None = None
-    disentangler: Any = field(default=None, repr=False, compare=False)
+    similarity: dict[str, float] = field(default_factory=dict)
+    disentangler: Any = field(default=None, compare=False)
 
     @property
     def explained(self) -> float:
@@ -89,6 +91,14 @@ class PairResult:
             raise FormatError(
                 f"{label}: expected one share, interval and component variance per order, got different counts"
             )
+
+    def __str__(self) -> str:
+        return render_pair(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"PairResult({self.source!r} → {self.target!r}, {self.direction}, {percent(self.unexplained)} unexplained)"
+        )
 
 
 @dataclass(frozen=True)

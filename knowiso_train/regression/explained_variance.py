@@ -71,7 +71,8 @@ class ResidualStatistics:
         Args:
             target: (N, C, H, W).
             components: K + 1 tensors of that shape.
-            index: Dataset index of each image, (N,).
+            index: Dataset index of each image, (N,). Equal indices, such as of positions given as images of their own,
+                are resampled together.
         """
         target = target.double()
         center = self.center.view(1, -1, 1, 1)
@@ -87,7 +88,8 @@ class ResidualStatistics:
         self.sums += torch.stack([feature.sum((0, 2, 3)) for feature in features])
         self.energy += per_image.sum(0)
         if self.bootstrap:
-            weights = torch.from_numpy(poisson_weights(index, self.bootstrap, self.seed)).to(per_image)
+            images, inverse = np.unique(index, return_inverse=True)
+            weights = torch.from_numpy(poisson_weights(images, self.bootstrap, self.seed)[:, inverse]).to(per_image)
             self.replicates += weights @ torch.cat([per_image, torch.ones_like(per_image[:, :1])], 1)
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:

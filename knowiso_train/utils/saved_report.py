@@ -17,6 +17,8 @@ MAX_INTEGER = 2**53
 class SavedReport:
     """Base of frozen dataclasses that are saved as JSON; fields with `compare=False` are left out.
 
+    Fields with a `default_factory` may be missing in a file.
+
     Attributes:
         saved_format: Value of "format" in the file, which distinguishes the classes.
         saved_version: Version of the fields.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.distillation import IsomorphismLoss
-from knowiso_train.errors import CaptureError, KnowisoError, OptionTypeError
+from knowiso_train.errors import CaptureError, KnowisoError, LayerNameError, OptionError, OptionTypeError
 from knowiso_train.features import FeatureTaps
 
 META = torch.linspace(-2, 2, 16)
@@ -268,3 +268,35 @@ def test_mutual_learning_asks_for_the_outputs_and_works_with_them(options: dict[
             b(images())
         with pytest.raises(CaptureError, match="right after the training forward"):
             ba()
+
+
+@pytest.mark.parametrize("at", ["input", {"1": "input"}])
+@pytest.mark.parametrize("solver", ["closed_form", "learned"])
+def test_the_input_of_an_activation_is_the_output_of_the_layer_before(at: Any, solver: Any) -> None:
+    def train(layers: dict[str, str], **options: Any) -> tuple[Tensor, Tensor | None]:
+        torch.manual_seed(0)
+        student, teacher = (nn.Sequential(nn.Conv2d(3, w, 3), nn.ReLU(inplace=True)) for w in (4, 6))
+        torch.manual_seed(1)
+        iso = IsomorphismLoss(student, teacher, layers, solver=solver, example=images(), **options)
+        with iso:
+            for step in range(12):
+                student(images(step))
+                loss = iso()
+            loss.backward()
+        return loss.detach(), student[0].weight.grad
+
+    loss, gradient = train({"1": "1"}, at=at)
+    expected, expected_gradient = train({"0": "0"})
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert train({"1": "1"})[0] != expected
+
+
+def test_sides_that_no_network_has_are_refused() -> None:
+    networks = [nn.Sequential(nn.Conv2d(3, w, 3), nn.ReLU()) for w in (4, 6)]
+    with pytest.raises(LayerNameError, match="none of the layers"):
+        IsomorphismLoss(*networks, "1", at={"0": "input"})
+    with pytest.raises(OptionError, match="at must be"):
+        IsomorphismLoss(*networks, "1", at="before")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="name the layers for at="):
+        IsomorphismLoss(*networks, "auto", loader=[images()], at="input")

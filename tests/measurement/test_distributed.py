@@ -43,10 +43,11 @@ def figures(kind: str) -> list[dict[str, Any]]:
         bootstrap=50,
         solver_options={"epochs": 2},
         functional=True,
+        similarity=True,
     )
     return [
         {
-            "shares": [*pair.shares, pair.unexplained, *pair.interval, pair.noise_floor],
+            "shares": [*pair.shares, pair.unexplained, *pair.interval, pair.noise_floor, *pair.similarity.values()],
             "functional": [
                 [share.agreement, share.agreement_error, share.kl]
                 for share in (*pair.functional, pair.residual_only, pair.target_output)

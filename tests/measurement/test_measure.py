@@ -242,10 +242,19 @@ def test_too_few_images_are_an_error_that_says_so(images: Tensor) -> None:
         run(DataLoader(TensorDataset(images[:0])))
     with pytest.raises(DataError, match="no image"):
         run([images[:1]], split=(0.01, 0.0, 0.99))
-    with pytest.raises(DataError, match="no image fell to the report set"):
+    with pytest.raises(DataError, match="at least 2 images in the report set, got 0"):
         run(DataLoader(TensorDataset(images[:3])), split=(0.98, 0.01, 0.01), ridge=1e-3)
+    with pytest.raises(DataError, match="at least 2 images in the report set, got 1"):
+        run([images[:6]], ridge=1e-3)
     with pytest.warns(UserWarning, match="images to report on"):
         run(DataLoader(TensorDataset(images[:20]), batch_size=10), ridge=1e-2)
+
+
+def test_networks_of_one_class_are_told_apart(images: Tensor) -> None:
+    report = run([images])
+    assert (report.source, report.target) == ("Sequential (source)", "Sequential (target)")
+    assert "Sequential (target) explained from Sequential (source)" in str(report)
+    assert run([images], names=("a", "a")).target == "a"
 
 
 def test_options_without_meaning_are_refused(images: Tensor) -> None:
@@ -389,3 +398,32 @@ def test_convolutional_net_against_transformers() -> None:
         assert backward.target_grid == (4, 4)
         assert forward.target_channels == {"vit_tiny_patch16_224": 192, "swin_tiny_patch4_window7_224": 384}[name]
         assert backward.target_channels == 256
+
+
+def test_inputs_of_layers_are_those_of_an_independent_hook(images: Tensor) -> None:
+    source, target = network(1), network(2)
+    recorded: dict[str, Tensor] = {}
+    for name, model in (("source", source), ("target", target)):
+        # The in-place activation overwrites its input
+        handle = model[2].register_forward_pre_hook(lambda _, args, name=name: recorded.update({name: args[0].clone()}))
+        with torch.no_grad():
+            model.eval()(images)
+        handle.remove()
+    identity = nn.Sequential(nn.Identity())
+    both = torch.cat([recorded["source"], recorded["target"]], 1)
+    transforms = {"source_transform": lambda x: x[:, :6], "target_transform": lambda x: x[:, 6:]}
+    options: dict[str, Any] = {"order": 0, "progress": False, "split": (0.5, 0.2, 0.3)}
+    expected = measure(identity, nn.Sequential(nn.Identity()), [both], "0", **transforms, **options)
+    report = measure(source, target, [images], "2", at="input", **options)
+    assert_close(report, expected, 1e-6)
+    assert report.settings["at"] == "input"
+    assert "inputs of layers" in str(report)
+    assert measure(source, target, [images], "2", **options)["2"].unexplained != report["2"].unexplained
+    # A mapping may name layers of either network
+    mixed = measure(source, target, [images], [("2", "1")], at={"2": "input"}, **options)
+    assert_close(mixed, expected, 1e-6)
+    for pattern in ("3", "nothing"):
+        with pytest.raises(LayerNameError, match=f"at= names '{pattern}', which is none of the layers"):
+            measure(source, target, [images], "2", at={pattern: "input"}, **options)
+    with pytest.raises(OptionError, match="at must be"):
+        measure(source, target, [images], "2", at="inside", **options)

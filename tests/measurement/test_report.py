@@ -74,6 +74,25 @@ def test_text_ends_with_the_warnings_and_their_layers() -> None:
     assert str(noted).splitlines()[-2:] == ["! a → x (forward): only 7 images", "! b (backward): a dead channel"]
 
 
+def test_figures_from_few_images_are_marked_everywhere(tmp_path: Path) -> None:
+    rough = replace(report(pair("a", "x")), images={"fit": 6, "select": 2, "report": 2})
+    row = next(line for line in str(rough).splitlines() if line.strip().startswith("a "))
+    assert re.split(r"\s{2,}", row.strip())[2:] == ["~60.0 %", "~25.0 %", "~15.0 %", "13.0 … 18.0 %", "~1.2 %"]
+    for text in (str(rough), rough._repr_html_()):
+        assert "~ rough: measured on 2 images only" in text
+    assert "only 2 report images" in rough.plot().axes[0].get_xlabel()
+    assert "rough" not in str(report(pair("a", "x"))) + report(pair("a", "x")).plot().axes[0].get_xlabel()
+
+
+def test_text_of_one_pair_is_a_table() -> None:
+    one = pair("a", "x", warnings=("a dead channel",))
+    lines = str(one).splitlines()
+    assert lines[0] == "x explained from a (forward)"
+    assert re.split(r"\s{2,}", lines[3].strip()) == ["a", "x", "60.0 %", "25.0 %", "15.0 %", "13.0 … 18.0 %", "1.2 %"]
+    assert lines[4:] == ["! a dead channel"]
+    assert repr(one) == "PairResult('a' → 'x', forward, 15.0 % unexplained)"
+
+
 def test_text_of_unknown_and_tiny_figures() -> None:
     assert [percent(share) for share in (-0.0004, -0.003, 1.02, float("nan"), None)] == [
         "0.0 %",
