@@ -19,6 +19,7 @@ from knowiso_train.utils.validation import (
     PositiveFloat,
     PositiveInt,
     Range,
+    checked_value,
     validate_fields,
 )
 
@@ -90,6 +91,7 @@ class IsomorphismLossConfig:
         for role, model in (("student", student), ("teacher", teacher)):
             if not isinstance(model, nn.Module):
                 raise InputTypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
+        checked_value("IsomorphismLoss: peers", peers, Sequence[nn.Module])
         check_materialized(teacher, *peers)
         if unwrap_model(student) is unwrap_model(teacher):
             raise OptionError(

@@ -198,6 +198,7 @@ def finetune(
     )
     for name, function in (("transform", transform), ("forward", forward)):
         checked_value(f"finetune: {name}", function, Callable[..., Any] | None)
+    checked_value("finetune: progress", progress, bool)
     pruned, original = check_model_pair(pruned, original)
     check_trainable(pruned)
     # Without a `forward`, Calibration drops the labels

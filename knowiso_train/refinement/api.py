@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from knowiso_train.errors import DataError, KnowisoWarning, OptionError
-from knowiso_train.features.state import checked_device, device_of, on_device, preserve_state
+from knowiso_train.features.state import check_materialized, checked_device, device_of, on_device, preserve_state
 from knowiso_train.refinement._candidate_search import CandidateSearch, closed_form_candidates
 from knowiso_train.refinement._candidates import Candidate, heads_of_peers, replace_classifier
 from knowiso_train.refinement._composite import paper_composite
@@ -189,6 +189,7 @@ def run_refinement(
     notes = NoteLog()
     with ExitStack() as stack:
         modules = [model.module for model in models]
+        check_materialized(*modules)
         checked_device(config.device, *modules)  # initializes CUDA, whose random state is then restored too
         stack.enter_context(preserve_state(*modules))
         stack.enter_context(on_device(config.device, *modules))

@@ -125,7 +125,13 @@ def replace_inputs(batch: Any, inputs: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move all tensors of a batch to a device, through tuples, lists and mappings; other values stay unchanged."""
+    """Move all tensors of a batch to a device, through tuples, lists and mappings; other values stay unchanged.
+
+    Raises:
+        InputTypeError: Tensors of the meta device, which have no data.
+    """
+    if any(tensor.is_meta for tensor in _tensors(batch)) and torch.device(device).type != "meta":
+        raise InputTypeError("expected batches with data, got tensors on the meta device; check the loader")
     return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 

@@ -205,6 +205,10 @@ def _match_container(value: Any, origin: type[Any], arguments: tuple[Any, ...]) 
         fits = all(_match(key, arguments[0])[0] and _match(item, arguments[1])[0] for key, item in items.items())
         return fits, value
     if issubclass(origin, collections.abc.Collection) and arguments:
+        try:
+            items = list(value)
+        except TypeError:  # tensors and arrays without axes are collections by their methods
+            return False, value
         return all(_match(item, arguments[0])[0] for item in items), value
     return True, value
 

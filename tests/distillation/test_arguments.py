@@ -300,3 +300,9 @@ def test_sides_that_no_network_has_are_refused() -> None:
         IsomorphismLoss(*networks, "1", at="before")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="name the layers for at="):
         IsomorphismLoss(*networks, "auto", loader=[images()], at="input")
+
+
+@pytest.mark.parametrize("peers", [3, "ab", b"ab", torch.float16, torch.zeros(2), nn.Linear(1, 1), {"a": 1}], ids=repr)
+def test_peers_that_are_no_list_of_networks_raise(peers: Any) -> None:
+    with pytest.raises(KnowisoError, match="peers must be a list or tuple, each item"):
+        IsomorphismLoss(Conditioned(0, 4), Conditioned(1, 4), "conv", target="consensus", peers=peers)

@@ -47,6 +47,7 @@ WITHOUT_DATA: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
     "callback": lambda model, other: ki.IsomorphismCallback(model, other, [IMAGES], "0", every=1, order=0).step(),
     "teacher": lambda model, other: ki.IsomorphismLoss(other, model, "0"),
     "peer": lambda model, other: ki.IsomorphismLoss(other, network(3), "0", target="consensus", peers=[model]),
+    "refine": lambda model, other: run_refine(other, model, None),
     "prune": lambda model, other: ki.prune(model, [IMAGES], progress=False),
     "images": lambda model, other: ki.prune(other, [IMAGES.to("meta")], progress=False),
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import knowiso_train as ki
 
 SIDE, IMAGES, BATCH = 8, 60, 20
+SHORT = {"solver_options": {"epochs": 1}}  # training of orders above 0
 
 
 @dataclass
@@ -115,7 +116,7 @@ def calls(extra: nn.Module | None = None) -> dict[str, Callable[[], Call]]:
     def measure() -> Call:
         a, b = network(1, extra), network(2)
         given = {"source": a, "target": b, "loader": loader(), "layers": ["2", "5"], "order": 0, "progress": False}
-        return Call(ki.measure, given, [a, b])
+        return Call(ki.measure, given | SHORT, [a, b])
 
     def loss() -> Call:
         a, b = network(1, extra).train(), network(2)
@@ -150,12 +151,12 @@ def calls(extra: nn.Module | None = None) -> dict[str, Callable[[], Call]]:
 
     def disentangler() -> Call:
         x, y = torch.randn(40, 6, 4, 4), torch.randn(40, 8, 4, 4)
-        return Call(lambda **options: ki.Disentangler(**options).fit(x, y), {"order": 0}, [])
+        return Call(lambda **options: ki.Disentangler(**options).fit(x, y), {"order": 0} | SHORT, [])
 
     def callback() -> Call:
         a, b = network(1, extra), network(2)
         given = {"student": a, "teacher": b, "layers": ["2"], "loader": loader(), "every": 1, "order": 0}
-        return Call(lambda **options: ki.IsomorphismCallback(**options).step(), given, [a, b])
+        return Call(lambda **options: ki.IsomorphismCallback(**options).step(), given | SHORT, [a, b])
 
     return {
         "measure": measure,

@@ -34,7 +34,11 @@ from benchmarks.common.results import record
 from tests.fuzz.calls import CLASSES, INTERRUPTED_TARGETS, SIDE, Call, Interrupted, calls, loader, network
 from tests.fuzz.damage import damage, saved_files
 
-SECONDS = 20  # limit of one call
+SECONDS = 20  # limit of the processor time of one call, which does not depend on other programs
+
+
+# Options that state the length of a run, for which a large number is no mistake
+RUN_LENGTHS = {"steps", "epochs", "block_steps"}
 
 
 class OutOfTimeError(BaseException):
@@ -129,18 +133,18 @@ def same(old: Any, new: Any) -> bool:
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise OutOfTimeError in the main thread after some seconds."""
+    """Raise OutOfTimeError in the main thread after some seconds of processor time."""
 
     def expired(*_: Any) -> None:
         raise OutOfTimeError
 
-    previous = signal.signal(signal.SIGALRM, expired)
-    signal.alarm(seconds)
+    previous = signal.signal(signal.SIGPROF, expired)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def attempt(call: Call, allowed: tuple[type[BaseException], ...] = ()) -> str | None:
@@ -190,6 +194,11 @@ def place(frames: list[traceback.FrameSummary]) -> str:
     return f"{frame.filename.split('knowiso_train/')[-1]}:{frame.lineno} {frame.name}"
 
 
+def is_long(value: Any) -> bool:
+    """Return whether a value is a finite number of steps or epochs that takes too long for a test."""
+    return isinstance(value, (int, float)) and 1000 < value < math.inf
+
+
 def bad_arguments(count: int, seed: int, targets: list[str] | None = None) -> Iterator[tuple[str, str, str | None]]:
     """Yield target, input and finding of calls with one or two bad arguments."""
     rng = random.Random(seed)
@@ -202,6 +211,7 @@ def bad_arguments(count: int, seed: int, targets: list[str] | None = None) -> It
             call = makers[target]()
             changed = rng.sample(parameters_of(target, call), rng.choice((1, 1, 1, 2)))
             given = {parameter: rng.choice(values)() for parameter in changed}
+            given |= {name: 3 for name in RUN_LENGTHS & given.keys() if is_long(given[name])}
             # Networks that are replaced by bad values are not watched
             shown = ", ".join(f"{key}={str(value)[:50]!r} ({type(value).__name__})" for key, value in given.items())
             call.arguments |= given

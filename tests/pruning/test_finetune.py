@@ -347,7 +347,7 @@ def test_equal_objectives_select_the_earlier_weights(original: nn.Module, pertur
     assert same(state(perturbed), start)
 
 
-@pytest.mark.parametrize("option", ["transform", "forward"])
+@pytest.mark.parametrize("option", ["transform", "forward", "progress"])
 @pytest.mark.parametrize("value", ["auto", [1.0], torch.float16, torch.zeros(2)], ids=repr)
 def test_functions_are_checked_before_use(option: str, value: Any, original: nn.Module, perturbed: nn.Module) -> None:
     with pytest.raises(KnowisoError, match=f"{option} must be"):

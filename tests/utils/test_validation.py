@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -161,3 +161,9 @@ def test_fields_of_a_frozen_dataclass_are_checked_and_converted() -> None:
     assert (type(config.steps), config.split) == (int, (0.5, 0.5))
     with pytest.raises(OptionTypeError, match="Config: steps must be an integer at least 1, got None"):
         Config(steps=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2), np.array(2)], ids=["tensor", "array"])
+def test_tensors_and_arrays_without_axes_are_no_collections(value: Any) -> None:
+    with pytest.raises(OptionTypeError, match="names must be"):
+        checked_value("names", value, str | Collection[str])
