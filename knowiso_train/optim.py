@@ -45,6 +45,7 @@ class Muon(Optimizer):
         momentum: Fraction of the former momentum that remains, β₁.
         weight_decay: Decoupled weight decay of matrices, relative to `lr`.
         max_side: Maximum smaller side of an orthogonalized matrix. Default: no limit.
+        dtype: Type in which matrices are orthogonalized. Default: theirs.
 
     Example:
         >>> weight = nn.Parameter(torch.eye(3))
@@ -64,9 +65,10 @@ class Muon(Optimizer):
         momentum: float = ADAM_BETAS[0],
         weight_decay: float = 0.0,
         max_side: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "max_side": max_side}
-        super().__init__(params, defaults | {"step_size": step_size})
+        super().__init__(params, defaults | {"step_size": step_size, "dtype": dtype})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -97,8 +99,10 @@ class Muon(Optimizer):
         weights, gradients, momenta = (list(tensors) for tensors in zip(*matrices, strict=True))
         # Nesterov: the momentum after one more step with the same gradient
         lookahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        directions = orthogonalize_all([matrix.flatten(1) for matrix in lookahead])
-        steps = [direction.view(weight.shape) for direction, weight in zip(directions, weights, strict=True)]
+        directions = orthogonalize_all([matrix.flatten(1).to(group["dtype"] or matrix.dtype) for matrix in lookahead])
+        steps = [
+            direction.to(weight.dtype).view(weight.shape) for direction, weight in zip(directions, weights, strict=True)
+        ]
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         if group["step_size"] == "relative":

@@ -27,8 +27,7 @@ from knowiso_train.loading import image_loader, input_transform, load_model
 LAYERS = ["blocks.1", "blocks.2", "blocks.3", "blocks.4"]
 DIGIT_SIZE, PHOTOGRAPH_SIZE = 96, 224  # input sizes in pixels; 96 takes a few minutes on two cores
 BATCH_SIZE = 50
-MAX_ROWS = 16_384  # positions kept for the training of order 1; 131,072 by default
-TRAINING_ROWS = 400_000  # positions processed by that training, repetitions included; 800,000 by default
+MAX_ROWS = 16_384  # positions kept for order 1; 131,072 by default
 
 
 def load_efficientnet(size: int) -> nn.Module:
@@ -76,7 +75,6 @@ def main() -> int:
             directions="both",
             max_images=args.count,
             max_rows=MAX_ROWS,
-            solver_options={"rows_seen": TRAINING_ROWS},
             # From images in [0, 1] to the resolution and normalization of each network
             source_transform=input_transform(source, size=size),
             target_transform=input_transform(target, size=size),

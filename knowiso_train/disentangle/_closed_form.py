@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops.im2col import write_weight
 from knowiso_train.regression.moments import Moments, StreamingMoments
-from knowiso_train.regression.ridge import Ridge, solve_ridge
+from knowiso_train.regression.ridge import Ridge, dampening, solve_dampened, solve_ridge
 from knowiso_train.regression.sampling import Sample
 
 MAX_BATCH_POSITIONS = 16_384
@@ -110,6 +110,10 @@ class ClosedFormMaps(nn.Module):
         outputs = [readout(a) for readout, a in zip(self.readouts_of(order), features, strict=True)]
         return torch.stack(outputs).sum(0)
 
+    def layer(self, order: int) -> nn.Conv2d:
+        """Return the convolution M_k of an order k ≥ 1."""
+        return cast(nn.Conv2d, self.layers[order - 1])
+
     def readouts_of(self, order: int) -> list[nn.Conv2d]:
         """Return the convolutions V_{k,0} … V_{k,k} of an order k ≥ 1."""
         return list(cast(nn.ModuleList, self.readouts[order - 1]))  # type: ignore[arg-type]
@@ -163,10 +167,9 @@ def solve_readout(maps: ClosedFormMaps, order: int, fit: Sample, select: Sample 
     columns = _columns_by_feature(widths, maps.kernel_size).to(fit.x.device)
     m = _select_columns(order_moments(maps, order, fit), columns)
     split = sum(widths[:-1]) * maps.kernel_size**2
-    hidden_of_earlier = Moments(
-        m.count, m.mean_x[:split], m.mean_x[split:], m.xx[:split, :split], m.xx[:split, split:], m.xx.diagonal()[split:]
-    )
-    regression = solve_ridge(hidden_of_earlier, 0.0).weight
+    earlier = m.xx[:split, :split]
+    penalty = dampening(earlier.diagonal().mean(), 0.0).expand(split)
+    regression = solve_dampened(earlier, m.xx[:split, split:], penalty)
     identity = torch.eye(len(m.mean_x) - split, dtype=m.xx.dtype, device=m.xx.device)
     transform = torch.cat([-regression, identity])
     select_moments = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from knowiso_train.disentangle._closed_form import ClosedFormMaps, predict_component
 from knowiso_train.disentangle._nonlinear import fit_order
@@ -22,6 +24,7 @@ from knowiso_train.regression.sampling import FeatureSample, Sample, sample_posi
 MIN_HIDDEN, MAX_DEFAULT_HIDDEN = 4, 512  # channels of the hidden maps
 MIN_ROWS_PER_FEATURE = 2  # fewer positions per feature are reported with a warning
 MIN_TARGET_SCALE = 1e-30
+EIGENDECOMPOSITION_PRODUCTS = 25  # d³ products take as long as the eigendecomposition of a matrix (d, d)
 
 
 class ClosedFormFitter(Fitter):
@@ -92,7 +95,12 @@ class ClosedFormFitter(Fitter):
             return None
         return sample_positions(index, num_positions, count, self.config.seed).to(y.device)
 
-    def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
+    @property
+    def work(self) -> float:
+        """Approximate multiply-adds, see `Fitter.work`."""
+        return self.spec.num_targets * sum(self._order_work(k) for k in range(self.config.order + 1))
+
+    def finish(self, *, bar: tqdm[Any], label: str) -> list[nn.Module]:
         """Fit the maps, see `Fitter.finish`."""
         group = self.spec.group
         for moments in chain.from_iterable(self.moments):
@@ -103,7 +111,7 @@ class ClosedFormFitter(Fitter):
             raise self.empty_fit_error(label)
         ridge = self._available_ridge(fit, select)
         self._collect_warnings(fit, label)
-        samples = [sample.result(group) for sample in self.samples]
+        samples = [sample.result(group, shuffled=True) for sample in self.samples]
         # Several targets share the eigendecomposition of the source
         share_spectrum = self.spec.num_targets > 1 and len(fit.mean_x) <= MAX_SEARCH_FEATURES
         # A single target with a fixed ridge is solved by Cholesky, with other rounding
@@ -123,9 +131,9 @@ class ClosedFormFitter(Fitter):
                 target_samples,
                 max(scale, MIN_TARGET_SCALE),
                 ridge,
-                progress=progress and target == 0,
-                label=label,
+                bar,
             )
+            bar.update(self._order_work(0))
             group.broadcast_(list(maps.state_dict().values()))
             self.ridges.append((linear.ridge, *group.gather(order_ridges)[0]))
             self.centers.append(target_fit.mean_y)
@@ -160,9 +168,7 @@ class ClosedFormFitter(Fitter):
         samples: list[Sample | None],
         scale: float,
         ridge: Ridge,
-        *,
-        progress: bool,
-        label: str,
+        bar: tqdm[Any],
     ) -> list[float]:
         """Fit orders 1 … K one after the other in process 0, which broadcasts them; return their ridges."""
         if not self.config.order:
@@ -177,6 +183,12 @@ class ClosedFormFitter(Fitter):
             fit, select = residuals
             if fit is None or self.spec.group.rank:
                 return []
+            work = self._order_work(order)
+            finished = bar.n + work
+
+            def advance(fraction: float, work: float = work) -> None:
+                bar.update(fraction * work)
+
             ridges.append(
                 fit_order(
                     maps,
@@ -187,11 +199,26 @@ class ClosedFormFitter(Fitter):
                     ridge,
                     config,
                     seed=self.config.seed,
-                    progress=progress,
-                    label=label,
+                    advance=advance,
                 )
             )
+            bar.update(finished - bar.n)
         return ridges
+
+    def _order_work(self, order: int) -> float:
+        """Return the approximate multiply-adds of one order of one target."""
+        projected = self.spec.source_channels if self.projection is None else len(self.projection)
+        columns, targets = projected * self.kernel_size**2, self.spec.target_channels
+        if order == 0:
+            return float(EIGENDECOMPOSITION_PRODUCTS * columns**3)
+        config, hidden = self.config.nonlinear_config(), self.config.hidden or default_hidden(targets)
+        rows = min(int(self.moments[0][0].value.count), self.config.max_rows or DEFAULT_MAX_ROWS)
+        exact = config.is_exact(self.kernel_size, self.config.ridge)
+        inputs = (projected if order == 1 else hidden) + (0 if exact else projected + (order - 1) * hidden)
+        # Forward, gradient of the weights and gradient of the features
+        work = 3.0 * config.total_rows(rows, exact=exact) * self.kernel_size**2 * hidden * (inputs + targets)
+        columns += order * hidden * self.kernel_size**2
+        return work + (rows * columns * (columns / 2 + targets) if exact else 0.0)
 
     def _build_maps(self) -> ClosedFormMaps:
         projection = None if self.projection is None else self.projection.to(self.spec.dtype)
@@ -226,8 +253,8 @@ class ClosedFormFitter(Fitter):
 
 
 def default_hidden(target_channels: int) -> int:
-    """Return the default width of the hidden maps: twice the target's channels, limited for wide layers."""
-    return min(max(MIN_HIDDEN, 2 * target_channels), MAX_DEFAULT_HIDDEN)
+    """Return the default width of the hidden maps: four times the target's channels, limited for wide layers."""
+    return min(max(MIN_HIDDEN, 4 * target_channels), MAX_DEFAULT_HIDDEN)
 
 
 def _feature_samples(spec: FitSpec, kernel_size: int) -> list[FeatureSample]:

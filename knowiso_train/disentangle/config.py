@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, OptionError
 from knowiso_train.utils.distributed import ProcessGroup
@@ -18,10 +19,13 @@ from knowiso_train.utils.validation import NonNegativeFloat, PositiveFloat, Posi
 
 Solver = Literal["closed_form", "paper"]
 Readout = Literal["auto", "trained", "exact"]
+Precision = Literal["auto", "float32", "bfloat16"]
 # The maps of order K are K(K + 3) / 2 in number; the paper uses K = 2
 Order = Annotated[int, Range(0, 16)]
 
-MIN_EPOCHS_FIRST_ORDER, MIN_EPOCHS_HIGHER_ORDER, MAX_EPOCHS = 8, 5, 60
+EXACT_LR, TRAINED_LR = 0.07, 0.05
+EXACT_ROWS, TRAINED_ROWS = 100_000, 300_000  # positions in the training of an order
+MAX_STEPS = 600
 DEFAULT_MAX_ROWS = 131_072  # positions that the closed form keeps for orders ≥ 1
 MIN_BATCH_ROWS = 64  # positions; small samples are divided into 32 batches, but not into smaller ones than this
 
@@ -63,35 +67,64 @@ class NonlinearConfig:
     """Training of orders ≥ 1 (`solver_options=` of `solver="closed_form"`).
 
     Attributes:
-        epochs: Passes over the sample. Default: 8 for order 1 and 5 above, more for small samples until `rows_seen`, at
-            most 60.
-        lr: Peak step of `Muon` for order 1; half of it above.
+        epochs: Passes over the sample. Default: as many as `rows_seen` takes.
+        lr: Peak step of `Muon` for order 1; half of it above. Default: 0.07 where the readout is exact, else 0.05.
         weight_decay: Decoupled weight decay of matrices.
         batch_rows: Positions per step; fewer for small samples.
-        rows_seen: Minimum positions over the whole training, if `epochs` is not given.
+        rows_seen: Positions over the whole training of one order. Default: 100,000 where the readout is exact, else
+            300,000.
         readout: "trained" keeps the readouts trained with the hidden map, shrunk where the selection images ask for it.
-            "exact" solves `V_k ã_k` in closed form afterwards, orthogonal to all lower orders at ridge 0; equally good
-            on CIFAR ResNets in twice the time. "auto" is exact where `ridge` is a number and trained where it is
-            searched.
+            "exact" solves `V_k ã_k` in closed form afterwards, orthogonal to all lower orders at ridge 0. "auto" is
+            exact for 1 × 1 maps and where `ridge` is a number: the moments of wider maps take longer than the training.
+        precision: Type of the products in training. "auto" is bfloat16 on devices that multiply it faster than float32
+            (CUDA since Ampere; CPUs with AVX512-BF16 or AMX), else the type of the features. Results are reproducible
+            on one machine.
     """
 
     epochs: PositiveInt | None = None
-    lr: PositiveFloat = 0.05
+    lr: PositiveFloat | None = None
     weight_decay: NonNegativeFloat = 0.1
-    batch_rows: PositiveInt = 3072
-    rows_seen: PositiveInt = 800_000
+    batch_rows: PositiveInt = 2048
+    rows_seen: PositiveInt | None = None
     readout: Readout = "auto"
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         validate_fields(self)
 
-    def schedule(self, order: int, images: int, rows: int) -> tuple[int, int]:
+    def is_exact(self, kernel_size: int, ridge: float | str) -> bool:
+        """Return whether readouts are solved after the training."""
+        return self.readout == "exact" or (self.readout == "auto" and (kernel_size == 1 or not isinstance(ridge, str)))
+
+    def peak_lr(self, order: int, *, exact: bool) -> float:
+        """Return the peak step of an order."""
+        lr = self.lr or (EXACT_LR if exact else TRAINED_LR)
+        return lr if order == 1 else lr / 2
+
+    def schedule(self, images: int, rows: int, *, exact: bool) -> tuple[int, int]:
         """Return the images per step and the number of steps for a sample of `rows` positions in `images` images."""
         batch_rows = min(self.batch_rows, max(rows // 32, MIN_BATCH_ROWS))
         batch = max(1, min(images, batch_rows // (rows // images)))
-        min_epochs = MIN_EPOCHS_FIRST_ORDER if order == 1 else MIN_EPOCHS_HIGHER_ORDER
-        epochs = self.epochs or max(min_epochs, min(MAX_EPOCHS, -(-self.rows_seen // rows)))
-        return batch, epochs * max(1, images // batch)
+        if self.epochs:
+            return batch, self.epochs * max(1, images // batch)
+        return batch, min(MAX_STEPS, -(-self.total_rows(rows, exact=exact) * images // (batch * rows)))
+
+    def total_rows(self, rows: int, *, exact: bool) -> int:
+        """Return the positions of a training on a sample of `rows` positions, each counted as often as it is seen."""
+        return self.epochs * rows if self.epochs else self.rows_seen or (EXACT_ROWS if exact else TRAINED_ROWS)
+
+    def training_dtype(self, x: Tensor) -> torch.dtype:
+        """Return the type of the products in training on features x."""
+        if x.dtype != torch.float32 or self.precision == "float32":
+            return x.dtype
+        return torch.bfloat16 if self.precision == "bfloat16" or _multiplies_bfloat16(x.device) else x.dtype
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass(frozen=True)
@@ -209,6 +242,22 @@ class MemoryEstimate:
     solving: int
 
 
+def solve_bar(work: float, *, show: bool) -> tqdm[Any]:
+    """Return a progress bar over fits of known work, with the remaining time.
+
+    Args:
+        work: Sum of `Fitter.work`.
+        show: False for a bar that is not shown.
+    """
+    return tqdm(
+        total=max(work, 1.0),
+        desc="solve",
+        disable=not show,
+        smoothing=0,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+    )
+
+
 class Fitter(ABC):
     """Fit of maps to features that arrive batch by batch; one module of maps for each target.
 
@@ -237,9 +286,19 @@ class Fitter(ABC):
             select: True for selection images, False for fitting images, (N,).
         """
 
+    @property
     @abstractmethod
-    def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
-        """Fit the maps, in all processes together."""
+    def work(self) -> float:
+        """Approximate multiply-adds of `finish`, for the remaining time."""
+
+    @abstractmethod
+    def finish(self, *, bar: tqdm[Any], label: str) -> list[nn.Module]:
+        """Fit the maps, in all processes together.
+
+        Args:
+            bar: Bar of `solve_bar`, which advances by `work`.
+            label: Layers and direction, for messages.
+        """
 
     @staticmethod
     @abstractmethod

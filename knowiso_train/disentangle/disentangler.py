@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from knowiso_train.disentangle._closed_form import ClosedFormMaps
 from knowiso_train.disentangle._closed_form_fit import ClosedFormFitter
-from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, Solver
+from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, Solver, solve_bar
 from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
 from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError
 from knowiso_train.features.extractor import align
@@ -132,7 +132,8 @@ class Disentangler(nn.Module):
                 chunk = slice(start, start + FIT_BATCH_IMAGES)
                 mask = np.full(len(index[chunk]), bool(is_select))
                 fitter.update(part_x[chunk], part_y[chunk], index[chunk], mask)
-        self.maps = fitter.finish(progress=progress, label="disentangler")[0]  # type: ignore[assignment]
+        with solve_bar(fitter.work, show=progress) as bar:
+            self.maps = fitter.finish(bar=bar, label="disentangler")[0]  # type: ignore[assignment]
         return self
 
     def forward(self, x_source: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +142,13 @@ class PaperMaps(nn.Module):
 
 
 def fit_paper(
-    maps: PaperMaps, sample: Sample, config: PaperConfig, *, seed: int = 0, progress: bool = False, label: str = ""
+    maps: PaperMaps,
+    sample: Sample,
+    config: PaperConfig,
+    *,
+    seed: int = 0,
+    on_epoch: Callable[[float], object] | None = None,
+    label: str = "",
 ) -> PaperMaps:
     """Train maps in place on whole images, as published, and return them frozen and in eval mode.
 
@@ -155,13 +163,8 @@ def fit_paper(
     if config.checkpoint:
         checkpoint = Checkpoint.of(config, maps, optimizer, generator, sample, seed=seed, label=label)
     start = checkpoint.resume() if checkpoint is not None else 0
-    with (
-        torch.enable_grad(),
-        tqdm(
-            range(start, config.epochs), desc=f"paper's training {label}".strip(), unit="epoch", disable=not progress
-        ) as bar,
-    ):
-        for epoch in bar:
+    with torch.enable_grad():
+        for epoch in range(start, config.epochs):
             optimizer.param_groups[0]["lr"] = rates[epoch]
             total = torch.zeros((), device=sample.x.device)
             for index in torch.split(torch.randperm(len(sample), generator=generator), config.batch_size):
@@ -176,7 +179,8 @@ def fit_paper(
                     f"{label}: the loss was not finite in epoch {epoch}; "
                     f"lower solver_options={{'lr': ...}}, now {config.lr:g}"
                 )
-            bar.set_postfix(loss=f"{mean:.4f}")
+            if on_epoch is not None:
+                on_epoch(mean)
             if checkpoint is not None and ((epoch + 1) % CHECKPOINT_EPOCHS == 0 or epoch == config.epochs - 1):
                 checkpoint.save(epoch + 1)
     return maps.requires_grad_(False).eval()
@@ -215,7 +219,14 @@ class PaperFitter(Fitter):
         self.num_images += len(index)
         self.sample.add(x, y, index)
 
-    def finish(self, *, progress: bool, label: str) -> list[nn.Module]:
+    @property
+    def work(self) -> float:
+        """Approximate multiply-adds, see `Fitter.work`."""
+        spec, config = self.spec, self.spec.config
+        weights = spec.source_channels * spec.target_channels * (config.kernel_size or 3) ** 2
+        return float(spec.num_targets * config.paper_config().epochs * self.num_images * weights)
+
+    def finish(self, *, bar: tqdm[Any], label: str) -> list[nn.Module]:
         """Fit the maps, see `Fitter.finish`."""
         spec, config = self.spec, self.spec.config
         sample = self.sample.result(spec.group)
@@ -244,7 +255,13 @@ class PaperFitter(Fitter):
                 training = config.paper_config()
                 if training.checkpoint:
                     training = replace(training, checkpoint=checkpoint_path(training.checkpoint, name))
-                fit_paper(maps, sample.with_target(y), training, seed=config.seed, progress=progress, label=name)
+                epoch_work = self.work / (spec.num_targets * training.epochs)
+
+                def on_epoch(loss: float, name: str = name, epoch_work: float = epoch_work) -> None:
+                    bar.set_postfix_str(f"{name}, loss {loss:.4f}", refresh=False)
+                    bar.update(epoch_work)
+
+                fit_paper(maps, sample.with_target(y), training, seed=config.seed, on_epoch=on_epoch, label=name)
             spec.group.broadcast_(list(maps.state_dict().values()))
             self.ridges.append(())
             self.centers.append(y.double().mean((0, 2, 3)))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from knowiso_train.disentangle.config import Fitter, MemoryEstimate
 from knowiso_train.disentangle.disentangler import Disentangler, fitter_type, make_fitter
@@ -140,10 +141,15 @@ class PairMeasurement:
         self._fitter.update(samples.x, torch.cat(samples.targets, 1), samples.index, samples.part == SELECT)
         self._update_similarity(samples, report=False)
 
-    def solve(self, *, progress: bool) -> None:
-        """Fit the maps; they are fixed from here on."""
+    @property
+    def work(self) -> float:
+        """Approximate multiply-adds of `solve`."""
+        return self._started_fitter().work
+
+    def solve(self, bar: tqdm[Any]) -> None:
+        """Fit the maps, which are fixed from here on, and advance a bar by `work`."""
         fitter = self._started_fitter()
-        for target, maps in enumerate(fitter.finish(progress=progress, label=self.label)):
+        for target, maps in enumerate(fitter.finish(bar=bar, label=self.label)):
             self._disentanglers.append(Disentangler.of(maps, self.settings))
             # The noise floor is reported without an interval
             bootstrap = self.config.bootstrap if target == 0 else 0

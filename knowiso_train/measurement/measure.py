@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from knowiso_train.disentangle.config import Solver
+from knowiso_train.disentangle.config import Solver, solve_bar
 from knowiso_train.errors import DataError
 from knowiso_train.features.extractor import Extractor, check_line, sides_of_networks
 from knowiso_train.features.hooks import Side
@@ -292,8 +292,9 @@ class _Measurement:
         # The closed form of order 0 is too fast for a progress bar
         trains = self.config.order > 0 or self.config.solver == "paper"
         show = self.show_progress and trains
-        for pair in tqdm(self.pair_measurements, desc="solve", unit="layer", disable=not show):
-            pair.solve(progress=self.show_progress)
+        with solve_bar(sum(pair.work for pair in self.pair_measurements), show=show) as bar:
+            for pair in self.pair_measurements:
+                pair.solve(bar)
 
     def report(self) -> None:
         """Accumulate the residuals of the report images."""

@@ -49,6 +49,18 @@ class Sample:
         """Return the images at `index`."""
         return Sample(self.x[index], self.y[index], None if self.inside is None else self.inside[index], self.halo)
 
+    def slice(self, start: int, count: int) -> Sample:
+        """Return `count` images from image `start` on, without a copy; behind the last image follows the first."""
+        start %= len(self)
+        if start + count > len(self):
+            return self.batch(torch.arange(start, start + count, device=self.x.device) % len(self))
+        part = slice(start, start + count)
+        return Sample(self.x[part], self.y[part], None if self.inside is None else self.inside[part], self.halo)
+
+    def first(self, max_rows: int) -> Sample:
+        """Return the first images with at most `max_rows` positions, but at least one image, without a copy."""
+        return self.slice(0, min(len(self), max(1, max_rows * len(self) // self.rows)))
+
     def with_target(self, y: Tensor) -> Sample:
         """Return the same sources with another target."""
         return Sample(self.x, y, self.inside, self.halo)
@@ -116,8 +128,13 @@ class FeatureSample:
         if sum(len(p["order"]) for p in self.parts) > MAX_STORED_RATIO * capacity + COMPACTION_SLACK_IMAGES:
             self._compact(capacity)
 
-    def result(self, group: ProcessGroup | None = None) -> Sample | None:
-        """Return the sample of all processes, ordered by dataset index; None if nothing was offered."""
+    def result(self, group: ProcessGroup | None = None, *, shuffled: bool = False) -> Sample | None:
+        """Return the sample of all processes; None if nothing was offered.
+
+        Args:
+            group: Processes that share the sample.
+            shuffled: Order the images by their hash, a random order. Default: by dataset index.
+        """
         group = group or ProcessGroup()
         if self.parts:
             self._compact(self._capacity())
@@ -133,7 +150,7 @@ class FeatureSample:
             for name in parts[0]
         }
         self.parts, self.grid = [merged], self.grid or (merged["y"].shape[2], merged["y"].shape[3])
-        self._compact(self._capacity())
+        self._compact(self._capacity(), shuffled=shuffled)
         (total,) = self.parts
         return Sample(total["x"], total["y"], total.get("inside"), self.halo if "inside" in total else 0)
 
@@ -158,11 +175,12 @@ class FeatureSample:
         orders = torch.cat([p["order"] for p in self.parts]) if self.parts else torch.empty(0)
         return float("inf") if len(orders) < capacity else float(orders.kthvalue(capacity).values)
 
-    def _compact(self, capacity: int) -> None:
-        """Keep the images with the smallest hashes, ordered by dataset index."""
+    def _compact(self, capacity: int, *, shuffled: bool = False) -> None:
+        """Keep the images with the smallest hashes, ordered by dataset index or by hash."""
         merged = {name: torch.cat([p[name] for p in self.parts]) for name in self.parts[0]}
         rank = merged["order"].argsort()[:capacity]
-        rank = rank[merged["index"][rank].argsort()]
+        if not shuffled:
+            rank = rank[merged["index"][rank].argsort()]
         self.parts = [{name: tensor[rank.to(tensor.device)] for name, tensor in merged.items()}]
 
     def _cut(self, x: Tensor, y: Tensor, index: NDArray[np.int64]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.baselines.paper import PublishedDisentangler, train_epochs
 from knowiso_train.disentangle import Disentangler
-from knowiso_train.disentangle.config import DisentangleConfig, PaperConfig
+from knowiso_train.disentangle.config import DisentangleConfig, PaperConfig, solve_bar
 from knowiso_train.disentangle.disentangler import make_fitter
 from knowiso_train.disentangle.paper import PaperMaps, fit_paper
 from knowiso_train.errors import FormatError, OptionError, ShapeError
@@ -228,7 +228,7 @@ def test_the_number_of_rows_used_is_reported(max_rows: int | None) -> None:
     config = DisentangleConfig(order=0, solver="paper", max_rows=max_rows, solver_options={"epochs": 1}).on_grid((6, 6))
     fitter = make_fitter(config, x, y, 50)
     fitter.update(x, y, np.arange(50), np.zeros(50, dtype=bool))
-    fitter.finish(progress=False, label="pair")
+    fitter.finish(bar=solve_bar(fitter.work, show=False), label="pair")
     assert fitter.rows == (50 * 36 if max_rows is None else 10 * 36)
     notes = [] if max_rows is None else ["trained on 10 of 50 images (360 rows), as max_rows=360"]
     assert fitter.notes == notes

@@ -1,0 +1,222 @@
+"""Fit of orders 0 to 2: the present solver and that of an earlier commit, on the same real features.
+
+    python -m benchmarks.measure.bench_orders                       # half an hour on one CPU core, resumable
+    python -m benchmarks.measure.bench_orders --cases stage2 --seeds 1
+
+The earlier solver is read from git (`git archive`) and fitted in processes of its own, in turn with the present one, one
+thread each. Seconds are CPU time of the whole fit. The unexplained share is that of held-out images. The
+defaults of the present solver were chosen on some of these pairs with seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.models import DATA, cifar10, cifar_features, efficientnet_lite
+from benchmarks.common.results import RESULTS, record, table
+
+RIVAL_COMMIT = "2caf5d8"
+ORDER = 2
+PHOTOGRAPH_SIDE = 224
+CHUNK_IMAGES = 50
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pair of layers and the numbers of fitting, selection and held-out images."""
+
+    description: str
+    kernel_size: int
+    images: tuple[int, int, int]
+
+
+CASES = {
+    "stage2": Case("CIFAR-10 ResNet-32 → 44, stage 2", 3, (2100, 300, 600)),
+    "stage3": Case("CIFAR-10 ResNet-32 → 44, stage 3", 3, (2100, 300, 600)),
+    "pointwise": Case("CIFAR-10 ResNet-20 → 56, stage 3", 1, (2100, 300, 600)),
+    "wide": Case("EfficientNet-Lite0 → Lite1, blocks.4.1.bn2", 1, (360, 120, 300)),
+}
+
+
+def load_features(name: str) -> tuple[Tensor, Tensor]:
+    """Compute source and target features of a case."""
+    count = sum(CASES[name].images)
+    if name == "wide":
+        return wide_features(count)
+    stage = 2 if name == "stage2" else 3
+    source, target = (20, 56) if name == "pointwise" else (32, 44)
+    images, _ = cifar10("train", count)
+    return cifar_features(source, images, stage), cifar_features(target, images, stage)
+
+
+@torch.no_grad()
+def wide_features(count: int) -> tuple[Tensor, Tensor]:
+    """Compute a layer of 672 channels of two EfficientNet-Lite on photographs of ImageNet."""
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    files = sorted((DATA / "imagenet1k_sample").glob("*.jpg"))
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    transform = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(PHOTOGRAPH_SIDE),
+            v2.CenterCrop(PHOTOGRAPH_SIDE),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+    networks = [efficientnet_lite(size) for size in (0, 1)]
+    for network, output in zip(networks, outputs, strict=True):
+        network.get_submodule("blocks.4.1.bn2").register_forward_hook(
+            lambda module, args, feature, output=output: output.append(feature.clone())
+        )
+    for start in range(0, count, CHUNK_IMAGES):
+        images = [transform(Image.open(files[i]).convert("RGB")) for i in order[start : start + CHUNK_IMAGES]]
+        for network in networks:
+            network(torch.stack(images))
+    return torch.cat(outputs[0]), torch.cat(outputs[1])
+
+
+@torch.no_grad()
+def fit(name: str, features: Path, order: int, seed: int) -> dict[str, Any]:
+    """Fit one order in this process; return CPU seconds and the held-out unexplained share of each order."""
+    from knowiso_train import Disentangler
+
+    warnings.simplefilter("ignore")
+    x, y = torch.load(features, weights_only=True)
+    fitting, selection, _ = CASES[name].images
+    select = slice(fitting, fitting + selection)
+    began = time.process_time()
+    maps = Disentangler(order=order, kernel_size=CASES[name].kernel_size, seed=seed)
+    maps.fit(x[:fitting], y[:fitting], select=(x[select], y[select]))
+    seconds = time.process_time() - began
+    held_x, held_y = x[fitting + selection :], y[fitting + selection :]
+    residual, unexplained, total = held_y, [], centered_energy(held_y)
+    parts = [maps.components(chunk) for chunk in held_x.split(CHUNK_IMAGES)]
+    for component in (torch.cat(chunks) for chunks in zip(*parts, strict=True)):
+        residual = residual - component
+        unexplained.append(centered_energy(residual) / total)
+    return {"seconds": seconds, "unexplained": unexplained}
+
+
+def centered_energy(feature: Tensor) -> float:
+    """Return the squared sum of a feature without its mean over images and positions."""
+    return float((feature - feature.mean((0, 2, 3), keepdim=True)).double().square().sum())
+
+
+def run_fit(root: Path, *arguments: str) -> dict[str, Any]:
+    """Run `fit` in a process that imports the library from a folder."""
+    here = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.measure.bench_orders", "--fit", *arguments]
+    result = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True)
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def export_rival(folder: Path) -> Path:
+    """Write the library of the earlier commit into a folder."""
+    here = Path(__file__).resolve().parents[2]
+    archive = subprocess.run(
+        ["git", "archive", RIVAL_COMMIT, "knowiso_train"], cwd=here, check=True, capture_output=True
+    ).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+    return folder
+
+
+def measured_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an interrupted run."""
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
+
+
+def summary(rows: list[dict[str, Any]], cases: Iterable[str]) -> list[dict[str, Any]]:
+    """Return means over the seeds that both solvers have."""
+    figures = []
+    for name in cases:
+        seeds = {
+            solver: {r["seed"]: r for r in rows if r["case"] == name and r["solver"] == solver} for solver in SOLVERS
+        }
+        common = sorted(set(seeds["present"]) & set(seeds["earlier"]))
+        if not common:
+            continue
+        values = {
+            solver: torch.tensor([[r["seconds"], *r["unexplained"]] for s, r in seeds[solver].items() if s in common])
+            for solver in SOLVERS
+        }
+        present, earlier = values["present"].mean(0).tolist(), values["earlier"].mean(0).tolist()
+        difference = (values["present"] - values["earlier"])[:, 1:]
+        figures.append(
+            {
+                "pair": CASES[name].description,
+                "kernel": CASES[name].kernel_size,
+                "seeds": len(common),
+                "order 0": present[1],
+                **{
+                    f"U{k}, {solver}": value[k + 1]
+                    for k in (1, 2)
+                    for solver, value in (("earlier", earlier), ("present", present))
+                },
+                "largest difference of U2": float(difference[:, 2].max()),
+                "seconds, earlier": earlier[0],
+                "seconds, present": present[0],
+                "faster": earlier[0] / present[0],
+            }
+        )
+    return figures
+
+
+SOLVERS = ("earlier", "present")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="pairs to fit")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each pair and solver")
+    parser.add_argument(
+        "--fit", nargs=4, metavar=("CASE", "FEATURES", "ORDER", "SEED"), help="one fit, for main itself"
+    )
+    args = parser.parse_args()
+    if args.fit:
+        name, features, order, seed = args.fit
+        print(json.dumps(fit(name, Path(features), int(order), int(seed))))
+        return
+    path = RESULTS / "orders.json"
+    rows = measured_rows(path)
+    here = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "rival").mkdir()
+        roots = {"earlier": export_rival(folder / "rival"), "present": here}
+        for name in args.cases:
+            missing = [
+                (seed, solver)
+                for seed in range(args.seeds)
+                for solver in SOLVERS
+                if not any((r["case"], r["seed"], r["solver"]) == (name, seed, solver) for r in rows)
+            ]
+            if missing:
+                torch.save(load_features(name), folder / "features.pt")
+            for seed, solver in missing:
+                result = run_fit(roots[solver], name, str(folder / "features.pt"), str(ORDER), str(seed))
+                rows.append({"case": name, "seed": seed, "solver": solver} | result)
+                record("orders", summary(rows, CASES), rows=rows, rival=RIVAL_COMMIT, task=__doc__.splitlines()[0])
+    print(table(summary(rows, CASES)))
+
+
+if __name__ == "__main__":
+    main()
