@@ -3,9 +3,9 @@
     python -m benchmarks.measure.bench_orders                       # half an hour on one CPU core, resumable
     python -m benchmarks.measure.bench_orders --cases stage2 --seeds 1
 
-The earlier solver is read from git (`git archive`) and fitted in processes of its own, in turn with the present one, one
-thread each. Seconds are CPU time of the whole fit. The unexplained share is that of held-out images. The
-defaults of the present solver were chosen on some of these pairs with seed 0.
+The earlier solver is read from git (`git archive`). Both fit in processes of one thread, in turn. Seconds are CPU time
+of the whole fit. The unexplained share is that of held-out images. The defaults of the present solver were chosen on
+some of these pairs with seed 0.
 """
 
 from __future__ import annotations
