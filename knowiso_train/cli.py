@@ -124,6 +124,8 @@ def measure(args: argparse.Namespace) -> None:
                 noise_floor=args.noise_floor,
                 at=args.at,
                 similarity=args.similarity or args.similarity is not None,
+                functional=args.functional,
+                labels="auto" if args.labels else None,
                 source_transform=input_transform(source, size=args.input_size),
                 target_transform=input_transform(target, size=args.input_size),
                 autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.autocast),
@@ -377,6 +379,14 @@ def _method_options(options: argparse.ArgumentParser) -> None:
         dest="noise_floor",
         action="store_false",
         help="skip the fit to permuted targets (default: fitted)",
+    )
+    method.add_argument(
+        "--functional",
+        action="store_true",
+        help="run the explained network on parts of its features, and compare the outputs (default: not run)",
+    )
+    method.add_argument(
+        "--labels", action="store_true", help="with --functional: top-1, for labels that are the networks' classes"
     )
     method.add_argument(
         "--seed", type=int, default=0, help="seed of split, samples and random weights (default: %(default)s)"

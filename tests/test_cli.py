@@ -67,9 +67,10 @@ def test_measure_prints_and_writes(pictures: Path, tmp_path: Path, capsys: pytes
         at="output",
         **{k: str(v) for k, v in files.items()},
     )
-    assert main(arguments) == 0
+    assert main([*arguments, "--functional"]) == 0
     out, err = capsys.readouterr()
     report = Report.from_json(files["json"])
+    assert all(len(pair.functional) == 1 and pair.functional[0].top1 is None for pair in report)
     assert out == f"{report}\n"
     assert err == ""
     assert (report.source, report.target) == ("test_resnet", "test_efficientnet")

@@ -83,17 +83,6 @@ class ExplainedNetwork:
         self.labels = None if labels is None else check_labels(labels, logits).to(logits.device)
         return features
 
-    def check(self, batch: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Run the network as `run`, and check that the features of layers can be replaced.
-
-        Raises:
-            CaptureError: An output that changes although the layer's own feature is put back.
-        """
-        features = self.run(batch)
-        for layer in layers:
-            self.substitution.verify(layer)
-        return features
-
     def replace(self, layer: str, feature: Tensor) -> Tensor:
         """Return the log-probabilities (N, C, P) of the network with another feature (N, C_B, H, W) in a layer."""
         return self._logits(self.substitution.replace(layer, feature)).log_softmax(1)

@@ -275,10 +275,11 @@ class _Measurement:
         for batch in self._batches("fit", report=False):
             if not self.pair_measurements:
                 check_activations(self.extractors, batch.batch)
-            features = self._extract(batch, "fit", "select")
+            # Bad outputs and labels are errors before maps are fitted
+            features = self._extract(batch, "fit", "select", outputs=not self.pair_measurements)
             if not self.pair_measurements:
                 self._start(*features)
-                self._check_outputs(batch)
+                self._check_replacements()
             for pair in self.pair_measurements:
                 pair.fit(*features, batch)
         if not all(self.group.gather(bool(self.pair_measurements))):
@@ -343,11 +344,12 @@ class _Measurement:
                 if extractor.specs[layers[i]].is_line:
                     check_line(features[i], features[1 - i], f"{extractor.name}: layer {layers[i]!r}")
 
-    def _check_outputs(self, batch: IndexedBatch) -> None:
-        """Check outputs, labels and replaced features on one batch, before maps are fitted."""
+    def _check_replacements(self) -> None:
+        """Check on the first batch that the explained features can be replaced."""
         for direction, network in self.explained.items():
             pairs = [pair for pair in self.pair_measurements if pair.direction == direction]
-            network.check(batch.batch, sorted({pair.explained_layer for pair in pairs}))
+            for layer in sorted({pair.explained_layer for pair in pairs}):
+                network.substitution.verify(layer)
             network.substitution.clear()
 
     def _extract(self, batch: IndexedBatch, *parts: str, outputs: bool = False) -> tuple[Features, Features]:

@@ -248,7 +248,7 @@ def test_tokens_keep_their_prefix() -> None:
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("resnet18", "layer2.0.bn1"),
+        ("resnet18", "layer2.0.downsample"),
         ("efficientnet_b0", "blocks.2.0.bn2"),
         ("convnext_atto", "stages.1"),
         ("swin_tiny_patch4_window7_224", "layers.1"),

@@ -299,7 +299,7 @@ def test_report_keeps_and_shows_the_figures() -> None:
     assert "output agrees  residual agrees" in text
     assert "residual top-1  own top-1" in text
     assert f"{100 * report.pairs[0].functional[1].agreement:.1f} %" in text
-    assert "own top-1" not in str(run(network(1), network(2), loader(images()), "3"))
+    assert "residual top-1" not in str(run(network(1), network(2), loader(images()), "3"))
     assert "output agrees" in report._repr_html_()
 
 
