@@ -60,7 +60,7 @@ def diagnosis_page(diagnosis: Diagnosis, title: str | None = None) -> str:
     counts = ", ".join(f"{count:,} to {role}" for role, count in diagnosis.images.items())
     sections = [Section("Overview", _overview(diagnosis))] if diagnosis.layers else []
     sections += [
-        Section(name, side_by_side([_LayerColumn(diagnosis, layer).content() for layer in layers]))
+        Section(name, side_by_side([_LayerColumn(diagnosis, layer).parts() for layer in layers]))
         for name, layers in _by_layers(diagnosis).items()
     ]
     if not sections:
@@ -101,12 +101,12 @@ def _by_layers(diagnosis: Diagnosis) -> dict[str, list[LayerDiagnosis]]:
 
 def _overview(diagnosis: Diagnosis) -> Html:
     """Return bars of the shares, both kinds side by side, and a table of all results."""
-    panels = []
+    panels: list[list[Html]] = []
     for kind, aid in OVERVIEW_AIDS.items():
         layers = [layer for layer in diagnosis.layers if layer.kind == kind]
         if layers:
             bars = pair_bars([layer.pair for layer in layers], [_label(diagnosis, layer) for layer in layers])
-            panels.append(join([heading(KIND_TITLES[kind].capitalize()), picture(aid, bars)]))
+            panels.append([heading(KIND_TITLES[kind].capitalize()), picture(aid, bars)])
     columns = [
         Column("layer", numeric=False),
         Column("kind", numeric=False),
@@ -156,16 +156,13 @@ class _LayerColumn:
         self.pictures = {thumbnail.index: thumbnail.picture for thumbnail in diagnosis.thumbnails}
         self.color = series_colors(2)[1][0]
 
-    def content(self) -> Html:
-        """Return all elements of the column."""
+    def parts(self) -> list[Html]:
+        """Return the elements of the column, equally many for every result."""
         layer = self.layer
-        parts = [heading(KIND_TITLES[layer.kind].capitalize()), paragraph(self._summary())]
-        if layer.directions:
-            parts.append(self._directions(layer.directions, DIRECTION_AID))
-        parts += [self._images(), self._classes(), self._channels()]
-        if layer.shared:
-            parts.append(folded("Shared directions", self._directions(layer.shared, SHARED_AID)))
-        return join(parts)
+        directions = self._directions(layer.directions, DIRECTION_AID) if layer.directions else Html("")
+        shared = folded("Shared directions", self._directions(layer.shared, SHARED_AID)) if layer.shared else Html("")
+        title = join([heading(KIND_TITLES[layer.kind].capitalize()), paragraph(self._summary())])
+        return [title, directions, self._images(), self._classes(), self._channels(), shared]
 
     def _summary(self) -> str:
         layer = self.layer

@@ -12,6 +12,7 @@ from knowiso_train.pages.elements import Html, attributes, join
 
 MIN_LABEL_PERCENT = 6.0  # segments narrower than this have no number
 LIGHT_CELL_PERCENT = 52.0  # cells of a matrix above this strength have light text in the light theme
+TICK_SHARE, MAX_TICK_STEPS = 0.25, 5  # distance of the axis' numbers, doubled until there are few enough
 NARROW_PERCENT, WIDE_PERCENT = 0.0, 100.0
 MAX_BARS = 24  # the others are folded
 
@@ -261,10 +262,14 @@ def _bracket(low: float, high: float, hint: str, maximum: float) -> str:
 
 
 def _axis(maximum: float, text_title: str) -> Html:
-    ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    step = TICK_SHARE
+    while maximum > MAX_TICK_STEPS * step:
+        step *= 2
+    ticks = [step * i for i in range(MAX_TICK_STEPS + 1) if step * i <= maximum]
+    anchors = {0.0: "first", maximum: "last"}
     texts = "".join(
-        f'<text x="{100 * tick:g}%" y="12" class="{"first" if tick == 0 else "last" if tick == 1 else ""}">'
-        f"{100 * tick * maximum:.3g}{' %' if tick == 1 else ''}</text>"
+        f'<text x="{_percent(tick, maximum):g}%" y="12" class="{anchors.get(tick, "")}">'
+        f"{100 * tick:g}{' %' if tick == ticks[-1] else ''}</text>"
         for tick in ticks
     )
     return Html(

@@ -76,14 +76,19 @@ def heading(text: str) -> Html:
     return Html(f"<h3>{escape(text)}</h3>")
 
 
-def side_by_side(parts: Sequence[Html]) -> Html:
-    """Return parts beside each other, or below each other on narrow screens.
+def side_by_side(columns: Sequence[Sequence[Html]]) -> Html:
+    """Return columns whose parts begin at equal heights; on narrow screens, one column below the other.
+
+    Args:
+        columns: Parts of each column. Shorter columns end earlier.
 
     Example:
-        >>> side_by_side([paragraph("a"), paragraph("b")])
-        '<div class="side-by-side"><div><p>a</p></div><div><p>b</p></div></div>'
+        >>> side_by_side([[paragraph("a")], [paragraph("b")]])
+        '<div class="side-by-side" style="--rows:1"><div><div><p>a</p></div></div><div><div><p>b</p></div></div></div>'
     """
-    return Html(f'<div class="side-by-side">{"".join(f"<div>{part}</div>" for part in parts)}</div>')
+    num_rows = max((len(parts) for parts in columns), default=0)
+    content = "".join(f"<div>{''.join(f'<div>{part}</div>' for part in parts)}</div>" for parts in columns)
+    return Html(f'<div class="side-by-side" style="--rows:{num_rows}">{content}</div>')
 
 
 def term(title: str, text: str) -> Html:

@@ -152,6 +152,22 @@ def test_bars_stay_within_their_axis() -> None:
     assert "bracket" not in html
 
 
+@pytest.mark.parametrize(
+    ("maximum", "ticks"),
+    [
+        (1.0, ["0", "25", "50", "75", "100 %"]),
+        (1.1, ["0", "25", "50", "75", "100 %"]),
+        (2.0, ["0", "50", "100", "150", "200 %"]),
+    ],
+)
+def test_axes_have_round_numbers_at_their_places(maximum: float, ticks: list[str]) -> None:
+    html = value_bars([], text_title="share", maximum=maximum)
+    found = re.findall(r'<text x="([\d.]+)%"[^>]*>([^<]*)</text>', html)
+    assert [text for _, text in found] == ticks
+    for position, text in found:
+        assert float(position) * maximum == pytest.approx(float(text.removesuffix(" %")), rel=1e-4)
+
+
 def test_tables_refuse_rows_of_other_lengths() -> None:
     with pytest.raises(ValueError, match="argument"):
         table("t", [Column("a")], [[Cell("1"), Cell("2")]])
