@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, HeatMap, LayerDiagnosis, RankedImage
 
 PAGE_CHANNELS = 10  # bars of the channels with most residual; a folded table has all
-NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 SHOWN_DIRECTIONS = 3  # the others are folded
 OVERVIEW_AIDS = {
     "blind_spots": "Each bar is a layer of the strong network; the weak network cannot reproduce the hatched part.",
@@ -216,8 +215,7 @@ class _LayerColumn:
             hints.append(f"peak at row {image.peak[0]}, column {image.peak[1]}")
             hints.append(f"at most {_maximum([image.heat_map]):.3g} times the feature's mean energy")
             heat = _heat(image.heat_map, maximum)
-            # A number and its unit stay on one line
-            caption = f"{name} · {percent(image.share).replace(' ', NO_BREAK_SPACE)}"
+            caption = f"{name}\n{percent(image.share)}"
             tiles.append(Tile(self.pictures.get(image.index, ""), caption, ", ".join(hints), heat))
         return tiles
 

@@ -29,7 +29,7 @@ class Tile:
 
     Attributes:
         image: Data URI of `thumbnail`. Empty: only the heat map.
-        caption: Text below the image.
+        caption: Text below the image, in one or several lines.
         hint: Tooltip, also the description for screen readers.
         heat: Data URI of `heat_image`, laid over the image. Empty: none.
     """

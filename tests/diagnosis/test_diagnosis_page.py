@@ -46,7 +46,7 @@ def test_images_have_their_pictures_and_heat_maps() -> None:
         assert thumbnail.picture in images
     text = "".join(page.text)
     assert text.count(f"{len(made.layers[0].directions) - SHOWN_DIRECTIONS} more directions") == len(made)
-    assert "class 3 · " in text
+    assert "class 3\n" in text
 
 
 def test_names_are_escaped_and_nothing_is_loaded() -> None:
@@ -64,7 +64,7 @@ def test_without_labels_there_are_no_classes() -> None:
     text = "".join(PageParser(diagnosis(labels=False).to_html()).text)
     assert "Classes" not in text
     assert not re.search(r"top-1|least explained class", text)
-    assert "image 0 · " in text
+    assert "image 0\n" in text
 
 
 def test_a_diagnosis_without_layers_has_a_page() -> None:
