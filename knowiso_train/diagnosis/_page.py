@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from knowiso_train.diagnosis.render import KIND_TITLES
-from knowiso_train.measurement._page import method_details, pair_bars
+from knowiso_train.measurement._page import method_details, output_bars, pair_bars
 from knowiso_train.measurement.render import interval, pair_name, percent
 from knowiso_train.pages import (
     Bar,
@@ -104,8 +104,9 @@ def _overview(diagnosis: Diagnosis) -> Html:
     for kind, aid in OVERVIEW_AIDS.items():
         layers = [layer for layer in diagnosis.layers if layer.kind == kind]
         if layers:
-            bars = pair_bars([layer.pair for layer in layers], [_label(diagnosis, layer) for layer in layers])
-            panels.append([heading(KIND_TITLES[kind].capitalize()), picture(aid, bars)])
+            pairs, labels = [layer.pair for layer in layers], [_label(diagnosis, layer) for layer in layers]
+            panel = [heading(KIND_TITLES[kind].capitalize()), picture(aid, pair_bars(pairs, labels))]
+            panels.append([*panel, output_bars(pairs, labels)] if any(pair.functional for pair in pairs) else panel)
     columns = [
         Column("layer", numeric=False),
         Column("kind", numeric=False),

@@ -39,7 +39,7 @@ def render_diagnosis(diagnosis: Diagnosis) -> str:
         for layer in diagnosis
         for note in (*layer.pair.warnings, *layer.warnings)
     ]
-    return "\n".join(lines + ["", *notes] if notes else lines)
+    return "\n".join([*lines, "", *notes] if notes else lines)
 
 
 def block_title(layer: LayerDiagnosis) -> str:

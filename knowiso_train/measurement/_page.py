@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from knowiso_train.measurement.render import (
+    FUNCTIONAL_HEADS,
     block_title,
     directions,
     footnotes,
@@ -28,6 +29,7 @@ from knowiso_train.pages import (
     Section,
     Segment,
     folded,
+    heading,
     join,
     note,
     paragraph,
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
     from knowiso_train.measurement.report import PairResult, Report
 
 EXPLAINED_CSS_COLOR = "light-dark(#c9d8e6,#41586f)"  # all orders together, where they cannot be stacked
+OUTPUT_AID = (
+    "Each bar is the share of outputs that keep their class while only the explained part of a layer's feature "
+    "(colored) or only its residual (hatched) is passed on."
+)
 COLUMN_HINTS = {
     "order 0": "Explained by a linear map",
     "unexplained": "Share of the variance that no order explains",
@@ -64,7 +70,7 @@ def report_page(report: Report, title: str | None = None) -> str:
         title or f"{report.source} and {report.target}: shared features",
         sections,
         subtitle=headline(report),
-        appendix=_appendix(report),
+        appendix=join([note(footnotes(report)), *_appendix(report)]),
     )
 
 
@@ -85,8 +91,11 @@ def _direction(report: Report, direction: str, pairs: tuple[PairResult, ...]) ->
         f"Each bar is the variance of one layer of {explained}: the colored part can be computed from the layer of "
         f"{explaining}, the hatched part cannot, and the bracket is the 95 % interval of the edge between them."
     )
-    figures = _table(f"Figures of {block_title(report, direction)}", pairs, roughness_mark(report))
-    return join([picture(aid, pair_bars(pairs)), figures, note(footnotes(report))])
+    mark = roughness_mark(report)
+    parts = [picture(aid, pair_bars(pairs)), _table(f"Figures of {block_title(report, direction)}", pairs, mark)]
+    if any(pair.functional for pair in pairs):
+        parts += [heading(f"Output of {explained}"), output_bars(pairs), _output_table(explained, pairs, mark)]
+    return join(parts)
 
 
 def pair_bars(pairs: Sequence[PairResult], labels: Sequence[str] | None = None) -> Html:
@@ -113,6 +122,56 @@ def pair_bars(pairs: Sequence[PairResult], labels: Sequence[str] | None = None) 
     names = [pair_name(pair) for pair in pairs] if labels is None else labels
     bars = [_bar(pair, name, colors) for pair, name in zip(pairs, names, strict=True)]
     return stacked_bars(bars, entries, text_title="unexplained", maximum=largest)
+
+
+def output_bars(pairs: Sequence[PairResult], labels: Sequence[str] | None = None) -> Html:
+    """Return bars of the outputs that stay the same with the explained part, or the residual, in a feature's place.
+
+    Args:
+        pairs: Layer pairs from top to bottom; those without functional shares are left out.
+        labels: Text left of the bars of each pair. None: names of the layers.
+    """
+    color, text_color = series_colors(1)[0]
+    names = [pair_name(pair) for pair in pairs] if labels is None else labels
+    bars = []
+    for pair, name in zip(pairs, names, strict=True):
+        if not pair.functional or pair.residual_only is None:
+            continue
+        parts = (("explained part", color, pair.functional[-1]), ("residual alone", "", pair.residual_only))
+        for part, fill, output in parts:
+            hint = f"{name}, {part}: {percent(output.agreement)} of the outputs agree, KL {output.kl:.3g}"
+            segment = Segment(0.0, clip(output.agreement), hint, fill, text_color=text_color)
+            label = name if part == "explained part" else ""
+            bars.append(Bar(label, (segment,), percent(output.agreement), small_text=f"KL {output.kl:.3g}"))
+    entries = [LegendEntry("explained part in the feature's place", color), LegendEntry("residual alone")]
+    return picture(OUTPUT_AID, stacked_bars(bars, entries, text_title="outputs that agree"))
+
+
+def _output_table(explained: str, pairs: Sequence[PairResult], mark: str) -> Html:
+    """Return agreement, KL and top-1 of every part that stood in the place of a feature."""
+    columns = [
+        Column("layer", numeric=False),
+        Column("in the feature's place", numeric=False),
+        Column(
+            "agreement", hint="Outputs with the same top-1 class as the network's own; ± standard error over images"
+        ),
+        Column("KL", hint="KL divergence from the network's own output, in nats"),
+        Column("top-1", hint="Outputs with the label as top-1 class"),
+    ]
+    rows = []
+    for pair in pairs:
+        parts = [(f"orders 0 … {k}" if k else "order 0", output) for k, output in enumerate(pair.functional)]
+        others = [("residual alone", pair.residual_only), ("own feature", pair.target_output)]
+        for part, output in [*parts, *others]:
+            if output is not None:
+                agreement = f"{mark}{percent(output.agreement)} ± {100 * output.agreement_error:.1f}"
+                figures = [Cell(agreement, output.agreement), Cell(f"{mark}{output.kl:.3g}", output.kl)]
+                figures.append(Cell(mark + percent(output.top1), output.top1))
+                rows.append([Cell(pair_name(pair)), Cell(part), *figures])
+    if all(row[-1].value is None for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    caption = f"Output of {explained} with parts of a feature in its place"
+    return folded("All parts, with KL and top-1", table(caption, columns, rows))
 
 
 def _bar(pair: PairResult, label: str, colors: list[tuple[str, str]]) -> Bar:
@@ -147,8 +206,8 @@ def _bar(pair: PairResult, label: str, colors: list[tuple[str, str]]) -> Bar:
 
 
 def _table(caption: str, pairs: tuple[PairResult, ...], mark: str) -> Html:
-    """Return the figures of one direction."""
-    names = number_columns(pairs)
+    """Return the figures of one direction, without those of the outputs, which have a table of their own."""
+    names = [name for name in number_columns(pairs) if name not in FUNCTIONAL_HEADS]
     colors = dict(enumerate(series_colors(max(len(pair.shares) for pair in pairs))))
     same = all(pair.source == pair.target for pair in pairs)
     layers = ["layer"] if same else ["source layer", "target layer"]
@@ -163,7 +222,8 @@ def _table(caption: str, pairs: tuple[PairResult, ...], mark: str) -> Html:
     return table(caption, columns, rows)
 
 
-def _appendix(report: Report) -> Html:
+def _appendix(report: Report) -> list[Html]:
+    """Return the folded warnings, layers, settings and versions."""
     details = method_details(report.settings, report.versions, pair_warnings(report))
     columns = [
         Column("source layer", numeric=False),
@@ -188,7 +248,7 @@ def _appendix(report: Report) -> Html:
     ]
     if rows:
         details.insert(-2, folded("Layers", table("Shapes and fits of the layer pairs", columns, rows)))
-    return join(details)
+    return details
 
 
 def _grid(grid: tuple[int, int]) -> str:

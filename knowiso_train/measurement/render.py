@@ -29,6 +29,7 @@ SIMILARITY_HEADS = {
     "pooled_procrustes": "pooled Procrustes",
     "pooled_r2": "pooled R²",
 }
+FUNCTIONAL_HEADS = ("output agrees", "residual agrees", "top-1", "residual top-1", "own top-1")
 ROUGHNESS_MARK = "~"  # in front of shares from too few images
 
 _CELL = "padding:3px 10px;border:0;background:none;white-space:nowrap;"
@@ -178,9 +179,9 @@ def number_columns(pairs: Sequence[PairResult]) -> list[str]:
     has_noise_floor = any(pair.noise_floor is not None for pair in pairs)
     orders = [f"order {k}" for k in range(num_orders)]
     floor = ["noise floor"] if has_noise_floor else []
-    functional = ["output agrees", "residual agrees"] if any(pair.functional for pair in pairs) else []
+    functional = list(FUNCTIONAL_HEADS[:2]) if any(pair.functional for pair in pairs) else []
     if any(pair.target_output is not None and pair.target_output.top1 is not None for pair in pairs):
-        functional += ["top-1", "residual top-1", "own top-1"]
+        functional += FUNCTIONAL_HEADS[2:]
     similarities = [head for name, head in SIMILARITY_HEADS.items() if any(name in pair.similarity for pair in pairs)]
     return [*orders, "unexplained", "95 % interval", *floor, *functional, *similarities]
 
@@ -200,14 +201,10 @@ def number_cells(pair: PairResult, columns: Sequence[str], mark: str = "") -> li
     }
     if pair.functional and pair.residual_only is not None and pair.target_output is not None:
         mapped, residual, own = pair.functional[-1], pair.residual_only, pair.target_output
-        figures = {
-            "output agrees": mapped.agreement,
-            "residual agrees": residual.agreement,
-            "top-1": mapped.top1,
-            "residual top-1": residual.top1,
-            "own top-1": own.top1,
+        figures = (mapped.agreement, residual.agreement, mapped.top1, residual.top1, own.top1)
+        cells |= {
+            head: Cell(mark + percent(figure), figure) for head, figure in zip(FUNCTIONAL_HEADS, figures, strict=True)
         }
-        cells |= {head: Cell(mark + percent(figure), figure) for head, figure in figures.items()}
     return [cells.get(column, Cell("")) for column in columns]
 
 

@@ -222,7 +222,7 @@ def _bar(bar: Bar, maximum: float) -> Html:
     small = f" <small>{escape(bar.small_text)}</small>" if bar.small_text else ""
     return Html(
         f'<div class="bar"><div class="bar-label">{escape(bar.label).replace(".", ".<wbr>")}</div>'
-        f'<svg role="img" aria-label="{escape(f"{bar.label}: {description}".strip("; "))}">{inner}</svg>'
+        f'<svg role="img" aria-label="{escape(f"{bar.label}: {description}".strip(":; "))}">{inner}</svg>'
         f'<div class="bar-text">{escape(bar.text)}{small}</div></div>'
     )
 

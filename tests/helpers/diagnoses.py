@@ -16,7 +16,7 @@ from knowiso_train.diagnosis import (
 )
 from knowiso_train.diagnosis.report import Kind
 from knowiso_train.pages import thumbnail
-from tests.helpers.reports import pair
+from tests.helpers.reports import functional_pair
 
 NUM_IMAGES, NUM_CHANNELS, GRID = 6, 30, 4
 CLASS_NAMES = ("cat", "dog", "<script>alert(1)</script>")
@@ -56,7 +56,7 @@ def layer_diagnosis(
         kind=kind,
         network=networks[0],
         explaining=networks[1],
-        pair=pair(name, name, "forward" if kind == "blind_spots" else "backward", warnings=("rough",)),
+        pair=functional_pair(name, name, "forward" if kind == "blind_spots" else "backward", warnings=("rough",)),
         directions=directions,
         shared=directions[:2],
         channels=tuple(rng.random(NUM_CHANNELS).tolist()),

@@ -7,6 +7,7 @@ from typing import Any
 
 from knowiso_train import Report
 from knowiso_train.measurement import PairResult
+from knowiso_train.measurement.functional import FunctionalShare
 
 
 def pair(
@@ -38,3 +39,14 @@ def report(*pairs: PairResult) -> Report:
     images = {"fit": 1800, "select": 600, "report": 600}
     settings = {"order": 1, "kernel_size": 3, "solver": "closed_form", "split": [0.6, 0.2, 0.2], "max_images": None}
     return Report("small", "large", pairs, images, settings, 12.34, {"torch": "2"})
+
+
+def functional_pair(source: str, target: str, direction: str = "forward", **changes: Any) -> PairResult:
+    """Return a pair with the figures of the outputs and two similarities."""
+    figures = {
+        "functional": (FunctionalShare(0.9, 0.012, 0.2, 0.88), FunctionalShare(0.937, 0.01, 0.11, 0.92)),
+        "residual_only": FunctionalShare(0.25, 0.02, 2.9, 0.24),
+        "target_output": FunctionalShare(1.0, 0.0, 0.0, 0.923),
+        "similarity": {"cka": 0.83, "r2": -0.02},
+    }
+    return pair(source, target, direction, **(figures | changes))

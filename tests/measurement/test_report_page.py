@@ -14,7 +14,7 @@ import pytest
 from knowiso_train import Report
 from knowiso_train.errors import MissingDependencyError
 from tests.helpers.html_page import PageParser
-from tests.helpers.reports import pair, report
+from tests.helpers.reports import functional_pair, pair, report
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -113,3 +113,34 @@ def test_without_pandas_the_message_says_what_to_do(mixed: Report, monkeypatch: 
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingDependencyError, match=r"pip install pandas, or use Report\.to_csv"):
         mixed.to_dataframe()
+
+
+def test_figures_of_the_outputs_and_similarities() -> None:
+    made = report(functional_pair("a", "x"), pair("b", "y"))
+    page = PageParser(made.to_html())
+    tables = {table.caption: table for table in page.tables}
+    assert tables["Figures of large explained from small"].rows[1][-2:] == ["0.830", "-0.020"]
+    output = tables["Output of large with parts of a feature in its place"]
+    assert [row[:2] for row in output.rows[1:]] == [
+        ["a → x", part] for part in ("order 0", "orders 0 … 1", "residual alone", "own feature")
+    ]
+    first = made.pairs[0]
+    shares = [*first.functional, first.residual_only, first.target_output]
+    values = [tuple(map(float, filter(None, row[2:]))) for row in output.values[1:]]
+    assert values == [(share.agreement, share.kl, share.top1) for share in shares]
+    assert '<rect x="0.00%" y="2" width="93.70%"' in made.to_html()
+    row = next(csv.DictReader(io.StringIO(made.to_csv())))
+    assert (float(row["functional_1_kl"]), float(row["residual_only_agreement"])) == (0.11, 0.25)
+    assert (float(row["target_output_top1"]), float(row["similarity_cka"])) == (0.923, 0.83)
+
+
+def test_outputs_without_labels_have_no_top1() -> None:
+    unlabeled = [replace(share, top1=None) for share in functional_pair("a", "x").functional]
+    made = report(
+        functional_pair(
+            "a", "x", functional=tuple(unlabeled), residual_only=unlabeled[0], target_output=replace(unlabeled[0])
+        )
+    )
+    page = PageParser(made.to_html())
+    output = next(table for table in page.tables if table.caption.startswith("Output of large"))
+    assert output.rows[0] == ["layer", "in the feature's place", "agreement", "KL"]

@@ -29,7 +29,7 @@ from knowiso_train.pages import (
 )
 from tests.helpers.browser import Browser, find_browser, headless_browser
 from tests.helpers.diagnoses import diagnosis
-from tests.helpers.reports import pair, report
+from tests.helpers.reports import functional_pair, report
 
 COLUMN = "[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[{}].textContent)"
 SORTS = "[...document.querySelectorAll('.sortable thead th')].map(head => head.getAttribute('aria-sort'))"
@@ -171,7 +171,7 @@ def check_page(browser: Browser, text: str, file: Path) -> None:
 def test_page_of_a_report(browser: Browser, tmp_path: Path) -> None:
     script = "<script>alert(1)</script>"
     pairs = [
-        pair(f"layer{i}.{script}", "b", direction, (i / 20, 0.1), warnings=(script,))
+        functional_pair(f"layer{i}.{script}", "b", direction, shares=(i / 20, 0.1), warnings=(script,))
         for i in range(1, 12)
         for direction in ("forward", "backward")
     ]
