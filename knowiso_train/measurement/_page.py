@@ -55,6 +55,9 @@ COLUMN_HINTS = {
     "unexplained": "Share of the variance that no order explains",
     "95 % interval": "Bootstrap interval of the unexplained share over images; sorted by its width",
     "noise floor": "Share that is still explained after the targets are permuted between images",
+    "CKA": "Linear centered kernel alignment, crossed between fitting and report images",
+    "Procrustes": "Correlation after the best rotation, which is fitted on other images",
+    "R²": "Share that least squares explains, fitted on other images",
 }
 
 

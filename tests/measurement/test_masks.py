@@ -109,6 +109,24 @@ def test_lengths_may_differ_and_images_may_be_all_padding() -> None:
     assert abs(report["2"].noise_floor or 1) < 0.05
 
 
+def test_the_output_with_a_feature_mapped_at_valid_positions_is_the_networks_own() -> None:
+    x, valid = padded(tokens())
+
+    def classify(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        weights = batch["attention_mask"][..., None].float()
+        return (model(batch["x"]) * weights).sum(1) / weights.sum(1)
+
+    pair = measure(
+        encoder(1), encoder(1), batches(x, attention_mask=valid), "2", order=0, forward=classify, functional=True,
+        progress=False, ridge=0.0,
+    )["2"]  # fmt: skip
+    assert pair.unexplained < 1e-6
+    assert pair.functional[0].agreement == 1
+    assert pair.functional[0].kl < 1e-6
+    assert pair.residual_only is not None
+    assert pair.residual_only.kl > 1e-4
+
+
 def test_complete_masks_change_nothing_and_exclude_no_option() -> None:
     complete = batches(tokens(), attention_mask=torch.ones(150, LENGTH))
     np.testing.assert_allclose(figures(run(complete)), figures(run(batches(tokens()))), atol=2e-5)
