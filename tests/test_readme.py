@@ -59,6 +59,7 @@ def test_every_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pyte
     short = {"solver_options": {"rows_seen": 10_000}}
     monkeypatch.setattr(ki, "measure", partial(ki.measure, **short))
     monkeypatch.setattr(ki, "Disentangler", partial(ki.Disentangler, **short))
+    monkeypatch.setattr(ki, "finetune", partial(ki.finetune, steps=10))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(torch.randn(90, 3, 32, 32), torch.randint(5, (90,))), batch_size=20)

@@ -15,7 +15,15 @@ from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, OptionError
 from knowiso_train.utils.distributed import ProcessGroup
-from knowiso_train.utils.validation import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Seed, validate_fields
+from knowiso_train.utils.validation import (
+    LearningRate,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    validate_fields,
+)
 
 Solver = Literal["closed_form", "paper"]
 Readout = Literal["auto", "trained", "exact"]
@@ -51,7 +59,7 @@ class PaperConfig:
     """
 
     epochs: PositiveInt = 1000
-    lr: PositiveFloat = 1e-4
+    lr: LearningRate = 1e-4
     lr_end: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 1e-4
     penalty: NonNegativeFloat = 0.1
@@ -82,7 +90,7 @@ class NonlinearConfig:
     """
 
     epochs: PositiveInt | None = None
-    lr: PositiveFloat | None = None
+    lr: LearningRate | None = None
     weight_decay: NonNegativeFloat = 0.1
     batch_rows: PositiveInt = 2048
     rows_seen: PositiveInt | None = None

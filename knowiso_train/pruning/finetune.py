@@ -29,6 +29,7 @@ from knowiso_train.pruning._tracing import Forward, comparable_blocks
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.utils.batch import get_inputs, labels_of, replace_inputs
 from knowiso_train.utils.validation import (
+    LearningRate,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -57,7 +58,7 @@ class PruneFinetuneConfig:
 
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
-    lr: PositiveFloat = 1e-2
+    lr: LearningRate = 1e-2
     batch_size: PositiveInt = 64
     layers: str | Sequence[str] | None = None
     feature_weight: NonNegativeFloat = 1.0

@@ -22,7 +22,14 @@ from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.refinement.models import ClassifierModel, Transform, pooled_layer
 from knowiso_train.refinement.peers import PeerEnsemble, PeerHead
 from knowiso_train.utils.batch import get_inputs, labels_of
-from knowiso_train.utils.validation import NonNegativeFloat, NonNegativeInt, PositiveFloat, Seed, validate_fields
+from knowiso_train.utils.validation import (
+    LearningRate,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Seed,
+    validate_fields,
+)
 
 WARMUP_DIVISOR = 20  # the learning rate rises over this part of the steps
 
@@ -55,7 +62,7 @@ class RefineFinetuneConfig:
     """
 
     steps: NonNegativeInt = 200
-    lr: PositiveFloat = 0.003
+    lr: LearningRate = 0.003
     weight_decay: NonNegativeFloat = 1e-4
     consensus_weight: NonNegativeFloat = 1.0
     kd_weight: NonNegativeFloat = 1.0

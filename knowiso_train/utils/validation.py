@@ -63,6 +63,8 @@ NonNegativeInt = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
 PositiveFloat = Annotated[float, Range(0, open_minimum=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
+# Far above every useful value; products with it are finite in float32
+LearningRate = Annotated[float, Range(0, 1e6, open_minimum=True)]
 UnitFloat = Annotated[float, Range(0, 1)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import DataError, InputTypeError, KnowisoError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.pruning._tracing import comparable_blocks
 from knowiso_train.pruning.finetune import finetune
+from knowiso_train.refinement import RefineFinetuneConfig
 
 QUIET: dict[str, Any] = {"batch_size": 16, "lr": 1e-2, "steps": 24, "progress": False}
 
@@ -295,8 +296,8 @@ def head_alone(model: nn.Module) -> nn.Module:
         (copy.deepcopy, {"epochs": 1}, OptionError, "not both"),
         (copy.deepcopy, {"steps": 0}, OptionError, "steps must be an integer at least 1"),
         (copy.deepcopy, {"lr": 0}, OptionError, "lr must be a number above 0"),
-        (copy.deepcopy, {"lr": float("inf")}, OptionError, "lr: expected a finite number"),
-        (copy.deepcopy, {"lr": "fast"}, OptionError, "lr must be a number above 0, got the string 'fast'"),
+        (copy.deepcopy, {"feature_weight": float("inf")}, OptionError, "feature_weight: expected a finite number"),
+        (copy.deepcopy, {"lr": "fast"}, OptionError, r"lr must be a number above 0 to 1e\+06, got the string 'fast'"),
         (copy.deepcopy, {"label_weight": -1.0}, OptionError, "label_weight must be"),
         (copy.deepcopy, {"validation_fraction": 1.0}, OptionError, "validation_fraction must be below 1"),
         (copy.deepcopy, {"batch_size": 90}, DataError, "12 of them held out"),
@@ -352,3 +353,11 @@ def test_equal_objectives_select_the_earlier_weights(original: nn.Module, pertur
 def test_functions_are_checked_before_use(option: str, value: Any, original: nn.Module, perturbed: nn.Module) -> None:
     with pytest.raises(KnowisoError, match=f"{option} must be"):
         finetune(perturbed, original, [torch.zeros(64, 3, 8, 8)], **QUIET | {option: value})
+
+
+@pytest.mark.parametrize("lr", [1e300, float("inf"), 0.0, -1.0])
+def test_learning_rates_without_a_use_raise(lr: float, original: nn.Module, perturbed: nn.Module) -> None:
+    with pytest.raises(OptionError, match="lr must be a number"):
+        finetune(perturbed, original, [torch.zeros(64, 3, 8, 8)], **QUIET | {"lr": lr})
+    with pytest.raises(OptionError, match="lr must be a number"):
+        RefineFinetuneConfig(lr=lr)
