@@ -1,6 +1,6 @@
 """Unexplained share beside the functional shares of real networks, and the time that `functional=True` adds.
 
-    python -m benchmarks.measure.bench_functional            # both parts; 15 minutes on two CPU cores
+    python -m benchmarks.measure.bench_functional            # both parts; 10 minutes on one CPU core
     python -m benchmarks.measure.bench_functional --time     # the time alone
 
 CIFAR-10 networks by two authors explain each other at the three stages, order 0, on the test images: 80 % to fit and
@@ -26,14 +26,14 @@ from knowiso_train import Report, measure
 
 NAME = "functional"
 LAYERS = ["layer1", "layer2", "layer3"]
-IMAGES, BATCH_IMAGES, ORDER = 10_000, 250, 0
+IMAGES, BATCH_IMAGES, ORDER = 5_000, 125, 0
 # Depth of the first author's network, and of the second author's
 PAIRS = [(32, 32), (56, 32), (20, 8)]
 # Networks, layers, directions and number of images
 TIMED = {
-    "ResNet-32 of two authors, 3 stages, forward": ("cifar", LAYERS, "forward", 4000),
-    "ResNet-32 of two authors, 3 stages, both directions": ("cifar", LAYERS, "both", 4000),
-    "timm ResNet-18 and ResNet-50 at 224 px, 2 layers, both directions": ("timm", ["layer3", "layer4"], "both", 256),
+    "ResNet-32 of two authors, 3 stages, forward": ("cifar", LAYERS, "forward", 1500),
+    "ResNet-32 of two authors, 3 stages, both directions": ("cifar", LAYERS, "both", 1500),
+    "timm ResNet-18 and ResNet-50 at 224 px, 2 layers, both directions": ("timm", ["layer3", "layer4"], "both", 96),
 }
 REPEATS = 3
 
