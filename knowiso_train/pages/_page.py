@@ -52,7 +52,7 @@ def render_page(title: str, sections: Sequence[Section], *, subtitle: str = "", 
     )
     lead = f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""
     end = f'<section class="appendix">{appendix}</section>' if appendix else ""
-    return (
+    page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -61,6 +61,8 @@ def render_page(title: str, sections: Sequence[Section], *, subtitle: str = "", 
         f'<header><h1>{escape(title)}</h1><button type="button" id="theme" hidden></button>{lead}</header>'
         f"<main>{_contents(sections)}{body}{end}</main>\n<script>{_asset('page.js')}</script></body></html>\n"
     )
+    # Names from file systems can hold characters that no text file can
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _contents(sections: Sequence[Section]) -> Html:

@@ -145,6 +145,11 @@ def test_a_page_loads_nothing() -> None:
     assert "nav" not in PageParser(page).tags  # too short for a list of contents
 
 
+def test_names_that_utf8_cannot_hold_are_replaced() -> None:
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert "<h1>caf?</h1>" in render_page(name, [])
+
+
 def test_bars_stay_within_their_axis() -> None:
     segments = (Segment(-1.0, 0.5, "a", "#000000"), Segment(0.5, 9.0, "b"), Segment(math.nan, math.nan, "c"))
     html = stacked_bars([Bar("layer", segments, "1 %", interval=(math.nan, 1.0))], [], text_title="t", maximum=2.0)
