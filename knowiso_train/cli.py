@@ -386,7 +386,9 @@ def _method_options(options: argparse.ArgumentParser) -> None:
         help="run the explained network on parts of its features, and compare the outputs (default: not run)",
     )
     method.add_argument(
-        "--labels", action="store_true", help="with --functional: top-1, for labels that are the networks' classes"
+        "--labels",
+        action="store_true",
+        help="with --functional: top-1, for labels that are the networks' classes (default: no top-1)",
     )
     method.add_argument(
         "--seed", type=int, default=0, help="seed of split, samples and random weights (default: %(default)s)"

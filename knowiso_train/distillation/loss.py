@@ -81,8 +81,8 @@ class IsomorphismLoss(nn.Module):
         peer_layers: {teacher layer: peer layer}, one for all peers or one for each. Default: the teacher's names.
         peer_transforms: As `teacher_transform`, one for all peers or one for each.
         ridge: Ridge of the closed form, as a fraction of the mean variance of x_S. Default: 1e-3.
-        refresh: Calls between solves of the maps, which all processes share. Default: 10. With `scale="log"` each call in
-            training also averages the shares over the processes.
+        refresh: Calls between solves of the maps, which all processes share. Default: 10. With `scale="log"` each call
+            in training also averages the shares over the processes.
         window: Time constant of the moments, in calls. Default: 40 effective samples per regressor, at least 20 calls.
         penalty: Factor λ of the learned map's `λ Σ p_k²`. Default: 0.1, as published.
         layout: Layout of layers for which it cannot be inferred: "nchw", "nhwc", "nlc", "ncl" or "nc", or one by layer.

@@ -212,7 +212,7 @@ def test_picture_has_a_panel_per_direction(both: Report, tmp_path: Path) -> None
         "order 0 (linear)",
         "order 1",
         "unexplained",
-        "95 % interval",
+        "95 % interval of unexplained (right)",
         "noise floor",
     ]
     with Image.open(tmp_path / "deep" / "report.png") as image:
