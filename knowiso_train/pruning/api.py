@@ -339,7 +339,8 @@ def _prepare_builder(
     if not groups:
         raise OptionError(
             f"nothing to prune in {type(original).__name__}: every width is ignored, or belongs to a residual stream, "
-            f"an output or the input of a layer norm{_unsupported_layers(original)}. The model was not modified."
+            f"an output, a norm over several channels or a parameter outside of Conv2d, Linear and batch norms"
+            f"{_unsupported_layers(original)}. The model was not modified."
         )
     groups = usable_groups(copy_model(original), batch, groups, images.forward, config.round_to)
     reference = None
