@@ -13,6 +13,7 @@ from knowiso_train.utils.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from knowiso_train.callbacks import IsomorphismCallback
+    from knowiso_train.diagnosis import diagnose, stability
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.distillation import IsomorphismLoss
     from knowiso_train.errors import KnowisoError, KnowisoWarning
@@ -34,6 +35,7 @@ __all__ = [
     "KnowisoError",
     "KnowisoWarning",
     "Report",
+    "diagnose",
     "finetune",
     "load_pruned",
     "measure",
@@ -42,6 +44,7 @@ __all__ = [
     "refine",
     "refit",
     "save_pruned",
+    "stability",
 ]
 
 # Imported at first use, so that `knowiso --help` does not wait for torch.
@@ -57,6 +60,7 @@ __getattr__, __dir__ = lazy_exports(
         "KnowisoError": "errors",
         "KnowisoWarning": "errors",
         "Report": "measurement",
+        "diagnose": "diagnosis",
         "finetune": "pruning",
         "load_pruned": "pruning.serialization",
         "measure": "measurement",
@@ -65,5 +69,6 @@ __getattr__, __dir__ = lazy_exports(
         "refine": "refinement",
         "refit": "pruning",
         "save_pruned": "pruning.serialization",
+        "stability": "diagnosis",
     },
 )

@@ -96,6 +96,7 @@ PUBLIC_NAMES = {
     "KnowisoError",
     "KnowisoWarning",
     "Report",
+    "diagnose",
     "finetune",
     "load_pruned",
     "measure",
@@ -104,6 +105,7 @@ PUBLIC_NAMES = {
     "refine",
     "refit",
     "save_pruned",
+    "stability",
 }
 
 

@@ -1,5 +1,6 @@
 """Diagnosis of a weak network beside strong ones, and stability over networks of one task."""
 
+from knowiso_train.diagnosis.diagnose import diagnose
 from knowiso_train.diagnosis.report import (
     ClassResult,
     Confirmation,
@@ -10,6 +11,7 @@ from knowiso_train.diagnosis.report import (
     RankedImage,
     Thumbnail,
 )
+from knowiso_train.diagnosis.stability import Spread, StabilityEntry, StabilityReport, stability
 
 __all__ = [
     "ClassResult",
@@ -19,5 +21,10 @@ __all__ = [
     "LayerDiagnosis",
     "OutputEffect",
     "RankedImage",
+    "Spread",
+    "StabilityEntry",
+    "StabilityReport",
     "Thumbnail",
+    "diagnose",
+    "stability",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from knowiso_train.diagnosis.report import Diagnosis, LayerDiagnosis
+    from knowiso_train.diagnosis.stability import StabilityFigure, StabilityReport
 
 PANEL_HEIGHT_INCHES, HEADER_HEIGHT_INCHES = 2.1, 0.6
 PLOT_CLASSES = 12
 HEAT_COLORS = "magma"
+FIGURE_TITLES = {
+    "unexplained": "unexplained share (%)",
+    "agreement": "agreement of the explained part (%)",
+    "kl": "KL of the explained part",
+    "residual_agreement": "agreement of the residual alone (%)",
+}
 
 
 def plot_diagnosis(diagnosis: Diagnosis, path: str | Path | None, *, title: str | None) -> Figure:
@@ -84,3 +92,33 @@ def _format_share_axis(axis: Any, set_limits: Any, shares: list[float]) -> None:
     axis.set_tick_params(labelsize=7, length=2, colors=MUTED_COLOR)
     for spine in ("top", "right"):
         axis.axes.spines[spine].set_visible(False)
+
+
+def plot_stability(
+    report: StabilityReport, path: str | Path | None, *, figure: StabilityFigure, title: str | None
+) -> Figure:
+    """Plot one matrix per layer; see `StabilityReport.plot`."""
+    count = len(report.networks)
+    side = max(2.4, 0.55 * count + 1.2)
+    drawing = new_figure(side * len(report.layers), side + HEADER_HEIGHT_INCHES, title, "StabilityReport.plot")
+    panels = drawing.subplots(1, len(report.layers), squeeze=False)[0]
+    matrices = [report.matrix(layer, figure) for layer in report.layers]
+    is_share = figure != "kl"
+    values = [value for matrix in matrices for row in matrix for value in row if not math.isnan(value)]
+    largest = max(values, default=1.0)
+    for axes, layer, matrix in zip(panels, report.layers, matrices, strict=True):
+        axes.imshow(matrix, cmap=HEAT_COLORS, vmin=0, vmax=1 if is_share else largest)
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row):
+                if not math.isnan(value):
+                    dark = value < 0.6 * (1 if is_share else largest)
+                    text = f"{100 * value:.0f}" if is_share else f"{value:.2g}"
+                    axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else TEXT_COLOR)
+        axes.set_xticks(range(count), report.networks, fontsize=7, rotation=45, ha="right", color=TEXT_COLOR)
+        axes.set_yticks(range(count), report.networks, fontsize=7, color=TEXT_COLOR)
+        axes.set_title(layer, fontsize=9, color=TEXT_COLOR)
+        axes.set_xlabel("explaining", fontsize=8, color=MUTED_COLOR)
+    panels[0].set_ylabel(f"explained: {FIGURE_TITLES[figure]}", fontsize=8, color=MUTED_COLOR)
+    if path is not None:
+        save_figure(drawing, Path(path))
+    return drawing

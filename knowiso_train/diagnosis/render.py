@@ -53,6 +53,12 @@ def render_layer(layer: LayerDiagnosis) -> str:
         f"{block_title(layer)}, layer {pair_name(layer.pair)}",
         f"unexplained {percent(layer.pair.unexplained)} ({interval(layer.pair.interval)})",
     ]
+    if layer.pair.functional and layer.pair.residual_only is not None:
+        explained, residual = layer.pair.functional[-1], layer.pair.residual_only
+        lines.append(
+            f"output with the explained part alone: agreement {percent(explained.agreement)}, KL {explained.kl:.3g}; "
+            f"with the residual alone: {percent(residual.agreement)}, {residual.kl:.3g}"
+        )
     for entry in layer.confirmations:
         lines.append(f"reproduced by {entry.network}: {percent(entry.share)}")
     if layer.directions:

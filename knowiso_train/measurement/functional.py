@@ -146,8 +146,8 @@ class FunctionalStatistics:
             # Images of other parts of the split keep their feature
             replaced = feature.clone()
             replaced[images] = part.to(feature)
-            self.sums[row] += _image_sums(network.replace(layer, replaced)[outputs], own, labels)
-        self.sums[-1] += _image_sums(own, own, labels)
+            self.sums[row] += image_sums(network.replace(layer, replaced)[outputs], own, labels)
+        self.sums[-1] += image_sums(own, own, labels)
 
     def all_reduce(self, group: ProcessGroup) -> None:
         """Sum over all processes."""
@@ -158,11 +158,12 @@ class FunctionalStatistics:
 
     def shares(self) -> tuple[tuple[FunctionalShare, ...], FunctionalShare, FunctionalShare]:
         """Return the figures of orders 0…k for every k, of the residual alone, and of the network's own output."""
-        *orders, residual, own = map(_share, self.sums)
+        *orders, residual, own = map(share_from_sums, self.sums)
         return tuple(orders), residual, own
 
 
-def _share(sums: Tensor) -> FunctionalShare:
+def share_from_sums(sums: Tensor) -> FunctionalShare:
+    """Return the figures of sums (6,) of `image_sums`."""
     images, agreement, squares, divergence, correct, labeled = sums.tolist()
     mean = agreement / images
     # Standard error of a mean: s / √n with the unbiased variance
@@ -171,7 +172,7 @@ def _share(sums: Tensor) -> FunctionalShare:
     return FunctionalShare(mean, error, divergence / images, correct / labeled if labeled else None)
 
 
-def _image_sums(output: Tensor, own: Tensor, labels: Tensor | None) -> Tensor:
+def image_sums(output: Tensor, own: Tensor, labels: Tensor | None) -> Tensor:
     """Return sums over images: their number, agreement, its square, KL, correct and labeled positions.
 
     Args:
