@@ -201,6 +201,9 @@ class PairMeasurement:
         if num_images < MIN_RELIABLE_IMAGES:
             notes.append(f"only {num_images} images to report on: shares and interval are rough")
             warnings.warn(f"{self.label}: {notes[-1]}", KnowisoWarning, stacklevel=4)
+        for note in self._similarity.notes if self._similarity else ():
+            notes.append(note)
+            warnings.warn(f"{self.label}: {note}", KnowisoWarning, stacklevel=4)
         source, target = self._in_direction(self.pair.source, self.pair.target)
         return PairResult(
             source=source,

@@ -26,6 +26,7 @@ SIMILARITY_NAMES: tuple[SimilarityName, ...] = get_args(SimilarityName)
 DEFAULT_SIMILARITIES: tuple[SimilarityName, ...] = ("cka", "procrustes", "r2")
 MAX_SIMILARITY_CHANNELS = MAX_SEARCH_FEATURES  # of either feature; the moments of both take 1 GiB a set of images
 MIN_DEBIASED_SAMPLES = 4
+MIN_SAMPLES_PER_CHANNEL = 5  # of the least-squares map; with fewer its R² on other images is noted as too low
 POOLED_PREFIX = "pooled_"
 
 
@@ -207,6 +208,17 @@ class SimilarityMoments:
         for sets in self._moments.values():
             for moments in sets:
                 moments.all_reduce(group)
+
+    @property
+    def notes(self) -> list[str]:
+        """Similarities that few samples make too low, for the warnings of a report."""
+        counts = {pooled: int(sets[False].value.count) for pooled, sets in self._moments.items()}
+        return [
+            f"{name}: only {counts[pooled]} samples for {self.source_channels} channels, so that least squares without "
+            "a ridge is too low on other images"
+            for name, pooled in (("r2", False), ("pooled_r2", True))
+            if name in self.names and counts[pooled] < MIN_SAMPLES_PER_CHANNEL * self.source_channels
+        ]
 
     def result(self) -> dict[str, float]:
         """Return the similarities by name; NaN for constant features."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from knowiso_train import Report, measure
-from knowiso_train.errors import CapacityError, OptionError, ShapeError
+from knowiso_train.errors import CapacityError, KnowisoWarning, OptionError, ShapeError
 from knowiso_train.measurement import linear_cka, procrustes_similarity, regression_r2
 from knowiso_train.measurement.similarity import MAX_SIMILARITY_CHANNELS, SIMILARITY_NAMES, SimilarityMoments
 from knowiso_train.utils.hashing import split_by_hash
@@ -186,6 +186,15 @@ def test_similarities_are_columns_and_part_of_the_file() -> None:
     one = measure(network(1), network(2), [images], "0", order=0, similarity="r2", progress=False)
     assert "R²" in str(one)
     assert "CKA  " not in str(one)
+
+
+def test_least_squares_on_few_samples_is_noted() -> None:
+    images = noise(80, 3, 8, 8)
+    options = {"order": 0, "noise_floor": False, "progress": False, "bootstrap": 0, "similarity": ["r2", "pooled_r2"]}
+    with pytest.warns(KnowisoWarning, match=r"pooled_r2: only \d+ samples for 16 channels"):
+        report = measure(network(1, 16), network(2, 16), [images], "0", ridge=1e-3, **options)  # type: ignore[arg-type]
+    (note,) = [note for note in report["0"].warnings if "r2" in note]
+    assert note.startswith("pooled_r2")  # positions are enough
 
 
 def test_unknown_similarities_and_wide_features_are_refused() -> None:
