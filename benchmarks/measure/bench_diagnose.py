@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common.models import cifar10, cifar_resnet
+from benchmarks.common.models import CIFAR10_MEAN, CIFAR10_STD, cifar10, cifar_resnet
 from benchmarks.common.results import record, table
 from knowiso_train import diagnose, measure
 from knowiso_train.diagnosis import Diagnosis
@@ -61,11 +62,13 @@ def rows_of(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=3000, help="CIFAR-10 images")
+    parser.add_argument("--images", type=int, default=1500, help="CIFAR-10 images")
+    parser.add_argument("--page", type=Path, help="HTML page of ResNet-20 and ResNet-56 (default: not written)")
     args = parser.parse_args()
     images, labels = cifar10("train", args.images)
     loader = DataLoader(TensorDataset(images, labels), batch_size=200)
     weak, strong = cifar_resnet(20), cifar_resnet(56)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CIFAR10_MEAN, CIFAR10_STD))
     start = time.perf_counter()
     measure(weak, strong, loader, STAGES, order=0, directions="both", progress=False)
     seconds = {"measure": time.perf_counter() - start}
@@ -78,11 +81,14 @@ def main() -> None:
             functional=functional,
             class_names=CLASS_NAMES,
             names=("ResNet-20", "ResNet-56"),
+            to_image=lambda x: x * std + mean,
             progress=False,
         )
         seconds[name] = diagnosis.seconds
     print(diagnosis)
     print(diagnosis["layer3"])
+    if args.page is not None:
+        diagnosis.to_html(args.page)
     rows = rows_of(diagnosis)
 
     erased = cifar_resnet(56)

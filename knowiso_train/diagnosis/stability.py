@@ -191,6 +191,7 @@ def stability(
         LayerNameError: Layers that cannot be paired.
 
     Example:
+        >>> import torch
         >>> networks = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)) for _ in range(2)]
         >>> loader = torch.utils.data.DataLoader(torch.randn(200, 3, 8, 8), batch_size=50)
         >>> report = stability(networks, loader, "1", progress=False)
