@@ -13,6 +13,7 @@ from knowiso_train.utils.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from knowiso_train.callbacks import IsomorphismCallback
+    from knowiso_train.comparison import compare_stages
     from knowiso_train.diagnosis import diagnose, stability
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.distillation import IsomorphismLoss
@@ -35,6 +36,7 @@ __all__ = [
     "KnowisoError",
     "KnowisoWarning",
     "Report",
+    "compare_stages",
     "diagnose",
     "finetune",
     "load_pruned",
@@ -60,6 +62,7 @@ __getattr__, __dir__ = lazy_exports(
         "KnowisoError": "errors",
         "KnowisoWarning": "errors",
         "Report": "measurement",
+        "compare_stages": "comparison",
         "diagnose": "diagnosis",
         "finetune": "pruning",
         "load_pruned": "pruning.serialization",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, FormatError
-from knowiso_train.utils.serialization import read_tensors
+from knowiso_train.utils.serialization import read_json, read_tensors
 
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".th")
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".tar")
+# Names of the weights in the folder of a checkpoint, by transformers and accelerate
+FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
 
@@ -22,22 +25,55 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, in_order: bool = Fals
 
     Args:
         model: Network.
-        path: File .safetensors, or .pth / .pt / .th with a state dict, plain or under 'state_dict', 'model',
-            'model_state_dict' or 'state_dict_ema'.
+        path: File .safetensors, or of `torch.save` (.pth, .pt, .th, .ckpt, .bin, .pth.tar) with a state dict, plain or
+            under 'state_dict', 'model', 'model_state_dict' or 'state_dict_ema'; or a folder, see `weight_files`. A
+            common prefix of the network's names, such as `model.` of Lightning, is removed.
         in_order: Assign tensors in order if their names differ and their shapes agree.
 
     Raises:
         DataError: No such file.
         FormatError: Not a state dict, or one of another network; the message shows the first mismatch.
     """
-    weights = read_weights(path)
     own = model.state_dict()
+    weights = _without_prefix(_read_all(Path(path)), own)
     if set(weights) != set(own) and in_order:
         weights = dict(zip(own, _in_order(own, weights, path), strict=True))
     _check(own, weights, path, model)
     # The dict of the model holds the versions of its modules, which safetensors files lack and some modules check
     own.update(weights)
     model.load_state_dict(own)
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """Return the weight files of a checkpoint: the file itself, or those in a folder of transformers or accelerate.
+
+    Args:
+        path: File, or folder with `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index.
+
+    Returns:
+        Files; none for a folder without weights.
+
+    Raises:
+        FormatError: An index of shards that is damaged.
+
+    Example:
+        >>> weight_files("run/model.safetensors") == [Path("run/model.safetensors")]
+        True
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    for name in FOLDER_WEIGHTS:
+        if (path / name).is_file():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            content = read_json(index)
+            shards = content.get("weight_map") if isinstance(content, Mapping) else None
+            if not isinstance(shards, Mapping) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise FormatError(f"{index} holds no 'weight_map' from tensors to files; save or copy it again")
+            return [path / Path(shard).name for shard in dict.fromkeys(shards.values())]
+    return []
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -63,11 +99,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
+def _read_all(path: Path) -> dict[str, Tensor]:
+    """Read all weight files of a checkpoint."""
+    files = weight_files(path)
+    if not files:
+        raise DataError(f"no weights in the folder {path}; expected one of {', '.join(FOLDER_WEIGHTS)}")
+    return {name: value for file in files for name, value in read_weights(file).items()}
+
+
+def _without_prefix(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights below the only prefix that has exactly a network's names; all weights if there is none."""
+    first = next(iter(own), None)
+    if first is None or first in weights:
+        return weights
+    prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
+    parts = [
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        for prefix in prefixes
+    ]
+    fitting = [part for part in parts if part.keys() == own.keys()]
+    return fitting[0] if len(fitting) == 1 else weights
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # timm's checkpoints hold their arguments; a namespace runs no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"{path} holds pickled Python objects, which are refused because reading them runs their code. "

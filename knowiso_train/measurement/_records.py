@@ -67,8 +67,8 @@ def _record(report: Report, pair: PairResult) -> dict[str, Value]:
         "noise_floor": pair.noise_floor,
     }
     for name in ("functional", "residual_only", "target_output", "similarity"):
-        record |= _flatten(getattr(pair, name, None), name)
-    record |= _flatten(pair.ridge, "ridge")
+        record |= flatten(getattr(pair, name, None), name)
+    record |= flatten(pair.ridge, "ridge")
     return record | {
         "source_channels": pair.source_channels,
         "target_channels": pair.target_channels,
@@ -81,7 +81,7 @@ def _record(report: Report, pair: PairResult) -> dict[str, Value]:
     }
 
 
-def _flatten(value: Any, name: str) -> dict[str, Value]:
+def flatten(value: Any, name: str) -> dict[str, Value]:
     """Return the numbers of nested dataclasses, mappings and sequences by name, joined with underscores."""
     if value is None or isinstance(value, str | int | float):
         return {} if value is None else {name: value}
@@ -90,4 +90,4 @@ def _flatten(value: Any, name: str) -> dict[str, Value]:
         items = [(field.name, getattr(value, field.name)) for field in fields(value) if field.compare]
     else:
         items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
-    return {key: leaf for part, item in items for key, leaf in _flatten(item, f"{name}_{part}").items()}
+    return {key: leaf for part, item in items for key, leaf in flatten(item, f"{name}_{part}").items()}

@@ -24,6 +24,7 @@ from knowiso_train.features.modules import (
 )
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.measurement._pair import Features, PairMeasurement, check_activations, check_capacity
+from knowiso_train.measurement._shared_source import SharedSource
 from knowiso_train.measurement.config import MIN_REPORT_IMAGES, Direction, Directions, Mask, MeasureConfig, Repeated
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImageLoader
 from knowiso_train.measurement.functional import AUTO_LABELS, ExplainedNetwork
@@ -183,6 +184,7 @@ def run_measurement(
     loader: Iterable[Any] | SplitImageLoader,
     layers: Layers,
     config: MeasureConfig,
+    shared_source: SharedSource | None = None,
 ) -> Report:
     """Run `measure` with the options of a config.
 
@@ -192,6 +194,7 @@ def run_measurement(
         loader: Batches, or images that are split already, with the split, seed and `max_images` of the config.
         layers: As for `measure`.
         config: Options.
+        shared_source: Features of the source network that measurements on the same images share. None: not shared.
     """
     start = time.perf_counter()
     group = ProcessGroup()
@@ -204,7 +207,7 @@ def run_measurement(
         stack.enter_context(preserve_state(source, target))
         stack.enter_context(on_device(config.device, source, target))
         extractors = [stack.enter_context(extractor) for extractor in _extractors(source, target, pairs, config)]
-        measurement = _Measurement(pairs, extractors, images, group, config)
+        measurement = _Measurement(pairs, extractors, images, group, config, shared_source)
         measurement.fit()
         measurement.solve()
         measurement.report()
@@ -254,10 +257,12 @@ class _Measurement:
         images: SplitImageLoader,
         group: ProcessGroup,
         config: MeasureConfig,
+        shared_source: SharedSource | None = None,
     ) -> None:
         self.pairs, self.extractors, self.images, self.group, self.config = pairs, extractors, images, group, config
         self.show_progress = config.progress and group.rank == 0
         self.collective_forward = group.size > 1 and any(has_collective_forward(part.model) for part in extractors)
+        self.shared_source = None if self.collective_forward else shared_source
         self.last_batch: IndexedBatch | None = None
         self.num_images = dict.fromkeys(SPLIT_NAMES, 0)
         self.pair_measurements: list[PairMeasurement] = []
@@ -303,6 +308,8 @@ class _Measurement:
             features = self._extract(batch, "report", outputs=True)
             for pair in self.pair_measurements:
                 pair.report(*features, batch, self.explained.get(pair.direction))
+            if self.shared_source is not None:
+                self.shared_source.compare_outputs(self.explained, batch)
         for network in self.explained.values():
             network.substitution.clear()
 
@@ -357,8 +364,8 @@ class _Measurement:
             self.num_images[part] += int(batch.mask(part).sum())
         explained = (self.explained.get("backward"), self.explained.get("forward")) if outputs else (None, None)
         source_features, target_features = (
-            extractor.run(batch.batch) if network is None else network.run(batch.batch)
-            for extractor, network in zip(self.extractors, explained, strict=True)
+            _features(extractor, network, shared, batch)
+            for extractor, network, shared in zip(self.extractors, explained, (self.shared_source, None), strict=True)
         )
         return source_features, target_features
 
@@ -381,3 +388,11 @@ class _Measurement:
             elif self.last_batch is not None:
                 # A forward that the other processes wait for, without using its features
                 self._extract(self.last_batch)
+
+
+def _features(
+    extractor: Extractor, network: ExplainedNetwork | None, shared: SharedSource | None, batch: IndexedBatch
+) -> Features:
+    if network is not None:  # records what `Substitution` needs
+        return network.run(batch.batch)
+    return extractor.run(batch.batch) if shared is None else shared.run(extractor, batch)
