@@ -13,8 +13,8 @@ from knowiso_train.utils.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from knowiso_train.callbacks import IsomorphismCallback
-    from knowiso_train.comparison import compare_stages
     from knowiso_train.diagnosis import diagnose, stability
+    from knowiso_train.diagnosis.comparison import compare_stages
     from knowiso_train.disentangle import Disentangler
     from knowiso_train.distillation import IsomorphismLoss
     from knowiso_train.errors import KnowisoError, KnowisoWarning
@@ -62,7 +62,7 @@ __getattr__, __dir__ = lazy_exports(
         "KnowisoError": "errors",
         "KnowisoWarning": "errors",
         "Report": "measurement",
-        "compare_stages": "comparison",
+        "compare_stages": "diagnosis.comparison",
         "diagnose": "diagnosis",
         "finetune": "pruning",
         "load_pruned": "pruning.serialization",

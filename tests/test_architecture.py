@@ -25,7 +25,6 @@ ORDER = [
     "disentangle",
     "measurement",
     "diagnosis",
-    "comparison",
     "distillation",
     "pruning",
     "refinement",

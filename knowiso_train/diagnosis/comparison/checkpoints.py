@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from knowiso_train.comparison._digests import file_digest
+from knowiso_train.diagnosis.comparison._digests import file_digest
 from knowiso_train.errors import DataError, InputTypeError, OptionError
 from knowiso_train.loading.checkpoints import CHECKPOINT_SUFFIXES, load_checkpoint, weight_files
 from knowiso_train.utils.validation import validate_arguments

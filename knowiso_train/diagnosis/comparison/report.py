@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from knowiso_train.comparison.render import render_comparison, render_stage
+from knowiso_train.diagnosis.comparison.render import render_comparison, render_stage
 from knowiso_train.errors import LayerNameError, OptionError
 from knowiso_train.measurement.functional import FunctionalShare
 from knowiso_train.measurement.report import PairResult
@@ -227,7 +227,7 @@ class StageComparison(SavedReport):
         Args:
             path: File to write as well. None: no file.
         """
-        from knowiso_train.comparison._records import comparison_csv
+        from knowiso_train.diagnosis.comparison._records import comparison_csv
 
         text = comparison_csv(self)
         if path is not None:
@@ -241,7 +241,7 @@ class StageComparison(SavedReport):
             path: File to write as well. None: no file.
             title: Heading of the page. None: the name of the reference.
         """
-        from knowiso_train.comparison._page import comparison_page
+        from knowiso_train.diagnosis.comparison._page import comparison_page
 
         page = comparison_page(self, title)
         if path is not None:
@@ -259,6 +259,6 @@ class StageComparison(SavedReport):
             MissingDependencyError: matplotlib is not installed.
             OptionError: A file type that matplotlib cannot write, or no stages.
         """
-        from knowiso_train.comparison._plot import plot_comparison
+        from knowiso_train.diagnosis.comparison._plot import plot_comparison
 
         return plot_comparison(self, path, title=title)

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from knowiso_train.comparison._digests import batch_digest, network_digest
-from knowiso_train.comparison._folder import StageFolder
-from knowiso_train.comparison.checkpoints import CheckpointStage
-from knowiso_train.comparison.report import StageComparison, StageLayer, StageResult
+from knowiso_train.diagnosis.comparison._digests import batch_digest, network_digest
+from knowiso_train.diagnosis.comparison._folder import StageFolder
+from knowiso_train.diagnosis.comparison.checkpoints import CheckpointStage
+from knowiso_train.diagnosis.comparison.report import StageComparison, StageLayer, StageResult
 from knowiso_train.errors import DataError, InputTypeError, OptionError
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import hook_target

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from knowiso_train.measurement._records import Value, flatten
 
 if TYPE_CHECKING:
-    from knowiso_train.comparison.report import StageComparison, StageLayer, StageResult
+    from knowiso_train.diagnosis.comparison.report import StageComparison, StageLayer, StageResult
     from knowiso_train.measurement.report import PairResult
 
 KEY_COLUMNS = ("stage", "step", "layer", "stage_layer")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knowiso_train.comparison._digests import hexadecimal_digest
-from knowiso_train.comparison.report import StageResult
+from knowiso_train.diagnosis.comparison._digests import hexadecimal_digest
+from knowiso_train.diagnosis.comparison.report import StageResult
 from knowiso_train.errors import OptionError
 from knowiso_train.utils.saved_report import SavedReport
 from knowiso_train.utils.serialization import dump_json, parse_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from knowiso_train.comparison.render import TABLE_TITLES, headline, shown_tables, warnings
+from knowiso_train.diagnosis.comparison.render import TABLE_TITLES, headline, shown_tables, warnings
 from knowiso_train.measurement._page import method_details, output_bars, pair_bars
 from knowiso_train.measurement.render import interval, percent
 from knowiso_train.pages import (
@@ -23,7 +23,7 @@ from knowiso_train.pages import (
 )
 
 if TYPE_CHECKING:
-    from knowiso_train.comparison.report import StageComparison, StageFigure, StageLayer, StageResult
+    from knowiso_train.diagnosis.comparison.report import StageComparison, StageFigure, StageLayer, StageResult
 
 KEPT_AID = "Each bar is the reference's feature beside one stage; the stage cannot reproduce the hatched part (lost)."
 GAINED_AID = "Each bar is the feature of one stage; the reference cannot reproduce the hatched part (gained)."

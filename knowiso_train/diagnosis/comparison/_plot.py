@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knowiso_train.comparison.render import shown_tables
+from knowiso_train.diagnosis.comparison.render import shown_tables
 from knowiso_train.errors import OptionError
 from knowiso_train.measurement._plot import FIGURE_WIDTH_INCHES, new_figure, save_figure
 from knowiso_train.measurement.render import HATCH_COLOR, MUTED_COLOR
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from knowiso_train.comparison.report import StageComparison, StageFigure
+    from knowiso_train.diagnosis.comparison.report import StageComparison, StageFigure
     from knowiso_train.measurement.report import PairResult
 
 PLOT_HEIGHT_INCHES = 3.4

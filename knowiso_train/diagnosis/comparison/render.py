@@ -9,7 +9,7 @@ from knowiso_train.measurement.render import interval, percent
 from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
-    from knowiso_train.comparison.report import StageComparison, StageFigure, StageLayer, StageResult
+    from knowiso_train.diagnosis.comparison.report import StageComparison, StageFigure, StageLayer, StageResult
 
 # Of the tables that have a column per layer
 TABLE_TITLES: dict[StageFigure, str] = {
