@@ -30,9 +30,12 @@ from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImage
 from knowiso_train.measurement.functional import AUTO_LABELS, ExplainedNetwork
 from knowiso_train.measurement.report import Report
 from knowiso_train.measurement.similarity import SimilarityName
+from knowiso_train.utils.batch import batch_size, index_batch
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.validation import validate_arguments
+
+MAX_CHECKED_IMAGES = 8  # for the check that features can be replaced
 
 Layers = str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str]
 
@@ -284,7 +287,7 @@ class _Measurement:
             features = self._extract(batch, "fit", "select", outputs=not self.pair_measurements)
             if not self.pair_measurements:
                 self._start(*features)
-                self._check_replacements()
+                self._check_replacements(batch.batch)
             for pair in self.pair_measurements:
                 pair.fit(*features, batch)
         if not all(self.group.gather(bool(self.pair_measurements))):
@@ -351,10 +354,14 @@ class _Measurement:
                 if extractor.specs[layers[i]].is_line:
                     check_line(features[i], features[1 - i], f"{extractor.name}: layer {layers[i]!r}")
 
-    def _check_replacements(self) -> None:
-        """Check on the first batch that the explained features can be replaced."""
+    def _check_replacements(self, batch: Any) -> None:
+        """Check on the first images that the explained features can be replaced."""
+        # A user's function may need the whole batch
+        if self.explained and self.config.forward is None:
+            batch = index_batch(batch, torch.arange(min(MAX_CHECKED_IMAGES, batch_size(batch))))
         for direction, network in self.explained.items():
             pairs = [pair for pair in self.pair_measurements if pair.direction == direction]
+            network.substitution.run(batch)
             for layer in sorted({pair.explained_layer for pair in pairs}):
                 network.substitution.verify(layer)
             network.substitution.clear()
