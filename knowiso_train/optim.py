@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowiso_train.errors import OptionError
-from knowiso_train.ops.linalg import MIN_NORM, orthogonalize_all
+from knowiso_train.ops.linalg import MIN_NORM, NEWTON_SCHULZ_STEPS, orthogonalize_all
 
 ADAM_BETAS = (0.9, 0.99)  # β₂ lower than usual: the second moment must settle within a short run
 ADAM_EPS = 1e-8
@@ -46,6 +46,7 @@ class Muon(Optimizer):
         weight_decay: Decoupled weight decay of matrices, relative to `lr`.
         max_side: Maximum smaller side of an orthogonalized matrix. Default: no limit.
         dtype: Type in which matrices are orthogonalized. Default: theirs.
+        newton_schulz_steps: Number of steps of the orthogonalization.
 
     Example:
         >>> weight = nn.Parameter(torch.eye(3))
@@ -66,9 +67,10 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         max_side: int | None = None,
         dtype: torch.dtype | None = None,
+        newton_schulz_steps: int = NEWTON_SCHULZ_STEPS,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "max_side": max_side}
-        super().__init__(params, defaults | {"step_size": step_size, "dtype": dtype})
+        super().__init__(params, defaults | {"step_size": step_size, "dtype": dtype, "steps": newton_schulz_steps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -99,7 +101,9 @@ class Muon(Optimizer):
         weights, gradients, momenta = (list(tensors) for tensors in zip(*matrices, strict=True))
         # Nesterov: the momentum after one more step with the same gradient
         lookahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        directions = orthogonalize_all([matrix.flatten(1).to(group["dtype"] or matrix.dtype) for matrix in lookahead])
+        directions = orthogonalize_all(
+            [matrix.flatten(1).to(group["dtype"] or matrix.dtype) for matrix in lookahead], group["steps"]
+        )
         steps = [
             direction.to(weight.dtype).view(weight.shape) for direction, weight in zip(directions, weights, strict=True)
         ]

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.common.models import DATA, cifar10, cifar_features, efficientnet
 from benchmarks.common.results import RESULTS, record, table
 
 RIVAL_COMMIT = "2caf5d8"
-ORDER = 2
+SOLVERS = ("earlier", "present")
 PHOTOGRAPH_SIDE = 224
 CHUNK_IMAGES = 50
 
@@ -41,14 +42,15 @@ class Case:
 
     description: str
     kernel_size: int
+    order: int
     images: tuple[int, int, int]
 
 
 CASES = {
-    "stage2": Case("CIFAR-10 ResNet-32 → 44, stage 2", 3, (2100, 300, 600)),
-    "stage3": Case("CIFAR-10 ResNet-32 → 44, stage 3", 3, (2100, 300, 600)),
-    "pointwise": Case("CIFAR-10 ResNet-20 → 56, stage 3", 1, (2100, 300, 600)),
-    "wide": Case("EfficientNet-Lite0 → Lite1, blocks.4.1.bn2", 1, (360, 120, 300)),
+    "stage2": Case("CIFAR-10 ResNet-32 → 44, stage 2", 3, 2, (2100, 300, 600)),
+    "stage3": Case("CIFAR-10 ResNet-32 → 44, stage 3", 3, 2, (2100, 300, 600)),
+    "pointwise": Case("CIFAR-10 ResNet-20 → 56, stage 3", 1, 2, (2100, 300, 600)),
+    "wide": Case("EfficientNet-Lite0 → Lite1, blocks.4.1.bn2", 1, 1, (360, 120, 300)),
 }
 
 
@@ -145,42 +147,37 @@ def measured_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]], cases: Iterable[str]) -> list[dict[str, Any]]:
-    """Return means over the seeds that both solvers have."""
+    """Return means over the seeds that both solvers have, and the largest difference of the last order."""
     figures = []
     for name in cases:
-        seeds = {
-            solver: {r["seed"]: r for r in rows if r["case"] == name and r["solver"] == solver} for solver in SOLVERS
+        runs = {
+            solver: {r["seed"]: r for r in rows if (r["case"], r["solver"]) == (name, solver)} for solver in SOLVERS
         }
-        common = sorted(set(seeds["present"]) & set(seeds["earlier"]))
-        if not common:
+        seeds = sorted(set(runs["present"]) & set(runs["earlier"]))
+        if not seeds:
             continue
-        values = {
-            solver: torch.tensor([[r["seconds"], *r["unexplained"]] for s, r in seeds[solver].items() if s in common])
-            for solver in SOLVERS
-        }
-        present, earlier = values["present"].mean(0).tolist(), values["earlier"].mean(0).tolist()
-        difference = (values["present"] - values["earlier"])[:, 1:]
+        shares, seconds = (
+            {solver: torch.tensor([runs[solver][seed][key] for seed in seeds]) for solver in SOLVERS}
+            for key in ("unexplained", "seconds")
+        )
+        difference = (shares["present"] - shares["earlier"])[:, -1].max()
         figures.append(
             {
                 "pair": CASES[name].description,
                 "kernel": CASES[name].kernel_size,
-                "seeds": len(common),
-                "order 0": present[1],
-                **{
-                    f"U{k}, {solver}": value[k + 1]
-                    for k in (1, 2)
-                    for solver, value in (("earlier", earlier), ("present", present))
-                },
-                "largest difference of U2": float(difference[:, 2].max()),
-                "seconds, earlier": earlier[0],
-                "seconds, present": present[0],
-                "faster": earlier[0] / present[0],
+                "seeds": len(seeds),
+                **{f"unexplained, {solver}": format_shares(shares[solver]) for solver in SOLVERS},
+                "largest difference": round(float(difference), 4),
+                **{f"seconds, {solver}": float(seconds[solver].mean()) for solver in SOLVERS},
+                "times faster": float(seconds["earlier"].mean() / seconds["present"].mean()),
             }
         )
     return figures
 
 
-SOLVERS = ("earlier", "present")
+def format_shares(shares: Tensor) -> str:
+    """Return the mean over the seeds of the share of each order."""
+    return " / ".join(f"{share:.4f}" for share in shares.mean(0).tolist())
 
 
 def main() -> None:
@@ -202,19 +199,16 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "rival").mkdir()
         roots = {"earlier": export_rival(folder / "rival"), "present": here}
-        for name in args.cases:
-            missing = [
-                (seed, solver)
-                for seed in range(args.seeds)
-                for solver in SOLVERS
-                if not any((r["case"], r["seed"], r["solver"]) == (name, seed, solver) for r in rows)
-            ]
-            if missing:
-                torch.save(load_features(name), folder / "features.pt")
-            for seed, solver in missing:
-                result = run_fit(roots[solver], name, str(folder / "features.pt"), str(ORDER), str(seed))
-                rows.append({"case": name, "seed": seed, "solver": solver} | result)
-                record("orders", summary(rows, CASES), rows=rows, rival=RIVAL_COMMIT, task=__doc__.splitlines()[0])
+        done = {(r["case"], r["seed"], r["solver"]) for r in rows}
+        for seed, name, solver in product(range(args.seeds), args.cases, SOLVERS):
+            if (name, seed, solver) in done:
+                continue
+            features = folder / f"{name}.pt"
+            if not features.exists():
+                torch.save(load_features(name), features)
+            result = run_fit(roots[solver], name, str(features), str(CASES[name].order), str(seed))
+            rows.append({"case": name, "seed": seed, "solver": solver} | result)
+            record("orders", summary(rows, CASES), rows=rows, rival=RIVAL_COMMIT)
     print(table(summary(rows, CASES)))
 
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train.errors import ShapeError
-from knowiso_train.ops.im2col import write_weight
-from knowiso_train.regression.moments import Moments, StreamingMoments
-from knowiso_train.regression.ridge import Ridge, dampening, solve_dampened, solve_ridge
 from knowiso_train.regression.sampling import Sample
 
 MAX_BATCH_POSITIONS = 16_384
@@ -149,66 +145,3 @@ def predict_component(maps: ClosedFormMaps, order: int, sample: Sample) -> Tenso
         out = maps.linear(part.x) if order == 0 else maps.readout(order, maps.features(part.x, order, part.inside))
         parts.append(trim(out, sample.halo))
     return torch.cat(parts)
-
-
-@torch.no_grad()
-def solve_readout(maps: ClosedFormMaps, order: int, fit: Sample, select: Sample | None, ridge: Ridge) -> float:
-    """Set the readouts of an order ≥ 1 to `V_k ã_k` with the optimal V_k for the residual `fit.y`.
-
-    At ridge 0 the component is orthogonal to all lower orders.
-
-    Returns:
-        The relative ridge used.
-    """
-    # z = [x, a_1, …, a_{k-1}] are the earlier features. The regression of a_k on z has the coefficients
-    # R = S_zz⁻¹ S_za, so ã_k = a_k - Rᵀ z = Tᵀ [z; a_k] with T = [-R; I]. Moments of ã_k follow from those of [z; a_k]:
-    # S_ãã = Tᵀ S T and S_ãy = Tᵀ S_y. Its readout V is a readout of [z; a_k] with the weights T V.
-    widths = [conv.in_channels for conv in maps.readouts_of(order)]
-    columns = _columns_by_feature(widths, maps.kernel_size).to(fit.x.device)
-    m = _select_columns(order_moments(maps, order, fit), columns)
-    split = sum(widths[:-1]) * maps.kernel_size**2
-    earlier = m.xx[:split, :split]
-    penalty = dampening(earlier.diagonal().mean(), 0.0).expand(split)
-    regression = solve_dampened(earlier, m.xx[:split, split:], penalty)
-    identity = torch.eye(len(m.mean_x) - split, dtype=m.xx.dtype, device=m.xx.device)
-    transform = torch.cat([-regression, identity])
-    select_moments = None
-    if select is not None:
-        select_moments = _transform(_select_columns(order_moments(maps, order, select), columns), transform)
-    readout = solve_ridge(_transform(m, transform), ridge, select_moments)
-    weights = torch.split(transform @ readout.weight, [width * maps.kernel_size**2 for width in widths])
-    for conv, weight in zip(maps.readouts_of(order), weights, strict=True):
-        write_weight(conv, weight, readout.bias)
-    return readout.ridge
-
-
-def order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
-    """Compute the moments of the patches of [x, a_1, …, a_order] with `sample.y`."""
-    # A crop's features keep a margin of k // 2, so that the patches at its border are complete. Targets are padded to
-    # that size, and only the positions in the interior are used.
-    margin = maps.kernel_size // 2 if sample.halo else 0
-    height, width = (side + 2 * margin for side in sample.y.shape[2:])
-    grid = torch.arange(height * width, device=sample.x.device).view(1, 1, height, width)
-    positions = trim(grid, margin).flatten()[None] if margin else None
-    channels = maps.linear.in_channels + order * maps.hidden
-    moments = StreamingMoments(channels, sample.y.shape[1], maps.kernel_size, sample.x.device)
-    for index in split_indices(sample):
-        part = sample.batch(index)
-        x = trim(torch.cat(maps.features(part.x, order, part.inside), 1), sample.halo - margin)
-        moments.update(x, F.pad(part.y, (margin,) * 4), None if positions is None else positions.expand(len(x), -1))
-    return moments.value
-
-
-def _columns_by_feature(widths: list[int], kernel_size: int) -> Tensor:
-    """Return the permutation that sorts the columns of `patch_rows` of concatenated features by feature."""
-    columns = torch.arange(kernel_size**2 * sum(widths)).view(kernel_size**2, -1)
-    return torch.cat([block.flatten() for block in torch.split(columns, widths, dim=1)])
-
-
-def _select_columns(m: Moments, columns: Tensor) -> Moments:
-    return Moments(m.count, m.mean_x[columns], m.mean_y, m.xx[columns][:, columns], m.xy[columns], m.yy)
-
-
-def _transform(m: Moments, transform: Tensor) -> Moments:
-    """Return the moments of `transformᵀ x`."""
-    return Moments(m.count, transform.T @ m.mean_x, m.mean_y, transform.T @ m.xx @ transform, transform.T @ m.xy, m.yy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from knowiso_train.disentangle._closed_form import ClosedFormMaps, predict_component
 from knowiso_train.disentangle._nonlinear import fit_order
+from knowiso_train.disentangle._readouts import ReadoutSolver
 from knowiso_train.disentangle.config import DEFAULT_MAX_ROWS, DisentangleConfig, FitSpec, Fitter, MemoryEstimate
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.ops.im2col import write_weight
@@ -21,7 +23,8 @@ from knowiso_train.regression.moments import Moments, StreamingMoments
 from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, Ridge, Spectrum, solve_ridge
 from knowiso_train.regression.sampling import FeatureSample, Sample, sample_positions
 
-MIN_HIDDEN, MAX_DEFAULT_HIDDEN = 4, 512  # channels of the hidden maps
+# Default channels of the hidden maps, a multiple of the target's between a minimum and maxima by kernel size
+MIN_HIDDEN, HIDDEN_PER_CHANNEL, MAX_POINTWISE_HIDDEN, MAX_PATCH_HIDDEN = 4, 4, 768, 192
 MIN_ROWS_PER_FEATURE = 2  # fewer positions per feature are reported with a warning
 MIN_TARGET_SCALE = 1e-30
 EIGENDECOMPOSITION_PRODUCTS = 25  # d³ products take as long as the eigendecomposition of a matrix (d, d)
@@ -60,7 +63,7 @@ class ClosedFormFitter(Fitter):
         """Estimate the memory, see `Fitter.estimate_memory`."""
         kernel_area = (config.kernel_size or 1) ** 2
         num_features = min(source_channels, config.source_channels or source_channels) * kernel_area
-        hidden = (config.hidden or default_hidden(target_channels)) * kernel_area
+        hidden = (config.hidden or default_hidden(target_channels, config.kernel_size or 1)) * kernel_area
         sample = Fitter.sample_bytes(config, source_channels, target_channels, num_targets, expected_rows)
         # S_xx and S_xy in float64, for the fitting and for the selection images
         num_moments = num_targets if config.order else 1
@@ -126,13 +129,13 @@ class ClosedFormFitter(Fitter):
             write_weight(maps.linear, linear.weight, linear.bias)
             target_samples = [None if s is None else s.with_target(s.y[:, channels]) for s in samples]
             scale = float(target_fit.yy.sum() / (fit.count * self.spec.target_channels)) ** 0.5
-            order_ridges = self._fit_orders(
-                maps,
-                target_samples,
-                max(scale, MIN_TARGET_SCALE),
-                ridge,
-                bar,
-            )
+            moments = [
+                # Of the residual; the sample has other moments where it is only a part of the positions
+                None if m is None or s is None or s.rows != m.count else replace(m, xy=m.xy - m.xx @ linear.weight)
+                for m, s in zip((target_fit, target_select), target_samples, strict=False)
+            ]
+            solver = ReadoutSolver(maps, *moments, ridge) if moments else None
+            order_ridges = self._fit_orders(maps, target_samples, max(scale, MIN_TARGET_SCALE), solver, bar)
             bar.update(self._order_work(0))
             group.broadcast_(list(maps.state_dict().values()))
             self.ridges.append((linear.ridge, *group.gather(order_ridges)[0]))
@@ -167,11 +170,11 @@ class ClosedFormFitter(Fitter):
         maps: ClosedFormMaps,
         samples: list[Sample | None],
         scale: float,
-        ridge: Ridge,
+        solver: ReadoutSolver | None,
         bar: tqdm[Any],
     ) -> list[float]:
         """Fit orders 1 … K one after the other in process 0, which broadcasts them; return their ridges."""
-        if not self.config.order:
+        if solver is None:
             return []
         config, ridges = self.config.nonlinear_config(), []
         residuals = samples
@@ -196,7 +199,7 @@ class ClosedFormFitter(Fitter):
                     fit,
                     select,
                     scale,
-                    ridge,
+                    solver,
                     config,
                     seed=self.config.seed,
                     advance=advance,
@@ -211,12 +214,12 @@ class ClosedFormFitter(Fitter):
         columns, targets = projected * self.kernel_size**2, self.spec.target_channels
         if order == 0:
             return float(EIGENDECOMPOSITION_PRODUCTS * columns**3)
-        config, hidden = self.config.nonlinear_config(), self.config.hidden or default_hidden(targets)
+        config, hidden = self.config.nonlinear_config(), self.config.hidden or default_hidden(targets, self.kernel_size)
         rows = min(int(self.moments[0][0].value.count), self.config.max_rows or DEFAULT_MAX_ROWS)
         exact = config.is_exact(self.kernel_size, self.config.ridge)
         inputs = (projected if order == 1 else hidden) + (0 if exact else projected + (order - 1) * hidden)
         # Forward, gradient of the weights and gradient of the features
-        work = 3.0 * config.total_rows(rows, exact=exact) * self.kernel_size**2 * hidden * (inputs + targets)
+        work = 3.0 * config.total_rows(order, rows, exact=exact) * self.kernel_size**2 * hidden * (inputs + targets)
         columns += order * hidden * self.kernel_size**2
         return work + (rows * columns * (columns / 2 + targets) if exact else 0.0)
 
@@ -229,7 +232,7 @@ class ClosedFormFitter(Fitter):
                 self.spec.target_channels,
                 self.config.order,
                 self.kernel_size,
-                self.config.hidden or default_hidden(self.spec.target_channels),
+                self.config.hidden or default_hidden(self.spec.target_channels, self.kernel_size),
                 projection,
             )
         return maps.to(self.spec.device, self.spec.dtype)
@@ -252,9 +255,12 @@ class ClosedFormFitter(Fitter):
             warnings.warn(f"{label}: {note}", KnowisoWarning, stacklevel=5)
 
 
-def default_hidden(target_channels: int) -> int:
+def default_hidden(target_channels: int, kernel_size: int) -> int:
     """Return the default width of the hidden maps: four times the target's channels, limited for wide layers."""
-    return min(max(MIN_HIDDEN, 4 * target_channels), MAX_DEFAULT_HIDDEN)
+    maximum = MAX_POINTWISE_HIDDEN
+    if kernel_size > 1:
+        maximum = max(MAX_PATCH_HIDDEN, min(target_channels, MAX_POINTWISE_HIDDEN))
+    return min(max(MIN_HIDDEN, HIDDEN_PER_CHANNEL * target_channels), maximum)
 
 
 def _feature_samples(spec: FitSpec, kernel_size: int) -> list[FeatureSample]:

@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from knowiso_train.disentangle._closed_form import (
     MAX_SOURCE_DEVIATIONS,
     ClosedFormMaps,
-    solve_readout,
     split_indices,
     trim,
 )
+from knowiso_train.disentangle._readouts import ReadoutSolver
 from knowiso_train.disentangle.config import NonlinearConfig
 from knowiso_train.optim import Muon
-from knowiso_train.regression.ridge import Ridge
 from knowiso_train.regression.sampling import Sample
 
 FIRST_GAIN_PROGRESS = 0.25  # fraction of the steps after which training stops without a gain
-MIN_GAIN = 1e-3  # fraction of the residual's energy on the selection images that counts as a gain
+MIN_GAIN = 1e-4  # fraction of the residual's energy on the selection images that counts as a gain
 MAX_SELECT_ROWS = 16_384  # positions of a check
 WARMUP_FRACTION = 0.02  # of the steps
 MAX_NORMALIZATION_ROWS = 16_384  # positions that the deviations of the hidden channels are measured on
 # Floors of a channel's standard deviation, relative to the mean of all channels
 MIN_SOURCE_DEVIATION, MIN_HIDDEN_DEVIATION = 1e-1, 1e-2
+NEWTON_SCHULZ_STEPS = 3  # as good as five for these trainings
 MIN_ORTHOGONALIZED_SIDE = 512  # matrices up to this side take Muon's step whatever the batch
 
 
@@ -36,7 +36,7 @@ def fit_order(
     fit: Sample,
     select: Sample | None,
     scale: float,
-    ridge: Ridge,
+    solver: ReadoutSolver,
     config: NonlinearConfig,
     *,
     seed: int,
@@ -50,7 +50,7 @@ def fit_order(
         fit: Sample to train on, its images in random order.
         select: Sample for early stopping, shrinkage and the ridge. Default: none of these.
         scale: Standard deviation of the target itself.
-        ridge: Relative ridge of an exact readout.
+        solver: Solver of exact readouts, the same for all orders.
         config: Training options.
         seed: Seed of initialization.
         advance: Function that takes the finished fraction of this fit after each step.
@@ -61,14 +61,12 @@ def fit_order(
     if order == 1:
         _standardize_source(maps, fit)
     _initialize_hidden(maps, order, torch.Generator().manual_seed(seed * 1000 + order))
-    readout_ridge = 0.0
-    training = _Training(maps, order, fit, select, scale, config, exact=config.is_exact(maps.kernel_size, ridge))
-    if not training.run(advance):
+    exact = config.is_exact(maps.kernel_size, solver.ridge)
+    has_gain = _Training(maps, order, fit, select, scale, config, exact=exact).run(advance)
+    if not has_gain:
         _scale_readouts(maps.readouts_of(order), 0.0)
-    elif training.exact:
-        readout_ridge = solve_readout(maps, order, fit, select, ridge)
     _normalize_hidden(maps, order, fit)
-    return readout_ridge
+    return solver.solve(order, fit, select) if has_gain and exact else 0.0
 
 
 def _standardize_source(maps: ClosedFormMaps, fit: Sample) -> None:
@@ -127,7 +125,7 @@ class _Training:
     def run(self, advance: Callable[[float], None]) -> bool:
         """Train, and write the readouts; return False, with readouts unchanged, if there is no gain."""
         config, fit = self.config, self.fit
-        images, num_steps = config.schedule(len(fit), fit.rows, exact=self.exact)
+        images, num_steps = config.schedule(self.order, len(fit), fit.rows, exact=self.exact)
         peak_lr = config.peak_lr(self.order, exact=self.exact)
         parameters: list[Tensor] = [*self.layer.parameters(), *self.weights, self.bias]
         optimizer = Muon(
@@ -137,6 +135,7 @@ class _Training:
             # Orthogonalizing a matrix pays off while it is cheaper than the products of a batch
             max_side=max(MIN_ORTHOGONALIZED_SIDE, 2 * images * fit.rows // len(fit)),
             dtype=self.dtype,
+            newton_schulz_steps=NEWTON_SCHULZ_STEPS,
         )
         check_step = max(1, round(FIRST_GAIN_PROGRESS * num_steps))
         factor = 0.0

@@ -32,7 +32,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Order = Annotated[int, Range(0, 16)]
 
 EXACT_LR, TRAINED_LR = 0.07, 0.05
-EXACT_ROWS, TRAINED_ROWS = 100_000, 300_000  # positions in the training of an order
+EXACT_ROWS, TRAINED_ROWS = 100_000, 350_000  # positions in the training of order 1
 MAX_STEPS = 600
 DEFAULT_MAX_ROWS = 131_072  # positions that the closed form keeps for orders ≥ 1
 MIN_BATCH_ROWS = 64  # positions; small samples are divided into 32 batches, but not into smaller ones than this
@@ -79,8 +79,8 @@ class NonlinearConfig:
         lr: Peak step of `Muon` for order 1; half of it above. Default: 0.07 where the readout is exact, else 0.05.
         weight_decay: Decoupled weight decay of matrices.
         batch_rows: Positions per step; fewer for small samples.
-        rows_seen: Positions over the whole training of one order. Default: 100,000 where the readout is exact, else
-            300,000.
+        rows_seen: Positions over the training of order 1; half of them above where the readout is trained. Default:
+            100,000 where the readout is exact, else 350,000.
         readout: "trained" keeps the readouts trained with the hidden map, shrunk where the selection images ask for it.
             "exact" solves `V_k ã_k` in closed form afterwards, orthogonal to all lower orders at ridge 0. "auto" is
             exact for 1 × 1 maps and where `ridge` is a number: the moments of wider maps take longer than the training.
@@ -109,17 +109,20 @@ class NonlinearConfig:
         lr = self.lr or (EXACT_LR if exact else TRAINED_LR)
         return lr if order == 1 else lr / 2
 
-    def schedule(self, images: int, rows: int, *, exact: bool) -> tuple[int, int]:
+    def schedule(self, order: int, images: int, rows: int, *, exact: bool) -> tuple[int, int]:
         """Return the images per step and the number of steps for a sample of `rows` positions in `images` images."""
         batch_rows = min(self.batch_rows, max(rows // 32, MIN_BATCH_ROWS))
         batch = max(1, min(images, batch_rows // (rows // images)))
         if self.epochs:
             return batch, self.epochs * max(1, images // batch)
-        return batch, min(MAX_STEPS, -(-self.total_rows(rows, exact=exact) * images // (batch * rows)))
+        return batch, min(MAX_STEPS, -(-self.total_rows(order, rows, exact=exact) * images // (batch * rows)))
 
-    def total_rows(self, rows: int, *, exact: bool) -> int:
+    def total_rows(self, order: int, rows: int, *, exact: bool) -> int:
         """Return the positions of a training on a sample of `rows` positions, each counted as often as it is seen."""
-        return self.epochs * rows if self.epochs else self.rows_seen or (EXACT_ROWS if exact else TRAINED_ROWS)
+        if self.epochs:
+            return self.epochs * rows
+        rows_seen = self.rows_seen or (EXACT_ROWS if exact else TRAINED_ROWS)
+        return rows_seen if exact or order == 1 else rows_seen // 2
 
     def training_dtype(self, x: Tensor) -> torch.dtype:
         """Return the type of the products in training on features x."""

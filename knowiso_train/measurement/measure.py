@@ -95,7 +95,8 @@ def measure(
         kernel_size: Kernel size of the maps. None: 1, or 3 for the paper's solver on grids.
         solver: "closed_form", or "paper" (arXiv 1908.01581, trained by its published recipe).
         directions: "forward" (B explained from A), "backward" (A explained from B) or "both".
-        hidden: Width of the hidden maps of orders ≥ 1. None: twice the target's channels, at most 512.
+        hidden: Width of the hidden maps of orders ≥ 1. None: four times the target's channels, limited for
+            wide layers.
         ridge: Relative ridge ρ, or "search" on the selection images.
         split: Fractions of the images to fit, select and report on, by a seeded hash of the dataset index.
         seed: Seed of split, order, sample, bootstrap and hidden maps.

@@ -121,13 +121,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
             setattr(backend, name, previous)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Return a matrix with the singular vectors of another and singular values between about 0.7 and 1.2.
 
     This approximates the nearest semi-orthogonal matrix with products only.
 
     Args:
         matrix: (…, m, n), one or several.
+        steps: Number of Newton-Schulz steps. With fewer, small singular values stay smaller.
 
     Example:
         >>> values = torch.linalg.svdvals(orthogonalize(torch.randn(8, 20)))
@@ -138,31 +139,32 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     x = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp_min(MIN_NORM)
     x = x.mT if _tall(matrix) else x
     # Newton-Schulz iteration: each step maps every singular value s to a s + b s³ + c s⁵, with a fixed region around 1
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     result: Tensor = x.mT if _tall(matrix) else x
     return result
 
 
-def orthogonalize_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalize_all(matrices: Sequence[Tensor], steps: int = NEWTON_SCHULZ_STEPS) -> list[Tensor]:
     """Orthogonalize several matrices, on a GPU in batches of similar sizes.
 
     Launching the kernels of a small matrix takes a GPU longer than computing it.
 
     Args:
         matrices: (m, n) each, of one dtype and device.
+        steps: Number of Newton-Schulz steps.
 
     Example:
         >>> [tuple(matrix.shape) for matrix in orthogonalize_all([torch.randn(8, 20), torch.randn(30, 7)])]
         [(8, 20), (30, 7)]
     """
     if not matrices or matrices[0].device.type == "cpu":
-        return [orthogonalize(matrix) for matrix in matrices]
-    return _in_batches(matrices)
+        return [orthogonalize(matrix, steps) for matrix in matrices]
+    return _in_batches(matrices, steps)
 
 
-def _in_batches(matrices: Sequence[Tensor]) -> list[Tensor]:
+def _in_batches(matrices: Sequence[Tensor], steps: int = NEWTON_SCHULZ_STEPS) -> list[Tensor]:
     """Orthogonalize matrices in padded batches; zero rows and columns stay zero.
 
     Example:
@@ -182,7 +184,7 @@ def _in_batches(matrices: Sequence[Tensor]) -> list[Tensor]:
             part = members[start : start + step]
             wide = [matrices[i].mT if _tall(matrices[i]) else matrices[i] for i in part]
             padded = torch.stack([F.pad(x, (0, long - x.shape[1], 0, short - x.shape[0])) for x in wide])
-            for i, x, result in zip(part, wide, orthogonalize(padded), strict=True):
+            for i, x, result in zip(part, wide, orthogonalize(padded, steps), strict=True):
                 result = result[: x.shape[0], : x.shape[1]]
                 results[i] = result.mT if _tall(matrices[i]) else result
     return results
