@@ -20,7 +20,7 @@ from knowiso_train.disentangle.config import DEFAULT_MAX_ROWS, DisentangleConfig
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.ops.im2col import write_weight
 from knowiso_train.regression.moments import Moments, StreamingMoments
-from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, Ridge, Spectrum, solve_ridge
+from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, LinearMap, Ridge, Spectrum, solve_ridge
 from knowiso_train.regression.sampling import FeatureSample, Sample, sample_positions
 
 # Default channels of the hidden maps, a multiple of the target's between a minimum and maxima by kernel size
@@ -129,12 +129,13 @@ class ClosedFormFitter(Fitter):
             write_weight(maps.linear, linear.weight, linear.bias)
             target_samples = [None if s is None else s.with_target(s.y[:, channels]) for s in samples]
             scale = float(target_fit.yy.sum() / (fit.count * self.spec.target_channels)) ** 0.5
-            moments = [
-                # Of the residual; the sample has other moments where it is only a part of the positions
-                None if m is None or s is None or s.rows != m.count else replace(m, xy=m.xy - m.xx @ linear.weight)
-                for m, s in zip((target_fit, target_select), target_samples, strict=False)
-            ]
-            solver = ReadoutSolver(maps, *moments, ridge) if moments else None
+            solver = None
+            if target_samples:
+                fit_moments, select_moments = (
+                    _residual_moments(m, sample, linear)
+                    for m, sample in zip((target_fit, target_select), target_samples, strict=True)
+                )
+                solver = ReadoutSolver(maps, fit_moments, select_moments, ridge)
             order_ridges = self._fit_orders(maps, target_samples, max(scale, MIN_TARGET_SCALE), solver, bar)
             bar.update(self._order_work(0))
             group.broadcast_(list(maps.state_dict().values()))
@@ -261,6 +262,13 @@ def default_hidden(target_channels: int, kernel_size: int) -> int:
     if kernel_size > 1:
         maximum = max(MAX_PATCH_HIDDEN, min(target_channels, MAX_POINTWISE_HIDDEN))
     return min(max(MIN_HIDDEN, HIDDEN_PER_CHANNEL * target_channels), maximum)
+
+
+def _residual_moments(m: Moments | None, sample: Sample | None, linear: LinearMap) -> Moments | None:
+    """Return the moments with the residual of order 0, or None where the sample is a part of their positions only."""
+    if m is None or sample is None or sample.rows != m.count:
+        return None
+    return replace(m, xy=m.xy - m.xx @ linear.weight)
 
 
 def _feature_samples(spec: FitSpec, kernel_size: int) -> list[FeatureSample]:
