@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import nn
 from tqdm.auto import tqdm
 
+from knowiso_train.diagnosis._stability_page import stability_page
 from knowiso_train.errors import LayerNameError, OptionError
 from knowiso_train.features.modules import resolve_layers
 from knowiso_train.features.state import on_device, preserve_state
@@ -24,6 +25,7 @@ from knowiso_train.measurement.render import percent
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.saved_report import SavedReport
+from knowiso_train.utils.serialization import write_file
 from knowiso_train.utils.text_table import format_table
 from knowiso_train.utils.validation import validate_arguments
 
@@ -136,6 +138,23 @@ class StabilityReport(SavedReport):
 
     def __str__(self) -> str:
         return _render(self)
+
+    def to_html(self, path: str | Path | None = None, *, title: str | None = None) -> str:
+        """Return a page in one HTML file that needs no network access: one matrix per layer and figure.
+
+        Args:
+            path: File to write as well. None: no file.
+            title: Heading of the page. None: the number of networks.
+
+        Example:
+            >>> page = StabilityReport(("a", "b"), (), (), {"fit": 60}, {}, 0.1, {}).to_html()
+            >>> "<h1>Stability of 2 networks</h1>" in page
+            True
+        """
+        page = stability_page(self, title)
+        if path is not None:
+            write_file(path, page)
+        return page
 
     def plot(
         self, path: str | Path | None = None, *, figure: StabilityFigure = "unexplained", title: str | None = None

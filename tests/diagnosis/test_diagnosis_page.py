@@ -1,4 +1,4 @@
-"""The page of a diagnosis."""
+"""The pages of a diagnosis and of a stability report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from knowiso_train.diagnosis._page import SHOWN_DIRECTIONS
-from tests.helpers.diagnoses import CLASS_NAMES, NUM_CHANNELS, NUM_IMAGES, diagnosis
+from knowiso_train.measurement.render import percent
+from tests.helpers.diagnoses import CLASS_NAMES, NUM_CHANNELS, NUM_IMAGES, diagnosis, stability_report
 from tests.helpers.html_page import PageParser
 
 
@@ -69,3 +70,32 @@ def test_without_labels_there_are_no_classes() -> None:
 
 def test_a_diagnosis_without_layers_has_a_page() -> None:
     assert "has no layer pairs" in replace(diagnosis(), layers=()).to_html()
+
+
+def test_matrices_of_the_stability_page_are_those_of_the_report(tmp_path: Path) -> None:
+    made = stability_report()
+    text = made.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text
+    page = PageParser(text)
+    tables = {table.caption: table for table in page.tables}
+    for layer in made.layers:
+        table = tables[f"Unexplained share, {layer}"]
+        assert table.rows[0] == ["", *made.networks]
+        for network, row, values in zip(made.networks, table.rows[1:], made.matrix(layer), strict=True):
+            assert row == [network, *("" if value != value else percent(value) for value in values)]
+    spreads = tables["Over all ordered pairs of networks"]
+    spread = made.spread("layer1")
+    assert [float(value or "nan") for value in spreads.values[1][2:]] == [
+        spread.mean,
+        spread.deviation,
+        spread.minimum,
+        spread.maximum,
+    ]
+    assert len(spreads.rows) == 1 + len(made.layers) * 4
+    assert page.tags.count("script") == 1
+
+
+def test_figures_that_were_not_measured_have_no_matrix() -> None:
+    page = PageParser(stability_report(functional=False).to_html())
+    assert "KL of the output" not in "".join(page.text)
+    assert "has no layers" in replace(stability_report(), layers=(), entries=()).to_html()

@@ -15,8 +15,9 @@ from knowiso_train.diagnosis import (
     Thumbnail,
 )
 from knowiso_train.diagnosis.report import Kind
+from knowiso_train.diagnosis.stability import StabilityEntry, StabilityReport
 from knowiso_train.pages import thumbnail
-from tests.helpers.reports import functional_pair
+from tests.helpers.reports import functional_pair, pair
 
 NUM_IMAGES, NUM_CHANNELS, GRID = 6, 30, 4
 CLASS_NAMES = ("cat", "dog", "<script>alert(1)</script>")
@@ -89,3 +90,25 @@ def _image(rng: np.random.Generator, index: int, labels: bool, value: float | No
 
 def _heat_map(rng: np.random.Generator) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, rng.random((GRID, GRID)).tolist()))
+
+
+def stability_report(*, functional: bool = True) -> StabilityReport:
+    """Return a stability report of two layers and three networks."""
+    networks, layers = ("a", "b", "<script>alert(1)</script>"), ("layer1", "layer2")
+    pair_of = functional_pair if functional else pair
+    entries = []
+    for layer in layers:
+        for i, source in enumerate(networks):
+            for j, target in enumerate(networks):
+                if i != j:
+                    result = pair_of(layer, layer, shares=(0.1 * (i + 1), 0.2 * (j + 1)), warnings=("rough",))
+                    entries.append(StabilityEntry(layer, source, target, result))
+    return StabilityReport(
+        networks=networks,
+        layers=layers,
+        entries=tuple(entries),
+        images={"fit": 60, "select": 20, "report": 20},
+        settings={"order": 1},
+        seconds=1.5,
+        versions={"torch": "2"},
+    )

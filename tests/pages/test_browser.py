@@ -28,7 +28,7 @@ from knowiso_train.pages import (
     thumbnail,
 )
 from tests.helpers.browser import Browser, find_browser, headless_browser
-from tests.helpers.diagnoses import diagnosis
+from tests.helpers.diagnoses import diagnosis, stability_report
 from tests.helpers.reports import functional_pair, report
 
 COLUMN = "[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[{}].textContent)"
@@ -180,3 +180,7 @@ def test_page_of_a_report(browser: Browser, tmp_path: Path) -> None:
 
 def test_page_of_a_diagnosis(browser: Browser, tmp_path: Path) -> None:
     check_page(browser, diagnosis(strong=("large", "other <i>")).to_html(), tmp_path / "diagnosis.html")
+
+
+def test_page_of_a_stability_report(browser: Browser, tmp_path: Path) -> None:
+    check_page(browser, stability_report().to_html(), tmp_path / "stability.html")
