@@ -298,6 +298,20 @@ def test_shared_directions_show_images_that_excite_both_networks() -> None:
     assert all(direction.unexplained < 0.1 for direction in shared)
 
 
+def test_each_network_gets_its_own_images_and_side() -> None:
+    transforms = [None, lambda x: x.flip(3)]
+    plain, flipped = run(
+        FeatureNetwork(), [FeatureNetwork(), FeatureNetwork()], strong_transform=transforms
+    ).blind_spots
+    assert plain.pair.unexplained < 1e-3
+    assert flipped.pair.unexplained > 0.5
+    loader: Any = DataLoader(images(), batch_size=64)  # type: ignore[arg-type]
+    pooled = diagnose(
+        FeatureNetwork(erase_channels(1)), FeatureNetwork(), loader, "classifier", at="input", progress=False
+    )
+    assert_precise(above(pooled["classifier"].channels), {1})
+
+
 def test_labels_are_found_in_the_batch_or_by_a_function() -> None:
     a, b, labels = FeatureNetwork(), FeatureNetwork(), torch.arange(COUNT) % 3
     given = run(a, b, TensorDataset(images(), labels))["feature"].classes
