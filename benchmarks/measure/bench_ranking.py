@@ -1,4 +1,4 @@
-"""Ranking test of similarity measures: do they order networks by a known property? (as in the ReSi benchmark)
+"""Ranking test of similarity measures: orders of networks by a known property, as in the ReSi benchmark.
 
     python -m benchmarks.measure.bench_ranking             # an hour on one CPU core; resumes
 

@@ -35,7 +35,7 @@ from knowiso_train.utils.memory import usable_bytes
 from knowiso_train.utils.validation import NonNegativeFloat, validate_arguments
 
 # Options of MeasureConfig that `compare_stages` sets itself
-FIXED_OPTIONS = ("directions", "source_transform", "target_transform", "names", "progress")
+STAGE_OPTIONS = ("directions", "source_transform", "target_transform", "names", "progress")
 # Options beside those of `MeasureConfig.report_settings` that determine the figures
 FURTHER_SETTINGS = ("noise_floor", "repeated", "layout", "autocast", "labels", "output", "mask", "forward")
 
@@ -317,7 +317,7 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def _config(settings: Mapping[str, Any], options: Mapping[str, Any]) -> MeasureConfig:
-    allowed = [item.name for item in fields(MeasureConfig) if item.name not in {*FIXED_OPTIONS, *settings}]
+    allowed = [item.name for item in fields(MeasureConfig) if item.name not in {*STAGE_OPTIONS, *settings}]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise OptionError(f"compare_stages has no option {', '.join(unknown)}; expected some of {', '.join(allowed)}")
