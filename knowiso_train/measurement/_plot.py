@@ -33,7 +33,7 @@ FIGURE_WIDTH_INCHES, FIGURE_DPI = 9.0, 160
 ROW_HEIGHT_INCHES, MARGIN_HEIGHT_INCHES, TITLE_HEIGHT_INCHES = 0.44, 1.6, 0.35
 BAR_HEIGHT_ROWS = 0.62
 MIN_LABEL_SHARE = 0.075  # segments narrower than this have no label, in a figure of two panels
-MAX_LEGEND_COLUMNS = 7
+MAX_LEGEND_COLUMNS = 6
 MAX_LABEL_CHARACTERS = 26  # of a layer name
 AGREEMENT_MARKERS = {"output agrees (images)": "o", "residual agrees (images)": "X"}
 AGREEMENT_STYLE: dict[str, Any] = {
@@ -276,10 +276,11 @@ def _draw_legend(figure: Figure, report: Report, colors: list[str]) -> None:
         handles += [
             Line2D([], [], marker=marker, label=label, **AGREEMENT_STYLE) for label, marker in AGREEMENT_MARKERS.items()
         ]
+    num_lines = math.ceil(len(handles) / MAX_LEGEND_COLUMNS)
     legend = figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(len(handles), MAX_LEGEND_COLUMNS),
+        ncols=math.ceil(len(handles) / num_lines),
         frameon=False,
         fontsize=8.5,
         labelcolor=TEXT_COLOR,

@@ -18,7 +18,7 @@ from knowiso_train import Report
 from knowiso_train.errors import FormatError, LayerNameError, MissingDependencyError, OptionError
 from knowiso_train.measurement.render import percent
 from knowiso_train.pages.colors import ORDER_COLORS, TEXT_COLOR, order_colors, text_color_on
-from tests.helpers.reports import pair, report
+from tests.helpers.reports import functional_pair, pair, report
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -243,6 +243,15 @@ def test_picture_titles_and_figures_stay_readable() -> None:
     ).plot()
     assert len(long.axes[0].get_title(loc="left")) <= 52
     assert long.axes[0].get_title(loc="left").startswith("convnext")
+
+
+@pytest.mark.parametrize("num_orders", [1, 2, 3, 4])
+@pytest.mark.parametrize("made", [pair, functional_pair])
+def test_legend_is_within_the_picture(made: Any, num_orders: int) -> None:
+    figure = report(made("a", "x", shares=(0.2,) * num_orders), made("x", "a", "backward")).plot()
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
 
 
 def test_picture_survives_odd_figures() -> None:
