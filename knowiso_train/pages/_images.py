@@ -55,7 +55,7 @@ def thumbnail(image: ArrayLike | Tensor, *, max_pixels: int = THUMBNAIL_PIXELS) 
         >>> thumbnail(np.zeros((3, 4, 4)))[:22]
         'data:image/png;base64,'
     """
-    pixels = _channels_last(image.detach().cpu().float() if isinstance(image, Tensor) else torch.as_tensor(image))
+    pixels = _channels_last(torch.as_tensor(image).detach().cpu())
     values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     values = values.nan_to_num().clamp(0, 1)
     height, width = values.shape[:2]

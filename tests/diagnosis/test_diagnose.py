@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -395,6 +397,15 @@ def test_result_is_saved_printed_and_drawn(tmp_path: Path) -> None:
     json.loads(diagnosis.to_json())
     with pytest.raises(OptionError, match="no layer pairs"):
         replace(diagnosis, layers=()).plot()
+
+
+def test_thumbnails_show_the_images() -> None:
+    gray = images(100).repeat(1, 1, 4, 4).sigmoid()
+    spots = run(FeatureNetwork(), FeatureNetwork(noise(1), CHANNELS + 1), gray, to_image=lambda x: x[:, :1])
+    thumbnail = spots.thumbnails[0]
+    png = io.BytesIO(base64.b64decode(thumbnail.picture.split(",")[1]))
+    with Image.open(png) as picture:
+        np.testing.assert_allclose(np.array(picture) / 255, gray[thumbnail.index, 0], atol=1 / 255)
 
 
 def test_constant_features_have_no_directions() -> None:
