@@ -65,11 +65,6 @@ class StageLayer:
 
         Raises:
             OptionError: Another name.
-
-        Example:
-            >>> from tests.helpers.reports import pair
-            >>> StageLayer("conv", "conv", pair("conv", "conv", "backward"), pair("conv", "conv")).figure("lost")
-            0.15000000000000002
         """
         if name not in FIGURES:
             raise OptionError(f"figure must be one of {FIGURES}, got {name!r}")

@@ -1,0 +1,312 @@
+"""Comparison of stages: planted changes, equality with `measure`, memory, files and errors."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import knowiso_train as ki
+from knowiso_train.diagnosis.comparison import StageComparison, StageLayer, StageResult, checkpoint_stages
+from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
+from knowiso_train.measurement.data import SplitImageLoader
+from tests.helpers.reports import functional_pair
+from tests.helpers.stages import (
+    class_images,
+    class_network,
+    gaussian_images,
+    orthogonal_network,
+    with_noise,
+    without_channels,
+)
+
+# Channels without variance are planted
+pytestmark = pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")
+
+LAYERS = ["first", "second", "third"]
+compare = partial(ki.compare_stages, progress=False)
+
+
+def test_removed_channels_and_added_noise_are_found_in_their_layer_step_and_amount() -> None:
+    reference = orthogonal_network()
+    pruned = without_channels(reference, "second", 2)
+    stages = {"copy": orthogonal_network(), "pruned": pruned, "noisy": with_noise(pruned, 0.5)}
+    # The layers are in the order of the network, not of the names
+    comparison = compare(reference, stages, gaussian_images(), LAYERS[::-1], functional=False)
+    assert comparison.layers == tuple(LAYERS)
+    assert comparison.curve("first") == pytest.approx([0, 0, 0.2], abs=0.02)
+    # Two of eight equal channels; noise of variance s² hides s² / (1 + s²) of the others
+    for layer in LAYERS[1:]:
+        assert comparison.curve(layer) == pytest.approx([0, 1 / 4, 1 / 4 + 3 / 4 * 0.2], abs=0.02)
+        assert comparison.curve(layer, "gained") == pytest.approx([0, 0, 0.2], abs=0.02)
+        assert comparison.curve(layer, "kept") == pytest.approx([1 - lost for lost in comparison.curve(layer)])
+    assert [comparison.loss_start(name) for name in comparison.names] == [None, "second", "first"]
+    assert comparison.loss_start("noisy", beside="pruned") == "first"
+    assert comparison.loss_start("pruned", beside="copy") == "second"
+    assert comparison.loss_start("pruned", beside="noisy") is None
+    assert comparison.loss_start("noisy", tolerance=0.3) == "second"
+
+
+def test_a_forgotten_class_is_found_with_its_effect_on_the_output() -> None:
+    reference = class_network()
+    forgetful = class_network()
+    forgetful.second.weight.data[2] = 0
+    comparison = compare(reference, {"forgetful": forgetful}, class_images(), LAYERS, split=(0.5, 0.1, 0.4))
+    stage = comparison["forgetful"]
+    assert comparison.loss_start("forgetful") == "second"
+    # Indicators of classes 1 and 3 leave 2 and 0 apart from each other by half: variance 1/8 of 9/16
+    assert stage["second"].lost == pytest.approx(2 / 9, abs=0.03)
+    assert stage["first"].lost == pytest.approx(0, abs=1e-4)
+    assert stage.output is not None and stage.output.top1 is not None
+    for agreement in (stage.output.agreement, stage["second"].figure("agreement"), stage.output.top1):
+        assert agreement == pytest.approx(0.75, abs=0.05)
+    assert stage["first"].figure("agreement") == 1
+    assert stage["second"].figure("kl") > 0.2 > stage["first"].figure("kl")
+
+
+@pytest.mark.parametrize("cache_gib", [2.0, 0.0, 1e-4])
+def test_figures_equal_those_of_single_measurements(cache_gib: float) -> None:
+    reference = orthogonal_network()
+    stages = {"pruned": without_channels(reference, "second", 3), "other": orthogonal_network(1)}
+    options: dict[str, Any] = {"similarity": True, "bootstrap": 50, "max_images": 300, "seed": 3}
+    loader = gaussian_images()
+    comparison = compare(reference, stages, loader, LAYERS, cache_gib=cache_gib, **options)
+    for name, network in stages.items():
+        single = ki.measure(
+            reference,
+            network,
+            loader,
+            LAYERS,
+            order=0,
+            directions="both",
+            functional=True,
+            noise_floor=False,
+            progress=False,
+            **options,
+        )
+        assert tuple(entry.of_stage for entry in comparison[name]) == single.forward
+        assert tuple(entry.of_reference for entry in comparison[name]) == single.backward
+        assert comparison[name].images == single.images
+        share = comparison[name].output
+        assert share is not None
+        assert share.agreement == pytest.approx(report_agreement(reference, network, loader, max_images=300, seed=3))
+
+
+def report_agreement(reference: nn.Module, network: nn.Module, loader: Any, max_images: int, seed: int) -> float:
+    """Return the share of report images for which both networks have the same class."""
+    images = SplitImageLoader(loader, seed=seed, max_images=max_images)
+    agrees = []
+    with torch.no_grad():
+        for batch in images.report_batches():
+            own, output = (model(batch.batch[0]).argmax(1) for model in (reference, network))
+            agrees += (own == output).tolist()
+    return sum(agrees) / len(agrees)
+
+
+def test_the_reference_runs_once_for_all_stages() -> None:
+    reference, calls = orthogonal_network(), []
+    reference.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    stages = {str(seed): orthogonal_network(seed) for seed in range(4)}
+    compare(reference, stages, gaussian_images(), LAYERS, functional=False)
+    # 400 images, and for every stage one image to estimate the memory and one batch for the layouts
+    assert sum(calls) <= 400 + 4 * (1 + 50) + 50
+    calls.clear()
+    compare(reference, stages, gaussian_images(), LAYERS, functional=False, cache_gib=0)
+    assert sum(calls) >= 4 * 400
+
+
+def test_stages_are_made_one_after_another_and_released() -> None:
+    made: list[weakref.ref[nn.Module]] = []
+
+    def make(seed: int) -> nn.Module:
+        gc.collect()
+        assert [reference() for reference in made] == [None] * len(made)
+        network = orthogonal_network(seed)
+        made.append(weakref.ref(network))
+        return network
+
+    functions = {str(seed): partial(make, seed) for seed in range(3)}
+    compare(orthogonal_network(), functions, gaussian_images(), "second")
+    tuples: Iterator[tuple[str, nn.Module]] = ((str(seed), make(seed)) for seed in range(3))
+    comparison = compare(orthogonal_network(), tuples, gaussian_images(), "second")
+    assert len(made) == 6
+    assert all(pair.disentangler is None for stage in comparison for pair in (stage.layers[0].of_stage,))
+
+
+def test_state_is_as_before_also_after_an_error() -> None:
+    reference = orthogonal_network()
+    reference.second.eval()
+    modes = [module.training for module in reference.modules()]
+    with pytest.raises(InputTypeError) as caught:
+        compare(reference, {"first": orthogonal_network(1), "bad": lambda: 3}, gaussian_images(), LAYERS)
+    assert "'bad'" in "".join(caught.value.__notes__)
+    assert [module.training for module in reference.modules()] == modes
+    assert not any(module._forward_hooks for module in reference.modules())
+
+
+def test_finished_stages_are_read_and_not_made_again(tmp_path: Path) -> None:
+    reference, made = orthogonal_network(), []
+
+    def make(seed: int) -> nn.Module:
+        made.append(seed)
+        return orthogonal_network(seed)
+
+    stages = {f"run {seed}/a": partial(make, seed) for seed in range(3)}
+    run = partial(compare, reference, loader=gaussian_images(), layers="second", path=tmp_path, bootstrap=20)
+    with pytest.raises(RuntimeError, match="stop"):
+        run(stages=iter([*list(stages.items())[:2], ("bad", partial(_raise, RuntimeError("stop")))]))
+    assert made == [0, 1]
+    comparison = run(stages=stages)
+    assert made == [0, 1, 2]
+    again = run(stages=stages)
+    assert again.stages == comparison.stages
+
+
+def _raise(error: Exception) -> nn.Module:
+    raise error
+
+
+def test_files_of_other_settings_or_networks_are_refused(tmp_path: Path) -> None:
+    reference = orthogonal_network()
+    run = partial(compare, layers="second", path=tmp_path, bootstrap=20)
+    stages = {"a": orthogonal_network(1)}
+    run(reference, stages, gaussian_images())
+    with pytest.raises(OptionError, match=r"bootstrap is 30, was 20.*path="):
+        run(reference, stages, gaussian_images(), bootstrap=30)
+    with pytest.raises(OptionError, match="reference is"):
+        run(orthogonal_network(2), stages, gaussian_images())
+    with pytest.raises(OptionError, match="first_batch is"):
+        run(reference, stages, gaussian_images(seed=1))
+    with pytest.raises(OptionError, match="another network"):
+        run(reference, {"a": orthogonal_network(3)}, gaussian_images())
+    with pytest.raises(OptionError, match="must be a folder"):
+        run(reference, stages, gaussian_images(), path=next(tmp_path.iterdir()))
+
+
+SCRIPT = """
+import sys, time
+from functools import partial
+import torch
+import knowiso_train as ki
+from tests.helpers.stages import gaussian_images, orthogonal_network
+def make(seed):
+    time.sleep(0.3)
+    return orthogonal_network(seed)
+stages = {str(seed): partial(make, seed) for seed in range(200)}
+ki.compare_stages(orthogonal_network(), stages, gaussian_images(), "second", path=sys.argv[1], bootstrap=20)
+"""
+
+
+def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=root, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*.json"))) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    files = list(tmp_path.glob("*.json"))
+    finished = {json.loads(file.read_text())["result"]["name"] for file in files}
+    made = []
+
+    def make(seed: int) -> nn.Module:
+        made.append(str(seed))
+        return orthogonal_network(seed)
+
+    names = [str(seed) for seed in range(len(finished) + 1)]
+    stages = {name: partial(make, int(name)) for name in names}
+    resumed = compare(orthogonal_network(), stages, gaussian_images(), "second", path=tmp_path, bootstrap=20)
+    assert finished == set(names[:-1]) and made == names[-1:]
+    fresh = compare(orthogonal_network(), stages, gaussian_images(), "second", bootstrap=20)
+    assert [stage.layers for stage in resumed] == [stage.layers for stage in fresh]
+    assert [stage.output for stage in resumed] == [stage.output for stage in fresh]
+
+
+def test_bad_input_is_named() -> None:
+    reference, loader = orthogonal_network(), gaussian_images()
+    network = orthogonal_network(1)
+    with pytest.raises(OptionError, match="at least one stage"):
+        compare(reference, {}, loader, LAYERS)
+    with pytest.raises(OptionError, match="'a' twice"):
+        compare(reference, [("a", network), ("a", network)], loader, "second")
+    with pytest.raises(InputTypeError, match=r"\(name, network\)"):
+        compare(reference, [network], loader, LAYERS)
+    with pytest.raises(InputTypeError, match="stage 'a'.*got int"):
+        compare(reference, [("a", 3)], loader, LAYERS)
+    with pytest.raises(OptionError, match="no option directions, colour"):
+        compare(reference, {"a": network}, loader, LAYERS, directions="both", colour=1)
+    with pytest.raises(LayerNameError, match="fourth"):
+        compare(reference, {"a": network}, loader, "fourth")
+    with pytest.raises(OptionError, match="no entry for stage 'a'"):
+        compare(reference, {"a": network}, loader, {"b": ["second"]})
+
+
+def test_layers_may_differ_between_stages() -> None:
+    reference = orthogonal_network()
+    layers = {"a": {"second": "third"}, "b": ["first", "second"]}
+    comparison = compare(reference, {"a": reference, "b": reference}, gaussian_images(), layers)
+    assert [(entry.layer, entry.stage_layer) for entry in comparison["a"]] == [("second", "third")]
+    assert comparison.curve("first")[0] != comparison.curve("first")[0]  # NaN
+    assert comparison.curve("second") == pytest.approx([0, 0], abs=1e-4)
+    with pytest.raises(LayerNameError, match="compared: second"):
+        comparison["a"]["first"]
+    assert str(comparison) and comparison.to_html() and comparison.plot()
+
+
+def made_up() -> StageComparison:
+    pairs = functional_pair("conv", "conv.<b>", "backward", warnings=("rough",)), functional_pair("conv.<b>", "conv")
+    layer = StageLayer("conv.<b>", "conv", *pairs)
+    output = pairs[0].functional[0]
+    stages = tuple(StageResult(f"stage {i}", 10 * i, (layer,), output, {"fit": 60}, 0.5) for i in range(3))
+    return StageComparison("large", stages, {"order": 1}, 1.5, {"torch": "2"})
+
+
+def test_results_are_printed_written_and_read(tmp_path: Path) -> None:
+    comparison = made_up()
+    assert StageComparison.from_json(comparison.to_json(tmp_path / "a.json")) == comparison
+    text = str(comparison)
+    assert ["stage", "2", "20", "90.0", "%", "0.2", "conv.<b>"] in [line.split() for line in text.splitlines()]
+    assert "93.7 %" in text and "! stage 0, conv.<b>: rough" in text
+    assert "order 1" in str(comparison["stage 0"])
+    header, *rows = comparison.to_csv(tmp_path / "a.csv").splitlines()
+    values = dict(zip(header.split(","), rows[1].split(","), strict=True))
+    assert values["stage"] == "stage 1" and values["step"] == "10" and float(values["lost"]) == pytest.approx(0.15)
+    assert values["stage_output_agreement"] == "0.9" and values["lost_functional_1_top1"] == "0.92"
+    page = comparison.to_html(tmp_path / "a.html")
+    assert "<b>" not in page and "Layer conv.&lt;b&gt;" in page and "gained" in page.lower()
+    comparison.plot(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    with pytest.raises(OptionError, match="figure must be one of"):
+        comparison.curve("conv.<b>", "loss")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="no stage 'x'"):
+        comparison["x"]
+
+
+def test_a_trajectory_emerges_step_by_step(tmp_path: Path) -> None:
+    last = orthogonal_network()
+    scales = (2.0, 1.0, 0.5, 0.0)
+    for epoch, scale in enumerate(scales):
+        torch.save(with_noise(last, scale).state_dict(), tmp_path / f"epoch-{epoch}.pth")
+    stages = checkpoint_stages(tmp_path, orthogonal_network)
+    comparison = compare(last, stages, gaussian_images(), LAYERS, functional=False)
+    assert [stage.step for stage in comparison] == [0, 1, 2, 3]
+    kept = [1 / (1 + scale**2) for scale in scales]
+    for layer in LAYERS:
+        assert comparison.curve(layer, "kept") == pytest.approx(kept, abs=0.03)
+        assert comparison.emerged(layer) == pytest.approx([b - a for a, b in zip(kept, kept[1:], strict=False)], abs=0.03)
