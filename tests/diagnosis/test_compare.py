@@ -309,4 +309,6 @@ def test_a_trajectory_emerges_step_by_step(tmp_path: Path) -> None:
     kept = [1 / (1 + scale**2) for scale in scales]
     for layer in LAYERS:
         assert comparison.curve(layer, "kept") == pytest.approx(kept, abs=0.03)
-        assert comparison.emerged(layer) == pytest.approx([b - a for a, b in zip(kept, kept[1:], strict=False)], abs=0.03)
+        assert comparison.emerged(layer) == pytest.approx(
+            [b - a for a, b in zip(kept, kept[1:], strict=False)], abs=0.03
+        )
