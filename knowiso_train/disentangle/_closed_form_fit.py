@@ -131,8 +131,9 @@ class ClosedFormFitter(Fitter):
             scale = float(target_fit.yy.sum() / (fit.count * self.spec.target_channels)) ** 0.5
             solver = None
             if target_samples:
+                # Moments of drawn positions need not be those of the sample
                 fit_moments, select_moments = (
-                    _residual_moments(m, sample, linear)
+                    _residual_moments(m, sample, linear) if self.config.positions is None else None
                     for m, sample in zip((target_fit, target_select), target_samples, strict=True)
                 )
                 solver = ReadoutSolver(maps, fit_moments, select_moments, ridge)

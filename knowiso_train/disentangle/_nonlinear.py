@@ -20,7 +20,7 @@ from knowiso_train.optim import Muon
 from knowiso_train.regression.sampling import Sample
 
 FIRST_GAIN_PROGRESS = 0.25  # fraction of the steps after which training stops without a gain
-MIN_GAIN = 1e-4  # fraction of the residual's energy on the selection images that counts as a gain
+MIN_GAIN = 1e-5  # fraction of the residual's energy on the selection images that counts as a gain
 MAX_SELECT_ROWS = 16_384  # positions of a check
 WARMUP_FRACTION = 0.02  # of the steps
 MAX_NORMALIZATION_ROWS = 16_384  # positions that the deviations of the hidden channels are measured on
@@ -167,7 +167,8 @@ class _Training:
         features, inside = self._lower_features(part)
         padding, dtype = self.layer.padding, self.dtype
         hidden = features[-1] if self.order > 1 else _clamped(features[0])
-        z = F.conv2d(hidden, self.layer.weight.to(dtype), self.layer.bias.to(dtype), padding=padding)  # type: ignore[union-attr]
+        weight, bias = (p.to(dtype) for p in self.layer.parameters())
+        z = F.conv2d(hidden, weight, bias, padding=padding)
         a = torch.relu(z)
         offset = self.bias[:, None, None]
         if self.is_centered:
