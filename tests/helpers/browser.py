@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,20 @@ from typing import Any
 
 COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 TIMEOUT_SECONDS = 60
+# Puts two descriptors of any numbers in the place of 3 and 4, and becomes the browser
+LAUNCHER = """
+import fcntl, os, sys
+requests, answers = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(requests, 3)
+os.dup2(answers, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_browser() -> str | None:
     """Return the browser of the variable KNOWISO_BROWSER, or the first that is installed. None: there is none."""
+    if sys.platform == "win32":  # descriptors 3 and 4 are those of POSIX
+        return None
     named = os.environ.get("KNOWISO_BROWSER")
     if named:
         return shutil.which(named)
@@ -34,9 +45,9 @@ class Browser:
         answers, self._answers = os.pipe()
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
         options += ["--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={profile}", "about:blank"]
-        redirect = f'exec "$0" "$@" 3<&{self._requests} 4>&{self._answers}'
+        descriptors = (str(self._requests), str(self._answers))
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", redirect, command, *options],
+            [sys.executable, "-c", LAUNCHER, *descriptors, command, *options],
             pass_fds=(self._requests, self._answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
