@@ -26,7 +26,7 @@ WARMUP_FRACTION = 0.02  # of the steps
 MAX_NORMALIZATION_ROWS = 16_384  # positions that the deviations of the hidden channels are measured on
 # Floors of a channel's standard deviation, relative to the mean of all channels
 MIN_SOURCE_DEVIATION, MIN_HIDDEN_DEVIATION = 1e-1, 1e-2
-NEWTON_SCHULZ_STEPS = 3  # as good as five for these trainings
+MOMENTUM_NEWTON_SCHULZ_STEPS = 3  # as good as five for these trainings
 MIN_ORTHOGONALIZED_SIDE = 512  # matrices up to this side take Muon's step whatever the batch
 
 
@@ -135,7 +135,7 @@ class _Training:
             # Orthogonalizing a matrix pays off while it is cheaper than the products of a batch
             max_side=max(MIN_ORTHOGONALIZED_SIDE, 2 * images * fit.rows // len(fit)),
             dtype=self.dtype,
-            newton_schulz_steps=NEWTON_SCHULZ_STEPS,
+            newton_schulz_steps=MOMENTUM_NEWTON_SCHULZ_STEPS,
         )
         check_step = max(1, round(FIRST_GAIN_PROGRESS * num_steps))
         factor = 0.0

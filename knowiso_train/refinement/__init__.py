@@ -1,8 +1,8 @@
 """Refinement of trained classifiers by features that their peers reproduce."""
 
 from knowiso_train.refinement.api import refine
-from knowiso_train.refinement.config import RefineConfig
-from knowiso_train.refinement.finetune import BatchCycle, RefineFinetuneConfig, RefineTrainer, consensus_loss
+from knowiso_train.refinement.config import RefineConfig, RefineFinetuneConfig
+from knowiso_train.refinement.finetune import BatchCycle, RefineTrainer, consensus_loss
 from knowiso_train.refinement.folding import PeerProjection, fit_peer_projection, fold
 from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, consensus_head, ridge_head
 from knowiso_train.refinement.models import classifier_model

@@ -2,21 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from knowiso_train.errors import OptionError
-from knowiso_train.refinement.finetune import RefineFinetuneConfig
 from knowiso_train.refinement.heads import HeadConfig
 from knowiso_train.refinement.models import ClassifierModel, Transform
 from knowiso_train.utils.batch import check_loader
-from knowiso_train.utils.validation import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, validate_fields
+from knowiso_train.utils.validation import (
+    LearningRate,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    validate_fields,
+)
 
 RefineMethod = Literal["auto", "fold", "head", "consensus", "paper"]
 RidgeOption = NonNegativeFloat | Literal["search"]
+
+
+@dataclass(frozen=True)
+class RefineFinetuneConfig:
+    """Settings of the fine-tuning in a refinement.
+
+    Attributes:
+        steps: Number of updates. Each takes one batch of labeled and one of unlabeled images, where there are such.
+        lr: Highest learning rate of SGD with momentum 0.9. It rises over a twentieth of the steps, then falls as a
+            cosine.
+        weight_decay: Weight decay of every parameter.
+        consensus_weight: Weight of the consensus loss on features.
+        kd_weight: Weight of the distillation loss towards `targets`.
+        temperature: Temperature of the distillation loss.
+        targets: "ensemble": mean probability of the frozen original and the peers with classifiers of the same classes.
+            "original": the frozen original alone.
+        max_grad_norm: Maximum norm of the gradient.
+        layers: Layers of the network to compare. None: the input of its classifier.
+        peer_layers: {layer: peer's layer}, one mapping for all peers or one per peer. None: the same names, or the
+            inputs of the peers' classifiers where `layers` is None.
+        freeze_batch_norm: Keep the statistics of batch norms, as small sets of images need.
+        seed: Seed of dropout and of the loaders' order.
+
+    Raises:
+        OptionError: An option out of bounds.
+    """
+
+    steps: NonNegativeInt = 200
+    lr: LearningRate = 0.003
+    weight_decay: NonNegativeFloat = 1e-4
+    consensus_weight: NonNegativeFloat = 1.0
+    kd_weight: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = 2.0
+    targets: Literal["ensemble", "original"] = "ensemble"
+    max_grad_norm: PositiveFloat = 1.0
+    layers: Sequence[str] | None = None
+    peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None
+    freeze_batch_norm: bool = True
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+    @property
+    def uses_peers(self) -> bool:
+        """True where a loss compares the network with its frozen original and its peers."""
+        return bool(self.consensus_weight or self.kd_weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a dictionary."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
