@@ -21,9 +21,8 @@ from knowiso_train.refinement._candidates import Candidate, heads_of_peers, repl
 from knowiso_train.refinement._composite import paper_composite
 from knowiso_train.refinement._evaluator import CandidateEvaluator, FeatureSets, explained_by_peers
 from knowiso_train.refinement._metrics import significantly_less
-from knowiso_train.refinement.config import RefineConfig, RefineMethod, RidgeOption
+from knowiso_train.refinement.config import RefineConfig, RefineFinetuneConfig, RefineMethod, RidgeOption
 from knowiso_train.refinement.finetune import (
-    RefineFinetuneConfig,
     finetune_classifier,
     finetune_schedules,
     resolve_consensus_layers,
