@@ -22,7 +22,7 @@ class DiagnoseConfig:
     num_directions: NonNegativeInt = 6
     num_shared: NonNegativeInt = 3
     num_images: NonNegativeInt = 8
-    num_thumbnails: NonNegativeInt = 64
+    num_thumbnails: NonNegativeInt = 256
     class_names: Sequence[str] | None = None
     to_image: Callable[[Any], Tensor] | None = None
 

@@ -33,7 +33,7 @@ def diagnose(
     num_directions: int = 6,
     num_shared: int = 3,
     num_images: int = 8,
-    num_thumbnails: int = 64,
+    num_thumbnails: int = 256,
     functional: bool = True,
     labels: str | Callable[[Any], Any] | None = AUTO_LABELS,
     output: Callable[[Any], Tensor] | None = None,
@@ -79,7 +79,7 @@ def diagnose(
         num_directions: Number of directions of each residual.
         num_shared: Number of directions of each explained part.
         num_images: Number of images of each ranking.
-        num_thumbnails: Maximum number of pictures in the result.
+        num_thumbnails: Maximum number of pictures in the result; an image beyond it is a heat map alone on the page.
         functional: Measure the functional shares of the pairs, and the effect of each direction on the network's
             output. The layers behind the examined one run once per direction and batch.
         labels: Labels of the images, for the results by class and for top-1: the key of batches that are mappings, or a
