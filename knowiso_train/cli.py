@@ -1,8 +1,9 @@
-"""Command line `knowiso`: measure two networks, list the layers of a network, show a saved report.
+"""Command line `knowiso`: measure two networks, compare stages, list the layers of a network, show a saved report.
 
 knowiso layers resnet18
 knowiso measure --source resnet18 --target resnet50 --layers layer3 layer4 --dataset hfds/cifar100 --directions both
 --plot report.png
+knowiso compare --model resnet18 --checkpoints output/run --layers "layer*" --dataset hfds/cifar100 --html compare.html
 accelerate launch -m knowiso_train.cli measure ...
 knowiso report report.json --html report.html --csv report.csv --plot report.png
 """
@@ -14,14 +15,17 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowiso_train import __version__
-from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError, OptionError
+from knowiso_train.errors import DataError, FormatError, KnowisoError, MissingDependencyError, OptionError
+from knowiso_train.experiment import compare_command
 from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
+    from knowiso_train.diagnosis.comparison import StageComparison
     from knowiso_train.features.summary import LayerSummary
     from knowiso_train.measurement import Report
 
@@ -60,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
     _measure_options(
         commands.add_parser(
             "measure", help="measure two timm networks on any images that timm reads", description=measure.__doc__
+        )
+    )
+    _compare_options(
+        commands.add_parser(
+            "compare",
+            help="compare descendants of a network, or checkpoints of a training, with a reference",
+            description=compare.__doc__,
         )
     )
     _layers_options(
@@ -138,6 +149,16 @@ def measure(args: argparse.Namespace) -> None:
         processes.close()
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Compare stages with a reference: what of its features each of them keeps, loses and gains, layer by layer."""
+    _check_outputs(args)
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning if os.environ.get("RANK", "0") == "0" else _ignore_warning
+        comparison = compare_command.compare(args, layer_pairs(args.layers))
+    if comparison is not None:
+        _write_report(comparison, args)
+
+
 def layers(args: argparse.Namespace) -> None:
     """List the layers of a timm network with their output shapes: names for --layers."""
     import torch
@@ -171,12 +192,15 @@ def layers(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Show a saved report of `knowiso measure --json` or Report.to_json."""
+    """Show a saved report of `knowiso measure --json`, `knowiso compare --json` or the method to_json."""
     _check_outputs(args)
+    from knowiso_train.diagnosis.comparison import StageComparison
     from knowiso_train.measurement import Report
 
-    report = Report.from_json(Path(args.report))
-    _write_report(report, args)
+    path, report = Path(args.report), None
+    with suppress(FormatError):
+        report = StageComparison.from_json(path)
+    _write_report(report or Report.from_json(path), args)
 
 
 def layer_pairs(layers: Sequence[str]) -> list[str] | list[tuple[str, str]]:
@@ -235,7 +259,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise DataError(f"the folder of {path} cannot be created: {error}") from error
 
 
-def _write_report(report: Report, args: argparse.Namespace) -> None:
+def _write_report(report: Report | StageComparison, args: argparse.Namespace) -> None:
     """Print a report and write it to the files that the options name."""
     print(report)
     writers: dict[str, Callable[[Path], object]] = {
@@ -274,6 +298,13 @@ def _measure_options(options: argparse.ArgumentParser) -> None:
     _method_options(options)
     _running_options(options)
     options.set_defaults(run=measure)
+
+
+def _compare_options(options: argparse.ArgumentParser) -> None:
+    compare_command.add_options(options)
+    _image_options(options)
+    _running_options(options)
+    options.set_defaults(run=compare)
 
 
 def _network_options(options: argparse.ArgumentParser) -> None:

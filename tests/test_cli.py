@@ -17,7 +17,9 @@ from PIL import Image
 
 from knowiso_train import Report
 from knowiso_train.cli import SIMILARITIES, layer_pairs, main, parser
+from knowiso_train.diagnosis.comparison import StageComparison
 from knowiso_train.errors import OptionError
+from knowiso_train.loading import load_model
 from knowiso_train.measurement.similarity import SIMILARITY_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,3 +261,58 @@ def test_accelerate_launch_measures_the_same_in_two_processes(pictures: Path, tm
     assert two["images"] == one["images"]
     assert two["pairs"][0]["unexplained"] == pytest.approx(one["pairs"][0]["unexplained"], abs=1e-6)
     assert done.stdout.count("explained from") == 1  # the main process alone prints
+
+
+def compare_options(pictures: Path, *words: str) -> list[str]:
+    options = ["--dataset", str(pictures), "--image-size", "32", "--input-size", "image", "--layers", "layer1"]
+    return ["compare", "--no-progress", "--workers", "0", "--device", "cpu", "--no-pretrained", *options, *words]
+
+
+# Random networks have channels without variance
+@pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")
+def test_compare_checkpoints_with_the_last_and_show_them_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    networks = [load_model("test_resnet", pretrained=False) for _ in range(2)]
+    for epoch, network in zip((1, 2, 10), [*networks, networks[1]], strict=True):
+        torch.save(network.state_dict(), tmp_path / f"epoch-{epoch}.pth")
+    files = {name: str(tmp_path / f"out.{name}") for name in ("json", "html", "csv")}
+    outputs = [word for name, file in files.items() for word in (f"--{name}", file)]
+    words = ["--model", "test_resnet", "--checkpoints", str(tmp_path), "--path", str(tmp_path / "stages"), *outputs]
+    assert main(compare_options(pictures, *words)) == 0
+    printed = capsys.readouterr().out
+    comparison = StageComparison.from_json(Path(files["json"]))
+    assert comparison.reference == "epoch-10"
+    assert [stage.step for stage in comparison] == [1, 2]
+    first, second = comparison.curve("layer1")
+    assert first > 0.05 > 0.001 > second
+    assert len(list((tmp_path / "stages").glob("*.json"))) == 2
+    assert main(["report", files["json"]]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")
+def test_compare_weight_files_and_networks_with_a_reference(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.pth"
+    torch.save(load_model("test_resnet", pretrained=False).state_dict(), file)
+    words = [
+        "--reference",
+        "test_resnet",
+        "--reference-checkpoint",
+        str(file),
+        "--no-functional",
+        "--max-images",
+        "100",
+    ]
+    stages = [f"same={file}", "test_resnet"]
+    assert main(compare_options(pictures, *words, "--stages", *stages, "--json", str(tmp_path / "a.json"))) == 0
+    comparison = StageComparison.from_json(tmp_path / "a.json")
+    assert comparison.names == ("same", "test_resnet")
+    assert comparison["same"]["layer1"].lost < 0.001 < 0.05 < comparison["test_resnet"]["layer1"].lost
+    capsys.readouterr()
+    assert main(compare_options(pictures, "--stages", str(file))) == 2
+    assert "need --model" in capsys.readouterr().err
+    assert main(compare_options(pictures, *words, "--stages", "a=test_resnet", "a=test_resnet")) == 2
+    assert "two stages are named 'a'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -70,7 +71,8 @@ def test_a_forgotten_class_is_found_with_its_effect_on_the_output() -> None:
     # Indicators of classes 1 and 3 leave 2 and 0 apart from each other by half: variance 1/8 of 9/16
     assert stage["second"].lost == pytest.approx(2 / 9, abs=0.03)
     assert stage["first"].lost == pytest.approx(0, abs=1e-4)
-    assert stage.output is not None and stage.output.top1 is not None
+    assert stage.output is not None
+    assert stage.output.top1 is not None
     for agreement in (stage.output.agreement, stage["second"].figure("agreement"), stage.output.top1):
         assert agreement == pytest.approx(0.75, abs=0.05)
     assert stage["first"].figure("agreement") == 1
@@ -190,8 +192,13 @@ def test_files_of_other_settings_or_networks_are_refused(tmp_path: Path) -> None
         run(orthogonal_network(2), stages, gaussian_images())
     with pytest.raises(OptionError, match="first_batch is"):
         run(reference, stages, gaussian_images(seed=1))
-    with pytest.raises(OptionError, match="another network"):
+    with pytest.raises(OptionError, match="network is"):
         run(reference, {"a": orthogonal_network(3)}, gaussian_images())
+    with pytest.raises(OptionError, match=r"layers is \['first'\], was 'second'"):
+        run(reference, stages, gaussian_images(), layers=["first"])
+    with pytest.raises(OptionError, match="stage_transform is"):
+        run(reference, stages, gaussian_images(), stage_transform={"a": nn.Identity()})
+    assert run(reference, stages | {"b": reference}, gaussian_images(), stage_transform={"b": nn.Identity()})
     with pytest.raises(OptionError, match="must be a folder"):
         run(reference, stages, gaussian_images(), path=next(tmp_path.iterdir()))
 
@@ -216,7 +223,8 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     try:
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("*.json"))) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         os.kill(process.pid, signal.SIGKILL)
@@ -232,7 +240,8 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     names = [str(seed) for seed in range(len(finished) + 1)]
     stages = {name: partial(make, int(name)) for name in names}
     resumed = compare(orthogonal_network(), stages, gaussian_images(), "second", path=tmp_path, bootstrap=20)
-    assert finished == set(names[:-1]) and made == names[-1:]
+    assert finished == set(names[:-1])
+    assert made == names[-1:]
     fresh = compare(orthogonal_network(), stages, gaussian_images(), "second", bootstrap=20)
     assert [stage.layers for stage in resumed] == [stage.layers for stage in fresh]
     assert [stage.output for stage in resumed] == [stage.output for stage in fresh]
@@ -247,7 +256,7 @@ def test_bad_input_is_named() -> None:
         compare(reference, [("a", network), ("a", network)], loader, "second")
     with pytest.raises(InputTypeError, match=r"\(name, network\)"):
         compare(reference, [network], loader, LAYERS)
-    with pytest.raises(InputTypeError, match="stage 'a'.*got int"):
+    with pytest.raises(InputTypeError, match=r"stage 'a'.*got int"):
         compare(reference, [("a", 3)], loader, LAYERS)
     with pytest.raises(OptionError, match="no option directions, colour"):
         compare(reference, {"a": network}, loader, LAYERS, directions="both", colour=1)
@@ -266,7 +275,9 @@ def test_layers_may_differ_between_stages() -> None:
     assert comparison.curve("second") == pytest.approx([0, 0], abs=1e-4)
     with pytest.raises(LayerNameError, match="compared: second"):
         comparison["a"]["first"]
-    assert str(comparison) and comparison.to_html() and comparison.plot()
+    assert str(comparison)
+    assert comparison.to_html()
+    assert comparison.plot()
 
 
 def made_up() -> StageComparison:
@@ -282,14 +293,20 @@ def test_results_are_printed_written_and_read(tmp_path: Path) -> None:
     assert StageComparison.from_json(comparison.to_json(tmp_path / "a.json")) == comparison
     text = str(comparison)
     assert ["stage", "2", "20", "90.0", "%", "0.2", "conv.<b>"] in [line.split() for line in text.splitlines()]
-    assert "93.7 %" in text and "! stage 0, conv.<b>: rough" in text
+    assert "93.7 %" in text
+    assert "! stage 0, conv.<b>: rough" in text
     assert "order 1" in str(comparison["stage 0"])
     header, *rows = comparison.to_csv(tmp_path / "a.csv").splitlines()
     values = dict(zip(header.split(","), rows[1].split(","), strict=True))
-    assert values["stage"] == "stage 1" and values["step"] == "10" and float(values["lost"]) == pytest.approx(0.15)
-    assert values["stage_output_agreement"] == "0.9" and values["lost_functional_1_top1"] == "0.92"
+    assert values["stage"] == "stage 1"
+    assert values["step"] == "10"
+    assert float(values["lost"]) == pytest.approx(0.15)
+    assert values["stage_output_agreement"] == "0.9"
+    assert values["lost_functional_1_top1"] == "0.92"
     page = comparison.to_html(tmp_path / "a.html")
-    assert "<b>" not in page and "Layer conv.&lt;b&gt;" in page and "gained" in page.lower()
+    assert "<b>" not in page
+    assert "Layer conv.&lt;b&gt;" in page
+    assert "gained" in page.lower()
     comparison.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
     with pytest.raises(OptionError, match="figure must be one of"):
@@ -309,6 +326,4 @@ def test_a_trajectory_emerges_step_by_step(tmp_path: Path) -> None:
     kept = [1 / (1 + scale**2) for scale in scales]
     for layer in LAYERS:
         assert comparison.curve(layer, "kept") == pytest.approx(kept, abs=0.03)
-        assert comparison.emerged(layer) == pytest.approx(
-            [b - a for a, b in zip(kept, kept[1:], strict=False)], abs=0.03
-        )
+        assert comparison.emerged(layer) == pytest.approx([b - a for a, b in itertools.pairwise(kept)], abs=0.03)

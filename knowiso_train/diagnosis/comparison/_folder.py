@@ -25,7 +25,7 @@ class _StageFile(SavedReport):
 
     result: StageResult
     settings: dict[str, Any]
-    digest: str | None
+    stage: dict[str, Any]
 
 
 class StageFolder:
@@ -33,7 +33,7 @@ class StageFolder:
 
     Args:
         path: Folder; created with the first file.
-        settings: Everything that determines the figures, but the stage itself.
+        settings: Everything that determines the figures of all stages.
         writes: Write files. False for all processes of a group but the first.
 
     Raises:
@@ -50,41 +50,40 @@ class StageFolder:
         self._files: dict[str, _StageFile] = {}
         for file in sorted(self.path.glob("*.json")):
             saved = _StageFile.from_json(file)
-            self._check_settings(file, saved.settings)
+            _check_equal(file, saved.settings, self.settings)
             self._files[saved.result.name] = saved
 
-    def read(self, name: str, digest: str | None) -> StageResult | None:
+    def read(self, name: str, stage: Mapping[str, Any]) -> StageResult | None:
         """Return the result of a stage, or None if it is not finished.
 
         Args:
-            name: Stage.
-            digest: Digest of its network. None: unknown, so that the name alone decides.
+            name: Name of the stage.
+            stage: Everything that determines the figures of this stage alone.
 
         Raises:
-            OptionError: A result of another network under this name.
+            OptionError: A result of another stage of this name.
         """
         saved = self._files.get(name)
         if saved is None:
             return None
-        if saved.digest != digest:
-            raise OptionError(
-                f"{self._file(name)} holds stage {name!r} of another network; remove the file, or choose another path="
-            )
+        _check_equal(self._file(name), saved.stage, parse_json(dump_json(stage)))
         return saved.result
 
-    def write(self, result: StageResult, digest: str | None) -> None:
-        """Write the result of a stage."""
+    def write(self, result: StageResult, stage: Mapping[str, Any]) -> None:
+        """Write the result of a stage; see `read`."""
         if self.writes:
-            _StageFile(result, self.settings, digest).to_json(self._file(result.name))
+            _StageFile(result, self.settings, dict(stage)).to_json(self._file(result.name))
 
     def _file(self, name: str) -> Path:
         # Names may hold characters that file names cannot; the digest keeps such names apart
         plain = re.sub(r"[^\w.=+-]+", "_", name)[:MAX_FILE_NAME_CHARACTERS]
         return self.path / f"{plain}-{hexadecimal_digest([name.encode()])[:8]}.json"
 
-    def _check_settings(self, file: Path, saved: Mapping[str, Any]) -> None:
-        settings = self.settings
-        names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
-        if names:
-            changes = "; ".join(f"{name} is {settings.get(name)!r}, was {saved.get(name)!r}" for name in names)
-            raise OptionError(f"{file} was measured with other settings ({changes}). Choose another path=")
+
+def _check_equal(file: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    names = [name for name in {**saved, **present} if saved.get(name) != present.get(name)]
+    if names:
+        changes = "; ".join(f"{name} is {present.get(name)!r}, was {saved.get(name)!r}" for name in names)
+        raise OptionError(
+            f"{file} was measured with other settings ({changes}). Remove the file, or choose another path="
+        )

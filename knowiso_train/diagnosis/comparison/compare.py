@@ -55,7 +55,7 @@ def compare_stages(
     functional: bool = True,
     labels: str | Callable[[Any], Any] | None = AUTO_LABELS,
     reference_transform: Transform | None = None,
-    stage_transform: Transform | None = None,
+    stage_transform: Transform | Mapping[str, Transform] | None = None,
     reference_name: str | None = None,
     path: str | Path | None = None,
     cache_gib: NonNegativeFloat = 2.0,
@@ -79,7 +79,7 @@ def compare_stages(
         functional: Also measure the outputs with each part in place of the feature, and the stages' own outputs.
         labels: Labels for top-1, as for `measure`.
         reference_transform: Transform of the images for the reference. None: no transform.
-        stage_transform: Transform of the images for the stages. None: no transform.
+        stage_transform: Transform of the images for all stages, or for some by name. None: no transform.
         reference_name: Name of the reference in the results. None: its architecture or class.
         path: Folder for one file per finished stage. A later call with the same settings goes on where this one ended.
             A stage that is given as a function is then known by its name alone. None: no files.
@@ -114,11 +114,12 @@ def compare_stages(
             "functional": functional,
             "labels": labels,
             "source_transform": reference_transform,
-            "target_transform": stage_transform,
         },
         options,
     )
-    run = _ComparisonRun(reference, loader, layers, config, cache_gib=cache_gib, name=reference_name, path=path)
+    run = _ComparisonRun(
+        reference, loader, layers, config, stage_transform, cache_gib=cache_gib, name=reference_name, path=path
+    )
     return run.compare(stages, progress=progress)
 
 
@@ -131,6 +132,7 @@ class _ComparisonRun:
         loader: Iterable[Any],
         layers: Layers | Mapping[str, Layers],
         config: MeasureConfig,
+        stage_transform: Transform | Mapping[str, Transform] | None,
         *,
         cache_gib: float,
         name: str | None,
@@ -138,6 +140,7 @@ class _ComparisonRun:
     ) -> None:
         self.start = time.perf_counter()
         self.reference, self.layers, self.config = reference, layers, config
+        self.stage_transform = stage_transform
         self.name = name or network_name(reference)
         self.images = SplitImageLoader(loader, config.split, config.seed, config.max_images)
         self.group = self.images.group
@@ -155,7 +158,7 @@ class _ComparisonRun:
             # Rank 0 alone writes, and its files decide for all processes
             settings = (
                 self.settings
-                | _further_settings(config, layers)
+                | _further_settings(config)
                 | {
                     "reference": network_digest(reference),
                     "images": self.images.expected,
@@ -196,13 +199,14 @@ class _ComparisonRun:
         """Return the result of a stage that an earlier call finished."""
         if self.folder is None:
             return None
-        result = self.folder.read(entry.name, entry.digest())
+        result = self.folder.read(entry.name, self._key(entry))
         first: StageResult | None = self.group.gather(result)[0]
         return first
 
     def _measure(self, entry: _Entry) -> StageResult:
         network = entry.build()
-        config = replace(self.config, names=(self.name, entry.name))
+        transform = self._transform(entry.name)
+        config = replace(self.config, names=(self.name, entry.name), target_transform=transform)
         pairs = self._layers_of(entry.name)
         report = run_measurement(self.reference, network, self.images, pairs, config, self.shared)
         result = StageResult(
@@ -214,8 +218,21 @@ class _ComparisonRun:
             seconds=report.seconds,
         )
         if self.folder is not None:
-            self.folder.write(result, entry.digest())
+            self.folder.write(result, self._key(entry))
         return result
+
+    def _key(self, entry: _Entry) -> dict[str, Any]:
+        """Return everything that determines the figures of a stage alone."""
+        transform = self._transform(entry.name)
+        return {
+            "network": entry.digest(),
+            "layers": self._layers_of(entry.name),
+            "stage_transform": None if transform is None else _function_name(transform),
+        }
+
+    def _transform(self, name: str) -> Transform | None:
+        transform = self.stage_transform
+        return transform.get(name) if isinstance(transform, Mapping) else transform
 
     def _layers_of(self, name: str) -> Layers:
         layers: Any = self.layers
@@ -324,12 +341,11 @@ def _config(settings: Mapping[str, Any], options: Mapping[str, Any]) -> MeasureC
     return MeasureConfig(directions="both", progress=False, **({"noise_floor": False} | dict(settings) | dict(options)))
 
 
-def _further_settings(config: MeasureConfig, layers: Any) -> dict[str, Any]:
-    """Return options that determine the figures, with functions by their names."""
+def _further_settings(config: MeasureConfig) -> dict[str, Any]:
+    """Return options that determine the figures beside those of the report, with functions by their names."""
     values = {name: getattr(config, name) for name in FURTHER_SETTINGS}
-    values |= {"reference_transform": config.source_transform, "stage_transform": config.target_transform}
-    plain = {name: _function_name(value) if callable(value) else value for name, value in values.items()}
-    return plain | {"layers": layers}
+    values["reference_transform"] = config.source_transform
+    return {name: _function_name(value) if callable(value) else value for name, value in values.items()}
 
 
 def _function_name(function: Any) -> str:

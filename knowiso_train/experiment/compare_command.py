@@ -1,0 +1,186 @@
+"""Command `knowiso compare`: descendants of a network, or checkpoints of a training, beside a reference."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knowiso_train.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from knowiso_train.diagnosis.comparison import CheckpointStage, StageComparison
+    from knowiso_train.measurement.measure import Layers
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of networks and method to the parser of the command."""
+    networks = options.add_argument_group("networks")
+    networks.add_argument(
+        "--reference", metavar="MODEL", help="timm network to compare with (default: the last of --checkpoints)"
+    )
+    networks.add_argument(
+        "--reference-checkpoint", metavar="FILE", help="weights of the reference (default: timm's published ones)"
+    )
+    stages = networks.add_mutually_exclusive_group(required=True)
+    stages.add_argument(
+        "--stages",
+        nargs="+",
+        metavar="STAGE",
+        help="[NAME=]FILE with weights of --model, or [NAME=]MODEL of timm",
+    )
+    stages.add_argument(
+        "--checkpoints", metavar="FOLDER", help="checkpoints of one training of --model, or a glob of files or folders"
+    )
+    networks.add_argument("--model", metavar="MODEL", help="timm network of the weights (default: that of --reference)")
+    networks.add_argument(
+        "--classes", type=int, metavar="N", help="width of all classifiers (default: the networks' own)"
+    )
+    networks.add_argument(
+        "--checkpoints-in-order", action="store_true", help="map tensors in order where only the names differ"
+    )
+    networks.add_argument(
+        "--no-pretrained", dest="pretrained", action="store_false", help="random weights in place of timm's"
+    )
+    networks.add_argument(
+        "--layers", required=True, nargs="+", metavar="LAYER", help="names or globs, or reference=stage pairs"
+    )
+    method = options.add_argument_group("method")
+    method.add_argument(
+        "--order", type=int, default=0, metavar="K", help="highest number of non-linear steps (default: %(default)s)"
+    )
+    method.add_argument("--kernel-size", type=int, metavar="N", help="neighborhood of the maps, 1 or 3 (default: 1)")
+    method.add_argument(
+        "--no-functional",
+        dest="functional",
+        action="store_false",
+        help="do not compare outputs with parts of a feature in its place",
+    )
+    method.add_argument(
+        "--labels", action="store_true", help="top-1 of the outputs, for labels that are the networks' classes"
+    )
+    method.add_argument("--seed", type=int, default=0, help="seed of split and random weights (default: %(default)s)")
+    method.add_argument(
+        "--path", type=Path, metavar="FOLDER", help="one file per finished stage, so that the command can be resumed"
+    )
+
+
+def compare(args: argparse.Namespace, layers: Layers) -> StageComparison | None:
+    """Compare stages with a reference, layer by layer: what each keeps, loses and gains.
+
+    Stages are weight files of one network, other networks of timm, or the checkpoints of a training.
+
+    Args:
+        args: Values of the options.
+        layers: Layers to compare.
+
+    Returns:
+        The comparison in the main process, None in the others.
+
+    Raises:
+        OptionError: Options that do not fit each other.
+    """
+    import torch
+
+    import knowiso_train as ki
+    from knowiso_train.experiment.processes import Processes
+    from knowiso_train.loading.datasets import image_loader
+    from knowiso_train.loading.timm import input_transform
+
+    processes = Processes(args.device)
+    try:
+        torch.manual_seed(args.seed)
+        stages: dict[str, partial[nn.Module] | CheckpointStage] = _stages(args)
+        reference, name = _reference(args, stages)
+        loader = image_loader(
+            args.dataset,
+            split=args.split,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            root=args.data_dir,
+            download=args.download,
+            pin_memory=processes.device.type == "cuda",
+        )
+        comparison = ki.compare_stages(
+            reference,
+            [stage if not isinstance(stage, partial) else (name, stage) for name, stage in stages.items()],
+            loader,
+            layers,
+            order=args.order,
+            kernel_size=args.kernel_size,
+            functional=args.functional,
+            labels="auto" if args.labels else None,
+            seed=args.seed,
+            max_images=args.max_images,
+            reference_transform=input_transform(reference, size=args.input_size),
+            stage_transform={name: _transform(args, stage) for name, stage in stages.items()},
+            reference_name=name,
+            path=args.path,
+            device=processes.device,
+            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.autocast),
+            progress=args.progress and processes.is_main,
+        )
+        return comparison if processes.is_main else None
+    finally:
+        processes.close()
+
+
+def _load(args: argparse.Namespace, spec: str, **options: Any) -> nn.Module:
+    from knowiso_train.loading.timm import load_model
+
+    options = {"pretrained": args.pretrained} | options
+    return load_model(spec, num_classes=args.classes, in_order=args.checkpoints_in_order, **options)
+
+
+def _model(args: argparse.Namespace) -> str:
+    """Return the timm network of the weight files."""
+    model = args.model or args.reference
+    if model is None:
+        raise OptionError("weight files need --model, the timm network that they belong to")
+    return str(model)
+
+
+def _stages(args: argparse.Namespace) -> dict[str, Any]:
+    """Return functions that load the stages, by name."""
+    from knowiso_train.diagnosis.comparison import checkpoint_stages
+
+    if args.checkpoints is not None:
+        make = partial(_load, args, _model(args), pretrained=False)
+        found = checkpoint_stages(args.checkpoints, make, in_order=args.checkpoints_in_order)
+        return {stage.name: stage for stage in found}
+    stages = {}
+    for item in args.stages:
+        given, equals, value = item.partition("=")
+        value = value if equals else item
+        is_file = Path(value).exists()
+        name = given if equals else Path(value).stem if is_file else value
+        if name in stages:
+            raise OptionError(f"two stages are named {name!r}; give names as NAME=FILE")
+        stages[name] = partial(_load, args, _model(args), checkpoint=value) if is_file else partial(_load, args, value)
+    return stages
+
+
+def _reference(args: argparse.Namespace, stages: dict[str, Any]) -> tuple[nn.Module, str]:
+    """Return the reference and its name; the last checkpoint is removed from the stages if it is the reference."""
+    if args.reference is not None:
+        file = args.reference_checkpoint
+        name = f"{args.reference} ({Path(file).stem})" if file else args.reference
+        return _load(args, args.reference, checkpoint=file), name
+    if args.checkpoints is None or len(stages) < 2:
+        raise OptionError(
+            "expected --reference MODEL, or at least two --checkpoints, the last of which is the reference"
+        )
+    name, last = stages.popitem()
+    return last(), name
+
+
+def _transform(args: argparse.Namespace, stage: partial[nn.Module] | CheckpointStage) -> Any:
+    """Return the transform of the images for a stage, from the configuration of its network alone."""
+    from knowiso_train.loading.timm import input_transform
+
+    spec = stage.args[1] if isinstance(stage, partial) else _model(args)
+    return input_transform(_load(args, spec, pretrained=False), size=args.input_size)
