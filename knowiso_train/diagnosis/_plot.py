@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PANEL_HEIGHT_INCHES, HEADER_HEIGHT_INCHES = 2.1, 0.6
 PLOT_CLASSES = 12
-HEAT_COLORS = "magma"
+COLOR_MAP = "magma"
 FIGURE_TITLES = {
     "unexplained": "unexplained share (%)",
     "agreement": "agreement of the explained part (%)",
@@ -64,7 +64,7 @@ def _draw_channels(axes: Axes, layer: LayerDiagnosis) -> None:
 
 
 def _draw_positions(figure: Figure, axes: Axes, layer: LayerDiagnosis) -> None:
-    image = axes.imshow(layer.positions, cmap=HEAT_COLORS, vmin=0)
+    image = axes.imshow(layer.positions, cmap=COLOR_MAP, vmin=0)
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=7, length=2, colors=MUTED_COLOR)
     axes.set_title("residual energy", fontsize=8.5, color=TEXT_COLOR)
@@ -107,7 +107,7 @@ def plot_stability(
     values = [value for matrix in matrices for row in matrix for value in row if not math.isnan(value)]
     largest = max(values, default=1.0)
     for axes, layer, matrix in zip(panels, report.layers, matrices, strict=True):
-        axes.imshow(matrix, cmap=HEAT_COLORS, vmin=0, vmax=1 if is_share else largest)
+        axes.imshow(matrix, cmap=COLOR_MAP, vmin=0, vmax=1 if is_share else largest)
         for i, row in enumerate(matrix):
             for j, value in enumerate(row):
                 if not math.isnan(value):

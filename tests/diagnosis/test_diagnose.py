@@ -22,6 +22,9 @@ from knowiso_train.diagnosis import Diagnosis, LayerDiagnosis
 from knowiso_train.errors import DataError, FormatError, LayerNameError, OptionError, ShapeError
 from knowiso_train.measurement.data import SplitImageLoader
 
+# Erased channels have no variance, of which the measurement warns
+pytestmark = pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")
+
 CHANNELS, CLASSES, GRID, COUNT = 8, 4, 6, 300
 
 
