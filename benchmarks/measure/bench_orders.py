@@ -69,17 +69,16 @@ def load_features(name: str) -> tuple[Tensor, Tensor]:
 def wide_features(count: int) -> tuple[Tensor, Tensor]:
     """Compute a layer of 672 channels of two EfficientNet-Lite on photographs of ImageNet."""
     from PIL import Image
-    from torchvision.transforms import v2
+    from torchvision import transforms
 
     files = sorted((DATA / "imagenet1k_sample").glob("*.jpg"))
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    transform = v2.Compose(
+    transform = transforms.Compose(
         [
-            v2.PILToTensor(),
-            v2.Resize(PHOTOGRAPH_SIDE),
-            v2.CenterCrop(PHOTOGRAPH_SIDE),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
+            transforms.Resize(PHOTOGRAPH_SIDE),
+            transforms.CenterCrop(PHOTOGRAPH_SIDE),
+            transforms.ToTensor(),
+            transforms.Normalize(0.5, 0.5),
         ]
     )
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
