@@ -65,7 +65,7 @@ def test_measure_prints_and_writes(pictures: Path, tmp_path: Path, capsys: pytes
         target="test_efficientnet",
         layers="layer1=blocks.1 layer2.0.conv1=blocks.2",
         directions="both",
-        similarity="cka pooled_r2",
+        similarity="cka pooled_cka",
         at="output",
         **{k: str(v) for k, v in files.items()},
     )
@@ -80,7 +80,7 @@ def test_measure_prints_and_writes(pictures: Path, tmp_path: Path, capsys: pytes
         ("layer1", "blocks.1"), ("layer2.0.conv1", "blocks.2"), ("blocks.1", "layer1"), ("blocks.2", "layer2.0.conv1")
     ]  # fmt: skip
     assert sum(report.images.values()) == COUNT
-    assert all(list(pair.similarity) == ["cka", "pooled_r2"] for pair in report)
+    assert all(list(pair.similarity) == ["cka", "pooled_cka"] for pair in report)
     assert all(abs(sum(pair.shares) + pair.unexplained - 1) < 1e-9 for pair in report)
     with Image.open(files["plot"]) as image:
         assert image.format == "PNG"
