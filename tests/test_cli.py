@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from knowiso_train import Report
-from knowiso_train.cli import SIMILARITIES, layer_pairs, main, parser
+from knowiso_train.cli import main, parser
+from knowiso_train.cli._measure import SIMILARITIES
+from knowiso_train.cli._options import layer_pairs
 from knowiso_train.diagnosis.comparison import StageComparison
 from knowiso_train.errors import OptionError
 from knowiso_train.loading import load_model

@@ -346,6 +346,22 @@ def labeled_images(
     return train, val, classes or len(known)
 
 
+def class_names(dataset: Any) -> tuple[str, ...]:
+    """Return the name of each class of a dataset, in the order of the labels; empty if the dataset does not list them.
+
+    Args:
+        dataset: Dataset of `image_loader` or `labeled_images`.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class_names(SimpleNamespace(class_to_idx={"dog": 1, "cat": 0}))
+        ('cat', 'dog')
+    """
+    indices = _class_indices(dataset)
+    names = sorted(indices, key=indices.__getitem__)
+    return tuple(names) if [indices[name] for name in names] == list(range(len(names))) else ()
+
+
 def _class_indices(images: Any) -> dict[str, int]:
     """Return the label of each class; empty if the dataset does not list them."""
     inner = getattr(images, "dataset", images)

@@ -7,17 +7,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knowiso_train.cli._options import (
+    add_image_options,
+    add_method_options,
+    add_network_options,
+    add_running_options,
+    autocast_dtype,
+    layer_pairs,
+    load_images,
+    printed_warnings,
+)
+from knowiso_train.cli._output import check_outputs, write_report
 from knowiso_train.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from knowiso_train.diagnosis.comparison import CheckpointStage, StageComparison
-    from knowiso_train.measurement.measure import Layers
+    from knowiso_train.diagnosis.comparison import CheckpointStage
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
-    """Add the options of networks and method to the parser of the command."""
+    """Add the options of the command."""
     networks = options.add_argument_group("networks")
     networks.add_argument(
         "--reference", metavar="MODEL", help="timm network to compare with (default: the last of --checkpoints)"
@@ -30,64 +40,52 @@ def add_options(options: argparse.ArgumentParser) -> None:
         "--stages",
         nargs="+",
         metavar="STAGE",
-        help="[NAME=]FILE with weights of --model, or [NAME=]MODEL of timm",
+        help="[NAME=]FILE with weights of --model, or [NAME=]MODEL of timm (default: --checkpoints)",
     )
     stages.add_argument(
-        "--checkpoints", metavar="FOLDER", help="checkpoints of one training of --model, or a glob of files or folders"
+        "--checkpoints",
+        metavar="FOLDER",
+        help="checkpoints of one training of --model, or a glob of files or folders (default: --stages)",
     )
     networks.add_argument("--model", metavar="MODEL", help="timm network of the weights (default: that of --reference)")
     networks.add_argument(
         "--classes", type=int, metavar="N", help="width of all classifiers (default: the networks' own)"
     )
     networks.add_argument(
-        "--checkpoints-in-order", action="store_true", help="map tensors in order where only the names differ"
-    )
-    networks.add_argument(
-        "--no-pretrained", dest="pretrained", action="store_false", help="random weights in place of timm's"
-    )
-    networks.add_argument(
         "--layers", required=True, nargs="+", metavar="LAYER", help="names or globs, or reference=stage pairs"
     )
+    add_network_options(networks)
+    add_image_options(options)
     method = options.add_argument_group("method")
-    method.add_argument(
-        "--order", type=int, default=0, metavar="K", help="highest number of non-linear steps (default: %(default)s)"
-    )
+    add_method_options(method, order=0)
     method.add_argument("--kernel-size", type=int, metavar="N", help="neighborhood of the maps, 1 or 3 (default: 1)")
     method.add_argument(
         "--no-functional",
         dest="functional",
         action="store_false",
-        help="do not compare outputs with parts of a feature in its place",
+        help="do not compare outputs with parts of a feature in its place (default: compared)",
     )
     method.add_argument(
-        "--labels", action="store_true", help="top-1 of the outputs, for labels that are the networks' classes"
+        "--labels",
+        action="store_true",
+        help="top-1 of the outputs, for labels that are the networks' classes (default: no top-1)",
     )
-    method.add_argument("--seed", type=int, default=0, help="seed of split and random weights (default: %(default)s)")
     method.add_argument(
-        "--path", type=Path, metavar="FOLDER", help="one file per finished stage, so that the command can be resumed"
+        "--path",
+        type=Path,
+        metavar="FOLDER",
+        help="one file per finished stage, so that the command can be resumed (default: none)",
     )
+    add_running_options(options)
 
 
-def compare(args: argparse.Namespace, layers: Layers) -> StageComparison | None:
-    """Compare stages with a reference, layer by layer: what each keeps, loses and gains.
-
-    Stages are weight files of one network, other networks of timm, or the checkpoints of a training.
-
-    Args:
-        args: Values of the options.
-        layers: Layers to compare.
-
-    Returns:
-        The comparison in the main process, None in the others.
-
-    Raises:
-        OptionError: Options that do not fit each other.
-    """
+def run(args: argparse.Namespace) -> None:
+    """Compare stages with a reference: what of its features each of them keeps, loses and gains, layer by layer."""
+    check_outputs(args)
     import torch
 
     import knowiso_train as ki
     from knowiso_train.experiment.processes import Processes
-    from knowiso_train.loading.datasets import image_loader
     from knowiso_train.loading.timm import input_transform
 
     processes = Processes(args.device)
@@ -95,36 +93,28 @@ def compare(args: argparse.Namespace, layers: Layers) -> StageComparison | None:
         torch.manual_seed(args.seed)
         stages: dict[str, partial[nn.Module] | CheckpointStage] = _stages(args)
         reference, name = _reference(args, stages)
-        loader = image_loader(
-            args.dataset,
-            split=args.split,
-            image_size=args.image_size,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            root=args.data_dir,
-            download=args.download,
-            pin_memory=processes.device.type == "cuda",
-        )
-        comparison = ki.compare_stages(
-            reference,
-            [stage if not isinstance(stage, partial) else (name, stage) for name, stage in stages.items()],
-            loader,
-            layers,
-            order=args.order,
-            kernel_size=args.kernel_size,
-            functional=args.functional,
-            labels="auto" if args.labels else None,
-            seed=args.seed,
-            max_images=args.max_images,
-            reference_transform=input_transform(reference, size=args.input_size),
-            stage_transform={name: _transform(args, stage) for name, stage in stages.items()},
-            reference_name=name,
-            path=args.path,
-            device=processes.device,
-            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.autocast),
-            progress=args.progress and processes.is_main,
-        )
-        return comparison if processes.is_main else None
+        with printed_warnings(processes):
+            comparison = ki.compare_stages(
+                reference,
+                [stage if not isinstance(stage, partial) else (name, stage) for name, stage in stages.items()],
+                load_images(args, processes),
+                layer_pairs(args.layers),
+                order=args.order,
+                kernel_size=args.kernel_size,
+                functional=args.functional,
+                labels="auto" if args.labels else None,
+                seed=args.seed,
+                max_images=args.max_images,
+                reference_transform=input_transform(reference, size=args.input_size),
+                stage_transform={name: _transform(args, stage) for name, stage in stages.items()},
+                reference_name=name,
+                path=args.path,
+                device=processes.device,
+                autocast=autocast_dtype(args),
+                progress=args.progress and processes.is_main,
+            )
+        if processes.is_main:
+            write_report(comparison, args)
     finally:
         processes.close()
 

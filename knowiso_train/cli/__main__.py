@@ -1,0 +1,7 @@
+"""Start of the command line by `python -m knowiso_train.cli`."""
+
+import sys
+
+from knowiso_train.cli import main
+
+sys.exit(main())

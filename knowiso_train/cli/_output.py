@@ -1,0 +1,71 @@
+"""Files that the commands write, and the options that name them."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from knowiso_train.errors import DataError, MissingDependencyError, OptionError
+
+WRITERS = {"json": "to_json", "html": "to_html", "csv": "to_csv", "plot": "plot"}
+
+
+def add_file_options(options: argparse._ActionsContainer, *, csv: bool = True) -> None:
+    """Add the options that name files of a report.
+
+    Args:
+        options: Parser or group of options.
+        csv: Add --csv.
+    """
+    options.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page that opens in a browser (default: not written)"
+    )
+    if csv:
+        options.add_argument("--csv", type=Path, metavar="FILE", help="write the figures as CSV (default: not written)")
+    options.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf, .svg (default: not written)"
+    )
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Check that the output files can be written, before a long run.
+
+    Raises:
+        OptionError: A folder, or a picture of another type.
+        DataError: A folder that cannot be created.
+        MissingDependencyError: --plot without matplotlib.
+    """
+    if args.plot is not None:
+        if find_spec("matplotlib") is None:
+            raise MissingDependencyError(
+                '--plot needs matplotlib, which is not installed; pip install "knowiso_train[plots]"'
+            )
+        if args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise OptionError(f"--plot writes .png, .pdf or .svg, got {args.plot.name!r}")
+    for name in WRITERS:
+        path = getattr(args, name, None)
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OptionError(f"expected a file to write, got the folder {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"the folder of {path} cannot be created: {error}") from error
+
+
+def write_report(report: Any, args: argparse.Namespace) -> None:
+    """Print a report and write it to the files that the options name.
+
+    Raises:
+        OptionError: A report of a kind that has no such file.
+    """
+    paths = {name: path for name in WRITERS if (path := getattr(args, name, None)) is not None}
+    for name in paths:
+        if not hasattr(report, WRITERS[name]):
+            raise OptionError(f"--{name} is not available for a {type(report).__name__}; use --html or --plot")
+    print(report)
+    for name, path in paths.items():
+        getattr(report, WRITERS[name])(path)
