@@ -187,6 +187,7 @@ class Extractor:
         return torch.autocast((self.device or get_inputs(batch).device).type, dtype=self._autocast)
 
     def _to_nchw(self, name: str, tensor: Tensor, images: int | None, size: tuple[int, int] | None) -> Tensor:
+        tensor = tensor.dequantize() if tensor.is_quantized else tensor
         if not tensor.is_floating_point():
             raise CaptureError(
                 f"{self.name}: layer {name!r} emitted {tensor.dtype}; a feature must be floating. Tap another layer."

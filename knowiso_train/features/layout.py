@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -76,7 +77,8 @@ class FeatureSpec:
 
         Args:
             feature: (N, C, H, W).
-            like: Tensor of the layer, which gives the dtype, the device, and the prefix and suffix tokens.
+            like: Tensor of the layer, which gives the dtype, the device, and the prefix and suffix tokens. A quantized
+                tensor also gives scale and zero point.
 
         Returns:
             A new tensor of the shape of `like`.
@@ -90,6 +92,9 @@ class FeatureSpec:
             >>> torch.equal(spec.from_nchw(spec.to_nchw(tokens), tokens), tokens)
             True
         """
+        if like.is_quantized:
+            plain = self.from_nchw(feature, like.dequantize())
+            return torch.quantize_per_tensor(plain, like.q_scale(), like.q_zero_point(), like.dtype)
         expected = self.to_nchw(like)
         if feature.shape != expected.shape:
             raise ShapeError(

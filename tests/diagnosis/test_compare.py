@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import json
@@ -10,20 +11,25 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.ao import quantization
+from torch.ao.quantization import DeQuantStub, QuantStub
 
 import knowiso_train as ki
 from knowiso_train.diagnosis.comparison import StageComparison, StageLayer, StageResult, checkpoint_stages
 from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
 from knowiso_train.measurement.data import SplitImageLoader
+from tests.helpers.processes import run_in_processes
 from tests.helpers.reports import functional_pair
 from tests.helpers.stages import (
     class_images,
@@ -278,6 +284,85 @@ def test_layers_may_differ_between_stages() -> None:
     assert str(comparison)
     assert comparison.to_html()
     assert comparison.plot()
+
+
+class _Int8Network(nn.Module):
+    """Network that torch's static quantization converts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+        self.first, self.relu, self.second = nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)
+        self.pool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.relu(self.first(self.quant(x))))
+        output: Tensor = self.dequant(self.fc(self.flatten(self.pool(x))))
+        return output
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_network_of_8_bit_integers_is_a_stage(tmp_path: Path) -> None:
+    reference, loader = _Int8Network().eval(), gaussian_images()
+    coarse = copy.deepcopy(reference)
+    engine = torch.backends.quantized.supported_engines[-1]
+    coarse.qconfig = quantization.get_default_qconfig(engine)  # type: ignore[assignment]
+    with _quantized_engine(engine):
+        quantization.prepare(coarse, inplace=True)
+        coarse(next(iter(loader))[0])
+        quantization.convert(coarse, inplace=True)
+        assert coarse(next(iter(loader))[0]).dtype == torch.float32
+        comparison = compare(reference, {"int8": coarse}, loader, ["first", "second"], path=tmp_path)
+    stage = comparison["int8"]
+    for layer in stage:
+        assert 1e-6 < layer.lost < 0.01
+        assert 1e-6 < layer.gained < 0.01
+        assert layer.of_stage.functional[0].agreement > 0.9
+    assert comparison.loss_start("int8") is None
+    assert stage.output is not None
+    assert stage.output.agreement > 0.9
+
+
+@contextmanager
+def _quantized_engine(engine: str) -> Iterator[None]:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def compare_in_two_processes(rank: int, folder: Path) -> None:
+    comparison = compare_planted(folder / "stages")
+    assert len(list((folder / "stages").glob("*.json"))) == 2
+    comparison.to_json(folder / f"{rank}.json")
+    assert compare_planted(folder / "stages").stages == comparison.stages
+
+
+def compare_planted(path: Path | None = None) -> StageComparison:
+    reference = orthogonal_network()
+    stages = {"pruned": without_channels(reference, "second", 2), "noisy": with_noise(reference, 0.5)}
+    warnings.simplefilter("ignore", ki.KnowisoWarning)
+    return compare(reference, stages, gaussian_images(), LAYERS, path=path)
+
+
+def test_two_processes_compare_as_one(tmp_path: Path) -> None:
+    run_in_processes(compare_in_two_processes, tmp_path)
+    first, second = (StageComparison.from_json(tmp_path / f"{rank}.json") for rank in range(2))
+    assert first.stages == second.stages
+    for stage in compare_planted():
+        assert first[stage.name].images == stage.images
+        output = first[stage.name].output
+        assert output is not None
+        assert stage.output is not None
+        assert output.agreement == stage.output.agreement
+        assert output.kl == pytest.approx(stage.output.kl, rel=1e-4, abs=1e-6)
+        for entry in stage:
+            for name in ("lost", "gained", "agreement", "kl"):
+                assert first[stage.name].figure(entry.layer, name) == pytest.approx(
+                    entry.figure(name), rel=1e-4, abs=1e-6
+                )
 
 
 def made_up() -> StageComparison:

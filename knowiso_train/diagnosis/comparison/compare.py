@@ -73,8 +73,8 @@ def compare_stages(
         stages: Networks by name, (name, network) tuples in an iterable, or `checkpoint_stages`. In place of a network,
             a function without arguments that returns it is called when its turn comes.
         loader: Batches, as for `measure`.
-        layers: Names or globs for all networks, (reference, stage) tuples, a dict {reference: stage}, or a dict from
-            the name of each stage to any of these.
+        layers: Names or globs for all networks, (reference, stage) tuples, or a dict {reference: stage}; or a dict from
+            the name of each stage to a list or dict of these.
         order: Highest number of non-linear steps.
         functional: Also measure the outputs with each part in place of the feature, and the stages' own outputs.
         labels: Labels for top-1, as for `measure`.
