@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("KNOWISO_DEBUG", "0") not in ("", "0"):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"knowiso: {'' if rank == '0' else f'process {rank}: '}{error}", file=sys.stderr)
+        lines = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"knowiso: {'' if rank == '0' else f'process {rank}: '}{lines}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("knowiso: interrupted", file=sys.stderr)
