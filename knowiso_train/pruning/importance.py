@@ -15,13 +15,20 @@ from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import device_of, preserve_state
-from knowiso_train.ops.im2col import num_input_features
+from knowiso_train.ops.im2col import num_input_features, regression_weight
 from knowiso_train.pruning._channel_groups import ChannelGroup, is_single_regression, pruning_root, unit_columns
 from knowiso_train.pruning._dependencies import CONSUMER_PRUNERS, PRODUCER_PRUNERS, PruningGraph
 from knowiso_train.pruning._elimination import ABSENT_FEATURE, BackwardElimination, Consumer, removal_costs
 from knowiso_train.pruning._ranking import ChannelRanking
 from knowiso_train.pruning._tracing import Forward
-from knowiso_train.pruning.calibration import SAMPLES_PER_FEATURE, Calibration, LayerInput, input_moments
+from knowiso_train.pruning.calibration import (
+    SAMPLES_PER_FEATURE,
+    WIDE_LAYER_FEATURES,
+    Calibration,
+    LayerInput,
+    input_moments,
+)
+from knowiso_train.regression.moments import Moments
 from knowiso_train.utils.batch import check_loader, to_device
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Seed, validate_arguments
 
@@ -32,6 +39,9 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
     The first scored group triggers one unlabeled pass over the images. It is repeated when widths or weights of the
     network change, as in iterative pruning or after training. `global_pruning` compares scores of different layers
     without regard to their cost, so scores are per million multiply-adds by default.
+
+    In layers of more than 6,000 input features, such as the first linear layer of a VGG, the features of a channel
+    count as samples of one feature. Each of these layers needs a pass of its own.
 
     Args:
         model: Network to prune.
@@ -89,7 +99,8 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
             "progress": progress,
         }
         self._inputs: dict[str, LayerInput] = {}
-        self._unused: set[str] = set()  # layers that never run
+        self._merged: dict[str, tuple[Tensor, Moments]] = {}  # features (J, m) and moments of J channels of wide layers
+        self._positions: dict[str, float] = {}  # of layers that run
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -106,7 +117,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         total = 0.0
         for item in group:
             layer = item.dep.target.module
-            positions = self._inputs[names[layer]].positions if names.get(layer) in self._inputs else 0.0
+            positions = self._positions.get(names.get(layer, ""), 0.0)
             if item.dep.handler in PRODUCER_PRUNERS:
                 total += positions * layer.weight[0].numel()
             elif item.dep.handler in CONSUMER_PRUNERS:
@@ -142,38 +153,57 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         self._update_inputs(layers)
         roots = sorted({int(root) for root in group[0].root_idxs})
         return [
-            Consumer.of(
-                names[layer],
-                self._inputs[names[layer]].moments,
-                layer.weight,
-                _channel_columns(layer, item.idxs, item.root_idxs, roots),
-            )
+            self._consumer(names[layer], layer, _channel_columns(layer, item.idxs, item.root_idxs, roots))
             for item in items
-            if names.get(layer := item.dep.target.module) in self._inputs
+            if names.get(layer := item.dep.target.module) in self._positions
         ]
+
+    def _consumer(self, name: str, layer: nn.Module, columns: Tensor) -> Consumer:
+        """Return a layer that takes the channels as the features `columns` (J, m), as a regression."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if not _is_wide(layer):
+            return Consumer.of(name, self._inputs[name].moments, weight, columns)
+        present = (columns != ABSENT_FEATURE).any(1)
+        features = columns[present]
+        if name not in self._merged or not torch.equal(self._merged[name][0], features):
+            moments = self._input_moments({name: layer}, self._images(), {name: features})[name].moments
+            self._merged[name] = features, moments
+        # The m features of a channel count as m outputs with the same input
+        merged = torch.full((len(columns), 1), ABSENT_FEATURE)
+        merged[present] = torch.arange(len(features))[:, None]
+        return Consumer.of(
+            name, self._merged[name][1], regression_weight(weight.detach())[features].flatten(1).T, merged
+        )
 
     def _update_inputs(self, layers: Mapping[str, nn.Module]) -> None:
         """Repeat the pass where the moments of these layers do not belong to the present network."""
         stale = any(
             name not in self._inputs or len(self._inputs[name].moments.mean_x) != num_input_features(layer)
             for name, layer in layers.items()
-            if name not in self._unused
+            if name in self._positions and not _is_wide(layer)
         )
-        if stale or self._weights_changed():
+        if stale or (layers and not self._versions) or self._weights_changed():
             self._compute_inputs()
             self._versions = [(parameter, parameter._version) for parameter in self.model.parameters()]
 
     def _compute_inputs(self) -> None:
-        """Compute the moments of the inputs of all layers that run."""
-        options = dict(self._pass_options)
-        # The samples of a layer are divided by the number of images, of which the loader may have fewer than allowed
-        images = Calibration(self.loader, options["max_images"], None, options["forward"])
-        options["max_images"] = images.count
+        """Compute the moments of the inputs of all layers that run, except wide ones."""
+        images = self._images()
         layers = {name: layer for name, layer in self.model.named_modules() if is_single_regression(layer)}
-        used = _layers_that_run(self.model, layers, images)
-        self._unused = set(layers) - set(used)
-        self._inputs = input_moments(self.model, images, used, **options) if used else {}
+        self._positions = _output_positions(self.model, layers, images)
+        used = {name: layer for name, layer in layers.items() if name in self._positions and not _is_wide(layer)}
+        self._inputs, self._merged = self._input_moments(used, images) if used else {}, {}
         self._warn(used)
+
+    def _images(self) -> Calibration:
+        return Calibration(self.loader, self._pass_options["max_images"], None, self._pass_options["forward"])
+
+    def _input_moments(
+        self, layers: Mapping[str, nn.Module], images: Calibration, merged: Mapping[str, Tensor] | None = None
+    ) -> dict[str, LayerInput]:
+        # The samples of a layer are divided by the number of images, of which the loader may have fewer than allowed
+        options = {**self._pass_options, "max_images": images.count}
+        return input_moments(self.model, images, layers, merged=merged, **options)
 
     def _warn(self, layers: Mapping[str, nn.Module]) -> None:
         counts = {
@@ -202,13 +232,17 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         return any(parameter._version != version for parameter, version in self._versions if id(parameter) in present)
 
 
+def _is_wide(layer: nn.Module) -> bool:
+    return num_input_features(layer) > WIDE_LAYER_FEATURES
+
+
 @torch.no_grad()
-def _layers_that_run(model: nn.Module, layers: Mapping[str, nn.Module], images: Calibration) -> dict[str, nn.Module]:
-    """Return the layers that run in a forward pass in eval mode, by one image."""
+def _output_positions(model: nn.Module, layers: Mapping[str, nn.Module], images: Calibration) -> dict[str, float]:
+    """Return the output positions for one image of the layers that run in a forward pass in eval mode."""
     device, batch = device_of(model), images.first(1)
-    with preserve_state(model), record_outputs(layers) as outputs:
+    with preserve_state(model), record_outputs(layers, Tensor.numel) as sizes:
         images.forward(model, batch if device is None else to_device(batch, device))
-    return {name: layer for name, layer in layers.items() if outputs.get(name)}
+    return {name: sizes[name][-1] / len(layers[name].weight) for name in sizes}  # type: ignore[arg-type]
 
 
 def _channel_columns(layer: nn.Module, idxs: list[int], roots: list[int], group_roots: list[int]) -> Tensor:

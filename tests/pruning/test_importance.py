@@ -269,6 +269,41 @@ def test_torch_pruning_prunes_split_channels_with_this_importance(repeated: bool
     assert all(output.isfinite().all() for output in model(images))
 
 
+def test_channels_of_a_wide_layer_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments of a wide layer are those of its channels, with the features of a channel as samples."""
+    monkeypatch.setattr("knowiso_train.pruning.importance.WIDE_LAYER_FEATURES", 100)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[0].weight[4], model[0].bias[4] = model[0].weight[1], model[0].bias[1]
+    images = torch.randn(16, 3, 8, 8)
+    importance = ki.IsomorphismImportance(model, [images], progress=False, ridge=1e-8, per="channel")
+    group = group_of(model, model[0], 8)
+    (consumer,) = importance.consumers(group)
+    feature = model[:2](images).detach().double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(consumer.xx, feature.cov(correction=0), rtol=1e-5, atol=1e-7)
+    # Its outputs are those of every position of the map with the weights of every position
+    weight = model[3].weight.detach().double().view(5, 6, 36)
+    outputs = torch.einsum("js,cjp->cps", feature, weight)
+    assert consumer.variance == pytest.approx(float(outputs.var(-1, correction=0).sum()), rel=1e-5)
+    scores = importance(group)
+    assert int(scores.argmin()) in (1, 4)
+    assert float(scores.min()) < 1e-4 * float(scores.max())
+    # Of the group that the wide layer produces too, its positions count
+    later = tp.DependencyGraph().build_dependency(model, images[:1])
+    later = later.get_pruning_group(model[3], tp.prune_linear_out_channels, list(range(5)))
+    fresh = ki.IsomorphismImportance(model, [images], progress=False)
+    fresh(later)
+    assert fresh.macs(later) == 6 * 36 + 2
+    pruner = tp.pruner.BasePruner(
+        model, images[:1], importance, pruning_ratio=0.7, iterative_steps=2, ignored_layers=[model[5]]
+    )
+    for _ in range(2):
+        pruner.step()
+    assert model[3].in_features == 36 * model[0].out_channels < 100
+    assert model(images).shape == (16, 2)
+
+
 @pytest.mark.parametrize(("batches", "max_images"), [([24], 512), ([8, 8, 8], 512), ([40], 24), ([20, 20], 24)])
 def test_samples_are_divided_by_the_images_that_the_loader_has(batches: list[int], max_images: int) -> None:
     torch.manual_seed(0)
