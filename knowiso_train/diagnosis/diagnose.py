@@ -62,7 +62,7 @@ def diagnose(
     progress: bool = True,
     solver_options: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
-    """Find what strong networks represent and a weak one cannot reproduce, and which of its features none confirms.
+    """Find the blind spots and the unreliable features of a weak network by comparison with strong networks.
 
     Blind spots are the residual of a strong network's feature given the weak network's. Unreliable features are the
     residual of the weak network's feature given a strong one's. Both are examined on the report images by direction,
@@ -79,7 +79,7 @@ def diagnose(
         num_directions: Number of directions of each residual.
         num_shared: Number of directions of each explained part.
         num_images: Number of images of each ranking.
-        num_thumbnails: Maximum number of pictures in the result; an image beyond it is a heat map alone on the page.
+        num_thumbnails: Maximum number of pictures in the result; further images have only a heat map.
         functional: Measure the functional shares of the pairs, and the effect of each direction on the network's
             output. The layers behind the examined one run once per direction and batch.
         labels: Labels of the images, for the results by class and for top-1: the key of batches that are mappings, or a

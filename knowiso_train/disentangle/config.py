@@ -81,7 +81,7 @@ class NonlinearConfig:
         batch_rows: Positions per step; fewer for small samples.
         rows_seen: Positions over the training of order 1; half of them above where the readout is trained. Default:
             100,000 where the readout is exact, else 350,000.
-        readout: "trained" keeps the readouts trained with the hidden map, shrunk where the selection images ask for it.
+        readout: "trained" keeps the readouts trained with the hidden map, shrunk by a factor from the selection images.
             "exact" solves `V_k ã_k` in closed form afterwards, orthogonal to all lower orders at ridge 0. "auto" is
             exact for 1 × 1 maps and where `ridge` is a number: the moments of wider maps take longer than the training.
         precision: Type of the products in training. "auto" is bfloat16 on devices that multiply it faster than float32

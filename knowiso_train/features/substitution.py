@@ -21,17 +21,17 @@ SHARDING_WRAPPERS = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 class Substitution:
-    """Runs a network on a batch, then again with other features in the place of a layer's own.
+    """Replacement of a layer's feature in a network, with the output that follows from it.
 
     `run` records the outputs of the modules that complete before a layer. `replace` returns these recorded outputs, so
     that only the part of the network after the layer is computed. In the first batch the layer's own feature is put
-    back: if the output is not the network's own, as the network has effects that modules do not show, every later
-    `replace` of that layer computes the whole network. Networks run without DDP and DataParallel and without compiled
-    code. A layer's input (`at="input"` of the extractor) is replaced for the layer alone, not for others that take it.
+    back. If the output then differs, because the recorded outputs do not determine it, every later `replace` of that
+    layer computes the whole network. Networks run without DDP and DataParallel and without compiled code. A layer's
+    input (`at="input"` of the extractor) is replaced for the layer alone, not for others that take it.
 
     Args:
         extractor: Entered extractor with the layers to replace; gives transform, `forward=`, layout and autocast. With
-            `repeated="first"` or `"last"` that call of the layer is replaced. Use it in `preserve_state`.
+            `repeated="first"` or `"last"` the first or last call of the layer is replaced. Use it in `preserve_state`.
 
     Attributes:
         output: The network's own output for the batch of the last `run`.

@@ -1,4 +1,4 @@
-"""Output of the explained network with a part of a feature in the place of the feature."""
+"""Output of the explained network when a part of a feature replaces the feature."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ExplainedNetwork:
         """Run the network on a batch of the loader, and return its features.
 
         Raises:
-            ShapeError: An output that is no logits (N, C, …).
+            ShapeError: An output that is not logits (N, C, …).
             NonFiniteError: NaN in the output.
             DataError: Labels that are no class indices of the output.
         """
@@ -103,7 +103,7 @@ class ExplainedNetwork:
 
 
 class FunctionalStatistics:
-    """Sums of agreement, KL and correct classes over images, for orders 0…k in the feature's place and the residual.
+    """Sums of agreement, KL and correct classes over images, with orders 0…k or the residual as feature.
 
     Args:
         num_components: K + 1.

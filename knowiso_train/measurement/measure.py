@@ -91,7 +91,7 @@ def measure(
             distributed over the processes of an initialized `torch.distributed` group. Any other iterable must yield
             the same batches in both passes.
         layers: Names or globs for both networks, (source, target) tuples, or a dict {source: target}.
-        order: Highest number K of non-linear steps.
+        order: Highest number K of non-linear steps. 0 is linear and takes seconds; each further order trains a map.
         kernel_size: Kernel size of the maps. None: 1, or 3 for the paper's solver on grids.
         solver: "closed_form", or "paper" (arXiv 1908.01581, trained by its published recipe).
         directions: "forward" (B explained from A), "backward" (A explained from B) or "both".
@@ -114,9 +114,9 @@ def measure(
         layout: "nchw", "nhwc", "nlc", "ncl" or "nc", for all layers or by layer name. None: inferred. For tokens it can
             state prefix tokens, grid and suffix tokens: "nlc:1+14x14", "nlc:1+14x14+100", or "nlc:line" for a sequence.
         repeated: "error", "first" or "last": treatment of layers that are called more than once in one forward pass.
-        functional: Also put parts of each explained feature in its place, and compare the network's output with its own
-            on the report images: `functional[k]` (orders 0…k), `residual_only` (with the feature's mean) and
-            `target_output` of each pair. See `FunctionalShare`.
+        functional: Also replace each explained feature by a part of it, and compare the output of its network with the
+            unchanged output on the report images. Each pair then has `functional[k]` (orders 0…k), `residual_only`
+            (residual plus the feature's mean) and `target_output` (unchanged). See `FunctionalShare`.
         labels: Labels for top-1 with `functional=True`: the key of batches that are mappings, or a function of the
             batch. "auto": the second element of a tuple, or an entry such as "labels". None: no labels.
         output: Function of a network's output that returns its logits (N, C, …). None: the tensor, its "logits" or

@@ -2,8 +2,7 @@
 
 All are computed from second moments of centered features. In-sample values are biased upwards in small samples:
 independent features of d channels and n samples have an R² of d / n. `SimilarityMoments` therefore crosses two disjoint
-sets of images, and so returns about 0 for independent features, also where the positions of an image depend on each
-other.
+sets of images. It returns about 0 for independent features, also where positions of one image are dependent.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = True) -> float:
     """Return the linear centered kernel alignment of two feature matrices.
 
     Biased, it is `‖X̃ᵀỸ‖² / (‖X̃ᵀX̃‖ ‖ỸᵀỸ‖)` of the centered features X̃ and Ỹ. Debiased, each squared norm is replaced by
-    the unbiased estimator HSIC₁ of the Hilbert-Schmidt independence criterion. It takes n samples as independent.
+    the unbiased estimator HSIC₁ of the Hilbert-Schmidt independence criterion. It assumes independent samples.
 
     Sources: Kornblith et al. (2019), arXiv 1905.00414; Song et al. (2012), *Feature selection via dependence
         maximization*, eq. 4; Nguyen et al. (2021), arXiv 2010.15327.
@@ -130,7 +129,7 @@ class SimilarityMoments:
     With S⁽¹⁾ of the images that fit and S⁽²⁾ of those that report:
 
     - "cka": `⟨S⁽¹⁾_xy, S⁽²⁾_xy⟩ / √(⟨S⁽¹⁾_xx, S⁽²⁾_xx⟩ ⟨S⁽¹⁾_yy, S⁽²⁾_yy⟩)`. The errors of both sets are independent,
-      so that no squared error biases the products (as in the crossnobis estimator of Walther et al., 2016).
+      so no squared error biases the products (as in the crossnobis estimator of Walther et al., 2016).
     - "procrustes": The rotation of S⁽¹⁾_xy, evaluated on S⁽²⁾.
     - "r2": The least-squares map of S⁽¹⁾, evaluated on S⁽²⁾.
 

@@ -62,11 +62,12 @@ def compare_stages(
     progress: bool = True,
     **options: Any,
 ) -> StageComparison:
-    """Compare stages with a reference: what of its features each of them keeps, loses and gains, by layer.
+    """Measure the shares of a reference network's features that each stage keeps, loses and gains, by layer.
 
     Stages are descendants of the reference (pruned, quantized, distilled, fine-tuned), other networks, or checkpoints
-    of a training. Each is measured with the reference in both directions, as by `measure`. One stage at a time is in
-    memory, beside the reference. The reference's features of the fitting images are computed once.
+    of a training. Each is measured with the reference in both directions, as by `measure`. A stage that is
+    given as a function is in memory only while it is measured. The reference's features of the fitting images are
+    computed once.
 
     Args:
         reference: Network that the stages are compared with.
@@ -82,7 +83,7 @@ def compare_stages(
         stage_transform: Transform of the images for all stages, or for some by name. None: no transform.
         reference_name: Name of the reference in the results. None: its architecture or class.
         path: Folder for one file per finished stage. A later call with the same settings goes on where this one ended.
-            A stage that is given as a function is then known by its name alone. None: no files.
+            A stage that is given as a function is then identified by its name alone. None: no files.
         cache_gib: Largest size of the reference's features in memory in GiB. Above it, they are computed for each
             stage.
         progress: Show a progress bar.
