@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
                 num_thumbnails=args.num_thumbnails,
                 functional=args.functional,
                 labels="auto" if args.labels else None,
-                class_names=class_names(loader.dataset) if args.labels else None,
+                groups="auto",
+                class_names=class_names(loader.dataset),
                 to_image=_images_of,
                 seed=args.seed,
                 max_images=args.max_images,
@@ -160,7 +161,7 @@ def _add_method(method: argparse._ActionsContainer) -> None:
     method.add_argument(
         "--labels",
         action="store_true",
-        help="results by class, and top-1, for labels that are the networks' classes (default: no labels)",
+        help="top-1, for labels that are the networks' classes (default: no top-1)",
     )
 
 

@@ -192,8 +192,9 @@ class DiagnosisRun:
             ExplainedNetwork(extractor, self.config.output, self.config.labels) if self.config.functional else None
             for extractor in extractors
         ]
+        groups = self.config.labels if self.options.groups is None else self.options.groups
         for batch in self._report_batches("figures"):
-            labels = find_labels(batch.batch, self.config.labels)
+            labels = find_labels(batch.batch, groups)
             images = BatchImages(
                 index=batch.index,
                 labels=labels.cpu() if labels is not None and _are_classes(labels, len(batch.index)) else None,

@@ -23,6 +23,7 @@ class DiagnoseConfig:
     num_shared: NonNegativeInt = 3
     num_images: NonNegativeInt = 8
     num_thumbnails: NonNegativeInt = 256
+    groups: str | Callable[[Any], Any] | None = None
     class_names: Sequence[str] | None = None
     to_image: Callable[[Any], Tensor] | None = None
 

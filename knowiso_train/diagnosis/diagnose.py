@@ -36,6 +36,7 @@ def diagnose(
     num_thumbnails: int = 256,
     functional: bool = True,
     labels: str | Callable[[Any], Any] | None = AUTO_LABELS,
+    groups: str | Callable[[Any], Any] | None = None,
     output: Callable[[Any], Tensor] | None = None,
     class_names: Sequence[str] | None = None,
     to_image: Callable[[Any], Tensor] | None = None,
@@ -84,6 +85,8 @@ def diagnose(
             output. The layers behind the examined one run once per direction and batch.
         labels: Labels of the images, for the results by class and for top-1: the key of batches that are mappings, or a
             function of the batch. "auto": the second element of a tuple, or an entry such as "labels". None: no labels.
+        groups: Class of each image for the results by class, in the forms of `labels`, where it is not a class of the
+            networks, such as the origin of the image. None: `labels`.
         output: Function of a network's output that returns its logits (N, C, …). None: as for `measure`.
         class_names: Name of each class. None: no names.
         to_image: Function of the inputs that returns images with values in [0, 1], for the pictures. None: each image
@@ -161,6 +164,7 @@ def diagnose(
         num_shared=num_shared,
         num_images=num_images,
         num_thumbnails=num_thumbnails,
+        groups=groups,
         class_names=class_names,
         to_image=to_image,
     )

@@ -118,6 +118,16 @@ def calls(extra: nn.Module | None = None) -> dict[str, Callable[[], Call]]:
         given = {"source": a, "target": b, "loader": loader(), "layers": ["2", "5"], "order": 0, "progress": False}
         return Call(ki.measure, given | SHORT, [a, b])
 
+    def diagnose() -> Call:
+        a, b = network(1, extra), network(2)
+        given = {"weak": a, "strong": b, "loader": loader(labels=True), "layers": ["2", "5"], "num_directions": 2}
+        return Call(ki.diagnose, given | {"progress": False}, [a, b])
+
+    def stability() -> Call:
+        a, b = network(1, extra), network(2)
+        given = {"networks": {"a": a, "b": b}, "loader": loader(labels=True), "layers": ["2", "5"]}
+        return Call(ki.stability, given | {"progress": False}, [a, b])
+
     def loss() -> Call:
         a, b = network(1, extra).train(), network(2)
         return Call(loss_step, {"student": a, "teacher": b, "layers": ["2", "5"]}, [b])
@@ -160,6 +170,8 @@ def calls(extra: nn.Module | None = None) -> dict[str, Callable[[], Call]]:
 
     return {
         "measure": measure,
+        "diagnose": diagnose,
+        "stability": stability,
         "loss": loss,
         "prune": prune,
         "refit": refit,
@@ -181,4 +193,15 @@ CLASSES = {
 
 
 # Functions that run the networks that they are given
-INTERRUPTED_TARGETS = ("measure", "loss", "prune", "refit", "finetune", "refine", "importance", "callback")
+INTERRUPTED_TARGETS = (
+    "measure",
+    "diagnose",
+    "stability",
+    "loss",
+    "prune",
+    "refit",
+    "finetune",
+    "refine",
+    "importance",
+    "callback",
+)

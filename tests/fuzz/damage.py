@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import knowiso_train as ki
+from knowiso_train.diagnosis import Diagnosis, StabilityReport
 from knowiso_train.pruning import load_kept_indices
 from knowiso_train.utils.serialization import DESCRIPTION_KEY, HEADER_SIZE_BYTES
 from tests.fuzz.calls import SIDE, loader, network, pruned_pair
@@ -25,7 +26,11 @@ def saved_files(folder: Path) -> dict[str, tuple[Callable[[], Any], Path]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dead channels of the small network
         report = ki.measure(network(1), network(2), loader(), "2", order=0, progress=False)
+        diagnosis = ki.diagnose(network(1), network(2), loader(labels=True), "2", num_images=2, progress=False)
+        stability = ki.stability([network(1), network(2)], loader(), "2", progress=False)
     report.to_json(folder / "report.json")
+    diagnosis.to_json(folder / "diagnosis.json")
+    stability.to_json(folder / "stability.json")
     ki.Disentangler(order=1, source_channels=4).fit(x, y).save(folder / "maps")
     ki.Disentangler(order=1, solver="paper", solver_options={"epochs": 1}).fit(x, y).save(folder / "paper")
     original, pruned = pruned_pair()
@@ -37,6 +42,14 @@ def saved_files(folder: Path) -> dict[str, tuple[Callable[[], Any], Path]]:
         str(read), read._repr_html_()
         read.to_json(folder / "again.json")
 
+    def read_diagnosis() -> None:
+        read = Diagnosis.from_json(folder / "diagnosis.json")
+        str(read), *map(str, read), read.to_html(), read.to_json(folder / "again.json")
+
+    def read_stability() -> None:
+        read = StabilityReport.from_json(folder / "stability.json")
+        str(read), read.to_html(), read.to_json(folder / "again.json")
+
     def read_maps(name: str) -> None:
         ki.Disentangler.load(folder / name).split(x[:2], y[:2])
 
@@ -47,6 +60,8 @@ def saved_files(folder: Path) -> dict[str, tuple[Callable[[], Any], Path]]:
 
     return {
         "Report.from_json": (read_report, folder / "report.json"),
+        "Diagnosis.from_json": (read_diagnosis, folder / "diagnosis.json"),
+        "StabilityReport.from_json": (read_stability, folder / "stability.json"),
         "Disentangler.load": (lambda: read_maps("maps"), folder / "maps" / "disentangler.safetensors"),
         "Disentangler.load, paper": (lambda: read_maps("paper"), folder / "paper" / "disentangler.safetensors"),
         "load_pruned": (read_pruned, folder / "pruned" / "model.safetensors"),

@@ -1,0 +1,150 @@
+"""recipes/diagnose.py, end to end: tiny networks on generated pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import knowiso_train as ki
+from knowiso_train.diagnosis import Diagnosis
+from knowiso_train.errors import DataError, LayerNameError, OptionError
+from knowiso_train.loading import image_loader, input_transform, load_model
+from tests.helpers import image_folder
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import diagnose  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::knowiso_train.errors.KnowisoWarning")
+SIDE, COUNT = 32, 150
+
+# Ends the process while the file of the second layer pair is written
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(RECIPES)!r})
+import diagnose
+from knowiso_train.utils import serialization
+replaced = os.replace
+def replace(source, target):
+    if str(target).endswith("layer2=layer2.json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replaced(source, target)
+os.replace = replace
+diagnose.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Return the arguments of a run with one weak and two strong networks."""
+    folder = image_folder.write(tmp_path_factory.mktemp("pictures"), {"validation": COUNT}, SIDE, faint=True)
+    torch.manual_seed(0)
+    for name in ("weak", "a", "b"):
+        torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), folder / f"{name}.pth")
+
+    def arguments(output: Path, *more: str) -> list[str]:
+        networks = (
+            f"--weak test_resnet={folder}/weak.pth --strong test_resnet={folder}/a.pth test_resnet={folder}/b.pth"
+        )
+        data = f"--dataset {folder} --split validation --image-size {SIDE} --batch-size 30 --labels --directions 2"
+        return [*networks.split(), *data.split(), "--layers", "layer1", "layer2", "--output", str(output), *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def finished(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run without interruption."""
+    output = tmp_path_factory.mktemp("finished")
+    assert diagnose.main(words(output)) == 0
+    return output
+
+
+def test_the_joint_result_is_that_of_one_call(finished: Path, words: Callable[..., list[str]]) -> None:
+    joint = Diagnosis.from_json(finished / "diagnosis.json")
+    names = ("test_resnet (weak)", "test_resnet (a)", "test_resnet (b)")
+    assert (joint.weak, *joint.strong) == names
+    assert joint.class_names == ("class0", "class1", "class2")
+    arguments = diagnose.parse_arguments(words(finished))
+    files = [spec.partition("=")[2] for spec in (arguments.weak, *arguments.strong)]
+    networks = [load_model("test_resnet", checkpoint=file, num_classes=3) for file in files]
+    loader = image_loader(arguments.dataset, split="validation", image_size=SIDE, batch_size=30, workers=0)
+    transform = input_transform(networks[0], size=SIDE)
+    expected = ki.diagnose(
+        networks[0], networks[1:], loader, ["layer1", "layer2"], num_directions=2, names=names, progress=False,
+        weak_transform=transform, strong_transform=transform,
+    )  # fmt: skip
+    assert len(joint) == len(expected) == 8
+    results = {(layer.kind, layer.network, layer.explaining, layer.layer): layer for layer in joint}
+    for layer in expected:
+        same = results[layer.kind, layer.network, layer.explaining, layer.layer]
+        assert same.pair.unexplained == pytest.approx(layer.pair.unexplained, abs=1e-6)
+        assert same.pair.residual_only.top1 == pytest.approx(layer.pair.residual_only.top1)
+        assert same.confirmed_by_none == pytest.approx(layer.confirmed_by_none, abs=1e-6)
+    shown = {image.index for layer in joint for direction in layer.directions for image in direction.images}
+    assert shown <= {picture.index for picture in joint.thumbnails}
+    assert (finished / "diagnosis.html").read_text(encoding="utf-8") == joint.to_html()
+    assert (finished / "diagnosis.png").stat().st_size > 10_000
+
+
+def test_a_killed_run_is_resumed_without_a_second_measurement(
+    finished: Path, words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = [sys.executable, "-c", KILLED, *words(tmp_path)]
+    killed = subprocess.run(program, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200)
+    assert killed.returncode == -9, killed.stderr
+    assert [file.name for file in (tmp_path / "layers").glob("*.json")] == ["layer1=layer1.json"]
+    assert not (tmp_path / "diagnosis.json").exists()
+    calls = []
+    diagnosed = ki.diagnose
+    monkeypatch.setattr(ki, "diagnose", lambda *args, **options: calls.append(args[3]) or diagnosed(*args, **options))
+    assert diagnose.main(words(tmp_path)) == 0
+    assert calls == [[("layer2", "layer2")]]
+    resumed, expected = (Diagnosis.from_json(folder / "diagnosis.json") for folder in (tmp_path, finished))
+    assert [layer.pair.unexplained for layer in resumed] == pytest.approx(
+        [layer.pair.unexplained for layer in expected], abs=1e-6
+    )
+    assert diagnose.main(words(tmp_path)) == 0  # a finished run is shown again
+    assert len(calls) == 1
+
+
+def test_bad_arguments_are_named(finished: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="order is 1, was 0"):
+        diagnose.main(words(finished, "--order", "1"))
+    with pytest.raises(OptionError, match="WEAK=STRONG"):
+        diagnose.main(words(tmp_path / "a", "--layers", "layer1="))
+    with pytest.raises(LayerNameError, match="layer9"):
+        diagnose.main(words(tmp_path / "b", "--layers", "layer9"))
+    with pytest.raises(DataError, match="no folder"):
+        diagnose.main(words(tmp_path / "c", "--dataset", "no/such/folder"))
+
+
+def test_two_processes_diagnose_as_one(finished: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
+    port = str(29_600 + os.getpid() % 300)
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--main_process_port", port),
+            *(str(RECIPES / "diagnose.py"), *words(tmp_path, "--device", "cpu")),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    one, two = (json.loads((folder / "diagnosis.json").read_text()) for folder in (finished, tmp_path))
+    assert two["settings"]["processes"] == 2
+    assert two["images"] == one["images"]
+    assert len(two["layers"]) == len(one["layers"])
+    for a, b in zip(one["layers"], two["layers"], strict=True):
+        assert b["pair"]["unexplained"] == pytest.approx(a["pair"]["unexplained"], abs=1e-5)
