@@ -31,7 +31,8 @@ class ActivationMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Example:
         >>> import torch
         >>> with ActivationMemory() as memory:
-        ...     _ = torch.zeros(100, dtype=torch.uint8)
+        ...     temporary = torch.zeros(100, dtype=torch.uint8)
+        ...     del temporary
         ...     kept = torch.zeros(20, dtype=torch.uint8)
         >>> memory.live, memory.peak
         (20, 100)
