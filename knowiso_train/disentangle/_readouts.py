@@ -71,7 +71,7 @@ class ReadoutSolver:
         """Return the moments of [x, a_1, …, a_order] with the residual, sorted by feature."""
         maps, first = self.maps, self.known_order + 1
         if m is None or maps.kernel_size > 1:
-            return _order_moments(maps, order, sample)
+            return order_moments(maps, order, sample)
         known = len(m.mean_x)
         # Moments of the new features with the known ones and the residual
         stream = StreamingMoments((order - self.known_order) * maps.hidden, known + sample.y.shape[1], 1, m.xx.device)
@@ -91,7 +91,7 @@ class ReadoutSolver:
         )
 
 
-def _order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
+def order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
     """Compute the moments of the patches of [x, a_1, …, a_order] with `sample.y`, sorted by feature."""
     # A crop's features keep a margin of k // 2, so that the patches at its border are complete. Targets are padded to
     # that size, and only the positions in the interior are used.
@@ -106,10 +106,10 @@ def _order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
         x = trim(torch.cat(maps.features(part.x, order, part.inside), 1), sample.halo - margin)
         moments.update(x, F.pad(part.y, (margin,) * 4), None if positions is None else positions.expand(len(x), -1))
     widths = [maps.linear.in_channels, *[maps.hidden] * order]
-    return _select_columns(moments.value, _columns_by_feature(widths, maps.kernel_size).to(sample.x.device))
+    return _select_columns(moments.value, columns_by_feature(widths, maps.kernel_size).to(sample.x.device))
 
 
-def _columns_by_feature(widths: list[int], kernel_size: int) -> Tensor:
+def columns_by_feature(widths: list[int], kernel_size: int) -> Tensor:
     """Return the permutation that sorts the columns of `patch_rows` of concatenated features by feature."""
     columns = torch.arange(kernel_size**2 * sum(widths)).view(kernel_size**2, -1)
     return torch.cat([block.flatten() for block in torch.split(columns, widths, dim=1)])

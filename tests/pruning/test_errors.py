@@ -16,13 +16,12 @@ from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, Opti
 from tests.helpers.prune_models import chain, little
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "levit_128s"])
-def test_architectures_that_cannot_be_pruned_raise_and_are_not_modified(name: str) -> None:
-    options = {"img_size": 28, "depth": 1, "embed_dim": 48, "num_heads": 3} if "eva" in name else {}
-    model = timm.create_model(name, num_classes=3, **options).eval()
+def test_an_architecture_that_cannot_be_pruned_raises_and_is_not_modified() -> None:
+    options = {"img_size": 28, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 3}
+    model = timm.create_model("eva02_tiny_patch14_224", **options).eval()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(OptionError, match=type(model).__name__):
-        little(model, torch.randn(1, 3, *[28 if "eva" in name else 224] * 2))
+        little(model, torch.randn(1, 3, 28, 28))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
