@@ -19,10 +19,12 @@ from knowiso_train import Report
 from knowiso_train.cli import main, parser
 from knowiso_train.cli._measure import SIMILARITIES
 from knowiso_train.cli._options import layer_pairs
+from knowiso_train.diagnosis import Diagnosis
 from knowiso_train.diagnosis.comparison import StageComparison
 from knowiso_train.errors import OptionError
 from knowiso_train.loading import load_model
 from knowiso_train.measurement.similarity import SIMILARITY_NAMES
+from tests.helpers.diagnoses import stability_report
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 150  # about 30 of them to report on: enough for no warning
@@ -144,6 +146,98 @@ def test_report_shows_a_saved_one_again(pictures: Path, tmp_path: Path, capsys: 
     saved = Report.from_json(tmp_path / "out.json")
     assert files["html"].read_text(encoding="utf-8") == saved.to_html()
     assert files["csv"].read_text(encoding="utf-8") == saved.to_csv()
+
+
+def diagnose_options(pictures: Path, *words: str) -> list[str]:
+    given = [word if word != "measure" else "diagnose" for word in options(pictures)]
+    for option in ("--source", "--target"):
+        i = given.index(option)
+        del given[i : i + 2]
+    return [*given, "--num-directions", "2", *words]
+
+
+@pytest.mark.filterwarnings("ignore::knowiso_train.errors.KnowisoWarning")
+def test_diagnose_writes_what_report_shows_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: tmp_path / f"first.{name}" for name in ("json", "html")}
+    words = [word for name, file in files.items() for word in (f"--{name}", str(file))]
+    networks = ["--weak", "test_resnet", "--strong", "test_efficientnet", "--layers", "layer1=blocks.1"]
+    assert main(diagnose_options(pictures, *networks, *words)) == 0
+    out = capsys.readouterr().out
+    diagnosis = Diagnosis.from_json(files["json"])
+    assert out == f"{diagnosis}\n"
+    assert (diagnosis.weak, diagnosis.strong) == ("test_resnet", ("test_efficientnet",))
+    assert [(layer.kind, layer.pair.source, layer.pair.target) for layer in diagnosis] == [
+        ("blind_spots", "layer1", "blocks.1"),
+        ("unreliable", "blocks.1", "layer1"),
+    ]
+    # Classes of the folder, which are not those of the networks
+    assert diagnosis.class_names == ("class0", "class1")
+    assert all({entry.label for entry in layer.classes} == {0, 1} for layer in diagnosis)
+    assert all(layer.pair.residual_only.top1 is None for layer in diagnosis)
+    assert all(len(layer.directions) == 2 for layer in diagnosis)
+    again = tmp_path / "again.html"
+    assert main(["report", str(files["json"]), "--html", str(again)]) == 0
+    assert capsys.readouterr().out == out
+    assert again.read_bytes() == files["html"].read_bytes()
+    assert main(["report", str(files["json"]), "--csv", str(tmp_path / "a.csv")]) == 2
+    assert "--csv is not available for a Diagnosis" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::knowiso_train.errors.KnowisoWarning")
+def test_diagnose_takes_weights_for_each_strong_network(pictures: Path, tmp_path: Path) -> None:
+    """A strong network with the weights of the weak one has no blind spots; random weights have."""
+    weights, path = str(tmp_path / "w.pth"), tmp_path / "out.json"
+    torch.save(load_model("test_resnet", pretrained=False).state_dict(), weights)
+    networks = ["--weak", "test_resnet", "--weak-checkpoint", weights, "--strong", "test_resnet", "test_resnet"]
+    files = ["--strong-checkpoint", weights, "-"]
+    assert main(diagnose_options(pictures, *networks, *files, "--no-functional", "--json", str(path))) == 0
+    diagnosis = Diagnosis.from_json(path)
+    assert diagnosis.weak == "test_resnet (w) (weak)"
+    assert diagnosis.strong == ("test_resnet (w) (strong 1)", "test_resnet")
+    same, other = diagnosis.blind_spots
+    assert same.pair.unexplained < 1e-3 < other.pair.unexplained
+    assert same.pair.functional == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--strong-checkpoint", "a.pth", "b.pth"], "one value of --strong-checkpoint for each of 1 strong networks"),
+        (["--strong-classes", "3", "4"], "one value of --strong-classes"),
+        (["--strong-checkpoint", "none.pth"], "no weight file at none.pth"),
+        (["--strong", "test_resnat"], "nearest: test_resnet"),
+        (["--layers", "layer9"], "layer9"),
+        (["--num-directions", "-1"], "num_directions"),
+        (["--plot", "out.doc"], "--plot writes .png, .pdf or .svg"),
+    ],
+)
+def test_errors_of_diagnose_are_one_message(
+    pictures: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    networks = ["--weak", "test_resnet", "--strong", "test_resnet"]
+    assert main(diagnose_options(pictures, *networks, *words)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("knowiso: ")
+    assert message in err
+
+
+def test_report_shows_every_kind_and_names_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pictures: Path
+) -> None:
+    stability = stability_report()
+    stability.to_json(tmp_path / "stability.json")
+    assert main(["report", str(tmp_path / "stability.json"), "--html", str(tmp_path / "stability.html")]) == 0
+    assert capsys.readouterr().out == f"{stability}\n"
+    assert (tmp_path / "stability.html").read_text(encoding="utf-8") == stability.to_html()
+    for content in ("[1, 2]", '{"format": "other"}', '{"format": ["a"]}', "{", ""):
+        (tmp_path / "bad.json").write_text(content)
+        assert main(["report", str(tmp_path / "bad.json")]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "bad.json" in err
 
 
 @pytest.mark.parametrize(

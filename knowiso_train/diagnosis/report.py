@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from knowiso_train.diagnosis._page import diagnosis_page
 from knowiso_train.diagnosis.render import render_diagnosis, render_layer
-from knowiso_train.errors import LayerNameError
+from knowiso_train.errors import FormatError, LayerNameError
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.saved_report import SavedReport
 from knowiso_train.utils.serialization import write_file
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 Kind = Literal["blind_spots", "unreliable"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HeatMap = tuple[tuple[float, ...], ...]
+
+
+def _check_heat_map(values: HeatMap, label: str) -> None:
+    widths = {len(row) for row in values}
+    if len(widths) != 1 or 0 in widths:
+        raise FormatError(f"{label}: expected rows of one length, got lengths {sorted(widths)}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,14 @@ class RankedImage:
     value: float | None
     peak: tuple[int, int]
     heat_map: HeatMap
+
+    def check_saved(self, label: str) -> None:
+        """Check values that were read from a file.
+
+        Raises:
+            FormatError: A heat map whose rows differ in length.
+        """
+        _check_heat_map(self.heat_map, f"{label}: 'heat_map'")
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,17 @@ class FeatureDirection:
     confirmed: tuple[float, ...] = ()
     vector: Any = field(default=None, repr=False, compare=False)
 
+    def check_saved(self, label: str) -> None:
+        """Check values that were read from a file.
+
+        Raises:
+            FormatError: Another number of weights than of channels.
+        """
+        if len(self.channels) != len(self.weights):
+            raise FormatError(
+                f"{label}: expected one weight per channel, got {len(self.weights)} for {len(self.channels)}"
+            )
+
 
 @dataclass(frozen=True)
 class ClassResult:
@@ -105,6 +130,15 @@ class ClassResult:
     images: int
     unexplained: float
     share: float
+
+    def check_saved(self, label: str) -> None:
+        """Check values that were read from a file.
+
+        Raises:
+            FormatError: A negative class.
+        """
+        if self.label < 0:
+            raise FormatError(f"{label}: expected a class of at least 0, got {self.label}")
 
 
 @dataclass(frozen=True)
@@ -176,6 +210,18 @@ class LayerDiagnosis:
         if not self.confirmations:
             return None
         return self.pair.unexplained - max(entry.share for entry in self.confirmations)
+
+    def check_saved(self, label: str) -> None:
+        """Check values that were read from a file.
+
+        Raises:
+            FormatError: Different numbers of channels, or a heat map whose rows differ in length.
+        """
+        counts = {len(self.channels), len(self.channel_variances), *(len(c.channels) for c in self.confirmations)}
+        if len(counts) > 1:
+            raise FormatError(f"{label}: expected one value per channel in each list, got {sorted(counts)} values")
+        _check_heat_map(self.positions, f"{label}: 'positions'")
+        _check_heat_map(self.position_variances, f"{label}: 'position_variances'")
 
     def __str__(self) -> str:
         return render_layer(self)
