@@ -52,8 +52,7 @@ DIGIT_CLASSES = tuple(map(str, range(10)))
 def main(words: list[str] | None = None) -> int:
     """Diagnose each layer pair that is not finished, and write the joint result."""
     args = parse_arguments(words)
-    processes = Processes(args.device)
-    try:
+    with Processes(args.device) as processes:
         output = RunFolder(args.output, writes=processes.is_main)
         # Further layer pairs may join a run
         output.check_settings(
@@ -79,8 +78,6 @@ def main(words: list[str] | None = None) -> int:
             diagnosis.to_html(args.output / "diagnosis.html")
             diagnosis.plot(args.output / "diagnosis.png")
             print(f"written: {args.output}/diagnosis.html, diagnosis.json, diagnosis.png")
-    finally:
-        processes.close()
     return 0
 
 

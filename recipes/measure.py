@@ -57,8 +57,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args()
 
-    processes = Processes()
-    try:
+    with Processes() as processes:
         source, target = load_efficientnet(0).to(processes.device), load_efficientnet(1).to(processes.device)
         if args.images is None:
             dataset, size, loader = "MNIST digits", DIGIT_SIZE, load_digits(args.count)
@@ -87,8 +86,6 @@ def main() -> int:
             report.to_json(args.output / "measure.json")
             report.plot(args.output / "measure.png", title=f"Shared features of two ImageNet networks ({dataset})")
             print(f"written: {args.output / 'measure.json'}, {args.output / 'measure.png'}")
-    finally:
-        processes.close()
     return 0
 
 

@@ -38,3 +38,13 @@ def pack_bits(correct: Tensor) -> str:
 def unpack_bits(text: str, count: int) -> Tensor:
     """Decode the text of `pack_bits` to (count,) zeros and ones, float64."""
     return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b85decode(text), np.uint8), count=count)).double()
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Compute Spearman's rank correlation; equal values get their mean rank."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    return ((array[:, None] > array[None]).sum(1) + (array[:, None] >= array[None]).sum(1) - 1) / 2

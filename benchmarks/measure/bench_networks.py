@@ -19,21 +19,21 @@ from benchmarks.common.models import DATA, cifar10, cifar_resnet, efficientnet_l
 from benchmarks.common.results import RESULTS, record, table
 from knowiso_train import Report, measure
 from knowiso_train.features import Extractor, align
-from knowiso_train.regression import batch_moments
+from knowiso_train.measurement import linear_cka
 
 STAGES = ["layer1", "layer2", "layer3"]
 LITE_BLOCKS = [f"blocks.{i}" for i in (1, 2, 4, 6)]
 
 
-def linear_cka(a: torch.nn.Module, b: torch.nn.Module, images: Tensor, layers: list[str]) -> list[float]:
+def stage_cka(a: torch.nn.Module, b: torch.nn.Module, images: Tensor, layers: list[str]) -> list[float]:
     """Compute linear CKA over images and positions, on the grid of the target."""
     with Extractor(a, layers) as extractor_a, Extractor(b, layers) as extractor_b, torch.no_grad():
         x, y = extractor_a.run(images), extractor_b.run(images)
     values = []
     for layer in layers:
         xs, ys = align(x[layer], (y[layer].shape[2], y[layer].shape[3])), y[layer]
-        cross, gram_a, gram_b = batch_moments(xs, ys).xy, batch_moments(xs, xs).xx, batch_moments(ys, ys).xx
-        values.append(float(cross.square().sum() / (gram_a.norm() * gram_b.norm())))
+        rows = (feature.movedim(1, -1).flatten(0, -2) for feature in (xs, ys))
+        values.append(linear_cka(*rows, debiased=False))
     return values
 
 
@@ -106,7 +106,7 @@ def main() -> None:
                 names=(f"ResNet-{a}", f"ResNet-{b}"),
             )
             print(report, flush=True)
-            rows += table_rows(report, linear_cka(*nets, images[:600], STAGES))
+            rows += table_rows(report, stage_cka(*nets, images[:600], STAGES))
             if (a, b) == (20, 56):
                 report.plot(args.picture, title="CIFAR-10: shares of knowledge between ResNet-20 and ResNet-56")
     lite = efficientnet_lite(0), efficientnet_lite(1)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks.common.models import cifar10
 from benchmarks.common.results import RESULTS, record, table
 from benchmarks.common.small_networks import Training, trained_network
-from benchmarks.common.stats import mean_and_error
+from benchmarks.common.stats import mean_and_error, spearman
 from knowiso_train import measure
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -153,18 +153,12 @@ def similarities(comparison: Comparison, data: Any, loader: DataLoader[Any]) -> 
     return {name: [(rows[i][name] + rows[half + i][name]) / 2 for i in range(half)] for name in rows[0]}
 
 
-def ranks(values: Any) -> np.ndarray:
-    """Return the ranks of values; equal values get their mean rank."""
-    values = np.asarray(values, dtype=float)
-    return ((values[:, None] > values[None]).sum(1) + (values[:, None] >= values[None]).sum(1) - 1) / 2
-
-
 def score(ordering: str, values: list[float], similarity: list[float]) -> float:
     """Return the agreement of an ordering and a measure, from -1 to 1."""
     if ordering in ("seed", "half"):  # 2 AUC - 1
         close, distant = ([x for x, v in zip(similarity, values, strict=True) if v == flag] for flag in (1.0, 0.0))
         return float(np.mean([np.sign(a - b) for a in close for b in distant]))
-    return float(np.corrcoef(ranks(values), ranks(similarity))[0, 1])
+    return spearman(values, similarity)
 
 
 def score_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

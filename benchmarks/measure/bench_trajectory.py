@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.common.models import CifarResNet, cifar10, cifar_resnet
 from benchmarks.common.results import record, table
 from benchmarks.common.small_networks import CACHE_FOLDER, Training, trained_network
-from benchmarks.common.stats import mean_and_error
+from benchmarks.common.stats import mean_and_error, spearman
 from knowiso_train import compare_stages
 from knowiso_train.diagnosis.comparison import StageComparison
 
@@ -63,19 +63,10 @@ def trajectory(seed: int, reference_seed: int, images: int, num_checkpoints: int
     )
 
 
-def ranks(values: Any) -> Any:
-    """Return the ranks of values; equal values get their mean rank."""
-    values = np.asarray(values, dtype=float)
-    return ((values[:, None] > values[None]).sum(1) + (values[:, None] >= values[None]).sum(1) - 1) / 2
-
-
 def scores(comparison: StageComparison) -> dict[str, list[float]]:
     """Return the Spearman correlation of the order of the stages with every figure, for each layer."""
-    order = ranks(range(len(comparison)))
     return {
-        name: [
-            float(np.corrcoef(order, ranks([figure(stage[layer]) for stage in comparison]))[0, 1]) for layer in LAYERS
-        ]
+        name: [spearman(range(len(comparison)), [figure(stage[layer]) for stage in comparison]) for layer in LAYERS]
         for name, figure in FIGURES.items()
     }
 

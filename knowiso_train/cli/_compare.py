@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from knowiso_train.cli._options import (
     add_image_options,
     add_method_options,
     add_network_options,
+    add_output_options,
     add_running_options,
     autocast_dtype,
     layer_pairs,
@@ -58,18 +60,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     add_image_options(options)
     method = options.add_argument_group("method")
     add_method_options(method, order=0)
-    method.add_argument("--kernel-size", type=int, metavar="N", help="neighborhood of the maps, 1 or 3 (default: 1)")
-    method.add_argument(
-        "--no-functional",
-        dest="functional",
-        action="store_false",
-        help="do not compare outputs with parts of a feature in its place (default: compared)",
-    )
-    method.add_argument(
-        "--labels",
-        action="store_true",
-        help="top-1 of the outputs, for labels that are the networks' classes (default: no top-1)",
-    )
+    add_output_options(method)
     method.add_argument(
         "--path",
         type=Path,
@@ -88,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
     from knowiso_train.experiment.processes import Processes
     from knowiso_train.loading.timm import input_transform
 
-    processes = Processes(args.device)
-    try:
+    with Processes(args.device) as processes:
         torch.manual_seed(args.seed)
         stages: dict[str, partial[nn.Module] | CheckpointStage] = _stages(args)
         reference, name = _reference(args, stages)
@@ -106,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
                 seed=args.seed,
                 max_images=args.max_images,
                 reference_transform=input_transform(reference, size=args.input_size),
-                stage_transform={name: _transform(args, stage) for name, stage in stages.items()},
+                stage_transform=_transforms(args, stages),
                 reference_name=name,
                 path=args.path,
                 device=processes.device,
@@ -115,8 +105,6 @@ def run(args: argparse.Namespace) -> None:
             )
         if processes.is_main:
             write_report(comparison, args)
-    finally:
-        processes.close()
 
 
 def _load(args: argparse.Namespace, spec: str, **options: Any) -> nn.Module:
@@ -168,9 +156,14 @@ def _reference(args: argparse.Namespace, stages: dict[str, Any]) -> tuple[nn.Mod
     return last(), name
 
 
-def _transform(args: argparse.Namespace, stage: partial[nn.Module] | CheckpointStage) -> Any:
-    """Return the transform of the images for a stage, from the configuration of its network alone."""
+def _transforms(args: argparse.Namespace, stages: Mapping[str, partial[nn.Module] | CheckpointStage]) -> dict[str, Any]:
+    """Return the transform of the images for each stage, from the configuration of its network alone."""
     from knowiso_train.loading.timm import input_transform
 
-    spec = stage.args[1] if isinstance(stage, partial) else _model(args)
-    return input_transform(_load(args, spec, pretrained=False), size=args.input_size)
+    specs = {name: stage.args[1] if isinstance(stage, partial) else _model(args) for name, stage in stages.items()}
+    # Checkpoints of one training share their network, which is built once
+    transforms = {
+        spec: input_transform(_load(args, spec, pretrained=False), size=args.input_size)
+        for spec in dict.fromkeys(specs.values())
+    }
+    return {name: transforms[spec] for name, spec in specs.items()}

@@ -11,6 +11,7 @@ from knowiso_train.cli._options import (
     add_measurement_options,
     add_method_options,
     add_network_options,
+    add_output_options,
     add_running_options,
     autocast_dtype,
     layer_pairs,
@@ -46,8 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from knowiso_train.loading.datasets import class_names
     from knowiso_train.loading.timm import input_transform
 
-    processes = Processes(args.device)
-    try:
+    with Processes(args.device) as processes:
         # Random weights (--no-pretrained) are the same in every process and every run
         torch.manual_seed(args.seed)
         models = [args.weak, *args.strong]
@@ -88,8 +88,6 @@ def run(args: argparse.Namespace) -> None:
             )
         if processes.is_main:
             write_report(diagnosis, args)
-    finally:
-        processes.close()
 
 
 def _images_of(images: Any) -> Any:
@@ -151,18 +149,7 @@ def _add_networks(options: argparse.ArgumentParser) -> None:
 def _add_method(method: argparse._ActionsContainer) -> None:
     add_method_options(method, order=0)
     add_measurement_options(method)
-    method.add_argument("--kernel-size", type=int, metavar="N", help="neighborhood of the maps, 1 or 3 (default: 1)")
-    method.add_argument(
-        "--no-functional",
-        dest="functional",
-        action="store_false",
-        help="do not run the networks on changed features (default: run, and outputs compared)",
-    )
-    method.add_argument(
-        "--labels",
-        action="store_true",
-        help="top-1, for labels that are the networks' classes (default: no top-1)",
-    )
+    add_output_options(method)
 
 
 def _add_sizes(sizes: argparse._ActionsContainer) -> None:

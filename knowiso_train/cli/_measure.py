@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from knowiso_train.experiment.processes import Processes
     from knowiso_train.loading.timm import input_transform
 
-    processes = Processes(args.device)
-    try:
+    with Processes(args.device) as processes:
         # Random weights (--no-pretrained) are the same in every process and every run
         torch.manual_seed(args.seed)
         source = load_network(args, processes, args.source, args.source_checkpoint, args.source_classes)
@@ -73,8 +72,6 @@ def run(args: argparse.Namespace) -> None:
             )
         if processes.is_main:
             write_report(report, args)
-    finally:
-        processes.close()
 
 
 def _add_networks(options: argparse.ArgumentParser) -> None:

@@ -207,6 +207,22 @@ def add_measurement_options(method: argparse._ActionsContainer) -> None:
     )
 
 
+def add_output_options(method: argparse._ActionsContainer) -> None:
+    """Add the options that `diagnose` and `compare` share: neighborhood of the maps, and comparison of outputs."""
+    method.add_argument("--kernel-size", type=int, metavar="N", help="neighborhood of the maps, 1 or 3 (default: 1)")
+    method.add_argument(
+        "--no-functional",
+        dest="functional",
+        action="store_false",
+        help="do not compare outputs with parts of a feature in its place (default: compared)",
+    )
+    method.add_argument(
+        "--labels",
+        action="store_true",
+        help="top-1 of the outputs, for labels that are the networks' classes (default: no top-1)",
+    )
+
+
 def add_running_options(options: argparse.ArgumentParser, *, csv: bool = True) -> None:
     """Add the options of device, precision, files and progress bars.
 

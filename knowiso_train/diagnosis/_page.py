@@ -9,7 +9,7 @@ import numpy as np
 
 from knowiso_train.diagnosis.render import KIND_TITLES
 from knowiso_train.measurement._page import method_details, output_bars, pair_bars
-from knowiso_train.measurement.render import interval, pair_name, percent
+from knowiso_train.measurement.render import image_counts, interval, pair_name, percent
 from knowiso_train.pages import (
     Bar,
     Cell,
@@ -56,7 +56,7 @@ CHANNELS_AID = "These channels hold most of the residual: the share of each that
 def diagnosis_page(diagnosis: Diagnosis, title: str | None = None) -> str:
     """Return the page; see `Diagnosis.to_html`."""
     names = f"{diagnosis.weak} beside {', '.join(diagnosis.strong)}"
-    counts = ", ".join(f"{count:,} to {role}" for role, count in diagnosis.images.items())
+    counts = image_counts(diagnosis.images)
     sections = [Section("Overview", _overview(diagnosis))] if diagnosis.layers else []
     sections += [
         Section(name, side_by_side([_LayerColumn(diagnosis, layer).parts() for layer in layers]))

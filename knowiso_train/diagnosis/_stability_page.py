@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from knowiso_train.measurement._page import method_details
-from knowiso_train.measurement.render import percent
+from knowiso_train.measurement.render import image_counts, percent
 from knowiso_train.pages import (
     Cell,
     Column,
@@ -47,7 +47,7 @@ FIGURE_AIDS: dict[StabilityFigure, tuple[str, str]] = {
 
 def stability_page(report: StabilityReport, title: str | None = None) -> str:
     """Return the page; see `StabilityReport.to_html`."""
-    counts = ", ".join(f"{count:,} to {role}" for role, count in report.images.items())
+    counts = image_counts(report.images)
     figures = [figure for figure in FIGURE_AIDS if _is_measured(report, figure)]
     sections = [Section("All layers", _spreads(report, figures))] if report.layers else []
     sections += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from knowiso_train.measurement.render import interval, pair_name, percent
+from knowiso_train.measurement.render import image_counts, interval, pair_name, percent
 from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ TABLE_CLASSES, TABLE_CHANNELS, TABLE_IMAGES = 10, 10, 5
 
 def render_diagnosis(diagnosis: Diagnosis) -> str:
     """Return an aligned table with one row per result."""
-    counts = ", ".join(f"{count:,} to {role}" for role, count in diagnosis.images.items())
+    counts = image_counts(diagnosis.images)
     title = f"{diagnosis.weak} beside {', '.join(diagnosis.strong)}"
     lines = [" · ".join([title, f"images: {counts}", f"{diagnosis.seconds:.1f} s"]), ""]
     head = ["layer", "unexplained", "95 % interval", "first direction", "its KL", "most unexplained class"]

@@ -12,7 +12,7 @@ from knowiso_train.diagnosis.render import render_diagnosis, render_layer
 from knowiso_train.errors import FormatError, LayerNameError
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.saved_report import SavedReport
-from knowiso_train.utils.serialization import write_file
+from knowiso_train.utils.serialization import write_if_given
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -320,10 +320,7 @@ class Diagnosis(SavedReport):
             >>> "<h1>Diagnosis of small beside large</h1>" in page
             True
         """
-        page = diagnosis_page(self, title)
-        if path is not None:
-            write_file(path, page)
-        return page
+        return write_if_given(diagnosis_page(self, title), path)
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Figure:
         """Plot one row per result: unexplained share by channel, heat map of the positions, and bars of the classes.

@@ -21,11 +21,11 @@ from knowiso_train.features.state import on_device, preserve_state
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.measure import run_measurement
-from knowiso_train.measurement.render import percent
+from knowiso_train.measurement.render import image_counts, percent
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.saved_report import SavedReport
-from knowiso_train.utils.serialization import write_file
+from knowiso_train.utils.serialization import write_if_given
 from knowiso_train.utils.text_table import format_table
 from knowiso_train.utils.validation import validate_arguments
 
@@ -151,10 +151,7 @@ class StabilityReport(SavedReport):
             >>> "<h1>Stability of 2 networks</h1>" in page
             True
         """
-        page = stability_page(self, title)
-        if path is not None:
-            write_file(path, page)
-        return page
+        return write_if_given(stability_page(self, title), path)
 
     def plot(
         self, path: str | Path | None = None, *, figure: StabilityFigure = "unexplained", title: str | None = None
@@ -299,7 +296,7 @@ def _figure(pair: PairResult, figure: StabilityFigure) -> float:
 
 def _render(report: StabilityReport) -> str:
     """Return a table with one row per layer."""
-    counts = ", ".join(f"{count:,} to {role}" for role, count in report.images.items())
+    counts = image_counts(report.images)
     title = f"{len(report.networks)} networks: {', '.join(report.networks)}"
     rows = [["layer", "unexplained", "from", "to", "agreement", "KL", "residual agreement"]]
     for layer in report.layers:

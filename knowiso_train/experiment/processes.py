@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -19,6 +19,8 @@ WAIT_HOURS = 12  # for the main process, while it prunes or refines alone
 class Processes:
     """Device and rank of this process in an `accelerate launch`, or of a single process.
 
+    The context leaves the process group of several processes at its end.
+
     Args:
         device: Device to use. None: selected by accelerate. With several processes only the type ("cpu") can be given.
 
@@ -26,8 +28,8 @@ class Processes:
         OptionError: The device does not exist, or cannot be used by all processes.
 
     Example:
-        >>> processes = Processes("cpu")
-        >>> processes.is_main, processes.device.type
+        >>> with Processes("cpu") as processes:
+        ...     processes.is_main, processes.device.type
         (True, 'cpu')
     """
 
@@ -51,8 +53,10 @@ class Processes:
         """True in the process that prints and writes files."""
         return bool(self._state.is_main_process)
 
-    def close(self) -> None:
-        """Leave the process group of several processes."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._state.num_processes > 1:
             self._state.destroy_process_group()
 

@@ -20,7 +20,6 @@ from knowiso_train.utils.validation import validate_arguments
 
 Side = Literal["input", "output"]
 Captured = TypeVar("Captured", Tensor, list[Tensor])
-_REPEATED = ("error", "first", "last", "all")
 
 _CHECKPOINT_CODE = CheckpointFunction.forward.__code__
 

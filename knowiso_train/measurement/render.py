@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -88,11 +88,15 @@ def directions(report: Report) -> list[tuple[str, tuple[PairResult, ...]]]:
     return [(name, pairs) for name in DIRECTIONS if (pairs := getattr(report, name))]
 
 
+def image_counts(images: Mapping[str, int]) -> str:
+    """Return the number of images of each part, such as "60 to fit, 20 to select"."""
+    return ", ".join(f"{count:,} to {role}" for role, count in images.items())
+
+
 def headline(report: Report) -> str:
     """Return networks, numbers of images, settings and time in one line."""
-    counts = ", ".join(f"{count:,} to {role}" for role, count in report.images.items())
-    parts = [f"{report.source} and {report.target}", f"images: {counts}", *_method(report), f"{report.seconds:.1f} s"]
-    return " · ".join(parts)
+    networks, counts = f"{report.source} and {report.target}", f"images: {image_counts(report.images)}"
+    return " · ".join([networks, counts, *_method(report), f"{report.seconds:.1f} s"])
 
 
 def block_title(report: Report, direction: str) -> str:

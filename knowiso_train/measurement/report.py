@@ -15,7 +15,7 @@ from knowiso_train.measurement.config import DIRECTIONS, Direction
 from knowiso_train.measurement.functional import FunctionalShare
 from knowiso_train.measurement.render import percent, render_html, render_pair, render_text
 from knowiso_train.utils.saved_report import SavedReport
-from knowiso_train.utils.serialization import write_file
+from knowiso_train.utils.serialization import write_if_given
 
 if TYPE_CHECKING:
     import pandas
@@ -201,10 +201,7 @@ class Report(SavedReport):
             >>> "<h1>small and large: shared features</h1>" in page
             True
         """
-        page = report_page(self, title)
-        if path is not None:
-            write_file(path, page)
-        return page
+        return write_if_given(report_page(self, title), path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return one line per layer pair and direction with all figures as fractions of 1, below a header.
@@ -216,10 +213,7 @@ class Report(SavedReport):
             >>> Report("small", "large", (), {"fit": 60}, {"order": 1}, 0.1, {}).to_csv().strip()
             'direction,source,target'
         """
-        text = records_csv(self)
-        if path is not None:
-            write_file(path, text)
-        return text
+        return write_if_given(records_csv(self), path)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return the table of `to_csv` as a pandas data frame.

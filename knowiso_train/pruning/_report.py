@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from knowiso_train.utils.environment import library_versions
-from knowiso_train.utils.serialization import dump_json, write_file
+from knowiso_train.utils.serialization import dump_json, write_if_given
 from knowiso_train.utils.text_table import format_table
 
 
@@ -225,7 +225,4 @@ def _millions(count: float, digits: int) -> str:
 
 
 def _to_json(content: Mapping[str, Any], path: str | Path | None) -> str:
-    text = dump_json(content) + "\n"
-    if path is not None:
-        write_file(path, text)
-    return text
+    return write_if_given(dump_json(content) + "\n", path)

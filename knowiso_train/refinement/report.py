@@ -14,7 +14,7 @@ from knowiso_train.features.modules import network_name, unwrap_model
 from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.refinement._metrics import Score
 from knowiso_train.refinement.peers import PeerScore
-from knowiso_train.utils.serialization import dump_json, write_file, write_json, write_tensors
+from knowiso_train.utils.serialization import dump_json, write_if_given, write_json, write_tensors
 from knowiso_train.utils.text_table import format_table
 
 REFINED_WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
@@ -115,10 +115,7 @@ class RefineReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as strict JSON, and write it to a file where a path is given."""
-        text = dump_json(self.to_dict()) + "\n"
-        if path is not None:
-            write_file(path, text)
-        return text
+        return write_if_given(dump_json(self.to_dict()) + "\n", path)
 
     def _score_table(self) -> list[list[str]]:
         table = [["", "validation", "ECE", "test", "ECE", ""]]

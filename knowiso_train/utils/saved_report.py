@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from knowiso_train.errors import FormatError
-from knowiso_train.utils.serialization import dump_json, parse_json, read_json, to_plain, write_file
+from knowiso_train.utils.serialization import dump_json, parse_json, read_json, to_plain, write_if_given
 
 MAX_INTEGER = 2**53
 
@@ -48,10 +48,7 @@ class SavedReport:
         Args:
             path: File to write as well. None: no file.
         """
-        text = dump_json(self.to_dict(), indent=self.saved_indent) + "\n"
-        if path is not None:
-            write_file(path, text)
-        return text
+        return write_if_given(dump_json(self.to_dict(), indent=self.saved_indent) + "\n", path)
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:

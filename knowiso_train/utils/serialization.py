@@ -202,6 +202,25 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         partial.write_bytes(data)
 
 
+def write_if_given(text: str, path: str | Path | None) -> str:
+    """Write a text to a file where a path is given, and return it.
+
+    Args:
+        text: Content of the file.
+        path: File to write. None: no file.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    Example:
+        >>> write_if_given("done", None)
+        'done'
+    """
+    if path is not None:
+        write_file(path, text)
+    return text
+
+
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to, and rename that file to `path` when the block ends without an error.

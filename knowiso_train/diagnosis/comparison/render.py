@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from knowiso_train.measurement.render import interval, percent
+from knowiso_train.measurement.render import image_counts, interval, percent
 from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def render_stage(stage: StageResult) -> str:
 def headline(comparison: StageComparison) -> str:
     """Return reference, number of stages, numbers of images and time in one line."""
     counts = comparison.stages[-1].images if comparison.stages else {}
-    images = ", ".join(f"{count:,} to {role}" for role, count in counts.items()) or "none"
+    images = image_counts(counts) or "none"
     return f"{comparison.reference} and {len(comparison)} stages · images: {images} · {comparison.seconds:.1f} s"
 
 

@@ -14,7 +14,7 @@ from knowiso_train.errors import LayerNameError, OptionError
 from knowiso_train.measurement.functional import FunctionalShare
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.saved_report import SavedReport
-from knowiso_train.utils.serialization import write_file
+from knowiso_train.utils.serialization import write_if_given
 from knowiso_train.utils.validation import UnitFloat, checked_value
 
 if TYPE_CHECKING:
@@ -224,10 +224,7 @@ class StageComparison(SavedReport):
         """
         from knowiso_train.diagnosis.comparison._records import comparison_csv
 
-        text = comparison_csv(self)
-        if path is not None:
-            write_file(path, text)
-        return text
+        return write_if_given(comparison_csv(self), path)
 
     def to_html(self, path: str | Path | None = None, *, title: str | None = None) -> str:
         """Return a page in one HTML file that needs no network access: bars of every stage and layer, tables.
@@ -238,10 +235,7 @@ class StageComparison(SavedReport):
         """
         from knowiso_train.diagnosis.comparison._page import comparison_page
 
-        page = comparison_page(self, title)
-        if path is not None:
-            write_file(path, page)
-        return page
+        return write_if_given(comparison_page(self, title), path)
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Figure:
         """Plot lost and gained shares, and the output's agreement, over the stages: one line per layer.
