@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.serialization import write_file
 from knowiso_train.utils.text_table import format_table
 
 # Set KNOWISO_RESULTS to try a benchmark without changing the recorded results
@@ -55,7 +56,6 @@ def record(name: str, figures: Any, **more: Any) -> Path:
         ).stdout.strip()
     )
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
     content = {
         "figures": figures,
         **more,
@@ -64,7 +64,7 @@ def record(name: str, figures: Any, **more: Any) -> Path:
         "date": datetime.date.today().isoformat(),
         "commit": commit + ("+" if dirty else ""),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_file(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

@@ -1,0 +1,110 @@
+"""Rule of the verdicts on the paper's claims, and results files whose rows outlast an interruption.
+
+The paper: arXiv 1908.01581. The effect of a claim is measured once per seed, with a positive sign in the claimed
+direction. Its 95 % interval over the seeds, by Student's t, decides: a claim is "confirmed" if the interval is above
+zero, "not confirmed" if it is below zero, and "undecided" otherwise, also with a single seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.common.results import RESULTS, record, table
+
+LAYERS = ("layer1", "layer2", "layer3")  # of all small networks
+SEEDS = (0, 1, 2)
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def judge(claim: str, effects: Sequence[float], *, section: str, measured: str) -> dict[str, Any]:
+    """Return the verdict on a claim.
+
+    Args:
+        claim: Statement of the paper, in our words.
+        effects: Effect of each seed, positive in the claimed direction.
+        section: Section of the paper that states it.
+        measured: Definition of the effect, with its unit.
+
+    Returns:
+        Entries for the results file. `standard_error` and `interval` are None with a single seed.
+    """
+    mean, seeds = statistics.fmean(effects), len(effects)
+    error = statistics.stdev(effects) / math.sqrt(seeds) if seeds > 1 else math.inf
+    # Beyond the listed quantiles, the last one is too large by less than 14 %
+    radius = T_QUANTILES[min(seeds - 1, len(T_QUANTILES)) - 1] * error
+    verdict = "undecided" if abs(mean) <= radius else "confirmed" if mean > 0 else "not confirmed"
+    return {
+        "claim": claim,
+        "section": section,
+        "measured": measured,
+        "verdict": verdict,
+        "effect": mean,
+        "standard_error": error if seeds > 1 else None,
+        "interval": [mean - radius, mean + radius] if seeds > 1 else None,
+        "seeds": seeds,
+        "effects": list(effects),
+    }
+
+
+class ClaimResults:
+    """Results file of a claim script. A run with equal settings continues with the finished rows.
+
+    Args:
+        name: Name of the results file.
+        settings: Everything that determines the figures.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self.name, self.settings = name, json.loads(json.dumps(settings))
+        path = RESULTS / f"{name}.json"
+        stored = json.loads(path.read_text()) if path.exists() else {"figures": {"rows": []}, "settings": self.settings}
+        if stored["settings"] != self.settings:
+            raise SystemExit(
+                f"{path} holds a run with other settings: {stored['settings']}. Remove it, or choose another --name."
+            )
+        self.rows: list[dict[str, Any]] = stored["figures"]["rows"]
+
+    def row(self, compute: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
+        """Return the row with a key, such as seed and stage; compute and write it if it is missing.
+
+        Args:
+            compute: Function that returns the figures of the row.
+            key: Entries that identify the row.
+        """
+        for row in self.select(**key):
+            return row
+        wall, cpu = time.perf_counter(), time.process_time()
+        row = key | json.loads(json.dumps(compute()))
+        row |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        self.rows.append(row)
+        self._write()
+        print(f"{self.name}: {key} in {row['cpu_seconds']:.0f} CPU seconds", flush=True)
+        return row
+
+    def select(self, **key: Any) -> Iterator[dict[str, Any]]:
+        """Yield the finished rows with these entries."""
+        yield from (row for row in self.rows if all(row.get(name) == value for name, value in key.items()))
+
+    def finish(self, claims: list[dict[str, Any]], rows: list[dict[str, Any]], **figures: Any) -> None:
+        """Print a table and the verdicts, and write them with all rows.
+
+        Args:
+            claims: Results of `judge`.
+            rows: Table with equal keys in all rows.
+            figures: Further figures for the file.
+        """
+        print(table(rows))
+        for claim in claims:
+            error = "" if claim["standard_error"] is None else f" ± {claim['standard_error']:.2g}"
+            print(f"{claim['verdict']}: {claim['claim']} ({claim['measured']}: {claim['effect']:+.3g}{error})")
+        self._write(claims=claims, table=rows, **figures)
+
+    def _write(self, **figures: Any) -> None:
+        seconds = {unit: round(sum(row[unit] for row in self.rows)) for unit in ("seconds", "cpu_seconds")}
+        record(self.name, figures | {"rows": self.rows}, settings=self.settings, time=seconds)
