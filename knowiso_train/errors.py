@@ -9,7 +9,7 @@ from __future__ import annotations
 class KnowisoError(Exception):
     """Base class of the errors that this library raises.
 
-    Example:
+    Examples:
         >>> import knowiso_train as ki
         >>> try:
         ...     ki.FeatureTaps(torch.nn.Linear(2, 2), "nothing")

@@ -48,7 +48,7 @@ class Muon(Optimizer):
         dtype: Type in which matrices are orthogonalized. Default: theirs.
         newton_schulz_steps: Number of steps of the orthogonalization.
 
-    Example:
+    Examples:
         >>> weight = nn.Parameter(torch.eye(3))
         >>> optimizer = Muon([weight], lr=0.1, step_size="relative")
         >>> (weight * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
@@ -138,7 +138,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
     The rest is norms, biases, and the weights of depthwise, grouped and transposed convolutions.
 
-    Example:
+    Examples:
         >>> matrices, rest = split_parameters(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Linear(4, 2)))
         >>> [tuple(parameter.shape) for parameter in matrices], len(rest)
         ([(2, 4)], 3)
@@ -160,7 +160,7 @@ def check_trainable_precision(model: nn.Module) -> None:
     Raises:
         OptionError: A parameter in float16.
 
-    Example:
+    Examples:
         >>> check_trainable_precision(nn.Linear(2, 2).bfloat16())
     """
     if any(parameter.requires_grad and parameter.dtype == torch.float16 for parameter in model.parameters()):
@@ -178,7 +178,7 @@ def build_optimizers(model: nn.Module, lr: float) -> list[tuple[Optimizer, float
         model: Model with at least one trainable parameter.
         lr: Peak step of a matrix, relative to its norm.
 
-    Example:
+    Examples:
         >>> [(type(optimizer).__name__, lr) for optimizer, lr in build_optimizers(nn.Linear(4, 2), 1.0)]
         [('Muon', 1.0), ('Adam', 0.05)]
     """

@@ -17,7 +17,7 @@ class Measurement(NamedTuple):
         step: Number of training steps before the measurement.
         report: Report of the measurement.
 
-    Example:
+    Examples:
         >>> from knowiso_train.measurement import Report
         >>> Measurement(500, Report("a", "b", (), {}, {}, 0.1, {})).metrics
         {}

@@ -99,7 +99,7 @@ class IsomorphismCallback:
         LayerNameError: Layers that do not exist or cannot be paired.
         InputTypeError: A loader that can be read only once.
 
-    Example:
+    Examples:
         >>> student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
         >>> validation = [torch.randn(100, 3, 6, 6)]
         >>> log = lambda values, step: print(step, sorted(values))
@@ -173,7 +173,7 @@ class IsomorphismCallback:
             loader: Held-out images.
             **options: Options of `IsomorphismCallback`; they take precedence over those of the loss.
 
-        Example:
+        Examples:
             >>> student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
             >>> iso = IsomorphismLoss(student, teacher, "1")
             >>> callback = IsomorphismCallback.of(iso, [torch.randn(100, 3, 6, 6)], every=100)

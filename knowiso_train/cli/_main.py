@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Words of the command line. None: those of this process.
 
-    Example:
+    Examples:
         >>> main(["report", "missing.json"])
         2
     """
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and options.
 
-    Example:
+    Examples:
         >>> parser().parse_args(["layers", "resnet18"]).depth
         2
     """

@@ -30,7 +30,7 @@ def layer_pairs(layers: Sequence[str]) -> list[str] | list[tuple[str, str]]:
     Raises:
         OptionError: A pair with an empty side.
 
-    Example:
+    Examples:
         >>> layer_pairs(["layer3=blocks.5", "head"])
         [('layer3', 'blocks.5'), ('head', 'head')]
     """
@@ -86,7 +86,7 @@ def autocast_dtype(args: argparse.Namespace) -> torch.dtype | None:
 def unique_names(models: Sequence[str], checkpoints: Sequence[str | None], roles: Sequence[str]) -> list[str]:
     """Return a different name for each network: its architecture, with checkpoint and role where names are equal.
 
-    Example:
+    Examples:
         >>> unique_names(["resnet18", "resnet50"], [None, None], ["source", "target"])
         ['resnet18', 'resnet50']
         >>> unique_names(["resnet18", "resnet18"], ["a.pth", None], ["source", "target"])

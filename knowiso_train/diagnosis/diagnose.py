@@ -120,7 +120,7 @@ def diagnose(
     Raises:
         KnowisoError: See its subclasses. Modes, `requires_grad`, devices and random state are restored also then.
 
-    Example:
+    Examples:
         >>> strong = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> weak = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> loader = torch.utils.data.DataLoader(torch.randn(200, 3, 8, 8), batch_size=50)

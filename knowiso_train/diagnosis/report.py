@@ -315,7 +315,7 @@ class Diagnosis(SavedReport):
             path: File to write as well. None: no file.
             title: Heading of the page. None: the names of the networks.
 
-        Example:
+        Examples:
             >>> page = Diagnosis("small", ("large",), (), {"fit": 60}, (), (), {}, 0.1, {}).to_html()
             >>> "<h1>Diagnosis of small beside large</h1>" in page
             True

@@ -146,7 +146,7 @@ class StabilityReport(SavedReport):
             path: File to write as well. None: no file.
             title: Heading of the page. None: the number of networks.
 
-        Example:
+        Examples:
             >>> page = StabilityReport(("a", "b"), (), (), {"fit": 60}, {}, 0.1, {}).to_html()
             >>> "<h1>Stability of 2 networks</h1>" in page
             True
@@ -206,7 +206,7 @@ def stability(
         OptionError: Fewer than two networks, or an option that `measure` does not have.
         LayerNameError: Layers that cannot be paired.
 
-    Example:
+    Examples:
         >>> import torch
         >>> networks = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)) for _ in range(2)]
         >>> loader = torch.utils.data.DataLoader(torch.randn(200, 3, 8, 8), batch_size=50)

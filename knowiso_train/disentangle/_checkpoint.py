@@ -31,7 +31,7 @@ def checkpoint_path(path: str, label: str) -> str:
         path: Option `checkpoint`.
         label: Layers, direction and target of the fit.
 
-    Example:
+    Examples:
         >>> checkpoint_path("run/paper.pt", "layer1 → layer2 (forward)")
         'run/paper.layer1-layer2-forward-879ef3ea.pt'
     """

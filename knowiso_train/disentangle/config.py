@@ -145,7 +145,7 @@ class DisentangleConfig:
     Raises:
         OptionError: An invalid value, or options that the solver does not have.
 
-    Example:
+    Examples:
         >>> DisentangleConfig(order=-1)
         Traceback (most recent call last):
         knowiso_train.errors.OptionError: DisentangleConfig: order must be an integer from 0 to 16, got -1

@@ -53,7 +53,7 @@ class Disentangler(nn.Module):
     Raises:
         OptionError: An invalid value.
 
-    Example:
+    Examples:
         >>> x = torch.randn(64, 4, 6, 6)
         >>> y = torch.einsum("dc,nchw->ndhw", torch.randn(3, 4), x)
         >>> maps = Disentangler(order=0).fit(x, y)

@@ -41,7 +41,7 @@ class PaperMaps(nn.Module):
     Raises:
         OptionError: Tied maps between different numbers of channels.
 
-    Example:
+    Examples:
         >>> maps = PaperMaps(4, 4, order=2, kernel_size=3)
         >>> x = torch.randn(2, 4, 5, 5)
         >>> torch.allclose(sum(maps.components(x)), maps(x), atol=1e-5)

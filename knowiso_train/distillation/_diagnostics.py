@@ -23,7 +23,7 @@ MIN_POSITIONS, MAX_POSITIONS = 16, 4096
 class CollapseDetector:
     """Comparison of the student's features in training with those at the first solve, by layer.
 
-    Example:
+    Examples:
         >>> detector, features = CollapseDetector(), torch.randn(8, 6, 4, 4)
         >>> detector.check("layer2", features)
         >>> detector.check("layer2", features[:, :1].expand(-1, 6, -1, -1))  # one direction; warns after 3 calls
@@ -65,7 +65,7 @@ def variance_and_rank(feature: Tensor) -> tuple[float, float]:
     The effective rank is `C² / ‖R‖²` with the correlation matrix R of the C channels that vary: the participation
     ratio `(Σ λ)² / Σ λ²` of its eigenvalues, which no channel of large variance dominates. NaN for too few positions.
 
-    Example:
+    Examples:
         >>> one = torch.randn(64, 1, 2, 2)
         >>> round(variance_and_rank(one.expand(-1, 5, -1, -1))[1], 3)
         1.0
@@ -92,7 +92,7 @@ MAX_UNSOLVED_CALLS = 200
 class InactivityDetector:
     """Warnings of pairs without effect: in eval mode, behind frozen layers, or with too few samples; once per pair.
 
-    Example:
+    Examples:
         >>> detector, pair = InactivityDetector(), LayerPair("layer2", "layer3")
         >>> detector.check(pair, training=True, solved=False, has_gradient=True, calls=5)
         >>> detector.warned

@@ -101,7 +101,7 @@ def updates_moments(call: int) -> bool:
     One call of every `UPDATE_INTERVAL` is drawn at random, since loops may alternate between views or loaders. The
     draw depends on the call alone, so that it is the same in all processes.
 
-    Example:
+    Examples:
         >>> [call for call in range(12) if updates_moments(call)]
         [1, 2, 4, 6, 8, 11]
     """

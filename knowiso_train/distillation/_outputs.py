@@ -65,7 +65,7 @@ def connect_outputs(loss: Tensor, outputs: tuple[Tensor, ...]) -> Tensor:
 
     DDP and FSDP wait for the gradients of all parameters. A loss of inner features alone has none for later layers.
 
-    Example:
+    Examples:
         >>> feature = torch.ones(2, requires_grad=True)
         >>> head = torch.ones(2, requires_grad=True)
         >>> connect_outputs(feature.sum(), (feature * head,)).backward()

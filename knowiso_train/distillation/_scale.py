@@ -16,7 +16,7 @@ LOG_SHARE_OFFSET = 1e-3
 def log_share(unexplained: Tensor) -> Tensor:
     """Return `log(u + 1e-3)` of an unexplained share u; 0 for u = 0, of an unsolved map or a constant target.
 
-    Example:
+    Examples:
         >>> log_share(torch.tensor([0.0, 0.009, 0.999]))
         tensor([ 0.0000, -4.6052,  0.0000])
     """
@@ -33,7 +33,7 @@ def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
         shares: Unexplained share of this process's batch for every pair, scalars.
         group: Processes.
 
-    Example:
+    Examples:
         >>> joint_shares([torch.tensor(0.5)], ProcessGroup())
         [tensor(0.5000)]
     """

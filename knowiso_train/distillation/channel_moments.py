@@ -15,7 +15,7 @@ MAX_MEAN_DIFFERENCE, MAX_STD_RATIO = 0.5, 1.5
 class ChannelMoments:
     """Mean and standard deviation of each channel over all images that were added.
 
-    Example:
+    Examples:
         >>> moments, normalized = ChannelMoments(), ChannelMoments()
         >>> images = torch.rand(20, 3, 8, 8)
         >>> moments.add(images)

@@ -41,7 +41,7 @@ class IsomorphismLossConfig:
         OptionTypeError: An option of the wrong type.
         OptionError: An option out of bounds, or options that exclude each other.
 
-    Example:
+    Examples:
         >>> IsomorphismLossConfig(solver="learned", order=1).refresh
         10
         >>> IsomorphismLossConfig(order=1)

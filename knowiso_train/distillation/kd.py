@@ -29,7 +29,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
         ShapeError: Logits of different shapes.
         OptionError: A temperature that is not positive.
 
-    Example:
+    Examples:
         >>> logits = torch.randn(4, 10)
         >>> kd_loss(logits, logits).abs().item() < 1e-6
         True
@@ -66,7 +66,7 @@ def dkd_loss(
         ShapeError: Logits or labels of shapes that do not match.
         OptionError: A temperature that is not positive.
 
-    Example:
+    Examples:
         >>> logits = torch.randn(4, 10)
         >>> dkd_loss(logits, logits, torch.arange(4)).abs().item() < 1e-5
         True
@@ -126,7 +126,7 @@ class WeightSchedule:
         OptionTypeError: An option of the wrong type.
         OptionError: An option out of bounds, or `total` not above `warmup`.
 
-    Example:
+    Examples:
         >>> schedule = WeightSchedule(warmup=10, total=110, final=0.5, shape="linear")
         >>> [schedule(call) for call in (0, 5, 10, 60, 110, 500)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.5]

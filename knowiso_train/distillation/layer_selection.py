@@ -85,7 +85,7 @@ def suggest_layers(
         OptionError: An option out of bounds.
         LayerNameError: A loader without images, networks without stages, or no pair that can be selected.
 
-    Example:
+    Examples:
         >>> a, b = (nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)) for _ in range(2))
         >>> images = torch.utils.data.TensorDataset(torch.randn(80, 3, 16, 16))
         >>> loader = torch.utils.data.DataLoader(images, batch_size=20)
@@ -162,7 +162,7 @@ def pair_stages(
     Returns:
         (student layer, teacher layer) tuples; empty for a teacher without stages.
 
-    Example:
+    Examples:
         >>> pair_stages({"a": (8, 8), "b": (8, 8)}, {"1": (8, 8), "2": (8, 8), "3": (8, 8), "4": (8, 8)})
         [('a', '2'), ('b', '4')]
     """

@@ -97,7 +97,7 @@ class IsomorphismLoss(nn.Module):
         LayerNameError: Layers that do not exist or cannot be paired.
         InputTypeError: Networks that are not modules.
 
-    Example:
+    Examples:
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         >>> teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> iso = IsomorphismLoss(student, teacher, {"1": "1"})

@@ -25,7 +25,7 @@ class RecipeParser(argparse.ArgumentParser):
     Args:
         description: Text shown unchanged in the help.
 
-    Example:
+    Examples:
         >>> parser = RecipeParser("A recipe.")
         >>> parser.add("--epochs", 8, at_least(1), "passes over the images")
         >>> parser.add("--flip", False, help="mirror half of the images")
@@ -106,7 +106,7 @@ def at_least(
         kind: int or float.
         word: Text that is also allowed. None: numbers only.
 
-    Example:
+    Examples:
         >>> at_least(0, float, "balanced")("0.5"), at_least(0, float, "balanced")("balanced")
         (0.5, 'balanced')
     """
@@ -131,7 +131,7 @@ def at_least(
 def image_side(text: str) -> int:
     """Parse the side of square images in pixels, of which at least one fits into the free memory.
 
-    Example:
+    Examples:
         >>> image_side("224")
         224
     """
@@ -146,7 +146,7 @@ def image_side(text: str) -> int:
 def parse_key_value(text: str) -> tuple[str, Any]:
     """Parse KEY=VALUE, with a Python literal or plain text as the value.
 
-    Example:
+    Examples:
         >>> parse_key_value("channels=(16, 32)"), parse_key_value("stem_type=deep")
         (('channels', (16, 32)), ('stem_type', 'deep'))
     """

@@ -23,7 +23,7 @@ def network_card(
         options: Options of `timm.create_model`, with `num_classes`.
         image_size: (C, H, W) of its images.
 
-    Example:
+    Examples:
         >>> from knowiso_train.loading.timm import load_model
         >>> model = load_model("test_resnet", pretrained=False, num_classes=4)
         >>> card = network_card(model, "test_resnet", {"num_classes": 4}, (3, 32, 32))
@@ -48,7 +48,7 @@ def results_table(cards: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str,
             and `explained` (share by layer).
         log: Log entries with `arm` and `loss`, in order.
 
-    Example:
+    Examples:
         >>> card = {"arm": "student", "parameters": 1200, "top1": 98.5, "explained": {"a": 0.5}}
         >>> print(results_table([card], [{"arm": "student", "loss": 2.0}]))
                  parameters    top-1  best (epoch)  loss: first, last  explains a  seconds

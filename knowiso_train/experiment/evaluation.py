@@ -40,7 +40,7 @@ def top1_accuracy(
         batch_size: Images per batch, in each process.
         workers: Processes that read images.
 
-    Example:
+    Examples:
         >>> from accelerate import Accelerator
         >>> images = [(torch.eye(4)[i].view(4, 1, 1), 0) for i in range(4)]  # image i as logits: class i
         >>> top1_accuracy(nn.Flatten(), images, Accelerator(cpu=True))
@@ -88,7 +88,7 @@ def compare_networks(
     Raises:
         OptionError: No networks, or no images.
 
-    Example:
+    Examples:
         >>> data = [(torch.eye(4)[i].view(4, 1, 1), 0) for i in range(4)]  # image i as logits: class i
         >>> card = compare_networks({"plain": nn.Flatten()}, data)[0]
         >>> card["top1"], card["agreement"]
@@ -137,7 +137,7 @@ def comparison_table(cards: Sequence[Mapping[str, Any]]) -> str:
     Args:
         cards: Cards of `compare_networks`, optionally with `seconds`, the time to create the network.
 
-    Example:
+    Examples:
         >>> card = {"name": "small", "top1": 91.0, "agreement": 95.5, "macs": 5e6, "parameters": 1200}
         >>> card["latency_ms"] = 2.5
         >>> print(comparison_table([card]))

@@ -39,7 +39,7 @@ def build_network(
     Raises:
         OptionError: timm has no such network, or it has no such option.
 
-    Example:
+    Examples:
         >>> build_network(["test_resnet", "channels=(8,8,16,16)"], num_classes=4).num_classes
         4
     """
@@ -54,7 +54,7 @@ def build_network(
 def timm_options(words: Sequence[str], num_classes: int) -> dict[str, Any]:
     """Return the options of `timm.create_model` in the words of a network.
 
-    Example:
+    Examples:
         >>> timm_options(["resnet10t", "channels=(16,32)"], 10)
         {'num_classes': 10, 'channels': (16, 32)}
     """
@@ -87,7 +87,7 @@ def build_checkpoint(name: str, num_classes: int | None = None, *, seed: int = 0
 def architecture_name(name: str) -> str:
     """Return the name in timm of a network of `build_checkpoint`.
 
-    Example:
+    Examples:
         >>> architecture_name("lite0"), architecture_name("resnet18=weights.pth")
         ('tf_efficientnet_lite0', 'resnet18')
     """

@@ -27,7 +27,7 @@ class Processes:
     Raises:
         OptionError: The device does not exist, or cannot be used by all processes.
 
-    Example:
+    Examples:
         >>> with Processes("cpu") as processes:
         ...     processes.is_main, processes.device.type
         (True, 'cpu')
@@ -74,7 +74,7 @@ def launch_accelerator(batch_size: int, mixed_precision: str | None = None, accu
     Raises:
         OptionError: A batch size that the number of processes does not divide, or fp16 on a CPU.
 
-    Example:
+    Examples:
         >>> launch_accelerator(8).num_processes
         1
     """

@@ -37,7 +37,7 @@ class RunFolder:
     Raises:
         DataError: The folder cannot be created, or another process writes to it.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> run = RunFolder(tempfile.mkdtemp())
         >>> run.write_json("card.json", {"epochs": 3})

@@ -28,7 +28,7 @@ def sgd_with_schedule(
         warmup: Number of updates of the warm-up.
         total: Number of updates.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2)
         >>> _, scheduler = sgd_with_schedule(layer.parameters(), lr=1.0, weight_decay=0.0, warmup=0, total=9)
         >>> scheduler.get_last_lr()
@@ -60,7 +60,7 @@ class ResumableTraining:
         seconds: Time of these steps, over all sessions.
         values: Further values that are saved in checkpoints.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from accelerate import Accelerator
         >>> folder = RunFolder(tempfile.mkdtemp())

@@ -28,7 +28,7 @@ class ActivationMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Raises:
         CapacityError: An operation whose result exceeds the limit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> with ActivationMemory() as memory:
         ...     temporary = torch.zeros(100, dtype=torch.uint8)

@@ -35,7 +35,7 @@ def parse_tokens(text: str) -> TokenGrid:
     Raises:
         LayoutError: Another form.
 
-    Example:
+    Examples:
         >>> parse_tokens("1+14x14"), parse_tokens("1+8x12+100"), parse_tokens("line")
         (TokenGrid(prefix=1, grid=(14, 14), suffix=0), TokenGrid(prefix=1, grid=(8, 12), suffix=100), \
 TokenGrid(prefix=0, grid=None, suffix=0))

@@ -42,7 +42,7 @@ class Extractor:
         LayerNameError: A layer that does not exist.
         OptionError: An invalid option, or a network on the meta device.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(4))
         >>> with Extractor(network, ["0", "2"]) as extractor:
         ...     features = extractor.run(torch.randn(2, 3, 8, 8))
@@ -237,7 +237,7 @@ def sides_of_networks(
     Raises:
         LayerNameError: A name or glob of none of these layers.
 
-    Example:
+    Examples:
         >>> a, b = nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU())
         >>> sides_of_networks({"1": "input"}, [(a, ["0"]), (b, ["1"])])
         [{'0': 'output'}, {'1': 'input'}]
@@ -276,7 +276,7 @@ def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
     Raises:
         ShapeError: A source without four axes or without positions, or a grid that is not two positive sizes.
 
-    Example:
+    Examples:
         >>> align(torch.randn(2, 8, 16, 4), (8, 8)).shape
         torch.Size([2, 8, 8, 8])
     """

@@ -51,7 +51,7 @@ class FeatureTaps(Generic[Captured]):
         OptionError: An invalid option.
         InputTypeError: Not a module, or names that are not strings.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True))
         >>> with FeatureTaps(model, "0") as taps:
         ...     out = model(torch.randn(2, 3, 8, 8))
@@ -458,7 +458,7 @@ def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     Raises:
         InputTypeError: A call of another form.
 
-    Example:
+    Examples:
         >>> import torch
         >>> call_input((), {"input": torch.ones(2)})
         tensor([1., 1.])

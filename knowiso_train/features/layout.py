@@ -86,7 +86,7 @@ class FeatureSpec:
         Raises:
             ShapeError: Other images, channels or positions than those of `like`.
 
-        Example:
+        Examples:
             >>> spec = FeatureSpec("nlc", 8, (4, 4), prefix_tokens=1)
             >>> tokens = torch.randn(2, 17, 8)
             >>> torch.equal(spec.from_nchw(spec.to_nchw(tokens), tokens), tokens)
@@ -135,7 +135,7 @@ def to_nchw(
         LayoutError: A layout with another number of axes.
         ShapeError: Tokens between prefix and suffix that do not fill the grid.
 
-    Example:
+    Examples:
         >>> to_nchw(torch.zeros(2, 17, 8), "nlc", prefix_tokens=1, grid=(4, 4)).shape
         torch.Size([2, 8, 4, 4])
     """
@@ -182,7 +182,7 @@ def describe_feature(
         LayoutError: A layout that cannot be inferred, or does not fit the tensor.
         LayerNameError: No such layer.
 
-    Example:
+    Examples:
         >>> describe_feature("0", nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 8, 6, 6))
         FeatureSpec(layout='nchw', channels=8, grid=(6, 6), prefix_tokens=0, suffix_tokens=0)
     """
@@ -238,7 +238,7 @@ def infer_layout(
     Raises:
         LayoutError: Shape and modules contradict each other, neither decides, or the tensor has 1 or more than 4 axes.
 
-    Example:
+    Examples:
         >>> block = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
         >>> infer_layout("0", block, torch.zeros(1, 5, 7, 8), nn.Sequential(block))
         'nhwc'

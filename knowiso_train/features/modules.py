@@ -38,7 +38,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     Raises:
         InputTypeError: Not a module.
 
-    Example:
+    Examples:
         >>> inner = nn.Linear(2, 2)
         >>> unwrap_model(nn.DataParallel(torch.compile(inner))) is inner
         True
@@ -56,7 +56,7 @@ def call_model(model: nn.Module, images: Any) -> Any:
     Raises:
         InputTypeError: A network that fails on images of another floating dtype than its weights.
 
-    Example:
+    Examples:
         >>> call_model(nn.Linear(2, 3).bfloat16(), torch.zeros(4, 2))
         Traceback (most recent call last):
         knowiso_train.errors.InputTypeError: Linear has weights of bfloat16 and fails on images of float32 ...
@@ -80,7 +80,7 @@ def runnable_model(model: nn.Module) -> nn.Module:
     Raises:
         OptionError: A module inside a network that FSDP shards.
 
-    Example:
+    Examples:
         >>> inner = nn.Linear(2, 2)
         >>> runnable_model(nn.DataParallel(torch.compile(inner))) is inner
         True
@@ -105,7 +105,7 @@ def sharded_classes() -> tuple[type[Any], ...]:
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, which FSDP2 replaces by a subclass.
 
-    Example:
+    Examples:
         >>> plain_class(nn.Linear(2, 2)).__name__
         'Linear'
     """
@@ -115,7 +115,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP shards the weights of the network or of a part of it.
 
-    Example:
+    Examples:
         >>> is_sharded(nn.Linear(2, 2))
         False
     """
@@ -126,7 +126,7 @@ def is_sharded(model: nn.Module) -> bool:
 def has_collective_forward(model: nn.Module) -> bool:
     """Return whether a forward of the network waits for the other processes, as that of DDP and FSDP.
 
-    Example:
+    Examples:
         >>> has_collective_forward(nn.Linear(2, 2))
         False
     """
@@ -146,7 +146,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     The network itself (`''`) is left out. Wrapped submodules, such as a compiled block, are unwrapped. A module
     that is registered twice appears under both names.
 
-    Example:
+    Examples:
         >>> list(named_layers(nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Sequential(nn.ReLU())))))
         ['0', '1', '1.0']
     """
@@ -170,7 +170,7 @@ def resolve_layers(model: nn.Module, patterns: str | Sequence[str]) -> list[str]
         LayerNameError: A pattern without a match; the message lists the nearest names.
         InputTypeError: A pattern that is not a string.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ReLU())
         >>> resolve_layers(model, ["1", "0.*"])
         ['1', '0.0', '0.1']
@@ -296,7 +296,7 @@ def pair_layers(
             of matches.
         InputTypeError: Layers in another form.
 
-    Example:
+    Examples:
         >>> a, b = (nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2))
         >>> pair_layers(a, b, {"*": "*"})
         [LayerPair(source='0', target='0'), LayerPair(source='1', target='1')]
@@ -360,7 +360,7 @@ def forward_override(
 ) -> Callable[[nn.Module, Any], Any]:
     """Return a `forward=` for two networks that applies a function to one of them and calls the other plainly.
 
-    Example:
+    Examples:
         >>> teacher, student = nn.Linear(2, 3), nn.Linear(2, 3)
         >>> run = forward_override(teacher, lambda model, images: 2 * model(images))
         >>> batch = torch.ones(1, 2)
@@ -386,7 +386,7 @@ def network_name(model: nn.Module) -> str:
 def distinct_names(source: str, target: str) -> tuple[str, str]:
     """Return the names of two networks, with their roles if the names are equal.
 
-    Example:
+    Examples:
         >>> distinct_names("resnet18", "resnet18")
         ('resnet18 (source)', 'resnet18 (target)')
     """

@@ -71,7 +71,7 @@ class ValidPositions:
     def rows(self, feature: Tensor) -> Tensor:
         """Return the valid positions (P, C) of a feature (N, C, H, W), image by image.
 
-        Example:
+        Examples:
             >>> feature = torch.arange(4.0).view(2, 1, 1, 2)
             >>> ValidPositions("mask", torch.tensor([[True, False], [True, True]])).rows(feature).flatten().tolist()
             [0.0, 2.0, 3.0]
@@ -81,7 +81,7 @@ class ValidPositions:
     def repeated(self, feature: Tensor) -> Tensor:
         """Return a feature (N, C, 1, L) with each image's valid positions first, and again in place of its padding.
 
-        Example:
+        Examples:
             >>> valid = ValidPositions("mask", torch.tensor([[False, True, True]]))
             >>> valid.repeated(torch.tensor([[[[5.0, 6.0, 7.0]]]])).flatten().tolist()
             [6.0, 7.0, 6.0]
@@ -111,7 +111,7 @@ def find_padding(values: Mapping[str, Any], num_images: int) -> ValidPositions |
         values: Keyword arguments of a forward, or a batch.
         num_images: Length of the mask; others are ignored.
 
-    Example:
+    Examples:
         >>> find_padding({"padding_mask": torch.tensor([[0, 1]])}, 1).mask.tolist()
         [[True, False]]
     """

@@ -24,7 +24,7 @@ def record_outputs(
         Recorded values of each module, one per call. Modules are in the order of their first completed call; those that
         were not called are absent.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> with record_outputs(dict(model.named_children()), lambda output: tuple(output.shape)) as shapes:
         ...     _ = model(torch.zeros(4, 2))
@@ -48,7 +48,7 @@ def record_outputs(
 def remove_afterwards(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove hooks at the end of the block, also after an error.
 
-    Example:
+    Examples:
         >>> layer = nn.ReLU()
         >>> with remove_afterwards([layer.register_forward_hook(lambda module, args, output: output + 1)]):
         ...     layer(torch.zeros(1)), len(layer._forward_hooks)

@@ -30,7 +30,7 @@ class BufferSnapshot:
     Args:
         modules: Modules, without their submodules.
 
-    Example:
+    Examples:
         >>> layer = nn.BatchNorm1d(2)
         >>> snapshot = BufferSnapshot([layer])
         >>> _ = layer(torch.ones(4, 2))
@@ -126,7 +126,7 @@ def preserve_state(*models: nn.Module, eval_mode: bool = True, updated: Iterable
     Raises:
         InputTypeError: Not a module.
 
-    Example:
+    Examples:
         >>> model = nn.Dropout()
         >>> with preserve_state(model):
         ...     inside = model.training
@@ -168,7 +168,7 @@ def preserve_random_state() -> Iterator[None]:
 
     CUDA is not initialized by this.
 
-    Example:
+    Examples:
         >>> before = torch.get_rng_state()
         >>> with preserve_random_state():
         ...     _ = torch.rand(1)
@@ -193,7 +193,7 @@ def restore_on_error(model: nn.Module) -> Iterator[None]:
 
     Restored are values, identities and names, so that an added bias is removed again.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1)
         >>> before = model.weight.detach().clone()
         >>> try:
@@ -233,7 +233,7 @@ def check_materialized(*models: nn.Module) -> None:
     Raises:
         OptionError: A network with parameters or buffers on the meta device.
 
-    Example:
+    Examples:
         >>> check_materialized(nn.Linear(2, 2))
     """
     for model in models:
@@ -255,7 +255,7 @@ def checked_device(device: torch.device | str | int | None, *models: nn.Module) 
     Raises:
         OptionError: Not a device, one that is not available, or the meta device.
 
-    Example:
+    Examples:
         >>> checked_device("cpu")
         device(type='cpu')
     """
@@ -283,7 +283,7 @@ def on_device(device: torch.device | str | None, *models: nn.Module) -> Iterator
     Raises:
         OptionError: A network on several devices, which could not be restored, or a device as `checked_device` refuses.
 
-    Example:
+    Examples:
         >>> with on_device("meta", model := nn.Linear(2, 2, device="meta")):
         ...     str(device_of(model))
         'meta'
@@ -321,7 +321,7 @@ def isolated_eval(*models: nn.Module) -> Iterator[None]:
         models: Networks, wrapped or not. Call them unwrapped within the block, as the forward pass of DDP
             communicates with the other processes.
 
-    Example:
+    Examples:
         >>> from knowiso_train import FeatureTaps
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
         >>> with FeatureTaps(model, "0") as taps:
@@ -370,7 +370,7 @@ def _without_hooks(table: dict[int, Callable[..., Any]]) -> Iterator[None]:
 class KeepPrecision(nn.Module):
     """Module whose buffers and parameters are never cast to a narrower dtype, as by `.half()`; devices may change.
 
-    Example:
+    Examples:
         >>> module = KeepPrecision()
         >>> module.register_buffer("mean", torch.zeros(2))
         >>> module.map = nn.Linear(2, 2)

@@ -39,7 +39,7 @@ class Substitution:
     Raises:
         OptionError: A network that FSDP or DeepSpeed divides between processes.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> with Extractor(network, "0") as extractor:
         ...     substitution = Substitution(extractor)

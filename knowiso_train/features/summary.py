@@ -35,7 +35,7 @@ def stage_grids(
         run: Function that runs it on a small batch.
         input_size: (height, width) of the network's input. None: unknown.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten())
         >>> stage_grids(network, lambda: network(torch.zeros(2, 3, 16, 16)))
         {'1': (8, 8), '2': (4, 4)}
@@ -93,7 +93,7 @@ def layer_summary(model: nn.Module, images: Tensor) -> list[LayerSummary]:
         model: Network. Its mode is not changed.
         images: (N, C, H, W) with N of at least 2, so that the batch axis differs from axes of size 1.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
         >>> [(line.name, line.channels, line.grid) for line in layer_summary(network, torch.rand(2, 3, 6, 6))]
         [('0', 8, (4, 4)), ('1', 128, None)]

@@ -30,7 +30,7 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         monitor: Measurements, per optimizer step. Their metrics are logged by Lightning if `monitor.log` is None.
             None: no measurements.
 
-    Example:
+    Examples:
         >>> import lightning
         >>> class Distilled(lightning.LightningModule):
         ...     def __init__(self, student, iso):

@@ -112,7 +112,7 @@ class IsomorphismTrainer(Trainer):  # type: ignore[misc]
         monitor: Measurements; logged by the Trainer if `monitor.log` is None. None: no measurements.
         **kwargs: Keyword arguments of `Trainer`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
         >>> config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")

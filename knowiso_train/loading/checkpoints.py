@@ -56,7 +56,7 @@ def weight_files(path: str | Path) -> list[Path]:
     Raises:
         FormatError: An index of shards that is damaged.
 
-    Example:
+    Examples:
         >>> weight_files("run/model.safetensors") == [Path("run/model.safetensors")]
         True
     """

@@ -206,7 +206,7 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
     Raises:
         DataError: An image without a label.
 
-    Example:
+    Examples:
         >>> plain = [(torch.rand(3, 8, 8), 1)] * 10
         >>> images = TrainingImages(plain, padding=2)
         >>> image, label = images[3]
@@ -241,7 +241,7 @@ class EpochOrder(Sampler[int]):
     It is an attribute because accelerate calls a `set_epoch` method with its own count, which restarts from 0 after a
     resumed run.
 
-    Example:
+    Examples:
         >>> order = EpochOrder(4, seed=0)
         >>> order.epoch = 2
         >>> sorted(order)
@@ -284,7 +284,7 @@ def training_loader(
         OptionError: An invalid option.
         DataError: Fewer images than one batch.
 
-    Example:
+    Examples:
         >>> loader = training_loader([(torch.rand(3, 8, 8), 1)] * 10, batch_size=4)
         >>> loader.sampler.epoch = 1
         >>> [len(labels) for images, labels in loader]
@@ -352,7 +352,7 @@ def class_names(dataset: Any) -> tuple[str, ...]:
     Args:
         dataset: Dataset of `image_loader` or `labeled_images`.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> class_names(SimpleNamespace(class_to_idx={"dog": 1, "cat": 0}))
         ('cat', 'dog')

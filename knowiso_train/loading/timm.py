@@ -35,7 +35,7 @@ class InputTransform(nn.Module):
     Raises:
         OptionError: Another interpolation.
 
-    Example:
+    Examples:
         >>> transform = InputTransform((4, 4), mean=(0.5,), std=(0.5,))
         >>> images = torch.full((1, 1, 8, 6), 0.75)
         >>> transform(images).shape, round(transform(images).mean().item(), 4)
@@ -110,7 +110,7 @@ class InputBridge(nn.Module):
     Raises:
         ShapeError: Transforms for different numbers of channels.
 
-    Example:
+    Examples:
         >>> student, teacher = InputTransform(None, (0.5,), (0.5,)), InputTransform((8, 8), (0.2,), (0.3,))
         >>> images = torch.rand(2, 1, 4, 4)
         >>> torch.allclose(InputBridge(student, teacher)(student(images)), teacher(images), atol=1e-5)
@@ -160,7 +160,7 @@ def load_model(
         DataError: Published weights that cannot be loaded, or no such checkpoint.
         FormatError: A checkpoint that does not fit.
 
-    Example:
+    Examples:
         >>> type(load_model("test_resnet", pretrained=False, num_classes=10)).__name__
         'ResNet'
     """
@@ -204,7 +204,7 @@ def input_transform(
     Raises:
         OptionError: An invalid option, or a network without an input configuration.
 
-    Example:
+    Examples:
         >>> transform = input_transform(load_model("test_resnet", pretrained=False), size=64)
         >>> transform(torch.rand(2, 3, 100, 80)).shape
         torch.Size([2, 3, 64, 64])
@@ -250,7 +250,7 @@ def input_config(model: nn.Module) -> InputConfig | None:
     Args:
         model: Network, wrapped or not.
 
-    Example:
+    Examples:
         >>> config = input_config(load_model("test_vit", pretrained=False, img_size=32))
         >>> config.size, config.mean
         ((3, 32, 32), (0.5, 0.5, 0.5))
@@ -286,7 +286,7 @@ def loading_snippet(architecture: str, options: Mapping[str, Any], state: Mappin
         state: State dict that the built network must fit.
         file: Name of the weight file.
 
-    Example:
+    Examples:
         >>> state = load_model("test_resnet", pretrained=False, num_classes=4).state_dict()
         >>> loading_snippet("test_resnet", {"num_classes": 4}, state, "model.safetensors")
         "timm.create_model('test_resnet', num_classes=4, checkpoint_path='model.safetensors')"

@@ -307,7 +307,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 def _shorten(name: str, max_characters: int) -> str:
     """Return a name without its middle if it is too long, since both ends distinguish layers.
 
-    Example:
+    Examples:
         >>> _shorten("encoder.stages.3.blocks.12.mlp.fc2", 20)
         'encoder.s…12.mlp.fc2'
     """

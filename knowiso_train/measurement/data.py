@@ -269,7 +269,7 @@ class PermutedTargets:
     of the processes. An image that is alone in its batch is paired with the last target of its part in earlier batches.
     The very first image, if alone, keeps its own target.
 
-    Example:
+    Examples:
         >>> y = torch.arange(4.0).view(4, 1, 1, 1)
         >>> PermutedTargets()(y, torch.tensor([0, 1, 0, 0])).flatten().tolist()
         [2.0, 1.0, 3.0, 0.0]

@@ -201,7 +201,7 @@ def default_logits(output: Any) -> Tensor:
     Raises:
         ShapeError: No floating tensor, or several.
 
-    Example:
+    Examples:
         >>> default_logits({"logits": torch.zeros(2, 10), "features": torch.zeros(2, 64)}).shape
         torch.Size([2, 10])
     """
@@ -230,7 +230,7 @@ def find_labels(batch: Any, labels: str | Callable[[Any], Any] | None = AUTO_LAB
     Raises:
         DataError: No entry at the given key, or labels that are no tensor.
 
-    Example:
+    Examples:
         >>> find_labels((torch.zeros(2, 3, 8, 8), torch.tensor([4, 1])))
         tensor([4, 1])
     """
@@ -264,7 +264,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> Tensor:
     Raises:
         DataError: Another type or number of labels, or a label that is no class.
 
-    Example:
+    Examples:
         >>> check_labels(torch.tensor([4, 1]), torch.zeros(2, 5, 1))
         tensor([[4],
                 [1]])

@@ -140,7 +140,7 @@ def measure(
     Raises:
         KnowisoError: See its subclasses. Modes, `requires_grad`, devices and random state are restored also then.
 
-    Example:
+    Examples:
         >>> a, b = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()) for _ in range(2))
         >>> images = torch.utils.data.TensorDataset(torch.randn(200, 3, 8, 8))
         >>> report = measure(a, b, torch.utils.data.DataLoader(images, batch_size=20), "1", order=0, progress=False)

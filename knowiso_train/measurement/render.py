@@ -150,7 +150,7 @@ def pair_name(pair: PairResult) -> str:
 def percent(share: float | None) -> str:
     """Format a share with one decimal; no minus before zero, a dash for None and NaN.
 
-    Example:
+    Examples:
         >>> percent(0.1234), percent(-0.0001), percent(None), percent(float("nan"))
         ('12.3 %', '0.0 %', '–', '–')
     """
@@ -162,7 +162,7 @@ def percent(share: float | None) -> str:
 def similarity(value: float) -> str:
     """Format a similarity; no minus before zero, a dash for NaN.
 
-    Example:
+    Examples:
         >>> similarity(0.12345), similarity(-0.0001), similarity(float("nan"))
         ('0.123', '0.000', '–')
     """

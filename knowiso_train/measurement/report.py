@@ -114,7 +114,7 @@ class Report(SavedReport):
         seconds: Wall-clock time.
         versions: Versions of the packages that affect the figures.
 
-    Example:
+    Examples:
         >>> pair = PairResult(
         ...     source="conv", target="conv", direction="forward", shares=(0.5, 0.25), unexplained=0.25,
         ...     interval=(0.24, 0.26), share_intervals=((0.49, 0.51), (0.24, 0.26)), noise_floor=0.01,
@@ -196,7 +196,7 @@ class Report(SavedReport):
             path: File to write as well. None: no file.
             title: Heading of the page. None: the names of both networks.
 
-        Example:
+        Examples:
             >>> page = Report("small", "large", (), {"fit": 60}, {"order": 1}, 0.1, {}).to_html()
             >>> "<h1>small and large: shared features</h1>" in page
             True
@@ -209,7 +209,7 @@ class Report(SavedReport):
         Args:
             path: File to write as well. None: no file.
 
-        Example:
+        Examples:
             >>> Report("small", "large", (), {"fit": 60}, {"order": 1}, 0.1, {}).to_csv().strip()
             'direction,source,target'
         """
@@ -221,7 +221,7 @@ class Report(SavedReport):
         Raises:
             MissingDependencyError: pandas is not installed.
 
-        Example:
+        Examples:
             >>> len(Report("small", "large", (), {"fit": 60}, {"order": 1}, 0.1, {}).to_dataframe())
             0
         """

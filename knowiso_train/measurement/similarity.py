@@ -49,7 +49,7 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = True) -> float:
     Raises:
         ShapeError: Not two matrices with equally many samples, or fewer than 4 samples.
 
-    Example:
+    Examples:
         >>> x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
         >>> rotation = torch.linalg.qr(torch.randn(8, 8))[0]
         >>> round(linear_cka(x, 3 * x @ rotation), 4)
@@ -84,7 +84,7 @@ def procrustes_similarity(x: Tensor, y: Tensor, *, held_out: tuple[Tensor, Tenso
     Raises:
         ShapeError: Not two matrices with equally many samples.
 
-    Example:
+    Examples:
         >>> x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
         >>> rotation = torch.linalg.qr(torch.randn(8, 8))[0]
         >>> round(procrustes_similarity(x, 3 * x @ rotation), 4)
@@ -114,7 +114,7 @@ def regression_r2(x: Tensor, y: Tensor, *, held_out: tuple[Tensor, Tensor] | Non
     Raises:
         ShapeError: Not two matrices with equally many samples.
 
-    Example:
+    Examples:
         >>> x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
         >>> round(regression_r2(x, x @ torch.randn(8, 3)), 4)
         1.0
@@ -145,7 +145,7 @@ class SimilarityMoments:
     Raises:
         CapacityError: More than `MAX_SIMILARITY_CHANNELS` channels.
 
-    Example:
+    Examples:
         >>> moments, x = SimilarityMoments(("cka",), 3, 3), torch.randn(40, 3, 2, 2)
         >>> moments.update(x[:30], x[:30], report=False)
         >>> moments.update(x[30:], x[30:], report=True)
@@ -178,7 +178,7 @@ class SimilarityMoments:
     def estimate_bytes(names: Sequence[SimilarityName], source_channels: int, target_channels: int) -> int:
         """Return the bytes of the moments, in float64.
 
-        Example:
+        Examples:
             >>> SimilarityMoments.estimate_bytes(("cka", "pooled_cka"), 3, 1)
             512
         """
@@ -238,7 +238,7 @@ def similarity_names(option: bool | SimilarityName | Sequence[SimilarityName]) -
     Raises:
         OptionError: A name twice.
 
-    Example:
+    Examples:
         >>> similarity_names(True), similarity_names("cka"), similarity_names(False)
         (('cka', 'procrustes', 'r2'), ('cka',), ())
     """

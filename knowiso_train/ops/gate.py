@@ -30,7 +30,7 @@ def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
     Raises:
         ShapeError: Shapes that do not fit each other, or empty tensors.
 
-    Example:
+    Examples:
         >>> gate(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 4.0), torch.tensor(0.5)).item()
         2.0
     """
@@ -60,7 +60,7 @@ def gate_orders(orders: Tensor, p: Tensor) -> Tensor:
     Raises:
         ShapeError: Another number of axes, or empty tensors.
 
-    Example:
+    Examples:
         >>> parts = torch.stack([torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0)])
         >>> gate_orders(parts, torch.tensor(0.5)).flatten().tolist()
         [1.5, 0.5]

@@ -28,7 +28,7 @@ def patch_rows(x: Tensor, kernel_size: int, positions: Tensor | None = None) -> 
     Returns:
         (N · P, k² · C), P = H · W by default; samples of one image are consecutive.
 
-    Example:
+    Examples:
         >>> patch_rows(torch.zeros(2, 3, 4, 5), 3).shape
         torch.Size([40, 27])
     """
@@ -58,7 +58,7 @@ def gather_patches(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (N · P, G, d), in the order of `grouped_weight`.
 
-    Example:
+    Examples:
         >>> layer, x = nn.Conv2d(4, 6, 3, stride=2), torch.randn(2, 4, 7, 7)
         >>> rows = gather_patches(layer, x, torch.arange(9).expand(2, -1))
         >>> y = torch.einsum("rgd,gdo->rgo", rows, grouped_weight(layer)).flatten(1) + layer.bias
@@ -101,7 +101,7 @@ def input_rows(layer: nn.Module, x: Tensor, rows: int, generator: torch.Generato
         InputTypeError: Another layer.
         ShapeError: An input that does not fit the layer.
 
-    Example:
+    Examples:
         >>> input_rows(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.zeros(2, 3, 8, 8), 10, torch.Generator()).shape
         torch.Size([10, 27])
     """
@@ -136,7 +136,7 @@ class SampledPositions:
             rows: Number of positions in all images, rounded up; at most all are drawn.
             generator: Random numbers, on the CPU.
 
-        Example:
+        Examples:
             >>> SampledPositions.draw(4, 100, 10, torch.Generator().manual_seed(0)).index.shape
             torch.Size([4, 3])
         """
@@ -180,7 +180,7 @@ class SampledPositions:
             layer: nn.Linear, or nn.Conv2d of any kernel, stride, padding, dilation and groups.
             x: Its input.
 
-        Example:
+        Examples:
             >>> layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 8, 8)
             >>> positions = SampledPositions.draw(2, 16, 6, torch.Generator().manual_seed(0))
             >>> y = torch.einsum("rgd,gdo->rgo", positions.inputs(layer, x), grouped_weight(layer)).flatten(1)
@@ -204,7 +204,7 @@ def weight_to_matrix(weight: Tensor, groups: int = 1) -> Tensor:
     Returns:
         (G, d, C_out / G); d runs over the cells of the kernel, then over the group's input channels.
 
-    Example:
+    Examples:
         >>> weight_to_matrix(torch.zeros(6, 2, 3, 3), groups=2).shape
         torch.Size([2, 18, 3])
     """
@@ -217,7 +217,7 @@ def weight_to_matrix(weight: Tensor, groups: int = 1) -> Tensor:
 def matrix_to_weight(matrix: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Return the inverse of `weight_to_matrix` for a weight of this shape.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(6, 2, 3, 1)
         >>> torch.equal(matrix_to_weight(weight_to_matrix(weight, 3), weight.shape), weight)
         True
@@ -231,7 +231,7 @@ def matrix_to_weight(matrix: Tensor, shape: torch.Size | tuple[int, ...]) -> Ten
 def regression_weight(weight: Tensor) -> Tensor:
     """Return the weight of a layer of one group as a matrix, (d, C_out).
 
-    Example:
+    Examples:
         >>> regression_weight(torch.zeros(5, 3, 3, 3)).shape
         torch.Size([27, 5])
     """
@@ -241,7 +241,7 @@ def regression_weight(weight: Tensor) -> Tensor:
 def conv_weight(matrix: Tensor, kernel_size: int) -> Tensor:
     """Return a matrix (k² · C, C_out) as the weight of a convolution, (C_out, C, k, k).
 
-    Example:
+    Examples:
         >>> conv_weight(torch.zeros(27, 5), 3).shape
         torch.Size([5, 3, 3, 3])
     """
@@ -252,7 +252,7 @@ def conv_weight(matrix: Tensor, kernel_size: int) -> Tensor:
 def grouped_weight(layer: nn.Module) -> Tensor:
     """Return a layer's weight as one regression for each group, (G, d, o).
 
-    Example:
+    Examples:
         >>> grouped_weight(nn.Conv2d(4, 6, 3, groups=2)).shape
         torch.Size([2, 18, 3])
     """
@@ -263,7 +263,7 @@ def grouped_weight(layer: nn.Module) -> Tensor:
 def ungrouped_weight(layer: nn.Module, matrix: Tensor) -> Tensor:
     """Return the inverse of `grouped_weight`, in the shape of the layer's weight.
 
-    Example:
+    Examples:
         >>> layer = nn.Conv2d(4, 6, (3, 1), groups=2)
         >>> torch.equal(ungrouped_weight(layer, grouped_weight(layer)), layer.weight)
         True
@@ -283,7 +283,7 @@ def write_weight(conv: nn.Conv2d, matrix: Tensor, bias: Tensor) -> None:
 def conv_columns(channels: int, kernel_size: int = 1) -> Tensor:
     """Return the columns of each channel in the matrix of a convolution, (C, k²).
 
-    Example:
+    Examples:
         >>> conv_columns(2, 3)[1].tolist()
         [1, 3, 5, 7, 9, 11, 13, 15, 17]
     """
@@ -296,7 +296,7 @@ def num_input_features(layer: nn.Module) -> int:
     Raises:
         InputTypeError: Another layer than a linear one or a two-dimensional convolution of one group.
 
-    Example:
+    Examples:
         >>> num_input_features(nn.Conv2d(3, 8, 3))
         27
     """
@@ -313,7 +313,7 @@ def num_groups(layer: nn.Module) -> int:
     Raises:
         InputTypeError: Another layer.
 
-    Example:
+    Examples:
         >>> num_groups(nn.Conv2d(4, 8, 3, groups=2)), num_groups(nn.Linear(2, 2))
         (2, 1)
     """
@@ -330,7 +330,7 @@ def is_plain_linear_op(layer: nn.Module) -> bool:
     These are linear layers, convolutions, and timm's convolutions with TensorFlow's padding. Subclasses with their own
     forward pass, such as those that standardize their weights, are not.
 
-    Example:
+    Examples:
         >>> is_plain_linear_op(nn.Conv2d(2, 2, 1, groups=2)), is_plain_linear_op(nn.ReLU())
         (True, False)
     """
@@ -342,7 +342,7 @@ def is_plain_linear_op(layer: nn.Module) -> bool:
 def conv_padding(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int, int, int]:
     """Return the padding of an input of this size: left, right, top, bottom.
 
-    Example:
+    Examples:
         >>> conv_padding(nn.Conv2d(1, 1, 4, padding="same"), 8, 8)
         (1, 2, 1, 2)
     """
@@ -368,7 +368,7 @@ def conv_padding(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int, i
 def num_output_positions(layer: nn.Conv2d, height: int, width: int) -> int:
     """Return the number of output positions for an input of this size.
 
-    Example:
+    Examples:
         >>> num_output_positions(nn.Conv2d(3, 8, 3, stride=2, padding=1), 8, 8)
         16
     """

@@ -36,7 +36,7 @@ def chunk_slices(x: Tensor, image_bytes: int, chunk_bytes: int) -> list[slice]:
         image_bytes: Working memory of one image.
         chunk_bytes: Working memory of a chunk on a CPU; on a GPU at least `GPU_CHUNK_BYTES`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> chunk_slices(torch.zeros(5, 1), 100, 250)
         [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
@@ -48,7 +48,7 @@ def chunk_slices(x: Tensor, image_bytes: int, chunk_bytes: int) -> list[slice]:
 def triangle_bands(columns: int, band_rows: int) -> list[slice]:
     """Return the rows of each band of a square matrix.
 
-    Example:
+    Examples:
         >>> triangle_bands(5, 2)
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
@@ -58,7 +58,7 @@ def triangle_bands(columns: int, band_rows: int) -> list[slice]:
 def mirror_triangle(total: Tensor, bands: list[slice]) -> None:
     """Copy the upper triangle of a symmetric (…, d, d) matrix to the blocks below its diagonal bands, in place.
 
-    Example:
+    Examples:
         >>> import torch
         >>> total = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
         >>> mirror_triangle(total, triangle_bands(2, 1))
@@ -94,7 +94,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Args:
         device: Device type of the autocast.
 
-    Example:
+    Examples:
         >>> torch.set_float32_matmul_precision("high")
         >>> with full_precision(torch.device("cpu")):
         ...     torch.get_float32_matmul_precision()
@@ -130,7 +130,7 @@ def orthogonalize(matrix: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
         matrix: (…, m, n), one or several.
         steps: Number of Newton-Schulz steps. With fewer, small singular values stay smaller.
 
-    Example:
+    Examples:
         >>> values = torch.linalg.svdvals(orthogonalize(torch.randn(8, 20)))
         >>> 0.5 < values.min().item() <= values.max().item() < 1.3
         True
@@ -155,7 +155,7 @@ def orthogonalize_all(matrices: Sequence[Tensor], steps: int = NEWTON_SCHULZ_STE
         matrices: (m, n) each, of one dtype and device.
         steps: Number of Newton-Schulz steps.
 
-    Example:
+    Examples:
         >>> [tuple(matrix.shape) for matrix in orthogonalize_all([torch.randn(8, 20), torch.randn(30, 7)])]
         [(8, 20), (30, 7)]
     """
@@ -167,7 +167,7 @@ def orthogonalize_all(matrices: Sequence[Tensor], steps: int = NEWTON_SCHULZ_STE
 def _in_batches(matrices: Sequence[Tensor], steps: int = NEWTON_SCHULZ_STEPS) -> list[Tensor]:
     """Orthogonalize matrices in padded batches; zero rows and columns stay zero.
 
-    Example:
+    Examples:
         >>> several = [torch.randn(8, 20), torch.randn(30, 7), torch.randn(200, 300)]
         >>> all(torch.allclose(one, orthogonalize(x), atol=1e-4) for one, x in zip(_in_batches(several), several))
         True
@@ -211,7 +211,7 @@ def jittered_cholesky(matrix: Tensor, jitter: Tensor) -> Tensor:
     Raises:
         NonFiniteError: NaN or Inf in the matrix.
 
-    Example:
+    Examples:
         >>> tilted = torch.diag(torch.tensor([1.0, -1e-6], dtype=torch.float64))
         >>> jittered_cholesky(tilted, torch.full((2,), 1e-7, dtype=torch.float64)).diagonal()[1].item() ** 2 > 0
         True
@@ -230,7 +230,7 @@ def jittered_cholesky(matrix: Tensor, jitter: Tensor) -> Tensor:
 def gram(parts: Iterable[Tensor], total: Tensor) -> Tensor:
     """Add Σ x·xᵀ over parts (…, d, R) to `total` (…, d, d) in place; wide matrices compute one triangle only.
 
-    Example:
+    Examples:
         >>> x = torch.randn(600, 50, dtype=torch.float64)
         >>> torch.allclose(gram(x.split(20, 1), torch.zeros(600, 600, dtype=torch.float64)), x @ x.T)
         True

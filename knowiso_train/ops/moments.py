@@ -52,7 +52,7 @@ def moments(x: Tensor, y: Tensor, kernel_size: int = 1) -> MomentTensors:
     Raises:
         ShapeError: Features without a common batch and grid, empty features, or an even k.
 
-    Example:
+    Examples:
         >>> [tuple(part.shape) for part in moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4), 3)]
         [(27,), (5,), (27, 27), (27, 5), (5,)]
     """

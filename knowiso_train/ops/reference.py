@@ -22,7 +22,7 @@ def channel_scale(h: Tensor) -> Tensor:
     Returns:
         (N, C, 1, 1), the dtype of `h`.
 
-    Example:
+    Examples:
         >>> channel_scale(torch.ones(2, 3, 1, 1)).unique()
         tensor([1.])
     """
@@ -45,7 +45,7 @@ def gate(x: Tensor | None, h: Tensor, p: Tensor) -> Tensor:
         h: Output of the previous linear map, (N, C, H, W).
         p: Scalar in (0, 1).
 
-    Example:
+    Examples:
         >>> gate(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 4.0), torch.tensor(0.5)).item()
         2.0
     """
@@ -60,7 +60,7 @@ def gate_orders(orders: Tensor, p: Tensor) -> Tensor:
         orders: Components that sum to h, (J, N, C, H, W).
         p: Scalar in (0, 1); its gradient goes through D.
 
-    Example:
+    Examples:
         >>> parts = torch.stack([torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0)])
         >>> gate_orders(parts, torch.tensor(0.5)).flatten().tolist()
         [1.5, 0.5]
@@ -79,7 +79,7 @@ def moments(x: Tensor, y: Tensor, kernel_size: int = 1) -> tuple[Tensor, Tensor,
     Returns:
         (d,), (D,), (d, d), (d, D), (D,), float32 or float64.
 
-    Example:
+    Examples:
         >>> [tuple(part.shape) for part in moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4), 3)]
         [(27,), (5,), (27, 27), (27, 5), (5,)]
     """
@@ -95,7 +95,7 @@ def residual_energy(
 ) -> Tensor:
     """Return `Σ w_c (y - conv(x, weight) - bias)²` in float32 or better; see `knowiso_train.ops.residual_energy`.
 
-    Example:
+    Examples:
         >>> residual_energy(torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 3, 3), torch.ones(1, 2, 1, 1))
         tensor(9.)
     """

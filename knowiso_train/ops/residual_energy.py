@@ -43,7 +43,7 @@ def residual_energy(
     Raises:
         ShapeError: Shapes that do not fit each other, or no images.
 
-    Example:
+    Examples:
         >>> x = torch.zeros(1, 2, 3, 3, requires_grad=True)
         >>> residual_energy(x, torch.ones(1, 1, 3, 3), torch.ones(1, 2, 1, 1)).backward()
         >>> x.grad.unique()
@@ -197,7 +197,7 @@ def gram_residual_energy(
     Raises:
         ShapeError: Shapes that do not fit each other, or no images.
 
-    Example:
+    Examples:
         >>> x, y, weight = torch.randn(2, 3, 4, 4), torch.randn(2, 8, 4, 4), torch.randn(8, 3)
         >>> energy = gram_residual_energy(x, y, weight, weight.T @ weight, torch.zeros(3), torch.zeros(8))
         >>> torch.allclose(energy, (y - torch.einsum("dc,nchw->ndhw", weight, x)).square().sum(), rtol=1e-4)

@@ -51,7 +51,7 @@ def thumbnail(image: ArrayLike | Tensor, *, max_pixels: int = THUMBNAIL_PIXELS) 
     Raises:
         ShapeError: An image of another shape.
 
-    Example:
+    Examples:
         >>> thumbnail(np.zeros((3, 4, 4)))[:22]
         'data:image/png;base64,'
     """
@@ -76,7 +76,7 @@ def heat_image(values: ArrayLike | Tensor, maximum: float) -> str:
     Raises:
         ShapeError: Values of another number of axes.
 
-    Example:
+    Examples:
         >>> heat_image(np.eye(2), maximum=1.0)[:22]
         'data:image/png;base64,'
     """
@@ -89,7 +89,7 @@ def heat_image(values: ArrayLike | Tensor, maximum: float) -> str:
 def image_grid(tiles: Sequence[Tile]) -> Html:
     """Return images side by side with their captions; heat maps fade while the pointer is over them.
 
-    Example:
+    Examples:
         >>> image_grid([Tile(thumbnail(np.zeros((4, 4))), "cat")]).count("<img")
         1
     """
@@ -99,7 +99,7 @@ def image_grid(tiles: Sequence[Tile]) -> Html:
 def heat_scale(low: str, high: str) -> Html:
     """Return the color scale of heat maps with the texts of its ends.
 
-    Example:
+    Examples:
         >>> "0 %" in heat_scale("0 %", "100 %")
         True
     """
@@ -114,7 +114,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     Args:
         pixels: Bytes of shape (H, W, channels) with 1, 3 or 4 channels.
 
-    Example:
+    Examples:
         >>> encode_png(np.zeros((1, 1, 3), np.uint8))[1:4]
         b'PNG'
     """

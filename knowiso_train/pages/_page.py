@@ -40,7 +40,7 @@ def render_page(title: str, sections: Sequence[Section], *, subtitle: str = "", 
         subtitle: Text below the heading. Empty: none.
         appendix: Folded details at the end. None: none.
 
-    Example:
+    Examples:
         >>> from knowiso_train.pages import paragraph
         >>> page = render_page("Two networks", [Section("Layers", paragraph("One layer."))])
         >>> page[:15], "<h2>Layers</h2>" in page

@@ -98,7 +98,7 @@ class LegendEntry:
 def legend(entries: Sequence[LegendEntry]) -> Html:
     """Return a legend in one line, or in several on narrow screens.
 
-    Example:
+    Examples:
         >>> legend([LegendEntry("explained", "#16325b")]).count("<li>")
         1
     """
@@ -111,7 +111,7 @@ def stacked_edges(shares: Sequence[float], end: float) -> list[tuple[float, floa
 
     Shares on held-out images can be negative, and then have no width. NaN has no width either.
 
-    Example:
+    Examples:
         >>> stacked_edges([0.5, -0.1, 0.25], end=0.65)
         [(0.0, 0.5), (0.5, 0.5), (0.5, 0.65)]
     """
@@ -126,7 +126,7 @@ def stacked_edges(shares: Sequence[float], end: float) -> list[tuple[float, floa
 def clip(share: float) -> float:
     """Return a share within 0 and 1; NaN becomes 0.
 
-    Example:
+    Examples:
         >>> clip(-0.2), clip(1.5), clip(math.nan)
         (0.0, 1.0, 0.0)
     """
@@ -142,7 +142,7 @@ def stacked_bars(bars: Sequence[Bar], entries: Sequence[LegendEntry], *, text_ti
         text_title: Title of the numbers right of the bars.
         maximum: Share at the right end of the axis.
 
-    Example:
+    Examples:
         >>> bar = Bar("layer3", (Segment(0.0, 0.6, "order 0: 60 %", "#16325b"), Segment(0.6, 1.0, "rest")), "40 %")
         >>> stacked_bars([bar], [LegendEntry("order 0", "#16325b")], text_title="unexplained").count("<rect")
         2
@@ -159,7 +159,7 @@ def value_bars(bars: Sequence[Bar], *, text_title: str, maximum: float) -> Html:
         text_title: Title of the numbers right of the bars.
         maximum: Value at the right end of the axis.
 
-    Example:
+    Examples:
         >>> value_bars([Bar("cat", (Segment(0, 0.3, "cat: 30 %", "#227b94"),), "30 %")], text_title="share", maximum=1)
         ... # doctest: +ELLIPSIS
         '<div class="bars values">...'
@@ -183,7 +183,7 @@ def matrix(
     Raises:
         ValueError: Another number of values or texts than names.
 
-    Example:
+    Examples:
         >>> values, texts = [[None, 0.5], [0.25, None]], [["", "50 %"], ["25 %", ""]]
         >>> matrix("explained", ["a", "b"], values, texts).count("--strength")
         2

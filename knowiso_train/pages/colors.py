@@ -18,7 +18,7 @@ MIN_HEAT_OPACITY, MAX_HEAT_OPACITY = 0.12, 0.8
 def ramp(colors: Sequence[str], count: int) -> list[str]:
     """Return the first colors of a ramp, or an interpolation over all of them for more colors than it has.
 
-    Example:
+    Examples:
         >>> ramp(("#000000", "#ffffff"), 1), ramp(("#000000", "#ffffff"), 3)
         (['#000000'], ['#000000', '#808080', '#ffffff'])
     """
@@ -31,7 +31,7 @@ def ramp(colors: Sequence[str], count: int) -> list[str]:
 def order_colors(count: int) -> list[str]:
     """Return one color per order, for light backgrounds.
 
-    Example:
+    Examples:
         >>> order_colors(2)
         ['#16325b', '#227b94']
     """
@@ -41,7 +41,7 @@ def order_colors(count: int) -> list[str]:
 def series_colors(count: int) -> list[tuple[str, str]]:
     """Return CSS colors of segments and of the text on them; both follow the theme of the page.
 
-    Example:
+    Examples:
         >>> series_colors(1)
         [('light-dark(#16325b,#5f9ae6)', 'light-dark(#ffffff,#0d1117)')]
     """
@@ -55,7 +55,7 @@ def series_colors(count: int) -> list[tuple[str, str]]:
 def text_color_on(color: str) -> str:
     """Return the text color, black or white, with the better contrast on a color.
 
-    Example:
+    Examples:
         >>> text_color_on("#16325b"), text_color_on("#d3e59b")
         ('#ffffff', '#222222')
     """
@@ -73,7 +73,7 @@ def heat_colors(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     Returns:
         Red, green, blue and opacity, of the shape of the values with a last axis of 4.
 
-    Example:
+    Examples:
         >>> heat_colors(np.array([0.0, 1.0, np.nan])).tolist()
         [[27, 12, 65, 31], [252, 223, 126, 204], [27, 12, 65, 0]]
     """

@@ -49,7 +49,7 @@ class Cell:
 def join(parts: Iterable[Html]) -> Html:
     """Return several elements one after the other.
 
-    Example:
+    Examples:
         >>> join([paragraph("a"), paragraph("b")])
         '<p>a</p><p>b</p>'
     """
@@ -59,7 +59,7 @@ def join(parts: Iterable[Html]) -> Html:
 def paragraph(text: str) -> Html:
     """Return a paragraph.
 
-    Example:
+    Examples:
         >>> paragraph("a < b")
         '<p>a &lt; b</p>'
     """
@@ -69,7 +69,7 @@ def paragraph(text: str) -> Html:
 def heading(text: str) -> Html:
     """Return a heading within a section.
 
-    Example:
+    Examples:
         >>> heading("Directions")
         '<h3>Directions</h3>'
     """
@@ -82,7 +82,7 @@ def side_by_side(columns: Sequence[Sequence[Html]]) -> Html:
     Args:
         columns: Parts of each column. Shorter columns end earlier.
 
-    Example:
+    Examples:
         >>> side_by_side([[paragraph("a")], [paragraph("b")]])
         '<div class="side-by-side" style="--rows:1"><div><div><p>a</p></div></div><div><div><p>b</p></div></div></div>'
     """
@@ -94,7 +94,7 @@ def side_by_side(columns: Sequence[Sequence[Html]]) -> Html:
 def term(title: str, text: str) -> Html:
     """Return a paragraph that begins with its title.
 
-    Example:
+    Examples:
         >>> term("Direction 1", "5 % of the variance")
         '<p class="term"><strong>Direction 1</strong> 5 % of the variance</p>'
     """
@@ -104,7 +104,7 @@ def term(title: str, text: str) -> Html:
 def note(lines: Sequence[str]) -> Html:
     """Return small print below a picture or table, one paragraph per line; nothing if there are no lines.
 
-    Example:
+    Examples:
         >>> note(["Images are 32 px wide."])
         '<div class="note"><p>Images are 32 px wide.</p></div>'
     """
@@ -114,7 +114,7 @@ def note(lines: Sequence[str]) -> Html:
 def picture(reading_aid: str, content: Html) -> Html:
     """Return a picture below the sentence that explains how to read it.
 
-    Example:
+    Examples:
         >>> picture("Each bar is a layer.", Html("<svg></svg>"))
         '<figure class="picture"><figcaption>Each bar is a layer.</figcaption><svg></svg></figure>'
     """
@@ -129,7 +129,7 @@ def folded(title: str, content: Html, *, printed: bool = True) -> Html:
         content: Content to fold.
         printed: Print the content although it is folded. False: for long tables.
 
-    Example:
+    Examples:
         >>> folded("Settings", paragraph("seed 0"))
         '<details><summary>Settings</summary><div class="folded"><p>seed 0</p></div></details>'
     """
@@ -149,7 +149,7 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]
     Raises:
         ValueError: A row with another number of cells than columns.
 
-    Example:
+    Examples:
         >>> html = table("Layers", [Column("layer", numeric=False), Column("share")], [[Cell("a"), Cell("5 %", 0.05)]])
         >>> '<td class="number" data-value="0.05">5 %</td>' in html
         True
@@ -169,7 +169,7 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]
 def swatch(color: str) -> Html:
     """Return a small square of a CSS color, or of the pattern "hatched".
 
-    Example:
+    Examples:
         >>> swatch("#16325b")
         '<span class="swatch" style="background:#16325b"></span>'
     """
@@ -181,7 +181,7 @@ def swatch(color: str) -> Html:
 def attributes(**values: str | None) -> str:
     """Return HTML attributes with a leading space each; those that are None or empty are left out.
 
-    Example:
+    Examples:
         >>> attributes(title="a & b", id=None)
         ' title="a &amp; b"'
     """

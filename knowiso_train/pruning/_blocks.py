@@ -58,7 +58,7 @@ class BlockFinetuner:
             OptionError: `steps` below 1, or a model without such blocks.
             DataError: Fewer than two images.
 
-        Example:
+        Examples:
             >>> make = lambda width: nn.Sequential(nn.Sequential(), nn.ModuleDict())
             >>> BlockFinetuner.from_original(make(2), make(4), [], Calibration([torch.randn(2, 3)]), steps=0, seed=0)
             Traceback (most recent call last):
@@ -180,7 +180,7 @@ def finetunable_blocks(
 ) -> list[str]:
     """Return the names of the blocks that `BlockFinetuner.from_original` would record, with its arguments and errors.
 
-    Example:
+    Examples:
         >>> import timm
         >>> model = timm.create_model("test_resnet", pretrained=False).eval()
         >>> layers, images = ["layer1.0.conv1", "layer1.0.conv2"], Calibration([torch.randn(2, 3, 32, 32)])

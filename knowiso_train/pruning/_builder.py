@@ -42,7 +42,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     Raises:
         OptionError: A network with state that cannot be copied.
 
-    Example:
+    Examples:
         >>> copy_model(nn.Linear(2, 2)).training
         False
     """

@@ -48,7 +48,7 @@ class ChannelGroup:
         producers: For each layer that produces the group (J, m), the output channels of each unit.
         kind: "channels" or "heads".
 
-    Example:
+    Examples:
         >>> units = torch.tensor([[0], [1], [2]])
         >>> ChannelGroup("0", 3, {"2": units}, {"0": units}).input_masks({"2": 4}, [1])["2"].tolist()
         [True, False, True, True]
@@ -76,7 +76,7 @@ def unit_columns(layer: nn.Module, inputs: Tensor) -> Tensor:
         layer: Linear layer, or ungrouped convolution, which takes a channel as input at every tap.
         inputs: Input channels (J, m) of each unit.
 
-    Example:
+    Examples:
         >>> unit_columns(nn.Conv2d(2, 8, 3), torch.tensor([[0], [1]]))[1].tolist()
         [1, 3, 5, 7, 9, 11, 13, 15, 17]
     """
@@ -91,7 +91,7 @@ def unit_columns(layer: nn.Module, inputs: Tensor) -> Tensor:
 def num_input_channels(layer: Any) -> int:
     """Return the number of input channels of a convolution or linear layer.
 
-    Example:
+    Examples:
         >>> num_input_channels(nn.Linear(3, 2)), num_input_channels(nn.Conv2d(4, 2, 1))
         (3, 4)
     """
@@ -101,7 +101,7 @@ def num_input_channels(layer: Any) -> int:
 def is_single_regression(layer: nn.Module) -> bool:
     """Return whether a layer is one regression: a linear layer, or a convolution of one group.
 
-    Example:
+    Examples:
         >>> is_single_regression(nn.Conv2d(4, 4, 1)), is_single_regression(nn.Conv2d(4, 4, 1, groups=2))
         (True, False)
     """
@@ -135,7 +135,7 @@ def channel_groups(
         OptionError: A network that torch-pruning cannot trace, groups of which it finds none, or a name without a
             module.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> [group] = channel_groups(model, torch.zeros(1, 3, 8, 8), {})
         >>> group.name, group.size, list(group.consumers)
@@ -276,7 +276,7 @@ def ignored_layers(model: nn.Module, patterns: str | Collection[str]) -> list[st
     Raises:
         OptionError: A pattern without a match.
 
-    Example:
+    Examples:
         >>> ignored_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["?"])
         ['0', '1']
     """
@@ -300,7 +300,7 @@ def head_groups(model: nn.Module) -> list[ChannelGroup]:
     The query, key and value come from one layer `qkv`, or from three layers, as in transformers. Attention with other
     tensors per head (position tables, gates, norms over all heads) is excluded.
 
-    Example:
+    Examples:
         >>> from timm.layers import Attention
         >>> [group] = head_groups(nn.ModuleDict({"attn": Attention(8, num_heads=2)}))
         >>> group.name, group.size, group.consumers["attn.proj"].shape, group.producers["attn.qkv"].shape

@@ -177,7 +177,7 @@ class PruningGraph:
     Raises:
         OptionError: A network that torch-pruning cannot trace.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> groups, failures = PruningGraph(model, torch.zeros(1, 3, 8, 8)).groups()
         >>> [len(group[0].idxs) for group in groups], failures
@@ -285,7 +285,7 @@ def restored_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Dictionaries and lists keep their identity, to which handles of hooks refer.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2)
         >>> with restored_attributes([layer]):
         ...     layer.weight = nn.Parameter(torch.zeros(1, 2))

@@ -57,7 +57,7 @@ class Consumer:
             NonFiniteError: NaN or Inf in the moments.
             OptionError: Moments of no samples.
 
-        Example:
+        Examples:
             >>> from knowiso_train.regression import batch_moments
             >>> from knowiso_train.ops.im2col import conv_columns
             >>> x = torch.randn(64, 4, 5, 5)
@@ -98,7 +98,7 @@ def _features(columns: Tensor, channels: Tensor | Sequence[int]) -> Tensor:
 def output_variance(xx: Tensor, weight: Tensor) -> float:
     """Return the variance tr(Wᵀ S W) of a layer's output, summed over output channels.
 
-    Example:
+    Examples:
         >>> output_variance(torch.eye(2), torch.tensor([[3.0], [1.0]]))
         10.0
     """
@@ -118,7 +118,7 @@ def removal_costs(consumers: Sequence[Consumer], ridge: float = 1e-4) -> Tensor:
     Returns:
         Costs (J,), float64.
 
-    Example:
+    Examples:
         >>> from knowiso_train.ops.im2col import conv_columns
         >>> xx, weight = torch.eye(3, dtype=torch.float64), torch.tensor([[3.0], [0.0], [1.0]]).double()
         >>> costs = removal_costs([Consumer("fc", xx, weight, conv_columns(3), variance=10.0)], ridge=0.0)
@@ -146,7 +146,7 @@ class BackwardElimination:
         ShapeError: Consumers of different numbers of channels, or none.
         OptionError: A negative ridge.
 
-    Example:
+    Examples:
         >>> from knowiso_train.ops.im2col import conv_columns
         >>> equal, weight = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 1).double()
         >>> elimination = BackwardElimination([Consumer("fc", equal, weight, conv_columns(2), 4.0)], ridge=1e-6)

@@ -48,7 +48,7 @@ class ReferenceCache:
         InputTypeError: The output is not one tensor.
         NonFiniteError: NaN or Inf in a feature; the message names the layer.
 
-    Example:
+    Examples:
         >>> images = Calibration([torch.randn(8, 3)])
         >>> references = ReferenceCache(nn.Sequential(nn.Linear(3, 2)), ["0"], images, images.concatenate())
         >>> outputs = references.get(torch.tensor([4, 1]))
@@ -105,7 +105,7 @@ def forward_with_features(images: Calibration, model: nn.Module, layers: Sequenc
     Raises:
         InputTypeError: The output is not one tensor.
 
-    Example:
+    Examples:
         >>> batch = torch.ones(1, 2, 2)
         >>> model = nn.Sequential(nn.ReLU(), nn.Flatten())
         >>> forward_with_features(Calibration([batch]), model, ["0"], batch).output.shape
@@ -149,7 +149,7 @@ def feature_variance(name: str, values: Tensor) -> float:
     Raises:
         NonFiniteError: NaN or Inf.
 
-    Example:
+    Examples:
         >>> feature_variance("layer", torch.tensor([[0.0, 5.0], [2.0, 5.0]]))  # variances 1 and 0
         0.5
     """
@@ -170,7 +170,7 @@ class Objective:
         label_weight: Weight of the cross-entropy with the labels.
         temperature: Temperature of the divergence of logits.
 
-    Example:
+    Examples:
         >>> objective, logits = Objective(label_weight=2.0), torch.zeros(1, 2)
         >>> value = objective(torch.tensor(0.5), logits, logits, output_variance=1.0, labels=torch.tensor([1]))
         >>> round(float(value), 3)  # 0.5 + 2 ln 2
@@ -211,7 +211,7 @@ def output_divergence(output: Tensor, reference: Tensor, variance: float, temper
         variance: Divisor of the squared distance.
         temperature: Temperature of the softmax.
 
-    Example:
+    Examples:
         >>> float(output_divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), 1.0))
         0.0
     """
@@ -238,7 +238,7 @@ class Validator:
     Raises:
         OptionError: Labels are given and the outputs are not logits.
 
-    Example:
+    Examples:
         >>> model, images = nn.Linear(3, 2), Calibration([torch.randn(8, 3)])
         >>> references = ReferenceCache(model, [], images, images.concatenate())
         >>> Validator(model, references, torch.arange(4), Objective(logit_weight=1.0)).evaluate(0).agreement
@@ -320,7 +320,7 @@ def shuffled_batches(index: Tensor, size: int, generator: torch.Generator) -> It
         size: Indices of a batch, at most N.
         generator: Random generator of the order.
 
-    Example:
+    Examples:
         >>> batches = shuffled_batches(torch.arange(5), 2, torch.Generator())
         >>> first, second, third = (set(next(batches).tolist()) for _ in range(3))
         >>> len(first | second), len(third)

@@ -56,7 +56,7 @@ def output_failure(before: Any, after: Any) -> str | None:
         before: Output of the model with masked channels.
         after: Output of the pruned model.
 
-    Example:
+    Examples:
         >>> output_failure(torch.ones(2, 3), torch.ones(2, 3)) is None
         True
         >>> output_failure(torch.ones(2, 3), torch.ones(2, 1))

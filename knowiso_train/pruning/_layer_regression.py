@@ -71,7 +71,7 @@ class LayerRegression:
         Raises:
             NonFiniteError: NaN or Inf in the samples.
 
-        Example:
+        Examples:
             >>> x, a = torch.randn(400, 1, 3).double(), torch.randn(1, 3, 2).double()
             >>> regression = LayerRegression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
             >>> regression.unexplained(a) < 1e-12
@@ -92,7 +92,7 @@ class LayerRegression:
     def restrict(self, columns: Tensor) -> LayerRegression:
         """Return the regression on some features.
 
-        Example:
+        Examples:
             >>> x, y, columns = torch.randn(400, 1, 3), torch.randn(400, 1, 2), torch.tensor([2, 0])
             >>> a = LayerRegression.of(x, y, 40).restrict(columns)
             >>> b, zero = LayerRegression.of(x[:, :, columns], y, 40), torch.zeros(1, 2, 2)
@@ -124,7 +124,7 @@ class LayerRegression:
             ridges: Relative ridges to choose from.
             start: Ridge to start from, see `local_ridge_search`.
 
-        Example:
+        Examples:
             >>> x, a = torch.randn(400, 1, 3).double(), torch.randn(1, 3, 2).double()
             >>> regression = LayerRegression.of(x, torch.einsum("rgd,gdo->rgo", x, a), images=40)
             >>> ridges = (1e-6, 1e-3, 1.0, 10.0)
@@ -156,7 +156,7 @@ def local_ridge_search(
         ridges: Ridges to choose from. Infinity is always tried.
         start: Ridge to start from, such as that of the layer before. Default, and if not among `ridges`: the middle.
 
-    Example:
+    Examples:
         >>> none = torch.zeros(0)
         >>> solve = lambda ridge: Solution((ridge - 2) ** 2, ridge, none, none)
         >>> local_ridge_search(solve, (0.0, 1.0, 2.0, 3.0), 0.0).ridge
@@ -208,7 +208,7 @@ class ActivationRange:
             scale: Scale (o,).
             offset: Offset (R, o) or (1, o).
 
-        Example:
+        Examples:
             >>> ActivationRange.of((0.0, math.inf), torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 1.0]])).low.tolist()
             [[-0.5, -inf]]
         """
@@ -231,7 +231,7 @@ class ActivationRange:
     def clamp(self, y: Tensor) -> Tensor:
         """Return the activation of outputs, in the unit of y.
 
-        Example:
+        Examples:
             >>> limits = ActivationRange(torch.tensor([0.0]), torch.tensor([6.0]))
             >>> limits.clamp(torch.tensor([-1.0, 2.0, 7.0])).tolist()
             [0.0, 2.0, 6.0]
@@ -241,7 +241,7 @@ class ActivationRange:
     def project(self, y: Tensor, prediction: Tensor) -> Tensor:
         """Return the values nearest to a prediction that have the same activation as y.
 
-        Example:
+        Examples:
             >>> limits = ActivationRange(torch.tensor([0.0]), torch.tensor([6.0]))
             >>> limits.project(torch.tensor([-1.0, -1.0, 2.0]), torch.tensor([-3.0, 1.0, 1.0])).tolist()
             [-3.0, 0.0, 2.0]
@@ -283,7 +283,7 @@ class ReLURegression:
             weight: Weights (G, d, o).
             bias: Intercept (G, o).
 
-        Example:
+        Examples:
             >>> x = torch.randn(400, 1, 3)
             >>> y = x.sum(2, keepdim=True)
             >>> limits = ActivationRange(torch.zeros(1, 1, 1), torch.full((1, 1, 1), math.inf))
@@ -308,7 +308,7 @@ class ReLURegression:
     ) -> Solution:
         """Return the iterate of least unexplained variance; arguments are those of `LayerRegression.search_ridge`.
 
-        Example:
+        Examples:
             >>> x = torch.rand(400, 1, 2)
             >>> y = x.sum(2, keepdim=True) - 1 - 5 * (x[:, :, :1] < 0.2).float()
             >>> limits = ActivationRange(torch.zeros(1, 1, 1), torch.full((1, 1, 1), math.inf))

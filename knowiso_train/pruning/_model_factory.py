@@ -37,7 +37,7 @@ def resolve_factory(original: nn.Module, factory: Any) -> Factory | None:
     Raises:
         OptionError: Another value, or a model that does not record its timm architecture.
 
-    Example:
+    Examples:
         >>> resolve_factory(load_model("test_resnet", pretrained=False, num_classes=4), None)
         ('test_resnet.r160_in1k', {'num_classes': 4})
     """
@@ -103,7 +103,7 @@ def _timm_config(model: nn.Module) -> Mapping[str, Any]:
 def first_shape_difference(model: nn.Module, expected: Mapping[str, Sequence[int]]) -> str | None:
     """Return a description of the first tensor of a model's state without the expected shape, or None.
 
-    Example:
+    Examples:
         >>> first_shape_difference(nn.Linear(3, 2), {"weight": (2, 4), "bias": (2,)})
         "'weight' was expected with shape (2, 4), got (2, 3)"
     """

@@ -437,7 +437,7 @@ def output_tensor(value: Any) -> Tensor:
     Raises:
         InputTypeError: No floating tensor.
 
-    Example:
+    Examples:
         >>> output_tensor((None, 3, torch.ones(2)))
         tensor([1., 1.])
     """

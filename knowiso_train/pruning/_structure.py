@@ -61,7 +61,7 @@ def structure_diff(original: nn.Module, pruned: nn.Module) -> StructureDiff:
     Raises:
         ShapeError: Modules that differ in name or class, which is more than widths.
 
-    Example:
+    Examples:
         >>> diff = structure_diff(nn.Sequential(nn.Linear(3, 2, bias=False)), nn.Sequential(nn.Linear(3, 1)))
         >>> diff.attributes, diff.added
         ({'0': {'out_features': 1}}, ['0.bias'])
@@ -104,7 +104,7 @@ def apply_structure(model: nn.Module, diff: StructureDiff, shapes: Mapping[str, 
     Raises:
         ShapeError: Changes of modules, attributes or tensors that the model lacks.
 
-    Example:
+    Examples:
         >>> pruned = nn.Sequential(nn.Linear(3, 1))
         >>> fresh = nn.Sequential(nn.Linear(3, 2, bias=False))
         >>> apply_structure(fresh, structure_diff(fresh, pruned), state_shapes(pruned))
@@ -245,7 +245,7 @@ class OutputFingerprint:
             OptionError: The model does not take such an input.
             NonFiniteError: NaN or Inf in the output.
 
-        Example:
+        Examples:
             >>> model = nn.Linear(3, 2)
             >>> fingerprint = OutputFingerprint.compute(model, (1, 3))
             >>> fingerprint.check_equal(OutputFingerprint.compute(model, (1, 3)), "the model")
@@ -310,7 +310,7 @@ class OutputFingerprint:
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, types, shapes and bytes, in the order of the names.
 
-    Example:
+    Examples:
         >>> weights_hash({"a": torch.zeros(2)}) == weights_hash({"a": torch.zeros(1, 2)})
         False
     """

@@ -70,7 +70,7 @@ class Epilogue:
 def batch_norm_affine(norm: nn.Module | None, channels: int, device: Any = None) -> tuple[Tensor, Tensor]:
     """Return scale and shift (C,) of a batch norm in eval mode, float64; 1 and 0 for None.
 
-    Example:
+    Examples:
         >>> norm = nn.BatchNorm2d(2, eps=0.0)
         >>> norm.running_var[1] = 4
         >>> batch_norm_affine(norm, 2)[0].tolist()
@@ -96,7 +96,7 @@ class OpRecorder(TorchFunctionMode):
         count: Number of operations so far.
         results: Recorded results by operation number.
 
-    Example:
+    Examples:
         >>> x = torch.ones(2)
         >>> with OpRecorder({1: None}) as recorder:
         ...     _ = (x + 1) * 3
@@ -147,7 +147,7 @@ class OpRecorder(TorchFunctionMode):
 def count_operations(model: nn.Module, batch: Any, forward: Forward = operator.call) -> int:
     """Count the tensor operations of a forward pass, including those of hooks.
 
-    Example:
+    Examples:
         >>> count_operations(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.zeros(1, 2))
         2
     """
@@ -297,7 +297,7 @@ def trace_epilogues(
         batch: Small batch.
         forward: Function that runs a model on a batch.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
         >>> with torch.no_grad():
         ...     epilogue = trace_epilogues(model, {"0": model[0]}, torch.zeros(1, 3, 2, 2))["0"]
@@ -380,7 +380,7 @@ def comparable_blocks(
     Returns:
         Names; empty where every width was cut, as in networks without residual streams.
 
-    Example:
+    Examples:
         >>> make = lambda width: nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 4, 1), nn.ReLU())
         >>> comparable_blocks(make(2), make(8), torch.zeros(1, 3, 5, 5))
         ['2', '3']
@@ -431,7 +431,7 @@ class ActivationCache:
     Args:
         layers: Layers by name, in forward order.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> cache, x = ActivationCache({"0": model[0], "2": model[2]}), torch.randn(3, 4)
         >>> with cache.recording():

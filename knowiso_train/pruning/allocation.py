@@ -30,7 +30,7 @@ def count_positions(model: nn.Module, batch: Any, forward: Forward = operator.ca
         batch: Small batch.
         forward: Function that runs a model on a batch.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> count_positions(model, torch.zeros(5, 3, 4, 4))
         {'0': 4.0, '2': 1.0}
@@ -48,7 +48,7 @@ def count_macs(model: nn.Module, batch: Any, forward: Forward = operator.call) -
     Convolutions, linear layers, recurrent layers, the products of attention and every other matrix product count,
     whether a module or a function computes them. Elementwise operations do not.
 
-    Example:
+    Examples:
         >>> count_macs(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 4, 4))
         432.0
         >>> count_macs(nn.LSTM(3, 4, batch_first=True), torch.zeros(2, 5, 3)) == 4 * 4 * (3 + 4) * 5
@@ -129,7 +129,7 @@ def affordable_images(macs: float, budget: float, limits: tuple[int, int], passe
         limits: Minimum and maximum number of images.
         passes: Number of passes.
 
-    Example:
+    Examples:
         >>> [affordable_images(432, budget, (4, 64)) for budget in (1e2, 1e4, 1e6)]
         [4, 23, 64]
     """
@@ -183,7 +183,7 @@ def layer_costs(
     Raises:
         OptionError: Another kind.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 2, 1, bias=False))
         >>> units = torch.arange(4)[:, None]
         >>> costs = layer_costs(model, [ChannelGroup("0", 4, {"1": units}, {"0": units})], {"0": 10.0, "1": 10.0})
@@ -224,7 +224,7 @@ def unlayered_costs(
         batch: Small batch.
         forward: Function that runs a model on a batch.
 
-    Example:
+    Examples:
         >>> recurrent = nn.LSTM(3, 4, batch_first=True)
         >>> total_cost(unlayered_costs(recurrent, [], {}, torch.zeros(2, 5, 3)), {})
         560.0
@@ -248,7 +248,7 @@ def unlayered_costs(
 def _common_module(names: Sequence[str]) -> str:
     """Return the name of the innermost module that holds all of these layers.
 
-    Example:
+    Examples:
         >>> _common_module(["blocks.0.attn.qkv", "blocks.0.attn.proj"])
         'blocks.0.attn'
     """
@@ -265,7 +265,7 @@ def total_cost(costs: Costs, removed: Mapping[str, int]) -> float:
 def allowed_widths(size: int, min_width: float, round_to: int) -> list[int]:
     """Return, in descending order, the full width and the multiples of `round_to` above the minimum fraction of it.
 
-    Example:
+    Examples:
         >>> allowed_widths(10, 0.25, 4)
         [10, 8, 4]
     """
@@ -300,7 +300,7 @@ def allocate(
     Raises:
         OptionError: A target out of reach.
 
-    Example:
+    Examples:
         >>> costs = {"a": LayerCost(1.0, 1, 8, {}, {"a": 1.0}), "b": LayerCost(1.0, 1, 8, {}, {"b": 1.0})}
         >>> removal_costs = {"a": torch.arange(8.0, -1, -1), "b": 10 * torch.arange(8.0, -1, -1)}
         >>> allocate(removal_costs, costs, 10.0)
@@ -344,7 +344,7 @@ def coupled_groups(layers: Mapping[str, Collection[LayerCost]]) -> dict[str, set
     Args:
         layers: Layers of each group.
 
-    Example:
+    Examples:
         >>> first, second = LayerCost(1.0, 3, 8, {}, {"a": 1.0}), LayerCost(1.0, 8, 4, {"a": 1.0}, {"b": 1.0})
         >>> sorted(coupled_groups({"a": [first, second], "b": [second]})["a"])
         ['a', 'b']

@@ -51,7 +51,7 @@ LATENCY_TOLERANCE = 0.9  # fraction of the allowed time; a faster model is prune
 def measure_latency(model: nn.Module, images: Calibration) -> float:
     """Return the median seconds of a forward pass of up to 32 images, in the model's present mode, after two warm-ups.
 
-    Example:
+    Examples:
         >>> measure_latency(nn.Linear(2, 2), Calibration([torch.zeros(4, 2)])) > 0
         True
     """
@@ -269,7 +269,7 @@ def prune(
         DataError: No images.
         NonFiniteError: NaN or Inf, with the layer's name.
 
-    Example:
+    Examples:
         >>> first = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
         >>> model = nn.Sequential(*first, nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
         >>> pruned = prune(model, [torch.randn(64, 3, 12, 12)], macs=0.5, progress=False)

@@ -28,7 +28,7 @@ def cutmix(images: Tensor, *, flip: bool = False, patch_fraction: UnitFloat = 0.
         ShapeError: Not a batch of images.
         OptionError: `patch_fraction` outside [0, 1].
 
-    Example:
+    Examples:
         >>> mixed = cutmix(torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 4, 4))
         >>> mixed.shape, mixed.mean().item() * 2  # both images keep their patch, or they swap a quarter of their pixels
         (torch.Size([2, 1, 4, 4]), 1.0)

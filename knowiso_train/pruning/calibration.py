@@ -38,7 +38,7 @@ def check_counts(least: int = 1, **counts: Any) -> None:
     Raises:
         OptionError: Another value.
 
-    Example:
+    Examples:
         >>> check_counts(rows=20, max_images=64)
     """
     for name, value in counts.items():
@@ -64,7 +64,7 @@ class Calibration:
         InputTypeError: An object that is no loader.
         OptionError: A `max_images` below 1, or a call in inference mode.
 
-    Example:
+    Examples:
         >>> images = Calibration([torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)], max_images=5)
         >>> images.count, [len(batch) for batch in images]
         (5, [3, 2])
@@ -107,7 +107,7 @@ class Calibration:
     def split(self, fraction: float, maximum: int) -> tuple[Calibration, Calibration]:
         """Split off the last images: a fraction of all, at most `maximum`. Without enough images return all twice.
 
-        Example:
+        Examples:
             >>> images = Calibration([torch.zeros(6, 1), torch.zeros(4, 1)])
             >>> [[part.count for part in images.split(fraction, 3)] for fraction in (0.25, 0.5, 0.05)]
             [[8, 2], [7, 3], [10, 10]]
@@ -132,7 +132,7 @@ class Calibration:
     def batches(self, size: int) -> Iterator[Any]:
         """Yield all images in batches of at most `size`.
 
-        Example:
+        Examples:
             >>> [len(batch) for batch in Calibration([torch.zeros(3, 1), torch.zeros(4, 1)]).batches(5)]
             [5, 2]
         """
@@ -208,7 +208,7 @@ def input_moments(
         DataError: No images, or a layer that never ran.
         NonFiniteError: NaN or Inf in the input of a layer.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
         >>> inputs = input_moments(model, [torch.randn(8, 3, 6, 6)], {"2": model[2]}, progress=False)
         >>> inputs["2"].moments.xx.shape
@@ -251,7 +251,7 @@ class InputMoments:
     Attributes:
         count: Number of images so far.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
         >>> with InputMoments({"2": model[2]}, images=6, rows=100) as inputs, inputs.batch(8):
         ...     _ = model(torch.randn(8, 3, 6, 6))
@@ -351,7 +351,7 @@ class ReferenceOutputs:
 def num_samples(num_features: int, rows: int) -> int:
     """Return the number of samples of one layer's regression, for `rows` samples per feature within the limits.
 
-    Example:
+    Examples:
         >>> num_samples(9, 20), num_samples(576, 20), num_samples(25088, 20)
         (1024, 11520, 4096)
     """
@@ -385,7 +385,7 @@ def record_reference_outputs(
         NonFiniteError: NaN or Inf in the output of a layer.
         OptionError: A network that runs other operations in another pass.
 
-    Example:
+    Examples:
         >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), Calibration([torch.randn(2, 3, 8, 8)])
         >>> reference = record_reference_outputs(model, {"0": Epilogue()}, images, rows=2, seed=0, progress=False)
         >>> reference.outputs["0"].shape, reference.num_positions["0"]

@@ -51,7 +51,7 @@ class PruneFinetuneConfig:
     Raises:
         OptionError: A value of another type or out of bounds, or both `steps` and `epochs`.
 
-    Example:
+    Examples:
         >>> PruneFinetuneConfig(epochs=2, batch_size=32).num_steps(100)
         6
     """
@@ -171,7 +171,7 @@ def finetune(
         InputTypeError: Not a model, not a loader, missing labels, or an output that is not one tensor.
         NonFiniteError: NaN or Inf in the loss. The model was not modified.
 
-    Example:
+    Examples:
         >>> import copy
         >>> original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
         >>> pruned = copy.deepcopy(original)

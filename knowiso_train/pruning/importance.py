@@ -60,7 +60,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         InputTypeError: An object that is no module.
         OptionError: An option out of range.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> importance = IsomorphismImportance(model, [torch.randn(32, 3, 8, 8)], progress=False)
         >>> pruner = tp.pruner.BasePruner(

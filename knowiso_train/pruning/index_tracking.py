@@ -96,7 +96,7 @@ def track_kept_indices(model: nn.Module) -> Iterator[dict[str, KeptIndices]]:
     Raises:
         CaptureError: At the end, for a tensor of a new shape whose origin is unknown.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(3, 2)
         >>> with track_kept_indices(model) as kept:
         ...     model.weight = nn.Parameter(model.weight.data[:, [0, 2]])

@@ -32,7 +32,7 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
     Taken before pruning in place, the shapes can be passed instead of the original model.
 
-    Example:
+    Examples:
         >>> tensor_shapes(nn.Linear(3, 2))
         {'weight': (2, 3), 'bias': (2,)}
     """
@@ -49,7 +49,7 @@ def index_kept(tensor: Tensor, kept: KeptIndices) -> Tensor:
     Raises:
         ShapeError: Indices that do not fit the tensor.
 
-    Example:
+    Examples:
         >>> index_kept(torch.tensor([[10, 11, 12], [13, 14, 15]]), [None, [0, 2]])
         tensor([[10, 12],
                 [13, 15]])
@@ -81,7 +81,7 @@ def to_axis_indices(
         One list of indices per axis, None for an axis that is complete. The flat indices of a grouped convolution
         whose groups keep different inputs are returned unchanged.
 
-    Example:
+    Examples:
         >>> to_axis_indices({"weight": torch.tensor([[0, 2], [3, 5]])}, {"weight": (2, 3)})
         {'weight': [None, [0, 2]]}
         >>> to_axis_indices({"weight": torch.tensor([[0, 2], [4, 5]])}, {"weight": (2, 3)})
@@ -99,7 +99,7 @@ def to_axis_indices(
 def flat_indices(axes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """Return the outer product of one index tensor per axis, as flat indices into a tensor of the shape.
 
-    Example:
+    Examples:
         >>> flat_indices([torch.tensor([0, 1]), torch.tensor([0, 2])], (2, 3))
         tensor([[0, 2],
                 [3, 5]])
@@ -114,7 +114,7 @@ def flat_indices(axes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 def axis_lists(axes: Sequence[Tensor], shape: Sequence[int]) -> list[list[int] | None]:
     """Convert one index tensor per axis to lists, None for an axis that is complete and in order.
 
-    Example:
+    Examples:
         >>> axis_lists([torch.tensor([0, 1]), torch.tensor([0, 2])], (2, 3))
         [None, [0, 2]]
     """
@@ -152,7 +152,7 @@ def compose_kept_indices(
     Raises:
         ShapeError: Indices of the second that do not fit the result of the first.
 
-    Example:
+    Examples:
         >>> compose_kept_indices({"weight": [None, [0, 2, 3]]}, {"weight": [[1], [0, 2]]}, {"weight": (2, 4)})
         {'weight': [[1], [0, 3]]}
     """
@@ -187,7 +187,7 @@ def infer_kept_outputs(
     Raises:
         ShapeError: Layers that are no slices of the original's, or a pruned model without one of the layers.
 
-    Example:
+    Examples:
         >>> original, pruned = nn.Linear(3, 4), nn.Linear(3, 2)
         >>> pruned.load_state_dict({"weight": original.weight[[1, 3]], "bias": original.bias[[1, 3]]})
         <All keys matched successfully>
@@ -238,7 +238,7 @@ def infer_kept_channels(name: str, original: Tensor, pruned: Tensor) -> tuple[Te
     Raises:
         ShapeError: Not a slice of the original, as after training.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(8, 6, 3, 3)
         >>> outputs, inputs = infer_kept_channels("conv", weight, weight[[0, 3, 7]][:, [1, 2, 5]])
         >>> outputs.tolist(), inputs.tolist()

@@ -176,7 +176,7 @@ def preserve_optimizer_state(model: nn.Module, *optimizers: Optimizer) -> Iterat
     Warns:
         KnowisoWarning: Nothing was pruned. `prune` returns a copy: use `transfer_optimizer_state` there.
 
-    Example:
+    Examples:
         >>> import torch_pruning as tp
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -246,7 +246,7 @@ def transfer_optimizer_state(
         ShapeError: `kept` does not lead from the original's shapes to the pruned ones, or a state without one value
             for each entry (Adafactor).
 
-    Example:
+    Examples:
         >>> original = nn.Linear(4, 3)
         >>> optimizer = torch.optim.AdamW(original.parameters(), lr=0.1)
         >>> original(torch.randn(2, 4)).sum().backward()

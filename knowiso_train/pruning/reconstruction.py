@@ -386,7 +386,7 @@ def refit(
         InputTypeError, OptionError, DataError: Arguments of a wrong kind or out of range.
         NonFiniteError: NaN or Inf, with the layer's name.
 
-    Example:
+    Examples:
         >>> original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> with torch.no_grad():  # the last two channels are equal
         ...     original[0].weight[7], original[0].bias[7] = original[0].weight[6], original[0].bias[6]
@@ -449,7 +449,7 @@ def validate_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:
     Raises:
         OptionError: No ridge, or a negative one.
 
-    Example:
+    Examples:
         >>> validate_ridges(0.1)
         (0.1,)
     """

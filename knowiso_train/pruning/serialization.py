@@ -91,7 +91,7 @@ def save_pruned(
         NonFiniteError: NaN or Inf in the output.
         FormatError: The rebuilt model differs from the pruned one.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from knowiso_train.loading.timm import load_model
         >>> pruned = load_model("test_resnet", pretrained=False, num_classes=4)
@@ -152,7 +152,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         FormatError: A damaged file, a newer format, or a model of another structure or function.
         OptionError: No `model` although one is needed, or an architecture that the installed timm lacks.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> make = lambda width: nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -454,7 +454,7 @@ def _encode(value: Any, label: str) -> Any:
     Raises:
         OptionError: Not a plain value.
 
-    Example:
+    Examples:
         >>> _encode((1, [2, torch.Size([3])]), "it")
         {'tuple': [1, [2, {'size': [3]}]]}
         >>> _decode(_)

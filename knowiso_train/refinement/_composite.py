@@ -43,7 +43,7 @@ class Composite(nn.Module):
     References:
         Liang et al., arXiv 1908.01581, section on refining features.
 
-    Example:
+    Examples:
         >>> net, peer = (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2))
         >>> x = torch.randn(64, 4)
         >>> maps = Disentangler(order=0).fit(peer[0](x).detach(), net[0](x).detach())

@@ -49,7 +49,7 @@ def classification_score(logits: Tensor, labels: Tensor) -> Score:
     References:
         Guo et al., *On Calibration of Modern Neural Networks* (ICML 2017).
 
-    Example:
+    Examples:
         >>> classification_score(torch.tensor([[9.0, -9.0], [9.0, -9.0]]), torch.tensor([0, 1]))
         Score(accuracy=50.0, ece=49.99..., num_images=2)
     """
@@ -66,7 +66,7 @@ def classification_score(logits: Tensor, labels: Tensor) -> Score:
 def significantly_less(after: Score, before: Score) -> bool:
     """Return whether an accuracy fell by more than two standard errors of the accuracy before.
 
-    Example:
+    Examples:
         >>> before = Score(80.0, 1.0, 400)
         >>> significantly_less(Score(70.0, 1.0, 400), before)
         True
@@ -85,7 +85,7 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         logits: (N, C).
         labels: (N,).
 
-    Example:
+    Examples:
         >>> best_temperature(torch.tensor([[0.1, 0.0], [0.0, 0.1]]), torch.tensor([0, 1]))
         0.001
     """
@@ -144,7 +144,7 @@ def consensus_vs_labels_cv(
         config: Settings of the consensus head. The ridge classifier takes its `label_ridge`.
         seed: Seed of the folds.
 
-    Example:
+    Examples:
         >>> labels = torch.arange(400) % 2
         >>> networks = [torch.cat([labels[:, None] * 4.0, 2 * torch.randn(400, 6)], 1) for _ in range(3)]
         >>> consensus, index = ConsensusFeatures.from_views(networks), torch.arange(40)
@@ -178,7 +178,7 @@ def own_vs_labels_cv(
         ridge: Ridge of the new classifier.
         seed: Seed of the folds.
 
-    Example:
+    Examples:
         >>> labels = torch.arange(60) % 3
         >>> scores = 10.0 * torch.eye(3)[labels]
         >>> own_vs_labels_cv(scores, torch.randn(60, 4), labels, 3, ridge=0.1).significantly_better

@@ -136,7 +136,7 @@ def refine(
     References:
         Liang et al., arXiv 1908.01581.
 
-    Example:
+    Examples:
         >>> signal, labels = torch.randn(400, 2), torch.arange(400) % 2
         >>> signal[:, 0] = labels * 4.0 - 2
         >>> images = torch.cat([signal, torch.randn(400, 16)], 1)  # the signal, and 8 channels of noise per network

@@ -45,7 +45,7 @@ def finetune_schedules(
     Returns:
         Target of each run in words, and its settings.
 
-    Example:
+    Examples:
         >>> [target for target, _ in finetune_schedules("auto", RefineFinetuneConfig(), labels=True, peers=True)]
         ['the consensus', 'the labels']
     """
@@ -86,7 +86,7 @@ class RefineTrainer:
     Raises:
         OptionError: No peers where a loss needs them, or no layer that could be compared.
 
-    Example:
+    Examples:
         >>> student = nn.Sequential(nn.Linear(4, 3))
         >>> config = RefineFinetuneConfig(steps=2, lr=0.1, consensus_weight=0, kd_weight=0)
         >>> model = ClassifierModel(student, "0", "small")
@@ -238,7 +238,7 @@ class BatchCycle:
         loader: Batches, readable more than once.
         what: Kind of the images, for messages.
 
-    Example:
+    Examples:
         >>> cycle = BatchCycle([1, 2], "images")
         >>> [next(cycle) for _ in range(3)]
         [1, 2, 1]

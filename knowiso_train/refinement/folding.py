@@ -57,7 +57,7 @@ def fold(
             between the layer and a consumer, or a consumer is missing.
         OptionError: No consumers, or a bias across zero padding.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
         >>> folded = fold(net, "0", ["1"], torch.eye(3) * 2, None, torch.randn(5, 4))
         >>> torch.allclose(folded[1].weight, net[1].weight * 2)
@@ -223,7 +223,7 @@ def fit_peer_projection(
         ShapeError: No peers, or different numbers of images.
         OptionError: A negative ridge, or another string.
 
-    Example:
+    Examples:
         >>> x = torch.randn(200, 3)
         >>> torch.allclose(fit_peer_projection(x, [x]).matrix, torch.eye(3).double(), atol=1e-4)
         True

@@ -83,7 +83,7 @@ def isomorphic_parts(views: Sequence[Tensor], ridge: float, max_components: int 
         Liang et al., arXiv 1908.01581 (order-0 components, here in both directions); Kakade & Foster, *Multi-view
         Regression via Canonical Correlation Analysis* (COLT 2007).
 
-    Example:
+    Examples:
         >>> shared, noise = torch.randn(200, 2).double(), torch.randn(2, 200, 3).double()
         >>> views = [torch.cat([shared, private], 1) for private in noise]
         >>> size = isomorphic_parts(views, 1e-3)[0].norm(dim=1)
@@ -132,7 +132,7 @@ def pseudo_labels(scores: Tensor, inverse_temperature: float, class_prior: Tenso
     References:
         Berthelot et al., *ReMixMatch* (ICLR 2020), for distribution alignment.
 
-    Example:
+    Examples:
         >>> pseudo_labels(torch.tensor([[0.2, 0.4]]), float("inf"))
         tensor([[0., 1.]], dtype=torch.float64)
         >>> scores = torch.tensor([[0.0, 0.4], [0.0, 0.3], [0.0, 0.2], [0.0, 0.1]])
@@ -155,7 +155,7 @@ def pseudo_labels(scores: Tensor, inverse_temperature: float, class_prior: Tenso
 def estimate_class_prior(labels: Tensor, num_classes: int) -> Tensor:
     """Estimate class frequencies (C,) from labels, with one added count per class (Laplace smoothing).
 
-    Example:
+    Examples:
         >>> estimate_class_prior(torch.tensor([0, 0, 1]), 3).tolist()
         [0.5, 0.3333333333333333, 0.16666666666666666]
     """
@@ -252,7 +252,7 @@ def ridge_head(features: Tensor, labels: Tensor, num_classes: int, ridge: float 
     Raises:
         ShapeError: Labels that do not fit the features or the classes.
 
-    Example:
+    Examples:
         >>> x = torch.eye(4).repeat(3, 1)
         >>> ridge_head(x, x.argmax(1), 4)(x).argmax(1).equal(x.argmax(1))
         True
@@ -297,7 +297,7 @@ def consensus_head(
         Liang et al., arXiv 1908.01581 (isomorphic parts); Blum & Mitchell, *Combining Labeled and Unlabeled Data with
         Co-Training* (COLT 1998).
 
-    Example:
+    Examples:
         >>> labels = torch.arange(300) % 2
         >>> networks = [torch.cat([labels[:, None] * 4.0, 2 * torch.randn(300, 6)], 1) for _ in range(3)]
         >>> head = consensus_head([x[:8] for x in networks], labels[:8], [x[8:] for x in networks], 2)
@@ -327,7 +327,7 @@ class ConsensusFeatures:
         features: (N, D) features of the network to refine.
         joint: (N, M) features of all networks side by side, from which pseudo-labels are made.
 
-    Example:
+    Examples:
         >>> x, labels = torch.randn(60, 4), torch.tensor([0, 1, 0, 1, 0, 1])
         >>> ConsensusFeatures.from_views([x, x + 0.1]).head(torch.arange(6), labels, 2).weight.shape
         torch.Size([2, 4])

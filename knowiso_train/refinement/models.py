@@ -104,7 +104,7 @@ def classifier_model(
         LayerNameError: No layer of this name, or no linear layer at all.
         LayoutError: The classifier is not a Linear.
 
-    Example:
+    Examples:
         >>> classifier_model(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), "small").head
         '1'
     """
@@ -179,7 +179,7 @@ def pooled_layer(model: ClassifierModel, batch: Any) -> str:
     Raises:
         OptionError: No such layer, since the network's own `forward` pools.
 
-    Example:
+    Examples:
         >>> small = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
         >>> pooled_layer(classifier_model(small, "small"), torch.rand(2, 3, 8, 8))
         '2'
@@ -247,7 +247,7 @@ class PooledFeatures:
         Args:
             others: Images to drop.
 
-        Example:
+        Examples:
             >>> x = torch.randn(10, 4)
             >>> len(PooledFeatures((x,), None).exclude(PooledFeatures((x[3:5],), None)))
             8
@@ -355,7 +355,7 @@ def flag_mismatched_classes(
     Returns:
         Flagged networks, and a note on each newly excluded classifier.
 
-    Example:
+    Examples:
         >>> names = ("own", "same", "turned")
         >>> models = [classifier_model(nn.Sequential(nn.Linear(3, 3, bias=False)), name) for name in names]
         >>> for model, order in zip(models, ([0, 1, 2], [0, 1, 2], [1, 2, 0])):

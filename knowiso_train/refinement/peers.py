@@ -71,7 +71,7 @@ def score_peer(
     Raises:
         DataError: Too few images.
 
-    Example:
+    Examples:
         >>> shared = torch.randn(400, 4)
         >>> features, peer = (torch.cat([shared, torch.randn(400, 4)], 1) for _ in range(2))
         >>> score_peer(features, peer).useful, score_peer(features, torch.randn(400, 8)).useful

@@ -60,7 +60,7 @@ class RefineReport:
         versions: Versions of the packages that the numbers depend on.
         warnings: Remarks for the user.
 
-    Example:
+    Examples:
         >>> row = Row("original", "before", Score(60.0, 5.0, 100), None)
         >>> report = RefineReport("small", "auto", "original", (row,), (), {}, {"unlabeled": 500}, {"seed": 0}, 1.0, {})
         >>> print(report)  # doctest: +SKIP

@@ -54,7 +54,7 @@ class Moments:
     def zeros(cls, num_features: int, num_targets: int, device: torch.device | str = "cpu") -> Moments:
         """Return the moments of no samples, in float64.
 
-        Example:
+        Examples:
             >>> Moments.zeros(3, 2).xy.shape
             torch.Size([3, 2])
         """
@@ -102,7 +102,7 @@ class Moments:
         Source: Chan, Golub & LeVeque (1979), *Updating formulae and a pairwise algorithm for computing sample
             variances*.
 
-        Example:
+        Examples:
             >>> x, y = torch.randn(8, 3, 2, 2), torch.randn(8, 2, 2, 2)
             >>> halves = batch_moments(x[:5], y[:5]).merged(batch_moments(x[5:], y[5:]))
             >>> torch.allclose(halves.xy, batch_moments(x, y).xy, atol=1e-5)
@@ -144,7 +144,7 @@ def batch_moments(x: Tensor, y: Tensor, kernel_size: int = 1, positions: Tensor 
     Raises:
         ShapeError: The features do not share batch and grid.
 
-    Example:
+    Examples:
         >>> m = batch_moments(torch.randn(4, 3, 5, 5), torch.randn(4, 2, 5, 5), kernel_size=3)
         >>> int(m.count), tuple(m.xx.shape), tuple(m.xy.shape)
         (100, (27, 27), (27, 2))
@@ -177,7 +177,7 @@ class StreamingMoments:
         kernel_size: Odd k.
         device: Device of the sums; that of the features is fastest.
 
-    Example:
+    Examples:
         >>> stream = StreamingMoments(3, 2)
         >>> for _ in range(4):
         ...     stream.update(torch.randn(8, 3, 2, 2), torch.randn(8, 2, 2, 2))
@@ -238,7 +238,7 @@ class RunningMoments(nn.Module):
         target_channels: C_B.
         kernel_size: Odd k.
 
-    Example:
+    Examples:
         >>> running = RunningMoments(3, 2)
         >>> for _ in range(4):
         ...     _ = running.update(torch.randn(8, 3, 1, 1), torch.randn(8, 2, 1, 1), keep=0.5)
@@ -347,7 +347,7 @@ class RowSums:
 
     Products are computed in the samples' precision and added in float64.
 
-    Example:
+    Examples:
         >>> sums, x = RowSums(), torch.randn(50, 3).double()
         >>> sums.add(x[:20]), sums.add(x[20:])
         (None, None)

@@ -114,7 +114,7 @@ def solve_ridge(
         OptionError: A negative ridge, "search" without selection samples, or (above MAX_SEARCH_FEATURES) dependent
             features without a ridge.
 
-    Example:
+    Examples:
         >>> from knowiso_train.regression import batch_moments
         >>> x = torch.randn(64, 3, 1, 1, dtype=torch.float64)
         >>> weight = solve_ridge(batch_moments(x, 2 * x), 0.0).weight
@@ -181,7 +181,7 @@ def solve_ridge_cholesky(fit: Moments, ridge: float, floor: Tensor | float = 0.0
 def dampening(mean_diagonal: Tensor, ridge: float) -> Tensor:
     """Return the penalty λ = (ρ + ε) · s for mean diagonals s, which count as 1 where they are 0.
 
-    Example:
+    Examples:
         >>> dampening(torch.tensor([2.0, 0.0]), 0.5).tolist()
         [1.0, 0.5]
     """
@@ -199,7 +199,7 @@ def solve_dampened(matrix: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:
     Raises:
         NonFiniteError: Values that are not finite.
 
-    Example:
+    Examples:
         >>> solve_dampened(torch.eye(2), torch.ones(2, 1), torch.ones(2)).flatten().tolist()
         [0.5, 0.5]
     """
@@ -209,7 +209,7 @@ def solve_dampened(matrix: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:
 def dampened_inverse(matrix: Tensor, ridge: float) -> Tensor:
     """Return `(S + λI)⁻¹` for a Gram matrix S (d, d) and a relative ridge.
 
-    Example:
+    Examples:
         >>> torch.allclose(dampened_inverse(torch.eye(2).double(), 1.0), 0.5 * torch.eye(2).double())
         True
     """
@@ -220,7 +220,7 @@ def dampened_inverse(matrix: Tensor, ridge: float) -> Tensor:
 def ridge_map(x: Tensor, y: Tensor, ridge: float) -> Tensor:
     """Return `(XᵀX + λI)⁻¹ XᵀY` for centered samples, (D_x, D_y).
 
-    Example:
+    Examples:
         >>> x = torch.randn(50, 4, dtype=torch.float64)
         >>> torch.allclose(ridge_map(x, x @ torch.ones(4, 2).double(), 1e-12), torch.ones(4, 2).double())
         True
@@ -237,7 +237,7 @@ class RidgeSolver:
     Args:
         features: Samples, (N, D), float64.
 
-    Example:
+    Examples:
         >>> x = torch.randn(40, 3, dtype=torch.float64)
         >>> weight, bias = RidgeSolver(x).solve(x @ torch.ones(3, 1).double() + 5, 1e-12)
         >>> weight.flatten().round().tolist(), round(float(bias))
@@ -301,7 +301,7 @@ class PrimalMoments(_GroupMeans):
         Raises:
             NonFiniteError: NaN or Inf in the samples.
 
-        Example:
+        Examples:
             >>> PrimalMoments.of(torch.randn(20, 2, 3), torch.randn(20, 2, 4)).xy.shape
             torch.Size([2, 3, 4])
         """
@@ -321,7 +321,7 @@ class PrimalMoments(_GroupMeans):
     def restricted(self, columns: Tensor) -> PrimalMoments:
         """Return the moments of these features alone.
 
-        Example:
+        Examples:
             >>> x, y = torch.randn(30, 1, 3), torch.randn(30, 1, 2)
             >>> a = PrimalMoments.of(x, y).restricted(torch.tensor([2, 0]))
             >>> torch.allclose(a.xx, PrimalMoments.of(x[:, :, [2, 0]], y).xx)
@@ -345,7 +345,7 @@ class PrimalMoments(_GroupMeans):
             OptionError: A negative ridge.
             NonFiniteError: Moments that are not finite.
 
-        Example:
+        Examples:
             >>> x, a = torch.randn(50, 1, 3).double(), torch.randn(1, 3, 2).double()
             >>> y = torch.einsum("rgd,gdo->rgo", x, a) + 1
             >>> torch.allclose(PrimalMoments.of(x, y).weight(torch.zeros_like(a), ridge=0.0), a)
@@ -379,7 +379,7 @@ class PrimalMoments(_GroupMeans):
             weight: (G, d, o).
             total: Variance of y, summed over outputs.
 
-        Example:
+        Examples:
             >>> x, y = torch.randn(30, 1, 3).double(), torch.randn(30, 1, 2).double()
             >>> weight, total = torch.randn(1, 3, 2).double(), y.var(0, correction=0).sum().item()
             >>> residual = (y - torch.einsum("rgd,gdo->rgo", x, weight)).var(0, correction=0).sum().item()
@@ -414,7 +414,7 @@ class KernelMoments(_GroupMeans):
         Raises:
             NonFiniteError: NaN or Inf in the samples.
 
-        Example:
+        Examples:
             >>> x, y = torch.randn(20, 1, 50).double(), torch.randn(20, 1, 2).double()
             >>> a = torch.zeros(1, 50, 2).double()
             >>> torch.allclose(KernelMoments.of(x, y).weight(a, ridge=0.1), PrimalMoments.of(x, y).weight(a, ridge=0.1))

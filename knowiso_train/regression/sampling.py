@@ -69,7 +69,7 @@ class Sample:
 def sample_positions(index: NDArray[np.int64], num_positions: int, count: int, seed: int) -> Tensor:
     """Draw `count` distinct positions of each image's grid by a seeded hash of its dataset index, (N, count).
 
-    Example:
+    Examples:
         >>> sample_positions(np.arange(2), num_positions=49, count=5, seed=0).shape
         torch.Size([2, 5])
     """

@@ -28,7 +28,7 @@ def check_loader(loader: Any, what: str = "loader", *, again: bool = True) -> No
     Raises:
         InputTypeError: Not an iterable of batches, or an iterator where it is read more than once.
 
-    Example:
+    Examples:
         >>> check_loader([torch.zeros(2, 3, 8, 8)])
         >>> check_loader(iter([torch.zeros(2, 3, 8, 8)]), again=False)
     """
@@ -54,7 +54,7 @@ def get_inputs(batch: Any) -> Tensor:
     Raises:
         InputTypeError: No tensor there, or several candidates.
 
-    Example:
+    Examples:
         >>> get_inputs({"label": torch.zeros(4), "image": torch.ones(4, 3, 8, 8)}).shape
         torch.Size([4, 3, 8, 8])
     """
@@ -82,7 +82,7 @@ def labels_of(batch: Any, description: str = "images") -> Tensor:
     Raises:
         DataError: No labels, labels that are not one integer per image, or negative labels.
 
-    Example:
+    Examples:
         >>> labels_of({"image": torch.zeros(2, 3, 4, 4), "y": torch.tensor([1, 0])})
         tensor([1, 0])
     """
@@ -141,7 +141,7 @@ def batch_size(batch: Any) -> int:
     Raises:
         InputTypeError: No tensor with at least one axis.
 
-    Example:
+    Examples:
         >>> batch_size((torch.zeros(4, 3, 8, 8), torch.zeros(4)))
         4
     """
@@ -169,7 +169,7 @@ def index_batch(batch: Any, index: Tensor) -> Any:
         ShapeError: A mask of another length, or an index that is not 1-D.
         InputTypeError: A batch without tensors.
 
-    Example:
+    Examples:
         >>> index_batch({"image": torch.zeros(3, 1), "name": ["a", "b", "c"]}, torch.tensor([2, 0]))["name"]
         ['c', 'a']
     """
@@ -224,7 +224,7 @@ def _input_key(batch: Any) -> Any:
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return a copy of nested lists, tuples, mappings and dataclasses with a function applied to every tensor.
 
-    Example:
+    Examples:
         >>> map_tensors({"logits": torch.ones(1), "loss": None}, lambda tensor: 2 * tensor)
         {'logits': tensor([2.]), 'loss': None}
     """
@@ -269,7 +269,7 @@ def _rebuild_sequence(batch: Sequence[Any], values: list[Any]) -> Any:
 def image_size(images: Tensor) -> tuple[int, int] | None:
     """Return (height, width) of images (N, C, H, W); None for other inputs.
 
-    Example:
+    Examples:
         >>> image_size(torch.zeros(2, 3, 8, 6)), image_size(torch.zeros(2, 20))
         ((8, 6), None)
     """
@@ -291,7 +291,7 @@ def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 
         InputTypeError: An iterator, which can be read only once, or no iterable.
         OptionError: `max_images` below 1.
 
-    Example:
+    Examples:
         >>> loader = DataLoader(torch.utils.data.TensorDataset(torch.arange(100.0)), batch_size=4)
         >>> sum(len(batch[0]) for batch in subsample_loader(loader, 10))
         10
@@ -324,7 +324,7 @@ def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 
 def tensor_leaves(value: Any) -> list[Tensor]:
     """Return the tensors in nested lists, tuples, mappings and dataclasses, in order; other values are left out.
 
-    Example:
+    Examples:
         >>> tensor_leaves((torch.ones(1), None, {"loss": 3, "aux": [torch.zeros(1)]}))
         [tensor([1.]), tensor([0.])]
     """

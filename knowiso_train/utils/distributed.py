@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 class ProcessGroup:
     """Default process group where it is initialized, else this process alone.
 
-    Example:
+    Examples:
         >>> ProcessGroup().size
         1
     """
@@ -64,7 +64,7 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup
     Returns:
         Handles of the gradient hooks; none for a single process or without parameters.
 
-    Example:
+    Examples:
         >>> all_reduce_gradients([nn.Parameter(torch.zeros(2))], ProcessGroup())
         []
     """

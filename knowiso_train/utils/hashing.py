@@ -26,7 +26,7 @@ class Stream(IntEnum):
 def hash_unit(index: NDArray[np.int64], seed: int, stream: int = Stream.SPLIT) -> NDArray[np.float64]:
     """Return a uniform number in [0, 1) for each index (SplitMix64), independent between seeds and between streams.
 
-    Example:
+    Examples:
         >>> bool((hash_unit(np.arange(1000), seed=0) < 0.6).mean().round(1) == 0.6)
         True
     """
@@ -54,7 +54,7 @@ def split_by_hash(index: NDArray[np.int64], fractions: Sequence[float], seed: in
     Returns:
         (N,) number of each index's part.
 
-    Example:
+    Examples:
         >>> np.bincount(split_by_hash(np.arange(1000), (0.6, 0.2, 0.2), seed=0)).tolist()
         [600, 208, 192]
     """

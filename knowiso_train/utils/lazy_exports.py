@@ -17,7 +17,7 @@ def lazy_exports(
         namespace: Its `globals()`; a name is stored there once it is imported.
         homes: Module of each exported name, relative to the package.
 
-    Example:
+    Examples:
         >>> get, names = lazy_exports("knowiso_train", {}, {"KnowisoError": "errors"})
         >>> get("KnowisoError").__name__, names()
         ('KnowisoError', ['KnowisoError'])

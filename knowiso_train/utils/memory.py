@@ -12,7 +12,7 @@ USABLE_MEMORY_FRACTION = 0.8  # of the free memory; the rest is left to the allo
 def free_bytes(device: torch.device) -> int:
     """Return the free memory of a device in bytes.
 
-    Example:
+    Examples:
         >>> free_bytes(torch.device("cpu")) > 0
         True
     """
@@ -26,7 +26,7 @@ def free_bytes(device: torch.device) -> int:
 def usable_bytes(device: torch.device) -> int:
     """Return the part of the free memory that may be used, in bytes.
 
-    Example:
+    Examples:
         >>> usable_bytes(torch.device("cpu")) > 0
         True
     """
@@ -36,7 +36,7 @@ def usable_bytes(device: torch.device) -> int:
 def format_bytes(count: int) -> str:
     """Return a number of bytes as text.
 
-    Example:
+    Examples:
         >>> format_bytes(3 * 2**30), format_bytes(2**20)
         ('3.0 GiB', '1 MiB')
     """
@@ -54,7 +54,7 @@ def check_images_fit(side: int, count: int, channels: int = 3) -> None:
     Raises:
         CapacityError: They do not fit.
 
-    Example:
+    Examples:
         >>> check_images_fit(10**6, count=2)
         Traceback (most recent call last):
         knowiso_train.errors.CapacityError: 2 image(s) of 1000000 × 1000000 pixels need 22351.7 GiB, but ...

@@ -24,7 +24,7 @@ class SavedReport:
         saved_version: Version of the fields.
         saved_indent: Spaces per level of the JSON. None: a single line, for reports with many numbers.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
         ... class Count(SavedReport):

@@ -42,7 +42,7 @@ def dump_json(value: Any, *, indent: int | None = 2) -> str:
     Raises:
         InputTypeError: A value of another type; the message gives its place in the structure.
 
-    Example:
+    Examples:
         >>> dump_json({"ridge": (0.1, float("inf")), "file": Path("a.png")}, indent=None)
         '{"ridge": [0.1, "Infinity"], "file": "a.png"}'
     """
@@ -55,7 +55,7 @@ def to_plain(value: Any) -> Any:
     Raises:
         InputTypeError: A value of another type than `dump_json` accepts.
 
-    Example:
+    Examples:
         >>> to_plain({"ridge": (np.float32(0.5), float("inf")), "dtype": torch.float64})
         {'ridge': [0.5, inf], 'dtype': 'torch.float64'}
     """
@@ -70,7 +70,7 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError: Text that is not JSON, a bare NaN or Infinity, or more than 64 levels of nesting.
 
-    Example:
+    Examples:
         >>> parse_json('{"ridge": [0.1, "Infinity"]}')
         {'ridge': [0.1, inf]}
     """
@@ -86,7 +86,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         FormatError: The file is missing, is damaged, or holds more than 256 MiB. The message names the file.
 
-    Example:
+    Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_json(f"{folder}/card.json", {"epochs": 3})
         ...     read_json(f"{folder}/card.json")
@@ -115,7 +115,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     Raises:
         FormatError: The file is missing or damaged. The message names the file.
 
-    Example:
+    Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_tensors(f"{folder}/a.safetensors", {"weight": torch.zeros(2)}, {"epochs": 3})
         ...     read_tensors(f"{folder}/a.safetensors")
@@ -174,7 +174,7 @@ def write_json(path: str | Path, value: Any) -> None:
         InputTypeError: A value that JSON cannot hold. The file is not modified.
         OSError: The file cannot be written.
 
-    Example:
+    Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_json(f"{folder}/card.json", {"epochs": 3})
         ...     print(Path(f"{folder}/card.json").read_text(), end="")
@@ -191,7 +191,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     Raises:
         OSError: The file cannot be written.
 
-    Example:
+    Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_file(f"{folder}/log/note.txt", "done")
         ...     Path(f"{folder}/log/note.txt").read_text()
@@ -212,7 +212,7 @@ def write_if_given(text: str, path: str | Path | None) -> str:
     Raises:
         OSError: The file cannot be written.
 
-    Example:
+    Examples:
         >>> write_if_given("done", None)
         'done'
     """
@@ -235,7 +235,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: The file cannot be written.
 
-    Example:
+    Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with replace_file(f"{folder}/weights.bin") as partial:
         ...         _ = partial.write_bytes(b"123")

@@ -19,7 +19,7 @@ def format_table(
     Raises:
         ValueError: Rows of different lengths.
 
-    Example:
+    Examples:
         >>> print(format_table([["layer", "inputs"], ["a", "1"], ["bc", "20"]], rule=True))
         layer  inputs
         ─────────────

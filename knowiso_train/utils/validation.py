@@ -77,7 +77,7 @@ def validate_arguments(function: Callable[P, R]) -> Callable[P, R]:
         OptionTypeError: An argument of another type than the annotation. It is an OptionError and a TypeError.
         OptionError: A number out of bounds, or a string that is not among the choices.
 
-    Example:
+    Examples:
         >>> @validate_arguments
         ... def scale(size: PositiveInt, mode: Literal["fit", "fill"] = "fit") -> int:
         ...     return size
@@ -112,7 +112,7 @@ def validate_fields(config: Any) -> None:
     Raises:
         OptionTypeError, OptionError: As `validate_arguments`.
 
-    Example:
+    Examples:
         >>> @dataclass(frozen=True)
         ... class Config:
         ...     steps: PositiveInt = 1
@@ -135,7 +135,7 @@ def checked_value(name: str, value: Any, hint: Any) -> Any:
     Raises:
         OptionTypeError, OptionError: As `validate_arguments`.
 
-    Example:
+    Examples:
         >>> checked_value("ridge", 0.1, float | Literal["search"])
         0.1
     """

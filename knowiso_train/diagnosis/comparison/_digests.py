@@ -21,7 +21,7 @@ READ_BYTES = 2**20
 def network_digest(network: nn.Module) -> str:
     """Return a digest of the names and values of a network's state.
 
-    Example:
+    Examples:
         >>> network = nn.Linear(2, 2)
         >>> network_digest(network) == network_digest(nn.Linear(2, 2))
         False
@@ -36,7 +36,7 @@ def network_digest(network: nn.Module) -> str:
 def batch_digest(batch: Any) -> str:
     """Return a digest of the tensors of a batch.
 
-    Example:
+    Examples:
         >>> batch_digest((torch.zeros(2), torch.ones(1))) == batch_digest([torch.zeros(2), torch.ones(1)])
         True
     """
@@ -63,7 +63,7 @@ def file_digest(paths: Iterable[Path]) -> str:
 def hexadecimal_digest(parts: Iterable[bytes]) -> str:
     """Return a digest of several parts in order.
 
-    Example:
+    Examples:
         >>> len(hexadecimal_digest([b"a", b"b"]))
         32
     """

@@ -79,7 +79,7 @@ def checkpoint_stages(
         DataError: No checkpoints, or several of one number.
         OptionError: A glob that selects a name without a number, or numbers of different kinds.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> for epoch in (2, 10):

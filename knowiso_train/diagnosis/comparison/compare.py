@@ -98,7 +98,7 @@ def compare_stages(
         InputTypeError: A stage that is no network.
         KnowisoError: Other subclasses as for `measure`.
 
-    Example:
+    Examples:
         >>> networks = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()) for _ in range(2)]
         >>> loader = torch.utils.data.DataLoader(torch.randn(200, 3, 8, 8), batch_size=50)
         >>> stages = {"same": networks[0], "other": lambda: networks[1]}
