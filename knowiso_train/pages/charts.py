@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from knowiso_train.pages.elements import Html, attributes, join
+from knowiso_train.pages.elements import Html, break_at_dots, cell_color, join
 
 MIN_LABEL_PERCENT = 6.0  # segments narrower than this have no number
-LIGHT_CELL_PERCENT = 52.0  # cells of a matrix above this strength have light text in the light theme
 TICK_SHARE, MAX_TICK_STEPS = 0.25, 5  # distance of the axis' numbers, doubled until there are few enough
 NARROW_PERCENT, WIDE_PERCENT = 0.0, 100.0
 MAX_BARS = 24  # the others are folded
@@ -203,11 +202,7 @@ def matrix(
 
 
 def _matrix_cell(value: float | None, text: str) -> str:
-    if value is None or math.isnan(value):
-        return f"<td>{escape(text)}</td>"
-    strength = 100 * clip(value)
-    kind = attributes(class_="strong" if strength > LIGHT_CELL_PERCENT else None)
-    return f'<td{kind} style="--strength:{strength:.1f}%">{escape(text)}</td>'
+    return f"<td{cell_color(value)}>{escape(text)}</td>"
 
 
 def _bar(bar: Bar, maximum: float) -> Html:
@@ -221,7 +216,7 @@ def _bar(bar: Bar, maximum: float) -> Html:
         inner += _bracket(*bar.interval, bar.interval_hint, maximum)
     small = f" <small>{escape(bar.small_text)}</small>" if bar.small_text else ""
     return Html(
-        f'<div class="bar"><div class="bar-label">{escape(bar.label).replace(".", ".<wbr>")}</div>'
+        f'<div class="bar"><div class="bar-label">{break_at_dots(bar.label)}</div>'
         f'<svg role="img" aria-label="{escape(f"{bar.label}: {description}".strip(":; "))}">{inner}</svg>'
         f'<div class="bar-text">{escape(bar.text)}{small}</div></div>'
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import NewType
 
+# Strengths above which the text of a cell changes: to light text in the light theme, to dark text in the dark theme
+STRONG_PERCENT, STRONGEST_PERCENT = 52.0, 68.0
 HATCHED = "hatched"  # in place of a color: the pattern of what is unexplained
 
 Html = NewType("Html", str)  # escaped; plain text is not accepted in its place
@@ -39,11 +41,13 @@ class Cell:
         text: Text of the cell.
         value: Number that the cell is sorted by. None or NaN: sorted last.
         hint: Tooltip. Empty: none.
+        strength: Strength of the cell's color between 0 and 1. None or NaN: not colored.
     """
 
     text: str
     value: float | None = None
     hint: str = ""
+    strength: float | None = None
 
 
 def join(parts: Iterable[Html]) -> Html:
@@ -188,6 +192,37 @@ def attributes(**values: str | None) -> str:
     return "".join(f' {name.strip("_").replace("_", "-")}="{escape(value)}"' for name, value in values.items() if value)
 
 
+def cell_color(strength: float | None, *classes: str | None) -> str:
+    """Return the HTML attributes that color a cell, with its classes.
+
+    Args:
+        strength: Strength between 0 and 1; values beyond are clipped. None or NaN: not colored.
+        classes: Further classes of the cell. None: left out.
+
+    Examples:
+        >>> cell_color(0.25, "number")
+        ' class="number" style="--strength:25.0%"'
+        >>> cell_color(None)
+        ''
+    """
+    percent = None if strength is None or math.isnan(strength) else 100 * min(max(strength, 0.0), 1.0)
+    if percent is None:
+        return attributes(class_=" ".join(filter(None, classes)))
+    names = {"strong": percent > STRONG_PERCENT, "strongest": percent > STRONGEST_PERCENT}
+    kinds = [*filter(None, classes), *(name for name, applies in names.items() if applies)]
+    return attributes(class_=" ".join(kinds), style=f"--strength:{percent:.1f}%")
+
+
+def break_at_dots(name: str) -> str:
+    """Return an escaped name that may break at its dots on narrow screens, if it has no spaces to break at.
+
+    Examples:
+        >>> break_at_dots("layer1.conv"), break_at_dots("pruned 1.3×")
+        ('layer1.<wbr>conv', 'pruned 1.3×')
+    """
+    return escape(name) if " " in name else escape(name).replace(".", ".<wbr>")
+
+
 def _column_attributes(column: Column) -> str:
     return ' scope="col"' + attributes(
         class_="number" if column.numeric else None,
@@ -202,11 +237,9 @@ def _column_title(column: Column) -> Html:
 
 def _table_cell(cell: Cell, column: Column) -> str:
     known = cell.value is not None and not math.isnan(cell.value)
-    content = attributes(
-        class_="number" if column.numeric else None,
+    content = cell_color(cell.strength, "number" if column.numeric else None) + attributes(
         title=cell.hint,
         data_value=repr(float(cell.value)) if cell.value is not None and known else None,
     )
-    # Layer names break at their dots on narrow screens
-    text = escape(cell.text) if column.numeric else escape(cell.text).replace(".", ".<wbr>")
+    text = escape(cell.text) if column.numeric else break_at_dots(cell.text)
     return f"<td{content}>{text}</td>"

@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -373,11 +374,26 @@ def made_up() -> StageComparison:
     return StageComparison("large", stages, {"order": 1}, 1.5, {"torch": "2"})
 
 
+def test_printed_results_begin_with_the_stage_and_layer_in_which_the_loss_starts() -> None:
+    comparison = made_up()
+    unharmed = functional_pair("conv", "conv.<b>", "backward", unexplained=0.001, interval=(0.0, 0.002))
+    first, *others = (replace(stage, step=None) for stage in comparison)
+    first = replace(first, layers=(replace(first.layers[0], of_reference=unharmed),))
+    starts_later = str(replace(comparison, stages=(first, *others)))
+    assert "The loss starts at stage 1 in conv.<b>, of which 15.0 % is lost" in starts_later
+    assert "the stages before lose at most 1 %" in starts_later
+    assert "step" not in starts_later
+    assert "No stage loses more than 1 %" in str(replace(comparison, stages=(first,)))
+
+
 def test_results_are_printed_written_and_read(tmp_path: Path) -> None:
     comparison = made_up()
     assert StageComparison.from_json(comparison.to_json(tmp_path / "a.json")) == comparison
     text = str(comparison)
-    assert ["stage", "2", "20", "90.0", "%", "0.2", "conv.<b>"] in [line.split() for line in text.splitlines()]
+    assert ["stage", "2", "conv.<b>", "(15.0", "%)", "90.0", "%", "0.2", "20"] in [
+        line.split() for line in text.splitlines()
+    ]
+    assert "Lost share, mean over the layers: 15.0 % at stage 0, 15.0 % at stage 2." in text
     assert "93.7 %" in text
     assert "! stage 0, conv.<b>: rough" in text
     assert "order 1" in str(comparison["stage 0"])
@@ -390,7 +406,8 @@ def test_results_are_printed_written_and_read(tmp_path: Path) -> None:
     assert values["lost_functional_1_top1"] == "0.92"
     page = comparison.to_html(tmp_path / "a.html")
     assert "<b>" not in page
-    assert "Layer conv.&lt;b&gt;" in page
+    assert "<h2>conv.&lt;b&gt;</h2>" in page
+    assert "▸ 15.0 %" in page
     assert "gained" in page.lower()
     comparison.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000

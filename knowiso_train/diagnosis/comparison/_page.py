@@ -1,11 +1,19 @@
-"""Page of a comparison: a table of the stages, and bars of every stage for each layer."""
+"""Page of a comparison: where the loss starts, tables of the stages, and bars of every stage for each layer."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from knowiso_train.diagnosis.comparison.render import TABLE_TITLES, headline, shown_tables, warnings
+from knowiso_train.diagnosis.comparison.render import (
+    TABLE_TITLES,
+    has_steps,
+    headline,
+    loss_summary,
+    most_lost,
+    shown_tables,
+    warnings,
+)
 from knowiso_train.measurement._page import method_details, output_bars, pair_bars
 from knowiso_train.measurement.render import interval, percent
 from knowiso_train.pages import (
@@ -13,8 +21,10 @@ from knowiso_train.pages import (
     Column,
     Html,
     Section,
+    folded,
     heading,
     join,
+    note,
     paragraph,
     picture,
     render_page,
@@ -28,12 +38,16 @@ if TYPE_CHECKING:
 KEPT_AID = "Each bar is the reference's feature beside one stage; the stage cannot reproduce the hatched part (lost)."
 GAINED_AID = "Each bar is the feature of one stage; the reference cannot reproduce the hatched part (gained)."
 START_HINT = "First layer in the reference's order whose lost share is above 1 % by its 95 % interval"
+START_MARK = "▸"
+START_NOTE = f"{START_MARK} marks the layer in which the loss of a stage starts: above 1 % by its whole 95 % interval."
+OUTPUTS_TITLE = "Outputs with the parts in the feature's place"
+MAX_ADJACENT_LAYERS = 6  # tables with more columns stand one below the other
 
 
 def comparison_page(comparison: StageComparison, title: str | None = None) -> str:
     """Return the page; see `StageComparison.to_html`."""
-    sections = [Section("Stages", _overview(comparison))] if comparison.stages else []
-    sections += [Section(f"Layer {layer}", _layer(comparison, layer)) for layer in comparison.layers]
+    sections = [Section("Where the loss starts", _overview(comparison))] if comparison.stages else []
+    sections += [Section(layer, _layer(comparison, layer)) for layer in comparison.layers]
     return render_page(
         title or f"Stages beside {comparison.reference}",
         sections or [Section("No stages", paragraph("The comparison has no stages."))],
@@ -43,56 +57,86 @@ def comparison_page(comparison: StageComparison, title: str | None = None) -> st
 
 
 def _overview(comparison: StageComparison) -> Html:
-    """Return a table of the stages, and one per figure with a column for each layer."""
+    """Return a summary, a table of the stages, and one colored table per figure with a column for each layer."""
     columns = [
         Column("stage", numeric=False),
-        Column("step"),
+        Column("loss starts in", numeric=False, hint=START_HINT),
+        Column("most lost in", numeric=False, hint="Layer with the largest lost share"),
         Column("output agrees", hint="Images with the reference's top-1 class; ± standard error"),
         Column("KL", hint="KL divergence of the stage's output from the reference's, in nats"),
-        Column("loss starts in", numeric=False, hint=START_HINT),
+        *([Column("step")] if has_steps(comparison) else []),
     ]
-    tables = [table("Stages", columns, [_stage_row(comparison, stage) for stage in comparison])]
-    for figure in shown_tables(comparison):
-        columns = [Column("stage", numeric=False), *(Column(layer) for layer in comparison.layers)]
-        rows = [
-            [Cell(stage.name), *(_figure_cell(stage, layer, figure) for layer in comparison.layers)]
-            for stage in comparison
-        ]
-        tables.append(table(TABLE_TITLES[figure], columns, rows))
-    return join(tables)
+    rows = [_stage_row(comparison, stage) for stage in comparison]
+    tables = [_figure_table(comparison, figure) for figure in shown_tables(comparison)]
+    step = 2 if len(comparison.layers) <= MAX_ADJACENT_LAYERS else 1
+    groups = [side_by_side([[part] for part in tables[i : i + step]]) for i in range(0, len(tables), step)]
+    lost, *others = groups
+    parts = [paragraph(_unbroken(loss_summary(comparison))), lost, note([START_NOTE])]
+    return join([*parts, table("Each stage", columns, rows), *others])
 
 
 def _stage_row(comparison: StageComparison, stage: StageResult) -> list[Cell]:
-    output = stage.output
+    output, start, most = stage.output, comparison.loss_start(stage.name), most_lost(stage)
     agreement, kl = Cell("–"), Cell("–")
     if output is not None:
         agreement = Cell(f"{percent(output.agreement)} ± {100 * output.agreement_error:.1f}", output.agreement)
         kl = Cell(f"{output.kl:.3g}", output.kl)
-    step = Cell("–") if stage.step is None else Cell(str(stage.step), stage.step)
-    return [Cell(stage.name), step, agreement, kl, Cell(comparison.loss_start(stage.name) or "–")]
+    cells = [
+        Cell(stage.name),
+        _layer_cell(stage, start),
+        _layer_cell(stage, None if most is None else most.layer),
+        agreement,
+        kl,
+    ]
+    step = [Cell("–") if stage.step is None else Cell(str(stage.step), stage.step)]
+    return cells + step if has_steps(comparison) else cells
 
 
-def _figure_cell(stage: StageResult, layer: str, figure: StageFigure) -> Cell:
+def _layer_cell(stage: StageResult, layer: str | None) -> Cell:
+    return Cell("–" if layer is None else _unbroken(f"{layer} ({percent(stage[layer].lost)})"))
+
+
+def _figure_table(comparison: StageComparison, figure: StageFigure) -> Html:
+    columns = [Column("stage", numeric=False), *(Column(layer) for layer in comparison.layers)]
+    rows = []
+    for stage in comparison:
+        start = comparison.loss_start(stage.name) if figure == "lost" else None
+        cells = [_figure_cell(stage, layer, figure, is_start=layer == start) for layer in comparison.layers]
+        rows.append([Cell(stage.name), *cells])
+    return table(TABLE_TITLES[figure], columns, rows)
+
+
+def _figure_cell(stage: StageResult, layer: str, figure: StageFigure, *, is_start: bool) -> Cell:
     value = stage.figure(layer, figure)
     entry = next((entry for entry in stage if entry.layer == layer), None)
     hint = ""
     if entry is not None and figure in ("lost", "gained"):
         pair = entry.of_reference if figure == "lost" else entry.of_stage
         hint = f"95 % interval: {interval(pair.interval)}"
-    return Cell(percent(value), None if math.isnan(value) else value, hint)
+    text = f"{START_MARK} {percent(value)}" if is_start else percent(value)
+    return Cell(
+        text, None if math.isnan(value) else value, hint, strength=value if figure in ("lost", "gained") else None
+    )
+
+
+def _unbroken(text: str) -> str:
+    """Return a text whose lines do not break between a number and its percent sign."""
+    return text.replace(" %", "\u00a0%")
 
 
 def _layer(comparison: StageComparison, layer: str) -> Html:
-    """Return bars of both directions side by side, with those of the outputs below."""
+    """Return bars of both directions side by side, with those of the outputs folded below."""
     entries: list[tuple[str, StageLayer]] = [
         (stage.name, entry) for stage in comparison for entry in stage if entry.layer == layer
     ]
     labels = [name for name, _ in entries]
-    columns = []
+    bars, outputs = [], []
     for title, aid, pairs in (
         ("Kept and lost", KEPT_AID, [entry.of_reference for _, entry in entries]),
         ("Gained", GAINED_AID, [entry.of_stage for _, entry in entries]),
     ):
-        parts = [heading(title), picture(aid, pair_bars(pairs, labels))]
-        columns.append([*parts, output_bars(pairs, labels)] if any(pair.functional for pair in pairs) else parts)
-    return side_by_side(columns)
+        bars.append([heading(title), picture(aid, pair_bars(pairs, labels))])
+        if any(pair.functional for pair in pairs):
+            outputs.append([heading(title), output_bars(pairs, labels)])
+    parts = [side_by_side(bars)]
+    return join([*parts, folded(OUTPUTS_TITLE, side_by_side(outputs))] if outputs else parts)

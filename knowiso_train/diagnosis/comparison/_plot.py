@@ -26,7 +26,7 @@ PLOT_TITLES: dict[StageFigure, str] = {
     "agreement": "output agrees with the kept part",
 }
 INTERVAL_OPACITY = 0.18
-MAX_STAGE_TICKS = 12
+MAX_STAGE_TICKS, MAX_SLANTED_TICKS = 24, 8
 
 
 def plot_comparison(comparison: StageComparison, path: str | Path | None, *, title: str | None) -> Figure:
@@ -70,7 +70,8 @@ def _draw_curves(axes: Axes, comparison: StageComparison, name: StageFigure) -> 
         axes.set_xlabel("step or epoch", fontsize=8, color=MUTED_COLOR)
     else:
         every = -(-len(x) // MAX_STAGE_TICKS)
-        axes.set_xticks(x[::every], comparison.names[::every], rotation=30, ha="right")
+        slant = {"rotation": 30, "ha": "right"} if len(x) <= MAX_SLANTED_TICKS else {"rotation": 90}
+        axes.set_xticks(x[::every], comparison.names[::every], **slant)
     axes.tick_params(labelsize=7, length=2, colors=MUTED_COLOR)
     axes.grid(axis="y", color=HATCH_COLOR, linewidth=0.4)
     for spine in ("top", "right"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from knowiso_train.measurement.render import image_counts, interval, percent
@@ -25,7 +26,7 @@ def render_comparison(comparison: StageComparison) -> str:
     lines = [headline(comparison), ""]
     if not comparison.stages:
         return "\n".join([*lines, "no stages"])
-    lines += [format_table(stage_rows(comparison), rule=True), ""]
+    lines += [loss_summary(comparison), "", format_table(stage_rows(comparison), rule=True, left=(0, 1)), ""]
     for figure, title in shown_tables(comparison).items():
         rows = [["stage", *comparison.layers]]
         rows += [
@@ -52,20 +53,48 @@ def headline(comparison: StageComparison) -> str:
     return f"{comparison.reference} and {len(comparison)} stages · images: {images} · {comparison.seconds:.1f} s"
 
 
+def loss_summary(comparison: StageComparison) -> str:
+    """Return where the loss starts and where it is largest; of checkpoints, how the lost share changes."""
+    first, last = comparison.stages[0], comparison.stages[-1]
+    if has_steps(comparison):
+        shares = [percent(fmean(entry.lost for entry in stage)) for stage in (first, last)]
+        return f"Lost share, mean over the layers: {shares[0]} at {first.name}, {shares[1]} at {last.name}."
+    starts = [(stage, layer) for stage in comparison if (layer := comparison.loss_start(stage.name)) is not None]
+    if not starts:
+        return "No stage loses more than 1 % of the feature of any layer."
+    stage, layer = starts[0]
+    start = f"The loss starts at {stage.name} in {layer}, of which {percent(stage[layer].lost)} is lost"
+    before = "" if stage is first else "; the stages before lose at most 1 % of every layer"
+    losses = [(entry.lost, each.name, entry.layer) for each in comparison for entry in each]
+    lost, name, worst = max(loss for loss in losses if not math.isnan(loss[0]))
+    return f"{start}{before}. The largest loss is {percent(lost)}, at {name} in {worst}."
+
+
+def most_lost(stage: StageResult) -> StageLayer | None:
+    """Return the layer with the largest lost share. None: no layer has one."""
+    known = [entry for entry in stage if not math.isnan(entry.lost)]
+    return max(known, key=lambda entry: entry.lost, default=None)
+
+
+def has_steps(comparison: StageComparison) -> bool:
+    """Return whether a stage is a checkpoint with a step."""
+    return any(stage.step is not None for stage in comparison)
+
+
 def stage_rows(comparison: StageComparison) -> list[list[str]]:
-    """Return one row of text per stage, below a header: step, output, and the layer in which the loss starts."""
-    rows = [["stage", "step", "output agrees", "KL", "loss starts in"]]
+    """Return one row of text per stage, below a header: where the loss starts, output, and the step of checkpoints."""
+    header = ["stage", "loss starts in", "output agrees", "KL"]
+    rows = [[*header, "step"] if has_steps(comparison) else header]
     for stage in comparison:
-        output = stage.output
-        rows.append(
-            [
-                stage.name,
-                "–" if stage.step is None else str(stage.step),
-                "–" if output is None else percent(output.agreement),
-                "–" if output is None else f"{output.kl:.3g}",
-                comparison.loss_start(stage.name) or "–",
-            ]
-        )
+        output, start = stage.output, comparison.loss_start(stage.name)
+        row = [
+            stage.name,
+            "–" if start is None else f"{start} ({percent(stage[start].lost)})",
+            "–" if output is None else percent(output.agreement),
+            "–" if output is None else f"{output.kl:.3g}",
+        ]
+        step = "–" if stage.step is None else str(stage.step)
+        rows.append([*row, step] if has_steps(comparison) else row)
     return rows
 
 
