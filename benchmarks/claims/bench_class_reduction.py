@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.claims.common import SEEDS, ClaimResults, judge
 from torch import Tensor, nn
 
 import knowiso_train as ki
+from benchmarks.claims.common import SEEDS, ClaimResults, judge
 from benchmarks.common.models import Cifar100ResNet, cifar100_resnet, cifar_images
 from benchmarks.common.small_networks import Training, accuracy, trained_network
 from benchmarks.common.stats import mean_and_error

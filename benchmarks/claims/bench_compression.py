@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.claims.common import LAYERS, ClaimResults, judge
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.utils.data import DataLoader, TensorDataset
@@ -33,6 +32,7 @@ import knowiso_train as ki
 from benchmarks.baselines.grail_osscar import recompute_statistics
 from benchmarks.baselines.tp_importances import IMPORTANCES, CalibrationData, prune_with
 from benchmarks.baselines.tp_pruner import BudgetPruner, MacCounter
+from benchmarks.claims.common import LAYERS, ClaimResults, judge
 from benchmarks.common.models import BasicBlock, CifarResNet, cifar10, cifar_resnet
 from benchmarks.common.stats import mean_and_error, spearman
 from knowiso_train.diagnosis.comparison import StageComparison

@@ -15,12 +15,12 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claims.common import SEEDS, ClaimResults, judge
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
 from benchmarks.claims.bench_strength import NETWORKS, transform
+from benchmarks.claims.common import SEEDS, ClaimResults, judge
 from benchmarks.common import models
 from benchmarks.common.small_networks import Training, trained_network
 from benchmarks.common.stats import mean_and_error

@@ -17,11 +17,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from benchmarks.claims.common import LAYERS, ClaimResults, judge
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
+from benchmarks.claims.common import LAYERS, ClaimResults, judge
 from benchmarks.common import models
 from benchmarks.common.small_networks import accuracy
 from benchmarks.common.stats import mean_and_error, spearman
