@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from knowiso_train import Report
+from knowiso_train import Report, diagnose
 from knowiso_train.cli import main, parser
 from knowiso_train.cli._measure import SIMILARITIES
 from knowiso_train.cli._options import layer_pairs
@@ -280,6 +281,27 @@ def test_debugging_lets_errors_through(pictures: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("KNOWISO_DEBUG", "1")
     with pytest.raises(OptionError):
         main(options(pictures, layers="=layer1"))
+
+
+def test_files_are_written_where_the_reader_of_the_text_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, page = tmp_path / "stability.json", tmp_path / "stability.html"
+    stability_report().to_json(saved)
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["report", str(saved), "--html", str(page)]) == 0
+    assert page.is_file()
+
+
+def test_defaults_of_diagnose_are_those_of_the_function() -> None:
+    words = ["diagnose", "--weak", "a", "--strong", "b", "--layers", "c", "--dataset", "d"]
+    defaults = vars(parser().parse_args(words))
+    names = ("num_directions", "num_shared", "num_images", "num_thumbnails", "order", "kernel_size", "noise_floor")
+    signature = inspect.signature(diagnose).parameters
+    assert {name: defaults[name] for name in names} == {name: signature[name].default for name in names}
 
 
 def test_layers_lists_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,7 @@ def _add_sizes(sizes: argparse._ActionsContainer) -> None:
         ("directions", 6, "directions of each residual, each with its effect on the output"),
         ("shared", 3, "directions of each explained part"),
         ("images", 8, "images of each ranking"),
-        ("thumbnails", 64, "pictures in the result at most"),
+        ("thumbnails", 256, "pictures in the result at most"),
     ):
         sizes.add_argument(
             f"--num-{name}", type=int, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def write_report(report: Any, args: argparse.Namespace) -> None:
-    """Print a report and write it to the files that the options name.
+    """Write a report to the files that the options name, and print it.
 
     Raises:
         OptionError: A report of a kind that has no such file.
@@ -66,6 +68,10 @@ def write_report(report: Any, args: argparse.Namespace) -> None:
     for name in paths:
         if not hasattr(report, WRITERS[name]):
             raise OptionError(f"--{name} is not available for a {type(report).__name__}; use --html or --plot")
-    print(report)
     for name, path in paths.items():
         getattr(report, WRITERS[name])(path)
+    try:
+        print(report, flush=True)
+    except BrokenPipeError:
+        # The reader, such as `head`, has ended; the interpreter cannot flush at its end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

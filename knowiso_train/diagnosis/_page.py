@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from knowiso_train.diagnosis.render import KIND_TITLES
+from knowiso_train.diagnosis.render import KIND_TITLES, class_name, key_figures
 from knowiso_train.measurement._page import method_details, output_bars, pair_bars
-from knowiso_train.measurement.render import image_counts, interval, pair_name, percent
+from knowiso_train.measurement.render import duration, image_counts, interval, pair_name, percent
 from knowiso_train.pages import (
-    Bar,
     Cell,
     Column,
     Html,
     Section,
-    Segment,
     Tile,
+    difference_bars,
     folded,
     heading,
     heat_image,
@@ -30,34 +29,35 @@ from knowiso_train.pages import (
     side_by_side,
     table,
     term,
-    value_bars,
 )
-from knowiso_train.pages.colors import series_colors
 
 if TYPE_CHECKING:
     from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, HeatMap, LayerDiagnosis, RankedImage
 
 PAGE_CHANNELS = 10  # bars of the channels with most residual; a folded table has all
 SHOWN_DIRECTIONS = 3  # the others are folded
+STRONGEST_QUANTILE = 0.98  # of the values of heat maps side by side: it and larger ones have the strongest color
 OVERVIEW_AIDS = {
     "blind_spots": "Each bar is a layer of the strong network; the weak network cannot reproduce the hatched part.",
     "unreliable": "Each bar is a layer of the weak network; the strong network cannot reproduce the hatched part.",
 }
+HEAT_AID = "Light colors mark where it is strongest; the pointer over an image hides them."
 DIRECTION_AID = (
-    "Each row is a direction of the residual with the images that hold most of it; light colors mark where it is "
-    "strongest, and the pointer over an image hides them."
+    "Each row is a direction of the residual with the images that hold most of it, and their shares of it. " + HEAT_AID
 )
 SHARED_AID = "Each row is a direction that both networks have, with the images where both respond most."
-IMAGES_AID = "These images hold most of the residual; the last map is its mean at each position over all images."
-CLASSES_AID = "Each bar is a class: the share of the feature in its images that is not reproduced."
-CHANNELS_AID = "These channels hold most of the residual: the share of each that is not reproduced."
+IMAGES_AID = "These images hold most of the residual; the number is the share of each. " + HEAT_AID
+POSITIONS_AID = "Residual at each position over all images, as a share of the mean variance of a position."
+CLASSES_AID = "Share of each class that is not reproduced, beside that of all images."
+CHANNELS_AID = "The channels that hold most of the residual: the share of each that is not reproduced."
 
 
 def diagnosis_page(diagnosis: Diagnosis, title: str | None = None) -> str:
     """Return the page; see `Diagnosis.to_html`."""
     names = f"{diagnosis.weak} beside {', '.join(diagnosis.strong)}"
     counts = image_counts(diagnosis.images)
-    sections = [Section("Overview", _overview(diagnosis))] if diagnosis.layers else []
+    sections = [Section("In short", _summary(diagnosis)), Section("All layers", _overview(diagnosis))]
+    sections = sections if diagnosis.layers else []
     sections += [
         Section(name, side_by_side([_LayerColumn(diagnosis, layer).parts() for layer in layers]))
         for name, layers in _by_layers(diagnosis).items()
@@ -72,7 +72,7 @@ def diagnosis_page(diagnosis: Diagnosis, title: str | None = None) -> str:
     return render_page(
         title or f"Diagnosis of {names}",
         sections,
-        subtitle=f"{names} · images: {counts} · {diagnosis.seconds:.1f} s",
+        subtitle=f"{names} · images: {counts} · {duration(diagnosis.seconds)}",
         appendix=join(method_details(diagnosis.settings, diagnosis.versions, warnings)),
     )
 
@@ -96,6 +96,20 @@ def _by_layers(diagnosis: Diagnosis) -> dict[str, list[LayerDiagnosis]]:
         title = weak if weak == strong else f"{weak} and {strong}"
         groups.setdefault(f"{title}, {_strong(layer)}" if len(diagnosis.strong) > 1 else title, []).append(layer)
     return groups
+
+
+def _summary(diagnosis: Diagnosis) -> Html:
+    """Return the key figures of both kinds side by side, with the images that hold most of the residual."""
+    columns = []
+    for kind, title in KIND_TITLES.items():
+        key = key_figures(diagnosis, kind)
+        if key is not None:
+            column, name = _LayerColumn(diagnosis, key.layer), f"{key.layer.layer} of {key.layer.network}"
+            aid = f"Images that hold most of what is not reproduced of {name}. {HEAT_AID}"
+            images = picture(aid, image_grid(column.tiles(key.layer.images, "the residual")))
+            parts = [join(term(figure, text) for figure, text in key.lines)]
+            columns.append([heading(title.capitalize()), *parts, *([images] if key.layer.images else [])])
+    return side_by_side(columns)
 
 
 def _overview(diagnosis: Diagnosis) -> Html:
@@ -126,7 +140,7 @@ def _overview_row(diagnosis: Diagnosis, layer: LayerDiagnosis) -> list[Cell]:
     effect = None if first is None else first.effect
     worst = "–"
     if layer.classes:
-        worst = f"{_class_name(diagnosis, layer.classes[0].label)} ({percent(layer.classes[0].unexplained)})"
+        worst = f"{class_name(diagnosis.class_names, layer.classes[0].label)} ({percent(layer.classes[0].unexplained)})"
     low, high = layer.pair.interval
     return [
         Cell(_label(diagnosis, layer)),
@@ -137,10 +151,6 @@ def _overview_row(diagnosis: Diagnosis, layer: LayerDiagnosis) -> list[Cell]:
         Cell("–") if effect is None else Cell(f"{effect.kl:.3g}", effect.kl),
         Cell(worst),
     ]
-
-
-def _class_name(diagnosis: Diagnosis, label: int) -> str:
-    return diagnosis.class_names[label] if 0 <= label < len(diagnosis.class_names) else f"class {label}"
 
 
 class _LayerColumn:
@@ -154,12 +164,13 @@ class _LayerColumn:
     def __init__(self, diagnosis: Diagnosis, layer: LayerDiagnosis) -> None:
         self.diagnosis, self.layer = diagnosis, layer
         self.pictures = {thumbnail.index: thumbnail.picture for thumbnail in diagnosis.thumbnails}
-        self.color = series_colors(2)[1][0]
 
     def parts(self) -> list[Html]:
         """Return the elements of the column, equally many for every result."""
         layer = self.layer
-        directions = self._directions(layer.directions, DIRECTION_AID) if layer.directions else Html("")
+        directions = Html("")
+        if layer.directions:
+            directions = join([heading("Directions"), self._directions(layer.directions, DIRECTION_AID)])
         shared = folded("Shared directions", self._directions(layer.shared, SHARED_AID)) if layer.shared else Html("")
         title = join([heading(KIND_TITLES[layer.kind].capitalize()), paragraph(self._summary())])
         return [title, directions, self._images(), self._classes(), self._channels(), shared]
@@ -183,33 +194,41 @@ class _LayerColumn:
         return picture(aid, join([heat_scale("no energy", "strongest"), shown, more]))
 
     def _direction(self, number: int, direction: FeatureDirection) -> Html:
-        parts = [f"{percent(direction.unexplained)} of it unexplained"]
+        parts = []
         if (effect := direction.effect) is not None:
-            parts.append(f"output without it: KL {effect.kl:.3g}, agreement {percent(effect.agreement)}")
-            if effect.top1_change is not None:
-                parts.append(f"top-1 {100 * effect.top1_change:+.1f} points")
+            top1 = (
+                ""
+                if effect.top1_change is None
+                else f", top-1 {100 * effect.top1_change:+.1f} points".replace(" -", " −")
+            )
+            change = percent(1 - effect.agreement)
+            parts.append(f"without it, {change} of the predictions change (KL {effect.kl:.2g}{top1})")
+        parts.append(f"{percent(direction.unexplained)} of the feature along it is unexplained")
         for entry, share in zip(self.layer.confirmations, direction.confirmed, strict=False):
             parts.append(f"{entry.network} reproduces {percent(share)}")
         parts.append(f"channels {', '.join(map(str, direction.channels))}")
         title = f"{number}. {percent(direction.share)} of the variance"
-        return join([term(title, " · ".join(["", *parts])), image_grid(self._tiles(direction.images, "the direction"))])
+        return join([term(title, " · ".join(["", *parts])), image_grid(self.tiles(direction.images, "the direction"))])
 
     def _images(self) -> Html:
         """Return the images with most residual, and the mean over all images."""
         positions = self.layer.positions
-        mean = Tile("", "mean of all images", "mean residual of all images", _heat(positions, _maximum([positions])))
-        tiles = [*self._tiles(self.layer.images, "the residual"), mean]
-        return join([heading("Images"), picture(IMAGES_AID, image_grid(tiles))])
+        values = np.array(positions)
+        caption = f"{percent(values.min())} … {percent(values.max())}"
+        mean = Tile("", caption, f"residual at each position: {caption}", _heat(positions, _maximum([positions])))
+        parts = [heading("Images"), picture(IMAGES_AID, image_grid(self.tiles(self.layer.images, "the residual")))]
+        return join([*(parts if self.layer.images else []), picture(POSITIONS_AID, image_grid([mean]))])
 
-    def _tiles(self, images: Sequence[RankedImage], part: str) -> list[Tile]:
-        """Return images with heat maps of one common scale."""
-        maximum = _maximum([image.heat_map for image in images])
+    def tiles(self, images: Sequence[RankedImage], part: str) -> list[Tile]:
+        """Return images with heat maps of one common scale, which single positions do not determine."""
+        values = np.concatenate([np.ravel(image.heat_map) for image in images] or [[0.0]])
+        maximum = float(np.quantile(values, STRONGEST_QUANTILE))
         tiles = []
         for image in images:
             name = f"image {image.index}"
             hints = [name, f"{percent(image.share)} of the energy of {part}"]
             if image.label is not None:
-                name = _class_name(self.diagnosis, image.label)
+                name = class_name(self.diagnosis.class_names, image.label)
                 hints.insert(1, f"class {name}")
             if image.value is not None:
                 hints.append(f"{image.value:+.1f} standard deviations at the peak")
@@ -227,27 +246,26 @@ class _LayerColumn:
             return Html("")
         bars = []
         for entry in classes:
-            name = _class_name(self.diagnosis, entry.label)
+            name = class_name(self.diagnosis.class_names, entry.label)
             hint = f"{name}: {percent(entry.unexplained)} unexplained in {entry.images:,} images, "
             hint += f"{percent(entry.share)} of the residual"
-            bars.append(self._value_bar(name, entry.unexplained, hint))
-        maximum = max(1.0, *(entry.unexplained for entry in classes))
-        chart = value_bars(bars, text_title="unexplained", maximum=maximum)
+            bars.append((name, entry.unexplained, hint))
+        chart = difference_bars(bars, self.layer.pair.unexplained, "all images", text_title="unexplained")
         return join([heading("Classes"), picture(CLASSES_AID, chart)])
 
     def _channels(self) -> Html:
         """Return bars of the channels with most residual, and a table of all."""
         layer = self.layer
         energies = np.array(layer.channels) * np.array(layer.channel_variances)
-        strongest = np.argsort(-energies)[:PAGE_CHANNELS].tolist()
         bars = [
-            self._value_bar(
+            (
                 f"channel {c}",
                 layer.channels[c],
                 f"channel {c}: {percent(layer.channels[c])} unexplained, {percent(energies[c])} of all variance",
             )
-            for c in strongest
+            for c in np.argsort(-energies)[:PAGE_CHANNELS].tolist()
         ]
+        chart = difference_bars(bars, layer.pair.unexplained, "all channels", text_title="unexplained")
         columns = [
             Column("channel"),
             Column("unexplained"),
@@ -266,13 +284,8 @@ class _LayerColumn:
                 zip(layer.channels, layer.channel_variances, energies, strict=True)
             )
         ]
-        maximum = max([1.0, *(layer.channels[c] for c in strongest)])
-        chart = value_bars(bars, text_title="unexplained", maximum=maximum)
         all_channels = folded(f"All {len(rows)} channels", table("Channels", columns, rows), printed=False)
         return join([heading("Channels"), picture(CHANNELS_AID, chart), all_channels])
-
-    def _value_bar(self, label: str, share: float, hint: str) -> Bar:
-        return Bar(label, (Segment(0.0, share, hint, self.color),), percent(share))
 
 
 def _heat(values: HeatMap, maximum: float) -> str:

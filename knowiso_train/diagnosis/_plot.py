@@ -86,8 +86,7 @@ def _draw_classes(axes: Axes, layer: LayerDiagnosis, class_names: tuple[str, ...
 
 
 def _format_share_axis(axis: Any, set_limits: Any, shares: list[float]) -> None:
-    # Held-out shares of noisy channels can exceed 1
-    set_limits(0, max([1.0, *shares]))
+    set_limits(0, max(shares, default=1.0) * 1.05 or 1.0)
     axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axis.set_tick_params(labelsize=7, length=2, colors=MUTED_COLOR)
     for spine in ("top", "right"):

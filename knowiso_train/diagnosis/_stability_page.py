@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from knowiso_train.measurement._page import method_details
-from knowiso_train.measurement.render import image_counts, percent
+from knowiso_train.measurement.render import duration, image_counts, percent
 from knowiso_train.pages import (
     Cell,
     Column,
@@ -61,7 +61,7 @@ def stability_page(report: StabilityReport, title: str | None = None) -> str:
     return render_page(
         title or f"Stability of {len(report.networks)} networks",
         sections or [Section("No layers", paragraph("The report has no layers."))],
-        subtitle=f"{', '.join(report.networks)} · images: {counts} · {report.seconds:.1f} s",
+        subtitle=f"{', '.join(report.networks)} · images: {counts} · {duration(report.seconds)}",
         appendix=join(method_details(report.settings, report.versions, warnings)),
     )
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from knowiso_train.measurement.render import image_counts, interval, pair_name, percent
+from knowiso_train.measurement.render import duration, image_counts, interval, pair_name, percent
 from knowiso_train.utils.text_table import format_table
 
 if TYPE_CHECKING:
-    from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, LayerDiagnosis
+    from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, Kind, LayerDiagnosis
 
-KIND_TITLES = {"blind_spots": "blind spots", "unreliable": "unreliable features"}
+KIND_TITLES: dict[Kind, str] = {"blind_spots": "blind spots", "unreliable": "unreliable features"}
 TABLE_CLASSES, TABLE_CHANNELS, TABLE_IMAGES = 10, 10, 5
 
 
@@ -19,7 +20,7 @@ def render_diagnosis(diagnosis: Diagnosis) -> str:
     """Return an aligned table with one row per result."""
     counts = image_counts(diagnosis.images)
     title = f"{diagnosis.weak} beside {', '.join(diagnosis.strong)}"
-    lines = [" · ".join([title, f"images: {counts}", f"{diagnosis.seconds:.1f} s"]), ""]
+    lines = [" · ".join([title, f"images: {counts}", duration(diagnosis.seconds)]), ""]
     head = ["layer", "unexplained", "95 % interval", "first direction", "its KL", "most unexplained class"]
     groups: dict[str, list[LayerDiagnosis]] = {}
     for layer in diagnosis.layers:
@@ -32,6 +33,9 @@ def render_diagnosis(diagnosis: Diagnosis) -> str:
         body = body[len(block) :]
     if not groups:
         lines += ["no layer pairs", ""]
+    for kind, title in KIND_TITLES.items():
+        if (key := key_figures(diagnosis, kind)) is not None:
+            lines += [f"{title.capitalize()}:", *(f"  {figure} {text}" for figure, text in key.lines), ""]
     lines.append("First direction: share of the feature's variance in the leading direction of the residual.")
     lines.append('print(diagnosis["layer"]) lists directions, channels, classes and images of a layer.')
     notes = [
@@ -40,6 +44,62 @@ def render_diagnosis(diagnosis: Diagnosis) -> str:
         for note in (*layer.pair.warnings, *layer.warnings)
     ]
     return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+@dataclass(frozen=True)
+class KeyFigures:
+    """Figures that sum up the results of one kind.
+
+    Attributes:
+        lines: Each figure with the text that follows it.
+        layer: Result whose images show the residual: that with the largest change of the output, if it is measured.
+    """
+
+    lines: tuple[tuple[str, str], ...]
+    layer: LayerDiagnosis
+
+
+def key_figures(diagnosis: Diagnosis, kind: Kind) -> KeyFigures | None:
+    """Return the figures that sum up the blind spots, or the unreliable features; None if there are no results."""
+    layers = [layer for layer in diagnosis if layer.kind == kind]
+    if not layers:
+        return None
+    largest = max(layers, key=lambda layer: layer.pair.unexplained)
+    text = f"of the variance of {_place(largest)} cannot be computed from {largest.explaining}"
+    lines = [
+        (percent(largest.pair.unexplained), f"{text}, more than of any other layer." if layers[1:] else f"{text}.")
+    ]
+    measured = [layer for layer in layers if layer.pair.functional]
+    shown = min(measured, key=lambda layer: layer.pair.functional[-1].agreement, default=largest)
+    if measured:
+        text = f"of the predictions change with the reproduced part alone in place of {_place(shown)}"
+        change = percent(1 - shown.pair.functional[-1].agreement)
+        lines.append((change, f"{text}, more than at any other layer." if measured[1:] else f"{text}."))
+    if classes := [(layer.classes[0], layer) for layer in layers if layer.classes]:
+        first, layer = max(classes, key=lambda entry: entry[0].unexplained - entry[1].pair.unexplained)
+        name = class_name(diagnosis.class_names, first.label).removeprefix("class ")
+        text = f"of {_place(layer)} is not reproduced in images of class {name}, against"
+        lines.append((percent(first.unexplained), f"{text} {percent(layer.pair.unexplained)} over all images."))
+    effects = [
+        (1 - direction.effect.agreement, number, layer)
+        for layer in layers
+        for number, direction in enumerate(layer.directions, 1)
+        if direction.effect is not None
+    ]
+    if effects:
+        change, number, layer = max(effects, key=lambda effect: effect[0])
+        text = f"of the predictions change without direction {number} of {_place(layer)}, more than without any other."
+        lines.append((percent(change), text if change > 0 else "of the predictions change without any one direction."))
+    return KeyFigures(tuple(lines), shown)
+
+
+def _place(layer: LayerDiagnosis) -> str:
+    return f"{layer.layer} of {layer.network}"
+
+
+def class_name(class_names: Sequence[str], label: int) -> str:
+    """Return the name of a class, or its number where it has no name."""
+    return class_names[label] if 0 <= label < len(class_names) else f"class {label}"
 
 
 def block_title(layer: LayerDiagnosis) -> str:
@@ -90,8 +150,7 @@ def _summary_cells(layer: LayerDiagnosis, class_names: Sequence[str]) -> list[st
     label = "–"
     if layer.classes:
         top = layer.classes[0]
-        name = class_names[top.label] if top.label < len(class_names) else str(top.label)
-        label = f"{name} ({percent(top.unexplained)})"
+        label = f"{class_name(class_names, top.label)} ({percent(top.unexplained)})"
     return [
         pair_name(layer.pair),
         percent(layer.pair.unexplained),

@@ -21,7 +21,7 @@ from knowiso_train.features.state import on_device, preserve_state
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.measure import run_measurement
-from knowiso_train.measurement.render import image_counts, percent
+from knowiso_train.measurement.render import duration, image_counts, percent
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.saved_report import SavedReport
@@ -314,7 +314,7 @@ def _render(report: StabilityReport) -> str:
         )
     return "\n".join(
         [
-            f"{title} · images: {counts} · {report.seconds:.1f} s",
+            f"{title} · images: {counts} · {duration(report.seconds)}",
             "",
             format_table(rows, rule=True),
             "",

@@ -96,7 +96,7 @@ def image_counts(images: Mapping[str, int]) -> str:
 def headline(report: Report) -> str:
     """Return networks, numbers of images, settings and time in one line."""
     networks, counts = f"{report.source} and {report.target}", f"images: {image_counts(report.images)}"
-    return " · ".join([networks, counts, *_method(report), f"{report.seconds:.1f} s"])
+    return " · ".join([networks, counts, *_method(report), duration(report.seconds)])
 
 
 def block_title(report: Report, direction: str) -> str:
@@ -175,6 +175,19 @@ def interval(bounds: tuple[float, float]) -> str:
         return "–"
     low, high = bounds
     return f"{percent(low).removesuffix(' %')} … {percent(high)}"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: seconds up to two minutes, then minutes, then hours and minutes.
+
+    Examples:
+        >>> duration(9.26), duration(914.1), duration(7500)
+        ('9.3 s', '15.2 min', '2 h 5 min')
+    """
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 119.95 else "{} h {} min".format(*divmod(round(minutes), 60))
 
 
 def number_columns(pairs: Sequence[PairResult]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from knowiso_train.pages._images import Tile, heat_image, heat_scale, image_grid, thumbnail
 from knowiso_train.pages._page import Section, render_page
-from knowiso_train.pages.charts import Bar, LegendEntry, Mark, Segment, legend, matrix, stacked_bars, value_bars
+from knowiso_train.pages.charts import Bar, LegendEntry, Mark, Segment, difference_bars, legend, matrix, stacked_bars
 from knowiso_train.pages.elements import (
     Cell,
     Column,
@@ -28,6 +28,7 @@ __all__ = [
     "Section",
     "Segment",
     "Tile",
+    "difference_bars",
     "folded",
     "heading",
     "heat_image",
@@ -45,5 +46,4 @@ __all__ = [
     "table",
     "term",
     "thumbnail",
-    "value_bars",
 ]

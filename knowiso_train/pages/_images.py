@@ -19,6 +19,7 @@ from knowiso_train.pages.colors import HEAT_RAMP, heat_colors
 from knowiso_train.pages.elements import Html
 
 THUMBNAIL_PIXELS = 96  # longest side; a thumbnail of a photograph takes about 20 kB
+GRID_COLUMNS = (4, 5, 3)  # that with the fewest empty places is used, the first of equal ones
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_COLOR_TYPES = {1: 0, 3: 2, 4: 6}  # gray, RGB, RGB with opacity; by channels
 
@@ -87,13 +88,14 @@ def heat_image(values: ArrayLike | Tensor, maximum: float) -> str:
 
 
 def image_grid(tiles: Sequence[Tile]) -> Html:
-    """Return images side by side with their captions; heat maps fade while the pointer is over them.
+    """Return images in rows of equal lengths with their captions; heat maps fade while the pointer is over them.
 
     Examples:
         >>> image_grid([Tile(thumbnail(np.zeros((4, 4))), "cat")]).count("<img")
         1
     """
-    return Html(f'<div class="grid">{"".join(map(_tile, tiles))}</div>')
+    columns = min(GRID_COLUMNS, key=lambda count: -len(tiles) % count)
+    return Html(f'<div class="grid" style="--columns:{columns}">{"".join(map(_tile, tiles))}</div>')
 
 
 def heat_scale(low: str, high: str) -> Html:

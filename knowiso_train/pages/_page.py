@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,8 @@ CONTENT_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'"
 )
+# Spaces that must not become line breaks: "5 %", "KL 0.1"
+NUMBER_SPACE = re.compile(r"(?<=\d) (?=(?:%|px|s|min|h|points?)(?!\w))|(?<=\bKL) (?=\d)")
 MIN_LISTED_SECTIONS = 3  # pages with fewer sections have no list of contents
 
 
@@ -52,6 +55,7 @@ def render_page(title: str, sections: Sequence[Section], *, subtitle: str = "", 
     )
     lead = f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""
     end = f'<section class="appendix">{appendix}</section>' if appendix else ""
+    content = NUMBER_SPACE.sub("\N{NO-BREAK SPACE}", body + end)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'
@@ -59,7 +63,7 @@ def render_page(title: str, sections: Sequence[Section], *, subtitle: str = "", 
         f"<title>{escape(title)}</title><style>{_asset('page.css')}</style></head>\n"
         f'<body><svg width="0" height="0" aria-hidden="true" class="patterns">{_hatch_pattern()}</svg>'
         f'<header><h1>{escape(title)}</h1><button type="button" id="theme" hidden></button>{lead}</header>'
-        f"<main>{_contents(sections)}{body}{end}</main>\n<script>{_asset('page.js')}</script></body></html>\n"
+        f"<main>{_contents(sections)}{content}</main>\n<script>{_asset('page.js')}</script></body></html>\n"
     )
     # Names from file systems can hold characters that no text file can
     return page.encode("utf-8", "replace").decode("utf-8")

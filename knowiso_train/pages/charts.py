@@ -11,11 +11,12 @@ from typing import Literal
 from knowiso_train.pages.elements import Html, break_at_dots, cell_color, join
 
 MIN_LABEL_PERCENT = 6.0  # segments narrower than this have no number
-TICK_SHARE, MAX_TICK_STEPS = 0.25, 5  # distance of the axis' numbers, doubled until there are few enough
+ROUND_STEPS, MAX_TICK_STEPS = (1.0, 2.0, 2.5, 5.0), 4  # distances of the axis' numbers, times a power of ten
+MIN_AXIS_SHARE = 1e-3  # length of an axis of equal values
 NARROW_PERCENT, WIDE_PERCENT = 0.0, 100.0
 MAX_BARS = 24  # the others are folded
 
-MarkKind = Literal["floor", "diamond"]
+MarkKind = Literal["floor", "reference", "diamond"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Mark:
-    """Mark on a bar: a line across it ("floor") or a diamond.
+    """Mark on a bar: a line across it ("floor", "reference") or a diamond.
 
     Attributes:
         position: Share of the full width.
         hint: Tooltip, which names the mark and its number.
-        kind: "floor" or "diamond".
+        kind: "floor", "reference" or "diamond".
         color: CSS color.
     """
 
@@ -86,12 +87,56 @@ class LegendEntry:
     Attributes:
         text: Text of the entry.
         color: CSS color of its swatch. Empty: hatched.
-        kind: "swatch", "floor", "diamond", or "interval".
+        kind: "swatch", "interval", or that of a mark.
     """
 
     text: str
     color: str = ""
-    kind: Literal["swatch", "floor", "diamond", "interval"] = "swatch"
+    kind: Literal["swatch", "interval"] | MarkKind = "swatch"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Axis of shares.
+
+    Attributes:
+        low: Share at the left end.
+        high: Share at the right end.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def around(cls, shares: Sequence[float]) -> Axis:
+        """Return the axis whose ends are the next round numbers around shares.
+
+        Examples:
+            >>> Axis.around([0.337, 0.401])
+            Axis(low=0.32, high=0.42)
+        """
+        known = [share for share in shares if math.isfinite(share)] or [0.0]
+        low, high = min(known), max(known)
+        step = cls(low, max(high, low + MIN_AXIS_SHARE)).step
+        low, high = step * math.floor(low / step), step * math.ceil(high / step)
+        return cls(round(low, 9), round(max(high, low + step), 9))
+
+    @property
+    def step(self) -> float:
+        """Smallest round distance of at most five numbers."""
+        least = (self.high - self.low) / (MAX_TICK_STEPS + 1)
+        power = 10.0 ** math.floor(math.log10(least))
+        return next(step * power for step in (*ROUND_STEPS, 10.0) if step * power > least * (1 + 1e-9))
+
+    def ticks(self) -> list[float]:
+        """Return the round numbers on the axis."""
+        first, last = math.ceil(self.low / self.step - 1e-6), math.floor(self.high / self.step + 1e-6)
+        return [i * self.step for i in range(first, last + 1)]
+
+    def percent(self, share: float) -> float:
+        """Return the place of a share as a percentage of the width; the left end for NaN."""
+        position = WIDE_PERCENT * (share - self.low) / (self.high - self.low) if share == share else NARROW_PERCENT
+        return min(max(position, NARROW_PERCENT), WIDE_PERCENT)
 
 
 def legend(entries: Sequence[LegendEntry]) -> Html:
@@ -146,26 +191,41 @@ def stacked_bars(bars: Sequence[Bar], entries: Sequence[LegendEntry], *, text_ti
         >>> stacked_bars([bar], [LegendEntry("order 0", "#16325b")], text_title="unexplained").count("<rect")
         2
     """
-    rows = join(_bar(bar, maximum) for bar in bars)
-    return Html(f'{legend(entries)}<div class="bars">{_axis(maximum, text_title)}{rows}</div>')
+    axis = Axis(0.0, maximum)
+    rows = join(_bar(bar, axis) for bar in bars)
+    return Html(f'{legend(entries)}<div class="bars">{_axis(axis, text_title)}{rows}</div>')
 
 
-def value_bars(bars: Sequence[Bar], *, text_title: str, maximum: float) -> Html:
-    """Return horizontal bars of single values; those beyond the first 24 are folded.
+def difference_bars(
+    values: Sequence[tuple[str, float, str]], reference: float, reference_text: str, *, text_title: str
+) -> Html:
+    """Return horizontal bars from a reference to each value; those beyond the first 24 are folded.
+
+    The axis ends at the next round numbers around the values.
 
     Args:
-        bars: Bars from top to bottom, with ends as shares of 1.
+        values: Label, share and tooltip of each bar, from top to bottom.
+        reference: Share at which the bars begin.
+        reference_text: Text of the legend, which names the reference.
         text_title: Title of the numbers right of the bars.
-        maximum: Value at the right end of the axis.
 
     Examples:
-        >>> value_bars([Bar("cat", (Segment(0, 0.3, "cat: 30 %", "#227b94"),), "30 %")], text_title="share", maximum=1)
-        ... # doctest: +ELLIPSIS
-        '<div class="bars values">...'
+        >>> html = difference_bars([("cat", 0.4, "cat: 40 %")], 0.3, "all images", text_title="unexplained")
+        >>> html.count("<rect"), "all images: 30.0 %" in html
+        (1, True)
     """
-    shown, others = ([_bar(bar, maximum) for bar in part] for part in (bars[:MAX_BARS], bars[MAX_BARS:]))
+    axis = Axis.around([reference, *(share for _, share, _ in values)])
+    mark = Mark(reference, text := f"{reference_text}: {100 * reference:.1f} %", "reference", "var(--ink)")
+    rows = []
+    for label, share, hint in values:
+        color = "var(--above)" if share >= reference else "var(--below)"
+        segment = Segment(min(share, reference), max(share, reference), hint, color)
+        rows.append(_bar(Bar(label, (segment,), f"{100 * share:.1f} %", marks=(mark,)), axis))
+    entries = [LegendEntry(text, kind="reference"), LegendEntry("more", "var(--above)")]
+    entries += [LegendEntry("less", "var(--below)")] if any(share < reference for _, share, _ in values) else []
+    shown, others = rows[:MAX_BARS], rows[MAX_BARS:]
     more = f'<details class="more"><summary>{len(others)} more</summary>{join(others)}</details>' if others else ""
-    return Html(f'<div class="bars values">{_axis(maximum, text_title)}{join(shown)}{more}</div>')
+    return Html(f'{legend(entries)}<div class="bars values">{_axis(axis, text_title)}{join(shown)}{more}</div>')
 
 
 def matrix(
@@ -205,15 +265,17 @@ def _matrix_cell(value: float | None, text: str) -> str:
     return f"<td{cell_color(value)}>{escape(text)}</td>"
 
 
-def _bar(bar: Bar, maximum: float) -> Html:
+def _bar(bar: Bar, axis: Axis) -> Html:
     """Return the row of a bar: label, picture and number."""
     description = "; ".join(
         [part.hint for part in bar.segments] + [mark.hint for mark in bar.marks] + [bar.interval_hint]
     )
-    inner = "".join(_segment(segment, maximum) for segment in bar.segments)
-    inner += "".join(_mark(mark, maximum) for mark in bar.marks)
+    inner = "".join(_segment(segment, axis) for segment in bar.segments)
+    inner += "".join(_mark(mark, axis) for mark in bar.marks)
+    # Above the marks, so that no line crosses a number
+    inner += "".join(_segment_label(segment, axis) for segment in bar.segments)
     if bar.interval is not None and all(map(math.isfinite, bar.interval)):
-        inner += _bracket(*bar.interval, bar.interval_hint, maximum)
+        inner += _bracket(*bar.interval, bar.interval_hint, axis)
     small = f" <small>{escape(bar.small_text)}</small>" if bar.small_text else ""
     return Html(
         f'<div class="bar"><div class="bar-label">{break_at_dots(bar.label)}</div>'
@@ -222,61 +284,56 @@ def _bar(bar: Bar, maximum: float) -> Html:
     )
 
 
-def _segment(segment: Segment, maximum: float) -> str:
-    start, end = _percent(segment.start, maximum), _percent(segment.end, maximum)
+def _segment(segment: Segment, axis: Axis) -> str:
+    start, end = axis.percent(segment.start), axis.percent(segment.end)
     if end <= start:
         return ""
     style = f' style="fill:{escape(segment.color)}"' if segment.color else ' class="hatched"'
-    rect = f'<rect x="{start:.2f}%" y="2" width="{end - start:.2f}%" height="20"{style}>{_title(segment.hint)}</rect>'
+    return f'<rect x="{start:.2f}%" y="2" width="{end - start:.2f}%" height="20"{style}>{_title(segment.hint)}</rect>'
+
+
+def _segment_label(segment: Segment, axis: Axis) -> str:
+    """Return the number on a segment, with a halo of the segment's color; none on narrow segments."""
+    start, end = axis.percent(segment.start), axis.percent(segment.end)
     if not segment.label or end - start < MIN_LABEL_PERCENT:
-        return rect
-    # On hatched ground a halo of the ground's color keeps the number readable
-    kind = "value" if segment.color else "value halo"
-    style = f"fill:{escape(segment.text_color)}"
-    return (
-        f'{rect}<text class="{kind}" x="{(start + end) / 2:.2f}%" y="16" style="{style}">{escape(segment.label)}</text>'
-    )
+        return ""
+    style = f"fill:{escape(segment.text_color)};stroke:{escape(segment.color) or 'var(--unexplained)'}"
+    return f'<text class="value" x="{(start + end) / 2:.2f}%" y="16" style="{style}">{escape(segment.label)}</text>'
 
 
-def _mark(mark: Mark, maximum: float) -> str:
-    x, color = f"{_percent(mark.position, maximum):.2f}%", escape(mark.color)
-    if mark.kind == "floor":
-        line = f'<line class="floor" x1="{x}" x2="{x}" y1="0" y2="24" style="stroke:{color}"/>'
-        # A wider transparent line is easier to point at
-        return f'<g>{_title(mark.hint)}{line}<line class="target" x1="{x}" x2="{x}" y1="0" y2="24"/></g>'
-    return (
-        f'<svg x="{x}" y="12" class="diamond"><path d="M0 -6L5 0L0 6L-5 0Z" style="fill:{color}">'
-        f"{_title(mark.hint)}</path></svg>"
-    )
+def _mark(mark: Mark, axis: Axis) -> str:
+    x, color = f"{axis.percent(mark.position):.2f}%", escape(mark.color)
+    if mark.kind == "diamond":
+        return (
+            f'<svg x="{x}" y="12" class="diamond"><path d="M0 -6L5 0L0 6L-5 0Z" style="fill:{color}">'
+            f"{_title(mark.hint)}</path></svg>"
+        )
+    # Lines of references join those of the next bars
+    top, bottom = (0, 24) if mark.kind == "floor" else (-3, 27)
+    line = f'<line class="{mark.kind}" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" style="stroke:{color}"/>'
+    # A wider transparent line is easier to point at
+    return f'<g>{_title(mark.hint)}{line}<line class="target" x1="{x}" x2="{x}" y1="0" y2="24"/></g>'
 
 
-def _bracket(low: float, high: float, hint: str, maximum: float) -> str:
-    left, right = f"{_percent(low, maximum):.2f}%", f"{_percent(high, maximum):.2f}%"
+def _bracket(low: float, high: float, hint: str, axis: Axis) -> str:
+    left, right = f"{axis.percent(low):.2f}%", f"{axis.percent(high):.2f}%"
     ends = "".join(f'<line x1="{x}" x2="{x}" y1="25" y2="31"/>' for x in (left, right))
     return f'<g class="bracket">{_title(hint)}<line x1="{left}" x2="{right}" y1="28" y2="28"/>{ends}</g>'
 
 
-def _axis(maximum: float, text_title: str) -> Html:
-    step = TICK_SHARE
-    while maximum > MAX_TICK_STEPS * step:
-        step *= 2
-    ticks = [step * i for i in range(MAX_TICK_STEPS + 1) if step * i <= maximum]
-    anchors = {0.0: "first", maximum: "last"}
+def _axis(axis: Axis, text_title: str) -> Html:
+    ticks = axis.ticks()
+    anchors = {NARROW_PERCENT: "first", WIDE_PERCENT: "last"}
     texts = "".join(
-        f'<text x="{_percent(tick, maximum):g}%" y="12" class="{anchors.get(tick, "")}">'
-        f"{100 * tick:g}{' %' if tick == ticks[-1] else ''}</text>"
+        f'<text x="{place:g}%" y="12" class="{anchors.get(round(place, 6), "")}">'
+        f"{round(100 * tick, 6):g}{' %' if tick == ticks[-1] else ''}</text>"
         for tick in ticks
+        for place in [axis.percent(tick)]
     )
     return Html(
         f'<div class="bar axis" aria-hidden="true"><div></div><svg>{texts}</svg>'
         f'<div class="bar-text">{escape(text_title)}</div></div>'
     )
-
-
-def _percent(share: float, maximum: float) -> float:
-    """Return a share as a percentage of the width of the chart."""
-    position = WIDE_PERCENT * share / maximum if maximum > 0 and not math.isnan(share) else NARROW_PERCENT
-    return min(max(position, NARROW_PERCENT), WIDE_PERCENT)
 
 
 def _title(hint: str) -> str:

@@ -12,7 +12,7 @@ DARK_ORDER_COLORS = ("#5f9ae6", "#35a7b5", "#7fd1ae", "#dceaa6")
 TEXT_COLOR, DARK_TEXT_COLOR = "#222222", "#0d1117"
 # Dark violet to pale yellow with monotone lightness, at equal steps
 HEAT_RAMP = ("#1b0c41", "#65156e", "#b63655", "#f1731d", "#fcdf7e")
-MIN_HEAT_OPACITY, MAX_HEAT_OPACITY = 0.12, 0.8
+MAX_HEAT_OPACITY = 0.8
 
 
 def ramp(colors: Sequence[str], count: int) -> list[str]:
@@ -75,13 +75,12 @@ def heat_colors(values: NDArray[np.float64]) -> NDArray[np.uint8]:
 
     Examples:
         >>> heat_colors(np.array([0.0, 1.0, np.nan])).tolist()
-        [[27, 12, 65, 31], [252, 223, 126, 204], [27, 12, 65, 0]]
+        [[27, 12, 65, 0], [252, 223, 126, 204], [27, 12, 65, 0]]
     """
     missing = np.isnan(values)
     levels = np.clip(np.where(missing, 0.0, values), 0.0, 1.0)
     rgb = _interpolate(HEAT_RAMP, levels * (len(HEAT_RAMP) - 1))
-    opacity = MIN_HEAT_OPACITY + (MAX_HEAT_OPACITY - MIN_HEAT_OPACITY) * levels
-    opacity = np.where(missing, 0.0, 255 * opacity)
+    opacity = np.where(missing, 0.0, 255 * MAX_HEAT_OPACITY * levels)
     return np.concatenate([rgb, opacity[..., None]], -1).round().astype(np.uint8)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from knowiso_train.diagnosis import OutputEffect
 from knowiso_train.diagnosis._page import SHOWN_DIRECTIONS
+from knowiso_train.diagnosis.render import key_figures
 from knowiso_train.measurement.render import percent
 from tests.helpers.diagnoses import CLASS_NAMES, NUM_CHANNELS, NUM_IMAGES, diagnosis, stability_report
 from tests.helpers.html_page import PageParser
@@ -33,6 +35,37 @@ def test_figures_of_the_page_are_those_of_the_diagnosis(tmp_path: Path) -> None:
         assert len(residual) == NUM_CHANNELS
 
 
+def test_the_summary_has_the_extremes_of_all_layers() -> None:
+    made = diagnosis()
+    first, unreliable, second, _ = made.layers
+    changed = replace(first.pair, functional=(replace(first.pair.functional[-1], agreement=0.25),))
+    first = replace(first, pair=changed, classes=())
+    effect = OutputEffect(0.1, 0.5, None)
+    directions = (*second.directions[:3], replace(second.directions[3], effect=effect))
+    second = replace(second, pair=replace(second.pair, unexplained=0.8), directions=directions)
+    made = replace(made, layers=(first, unreliable, second))
+    key = key_figures(made, "blind_spots")
+    assert key is not None
+    assert key.layer == first
+    place = "layer2.<b> of large"
+    change = "of the predictions change"
+    expected = (
+        ("80.0 %", f"of the variance of {place} cannot be computed from small, more than of any other layer."),
+        (
+            "75.0 %",
+            f"{change} with the reproduced part alone in place of layer1 of large, more than at any other layer.",
+        ),
+        ("90.0 %", f"of {place} is not reproduced in images of class cat, against 80.0 % over all images."),
+        ("50.0 %", f"{change} without direction 4 of {place}, more than without any other."),
+    )
+    assert key.lines == expected
+    text = "".join(PageParser(made.to_html()).text)
+    for figure, line in expected:
+        assert f"{figure} {line}" in text
+        assert f"{figure} {line}" in str(made)
+    assert key_figures(replace(made, layers=(unreliable,)), "blind_spots") is None
+
+
 def test_images_have_their_pictures_and_heat_maps() -> None:
     made = diagnosis()
     page = PageParser(made.to_html())
@@ -42,7 +75,8 @@ def test_images_have_their_pictures_and_heat_maps() -> None:
     )
     # Every tile has a heat map, also the mean of all images; that of the image without a thumbnail has no picture
     missing = 1 + len(made.layers[0].directions) + len(made.layers[0].shared)
-    assert len(images) == len(made) * (2 * tiles_per_layer + 1 - missing)
+    in_short = 2 * (2 * NUM_IMAGES - 1)  # of both kinds
+    assert len(images) == len(made) * (2 * tiles_per_layer + 1 - missing) + in_short
     for thumbnail in made.thumbnails:
         assert thumbnail.picture in images
     text = "".join(page.text)

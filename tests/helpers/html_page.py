@@ -59,6 +59,7 @@ class PageParser(HTMLParser):
     def handle_data(self, data: str) -> None:
         if {"style", "script"} & set(self._open):
             return
+        data = data.replace("\N{NO-BREAK SPACE}", " ")
         self.text.append(data)
         if "caption" in self._open:
             self.tables[-1].caption += data

@@ -68,7 +68,7 @@ def test_bars_equal_the_figures_and_the_bracket_stands_where_the_unexplained_par
         '<rect x="60.00%" y="2" width="25.00%"',
         '<rect x="85.00%" y="2" width="15.00%"',
         '<line x1="82.00%" x2="87.00%" y1="28" y2="28"/>',
-        "95 % interval of the unexplained share: 13.0 … 18.0 %",
+        "95\xa0% interval of the unexplained share: 13.0 … 18.0\xa0%",
     ):
         assert part in html
 

@@ -31,7 +31,9 @@ from tests.helpers.browser import Browser, find_browser, headless_browser
 from tests.helpers.diagnoses import diagnosis, stability_report
 from tests.helpers.reports import functional_pair, report
 
-COLUMN = "[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[{}].textContent)"
+COLUMN = (
+    "[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[{}].textContent.replace('\\xa0', ' '))"
+)
 SORTS = "[...document.querySelectorAll('.sortable thead th')].map(head => head.getAttribute('aria-sort'))"
 
 

@@ -22,6 +22,7 @@ from knowiso_train.pages import (
     Section,
     Segment,
     Tile,
+    difference_bars,
     folded,
     heat_image,
     image_grid,
@@ -34,9 +35,8 @@ from knowiso_train.pages import (
     stacked_bars,
     table,
     thumbnail,
-    value_bars,
 )
-from knowiso_train.pages.charts import MAX_BARS
+from knowiso_train.pages.charts import MAX_BARS, Axis
 from knowiso_train.pages.colors import DARK_ORDER_COLORS, HEAT_RAMP, ORDER_COLORS, heat_colors
 from tests.helpers.html_page import PageParser
 
@@ -78,11 +78,11 @@ def test_large_images_are_reduced_and_bad_values_clipped() -> None:
 def test_heat_maps_are_stronger_where_values_are_larger() -> None:
     rgba = decoded(heat_image(np.array([[0.0, 1.0], [2.0, math.nan]]), maximum=2.0)).astype(int)
     assert rgba.shape == (2, 2, 4)
-    assert 0 < rgba[0, 0, 3] < rgba[0, 1, 3] < rgba[1, 0, 3]
+    assert 0 == rgba[0, 0, 3] < rgba[0, 1, 3] < rgba[1, 0, 3]
     assert rgba[1, 1, 3] == 0
     lightness = heat_colors(np.linspace(0, 1, 50))[:, :3] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness) > 0).all()
-    assert np.array_equal(decoded(heat_image(torch.zeros(2, 2), 0.0))[..., 3] > 0, np.ones((2, 2), bool))
+    assert not decoded(heat_image(torch.zeros(2, 2), 0.0))[..., 3].any()
 
 
 def simulated(colors: tuple[str, ...], deficiency: str) -> np.ndarray:
@@ -126,7 +126,7 @@ def test_all_text_is_escaped() -> None:
             folded(MARKUP, paragraph(MARKUP)),
             table(MARKUP, [Column(MARKUP, hint=MARKUP, color=MARKUP)], [[Cell(MARKUP, 1.0, MARKUP)]]),
             stacked_bars([bar], [LegendEntry(MARKUP, MARKUP, kind) for kind in kinds], text_title=MARKUP),
-            value_bars([bar] * (MAX_BARS + 1), text_title=MARKUP, maximum=1),
+            difference_bars([(MARKUP, 0.1, MARKUP)] * (MAX_BARS + 1), 0.2, MARKUP, text_title=MARKUP),
             matrix(MARKUP, [MARKUP], [[0.5]], [[MARKUP]]),
             image_grid([Tile(thumbnail(np.zeros((2, 2))), MARKUP, MARKUP)]),
         ]
@@ -166,11 +166,47 @@ def test_bars_stay_within_their_axis() -> None:
     ],
 )
 def test_axes_have_round_numbers_at_their_places(maximum: float, ticks: list[str]) -> None:
-    html = value_bars([], text_title="share", maximum=maximum)
+    html = stacked_bars([], [], text_title="share", maximum=maximum)
     found = re.findall(r'<text x="([\d.]+)%"[^>]*>([^<]*)</text>', html)
     assert [text for _, text in found] == ticks
     for position, text in found:
         assert float(position) * maximum == pytest.approx(float(text.removesuffix(" %")), rel=1e-4)
+
+
+def test_axes_of_differences_end_at_round_numbers_around_the_values() -> None:
+    assert Axis.around([0.337, 0.401]) == Axis(0.32, 0.42)
+    assert Axis.around([-0.013, 1.27]).ticks() == pytest.approx([-0.5, 0.0, 0.5, 1.0, 1.5])
+    assert Axis.around([0.5, 0.5, math.nan]).low <= 0.5 < Axis.around([0.5]).high
+    assert Axis.around([]).percent(math.nan) == 0
+    html = difference_bars([("cat", 0.4, ""), ("dog", 0.35, "")], 0.38, "all", text_title="share")
+    low, high = Axis.around([0.35, 0.38, 0.4]).low, Axis.around([0.35, 0.38, 0.4]).high
+    edges = [
+        (float(x), float(x) + float(width))
+        for x, width in re.findall(r'<rect x="([\d.]+)%" y="2" width="([\d.]+)', html)
+    ]
+    for edge, bar in zip(edges, [(0.38, 0.4), (0.35, 0.38)], strict=True):
+        assert edge == pytest.approx([100 * (share - low) / (high - low) for share in bar], abs=0.02)
+    assert re.findall(r"fill:var\(--(\w+)\)", html)[:2] == ["above", "below"]
+
+
+def test_numbers_are_drawn_above_the_lines_that_cross_them() -> None:
+    bar = Bar("layer", (Segment(0, 0.8, "order 0", "#16325b", "80.0"),), "20 %", marks=(Mark(0.4, "noise floor"),))
+    html = stacked_bars([bar], [], text_title="t")
+    assert html.index('class="floor"') < html.index(">80.0<")
+    assert "stroke:#16325b" in html  # the halo
+
+
+def test_images_stand_in_rows_of_equal_lengths() -> None:
+    tile = Tile(thumbnail(np.zeros((2, 2))))
+    columns = [re.search(r"--columns:(\d)", image_grid([tile] * count))[1] for count in (1, 4, 5, 6, 8, 9, 10)]  # type: ignore[index]
+    assert columns == ["3", "4", "5", "3", "4", "3", "5"]
+
+
+def test_numbers_and_their_units_stay_on_one_line() -> None:
+    text = "5 % of 12 min, KL 0.1, class 5 stays, layer 3 has 4 points"
+    page = render_page("t", [Section("s", paragraph(text))])
+    broken = "5\xa0% of 12\xa0min, KL\xa00.1, class 5 stays, layer 3 has 4\xa0points"
+    assert f"<p>{broken}</p>" in page
 
 
 def test_tables_refuse_rows_of_other_lengths() -> None:
