@@ -32,12 +32,12 @@ from knowiso_train.pages import (
 )
 
 if TYPE_CHECKING:
-    from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, HeatMap, LayerDiagnosis, RankedImage
+    from knowiso_train.diagnosis.report import Diagnosis, FeatureDirection, HeatMap, Kind, LayerDiagnosis, RankedImage
 
 PAGE_CHANNELS = 10  # bars of the channels with most residual; a folded table has all
 SHOWN_DIRECTIONS = 3  # the others are folded
 STRONGEST_QUANTILE = 0.98  # of the values of heat maps side by side: it and larger ones have the strongest color
-OVERVIEW_AIDS = {
+OVERVIEW_AIDS: dict[Kind, str] = {
     "blind_spots": "Each bar is a layer of the strong network; the weak network cannot reproduce the hatched part.",
     "unreliable": "Each bar is a layer of the weak network; the strong network cannot reproduce the hatched part.",
 }
@@ -217,12 +217,13 @@ class _LayerColumn:
         caption = f"{percent(values.min())} … {percent(values.max())}"
         mean = Tile("", caption, f"residual at each position: {caption}", _heat(positions, _maximum([positions])))
         parts = [heading("Images"), picture(IMAGES_AID, image_grid(self.tiles(self.layer.images, "the residual")))]
-        return join([*(parts if self.layer.images else []), picture(POSITIONS_AID, image_grid([mean]))])
+        where = [heading("Positions"), picture(POSITIONS_AID, image_grid([mean]))]
+        return join([*(parts if self.layer.images else []), *where])
 
     def tiles(self, images: Sequence[RankedImage], part: str) -> list[Tile]:
         """Return images with heat maps of one common scale, which single positions do not determine."""
-        values = np.concatenate([np.ravel(image.heat_map) for image in images] or [[0.0]])
-        maximum = float(np.quantile(values, STRONGEST_QUANTILE))
+        values = [value for image in images for row in image.heat_map for value in row]
+        maximum = float(np.quantile(values or [0.0], STRONGEST_QUANTILE))
         tiles = []
         for image in images:
             name = f"image {image.index}"

@@ -73,8 +73,8 @@ def key_figures(diagnosis: Diagnosis, kind: Kind) -> KeyFigures | None:
     shown = min(measured, key=lambda layer: layer.pair.functional[-1].agreement, default=largest)
     if measured:
         text = f"of the predictions change with the reproduced part alone in place of {_place(shown)}"
-        change = percent(1 - shown.pair.functional[-1].agreement)
-        lines.append((change, f"{text}, more than at any other layer." if measured[1:] else f"{text}."))
+        text += ", more than at any other layer." if measured[1:] else "."
+        lines.append((percent(1 - shown.pair.functional[-1].agreement), text))
     if classes := [(layer.classes[0], layer) for layer in layers if layer.classes]:
         first, layer = max(classes, key=lambda entry: entry[0].unexplained - entry[1].pair.unexplained)
         name = class_name(diagnosis.class_names, first.label).removeprefix("class ")
