@@ -3,7 +3,7 @@
     python -m benchmarks.claims.bench_class_reduction  # 8 minutes on one CPU core; resumes
 
 The public CIFAR-100 ResNet-32 has features for 100 classes. A ResNet-8 is trained on ten of them, and one on ten others
-(1,000 steps). The part of the large network's `layer3` that the small one explains (orders 0…2, 1×1 maps, fitted on the
+(600 steps). The part of the large network's `layer3` that the small one explains (orders 0…2, 1×1 maps, fitted on the
 training images of the ten classes) replaces it. Accuracy on the 1,000 test images of the ten classes: with the large
 network's own classifier, restricted to them, and with a ridge classifier that is fitted on the training images. Classes
 and weights differ by seed.
@@ -26,7 +26,7 @@ from benchmarks.common.models import Cifar100ResNet, cifar100_resnet, cifar_imag
 from benchmarks.common.small_networks import Training, accuracy, trained_network
 from benchmarks.common.stats import mean_and_error
 
-NUM_CLASSES, NUM_STEPS, ORDER = 10, 1000, 2
+NUM_CLASSES, NUM_STEPS, ORDER = 10, 600, 2
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean variance of a feature
 SELECTION_STRIDE = 5  # every fifth training image selects the ridge
 SECTION = "4, feature refinement"

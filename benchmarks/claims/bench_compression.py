@@ -2,13 +2,14 @@
 
     python -m benchmarks.claims.bench_compression          # 20 minutes on one CPU core; resumes
 
-Three CIFAR-10 ResNets are compressed without training: `ki.prune`, criteria of torch-pruning with recomputed batch-norm
-statistics, and the truncated SVD of every convolution at equal multiply-adds; 8-bit integers by torch's static
-quantization. All use the same 1,024 training images without labels; 1,500 test images measure the stages (order 0).
+A public ResNet-20 and three ResNet-8 trained here on CIFAR-10 are compressed without training: `ki.prune`, criteria of
+torch-pruning with recomputed batch-norm statistics, and the truncated SVD of every convolution at equal multiply-adds;
+8-bit integers by torch's static quantization. All use the same 1,024 training images without labels; 1,500 test images
+measure the stages (order 0).
 
-Redundancy: every block alone loses the half of its inner channels with the smallest L1 norms, without further change.
-The lost share of the block's branch is compared with the redundancy of its inner channels: the mean share of a
-channel's variance that the other channels explain linearly.
+Redundancy: in three public networks, every block alone loses the half of its inner channels with the smallest L1 norms,
+without further change. The lost share of the block's branch is compared with the redundancy of its inner channels: the
+mean share of a channel's variance that the other channels explain linearly.
 """
 
 from __future__ import annotations
@@ -32,20 +33,32 @@ import knowiso_train as ki
 from benchmarks.baselines.grail_osscar import recompute_statistics
 from benchmarks.baselines.tp_importances import IMPORTANCES, CalibrationData, prune_with
 from benchmarks.baselines.tp_pruner import BudgetPruner, MacCounter
-from benchmarks.claims.common import LAYERS, ClaimResults, judge
+from benchmarks.claims.common import LAYERS, SEEDS, ClaimResults, judge
 from benchmarks.common.models import BasicBlock, CifarResNet, cifar10, cifar_resnet
+from benchmarks.common.small_networks import Training, trained_network
 from benchmarks.common.stats import mean_and_error, spearman
 from knowiso_train.diagnosis.comparison import StageComparison
 from knowiso_train.diagnosis.comparison.report import StageFigure
 
-DEPTHS = (20, 32, 44)
+# Public networks, and ResNet-8 trained here by seed
+NETWORKS = ("ResNet-20", *(f"ResNet-8, seed {seed}" for seed in SEEDS))
+BLOCK_NETWORKS = ("ResNet-20", "ResNet-32", "ResNet-44")
 RATIOS = (1.3, 2.0, 3.0, 4.0)
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "claims_compression"
 CALIBRATION_IMAGES, TEST_IMAGES, BLOCK_TEST_IMAGES, BATCH_IMAGES = 1024, 1500, 1000, 125
+PRUNING_SEED = 20  # of sampled positions, and of random scores
 CRITERIA = {"magnitude": "L2", "Taylor": "Taylor", "random": "Random"}
 OURS, LOW_RANK, INT8 = "ki.prune", "low rank", "int8"
 FIGURES: tuple[StageFigure, ...] = ("kept", "lost", "gained", "agreement", "lost_agreement")
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+
+
+def original(name: str) -> CifarResNet:
+    """Return a network by its name."""
+    if "seed" not in name:
+        return cifar_resnet(int(name.removeprefix("ResNet-")))
+    training = Training(seed=int(name.rpartition(" ")[2]), num_checkpoints=12)
+    return trained_network(training, *cifar10("train"))
 
 
 def calibration_images() -> Tensor:
@@ -56,32 +69,32 @@ def test_loader(images: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*cifar10("test", images)), batch_size=BATCH_IMAGES)
 
 
-def pruned(depth: int, ratio: float) -> nn.Module:
+def pruned(name: str, ratio: float) -> nn.Module:
     """Prune by the library, closed-form refit included."""
     return ki.prune(
-        cifar_resnet(depth), list(calibration_images().split(64)), macs=1 / ratio, seed=depth, progress=False
+        original(name), list(calibration_images().split(64)), macs=1 / ratio, seed=PRUNING_SEED, progress=False
     ).model
 
 
-def pruned_by(criterion: str, depth: int, ratio: float) -> nn.Module:
+def pruned_by(criterion: str, name: str, ratio: float) -> nn.Module:
     """Prune the inner channels of all blocks evenly by a criterion of torch-pruning, and recompute the statistics."""
-    model, images = cifar_resnet(depth).requires_grad_(True), calibration_images()
+    model, images = original(name).requires_grad_(True), calibration_images()
     with torch.no_grad():
         predictions = torch.cat([model(batch).argmax(1) for batch in images.split(BATCH_IMAGES)])
     macs = MacCounter(model, EXAMPLE)
-    inner = [name for name, module in model.named_modules() if name.endswith(".conv1")]
-    data = CalibrationData(images, predictions, seed=depth)
+    inner = [layer for layer, _ in model.named_modules() if layer.endswith(".conv1")]
+    data = CalibrationData(images, predictions, seed=PRUNING_SEED)
     prune_with(BudgetPruner(model, EXAMPLE, macs, inner), IMPORTANCES[criterion], data, macs(model) / ratio, "local")
     recompute_statistics(model, images.split(BATCH_IMAGES))
     return model.eval()
 
 
-def low_rank(depth: int, ratio: float) -> nn.Module:
+def low_rank(name: str, ratio: float) -> nn.Module:
     """Replace every 3×3 convolution of the blocks by the truncated SVD of its weight: 3×3 to r channels, then 1×1."""
-    model = cifar_resnet(depth)
+    model = original(name)
     for block in (module for module in model.modules() if isinstance(module, BasicBlock)):
-        for name in ("conv1", "conv2"):
-            setattr(block, name, _factored(getattr(block, name), ratio))
+        for conv in ("conv1", "conv2"):
+            setattr(block, conv, _factored(getattr(block, conv), ratio))
     recompute_statistics(model, calibration_images().split(BATCH_IMAGES))
     return model.eval()
 
@@ -122,17 +135,17 @@ class Int8Network(CifarResNet):
         return logits
 
 
-def int8(depth: int) -> nn.Module:
+def int8(name: str) -> nn.Module:
     """Quantize weights and features to 8-bit integers by torch's static quantization."""
-    model = cifar_resnet(depth)
+    model = original(name)
     model.__class__ = Int8Network
     model.quant, model.dequant = quantization.QuantStub(), quantization.DeQuantStub()
     pairs = [["conv1", "bn1"]]
-    for name, block in model.named_modules():
+    for path, block in model.named_modules():
         if isinstance(block, BasicBlock):
             block.__class__ = Int8Block
             block.add = torch.ao.nn.quantized.FloatFunctional()
-            pairs += [[f"{name}.conv{i}", f"{name}.bn{i}"] for i in (1, 2)]
+            pairs += [[f"{path}.conv{i}", f"{path}.bn{i}"] for i in (1, 2)]
     quantization.fuse_modules(model, pairs, inplace=True)
     model.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
     quantization.prepare(model, inplace=True)
@@ -152,31 +165,31 @@ def quantized_engine() -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def stages(depth: int, ratios: tuple[float, ...]) -> dict[str, Callable[[], nn.Module]]:
+def stages(name: str, ratios: tuple[float, ...]) -> dict[str, Callable[[], nn.Module]]:
     """Return functions that compress the network, by method and ratio."""
-    methods: dict[str, Callable[..., nn.Module]] = {OURS: partial(pruned, depth)}
-    methods |= {name: partial(pruned_by, criterion, depth) for name, criterion in CRITERIA.items()}
-    methods[LOW_RANK] = partial(low_rank, depth)
-    chain = {f"{name} {ratio:g}×": partial(method, ratio) for name, method in methods.items() for ratio in ratios}
-    return {INT8: partial(int8, depth), **chain}
+    methods: dict[str, Callable[..., nn.Module]] = {OURS: partial(pruned, name)}
+    methods |= {key: partial(pruned_by, criterion, name) for key, criterion in CRITERIA.items()}
+    methods[LOW_RANK] = partial(low_rank, name)
+    chain = {f"{key} {ratio:g}×": partial(method, ratio) for key, method in methods.items() for ratio in ratios}
+    return {INT8: partial(int8, name), **chain}
 
 
-def compression(depth: int, ratios: tuple[float, ...] = RATIOS) -> StageComparison:
+def compression(name: str, ratios: tuple[float, ...] = RATIOS) -> StageComparison:
     """Compare a network with all its compressed forms."""
     with quantized_engine():
         return ki.compare_stages(
-            cifar_resnet(depth),
-            stages(depth, ratios),
+            original(name),
+            stages(name, ratios),
             test_loader(TEST_IMAGES),
             list(LAYERS),
-            reference_name=f"ResNet-{depth}",
-            path=CACHE / f"resnet{depth}",
+            reference_name=name,
+            path=CACHE / name,
         )
 
 
-def half_block(depth: int, block: str) -> nn.Module:
+def half_block(name: str, block: str) -> nn.Module:
     """Remove the half of a block's inner channels with the smallest L1 norms, and change nothing else."""
-    model = cifar_resnet(depth)
+    model = original(name)
     target = model.get_submodule(block)
     norms = target.conv1.weight.detach().abs().sum((1, 2, 3))
     removed = norms.argsort()[: len(norms) // 2]
@@ -185,23 +198,23 @@ def half_block(depth: int, block: str) -> nn.Module:
     return model
 
 
-def blockwise(depth: int) -> StageComparison:
+def blockwise(name: str) -> StageComparison:
     """Compare a network with copies in which a single block is pruned, at the branch of that block."""
-    blocks = [name for name, module in cifar_resnet(depth).named_modules() if isinstance(module, BasicBlock)]
+    blocks = [name for name, module in original(name).named_modules() if isinstance(module, BasicBlock)]
     return ki.compare_stages(
-        cifar_resnet(depth),
-        {block: partial(half_block, depth, block) for block in blocks},
+        original(name),
+        {block: partial(half_block, name, block) for block in blocks},
         test_loader(BLOCK_TEST_IMAGES),
         {block: [f"{block}.bn2"] for block in blocks},
         functional=False,
         bootstrap=0,
-        path=CACHE / f"blocks_resnet{depth}",
+        path=CACHE / f"blocks of {name}",
     )
 
 
-def chain_figures(depth: int) -> dict[str, Any]:
+def chain_figures(name: str) -> dict[str, Any]:
     """Return figures of all compressed forms of a network, by stage."""
-    comparison = compression(depth)
+    comparison = compression(name)
     entries = []
     for stage in comparison:
         layers = {entry.layer: {name: entry.figure(name) for name in FIGURES} for entry in stage}
@@ -224,9 +237,9 @@ def chain_figures(depth: int) -> dict[str, Any]:
     return {"own_top1": own and own.top1, "stages": entries}
 
 
-def block_figures(depth: int) -> dict[str, Any]:
+def block_figures(name: str) -> dict[str, Any]:
     """Return redundancy and lost share of every block, and their rank correlation."""
-    comparison, redundancies = blockwise(depth), redundancy(depth)
+    comparison, redundancies = blockwise(name), redundancy(name)
     lost = {block: comparison[block][f"{block}.bn2"].lost for block in redundancies}
     return {
         "redundancy": redundancies,
@@ -236,30 +249,30 @@ def block_figures(depth: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def redundancy(depth: int) -> dict[str, float]:
+def redundancy(name: str) -> dict[str, float]:
     """Return the mean share of an inner channel's variance that the other channels of its block explain, by block."""
-    model = cifar_resnet(depth)
+    model = original(name)
     sums: dict[str, list[Any]] = {}
 
-    def add_moments(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def add_moments(block: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].movedim(1, -1).flatten(0, -2).double()
-        count, total, square = sums.get(name, [0, 0.0, 0.0])
-        sums[name] = [count + len(rows), total + rows.sum(0), square + rows.T @ rows]
+        count, total, square = sums.get(block, [0, 0.0, 0.0])
+        sums[block] = [count + len(rows), total + rows.sum(0), square + rows.T @ rows]
 
-    for name, module in model.named_modules():
+    for block, module in model.named_modules():
         if isinstance(module, BasicBlock):
-            module.conv2.register_forward_pre_hook(partial(add_moments, name))
+            module.conv2.register_forward_pre_hook(partial(add_moments, block))
     for images, _ in test_loader(BLOCK_TEST_IMAGES):
         model(images)
     result = {}
-    for name, (count, total, square) in sums.items():
+    for block, (count, total, square) in sums.items():
         covariance = square / count - torch.outer(total, total) / count**2
         alive = covariance.diagonal() > 1e-9 * covariance.diagonal().max()
         covariance = covariance[alive][:, alive]
         # Residual variance of a channel given the others: 1 / [S⁻¹]_jj
         unexplained = 1 / (torch.linalg.inv(covariance).diagonal() * covariance.diagonal())
         # A channel without variance is redundant altogether
-        result[name] = 1 - float(unexplained.sum()) / len(alive)
+        result[block] = 1 - float(unexplained.sum()) / len(alive)
     return result
 
 
@@ -320,15 +333,14 @@ def main() -> None:
     parser.add_argument("--name", default="claims_compression", help="results file")
     args = parser.parse_args()
     settings = {
-        "depths": DEPTHS,
         "ratios": RATIOS,
         "calibration_images": CALIBRATION_IMAGES,
         "test_images": [TEST_IMAGES, BLOCK_TEST_IMAGES],
         "order": 0,
     }
     results = ClaimResults(args.name, settings)
-    chains = [results.row(partial(chain_figures, depth), part="chain", network=f"ResNet-{depth}") for depth in DEPTHS]
-    blocks = [results.row(partial(block_figures, depth), part="blocks", network=f"ResNet-{depth}") for depth in DEPTHS]
+    chains = [results.row(partial(chain_figures, name), part="chain", network=name) for name in NETWORKS]
+    blocks = [results.row(partial(block_figures, name), part="blocks", network=name) for name in BLOCK_NETWORKS]
     results.finish(claims(chains, blocks), summary(chains))
 
 

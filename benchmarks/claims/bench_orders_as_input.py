@@ -5,7 +5,7 @@
 Pairs of CIFAR-10 networks explain each other's `layer2` and `layer3` by 1×1 maps of order 2: three pairs of public
 networks by two authors, and three pairs of ResNet-8 trained here on 6,000 images from different seeds. The part of
 orders 0…k then replaces the feature, and the rest of the explained network, unchanged, classifies it: top-1 on 40 % of
-3,000 test images, the others to fit and select. The paper trains that rest again.
+2,000 test images, the others to fit and select. The paper trains that rest again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.common.stats import mean_and_error
 
 PUBLIC_PAIRS = (("A-20", "B-14"), ("A-32", "B-26"), ("A-56", "B-32"))
 LAYERS = ("layer2", "layer3")
-ORDER, TEST_IMAGES, BATCH_IMAGES, SPLIT = 2, 3000, 125, (0.5, 0.1, 0.4)
+ORDER, TEST_IMAGES, BATCH_IMAGES, SPLIT = 2, 2000, 125, (0.5, 0.1, 0.4)
 SECTION = "4, feature refinement"
 
 

@@ -265,8 +265,8 @@ def test_bad_input_is_named() -> None:
         compare(reference, [network], loader, LAYERS)
     with pytest.raises(InputTypeError, match=r"stage 'a'.*got int"):
         compare(reference, [("a", 3)], loader, LAYERS)
-    with pytest.raises(OptionError, match="no option directions, colour"):
-        compare(reference, {"a": network}, loader, LAYERS, directions="both", colour=1)
+    with pytest.raises(OptionError, match="no option directions, color"):
+        compare(reference, {"a": network}, loader, LAYERS, directions="both", color=1)
     with pytest.raises(LayerNameError, match="fourth"):
         compare(reference, {"a": network}, loader, "fourth")
     with pytest.raises(OptionError, match="no entry for stage 'a'"):
