@@ -36,9 +36,7 @@ def test_a_results_file_gives_verdict_table_and_summary(tmp_path: Path, monkeypa
         in result.splitlines()
     )
     assert "| layer1 | 12.35 |" in result
-    assert (
-        "`python -m benchmarks.claims.bench_a_b` → `benchmarks/results/claims_a_b.json`, 2026-01-02, commit abc, 2 CPU minutes"
-        in result
-    )
+    assert "`python -m benchmarks.claims.bench_a_b` → `benchmarks/results/claims_a_b.json`, 2026-01-02" in result
+    assert "commit abc, 2 CPU minutes" in result
     assert result.count(document.MISSING) == 1
     assert document.document(result) == result
