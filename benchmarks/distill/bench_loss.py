@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from benchmarks.baselines.feature_kd import AttentionTransfer, FitNet, ReviewKD
+from benchmarks.baselines.distillation.hints import AttentionTransfer, FitNet
+from benchmarks.baselines.distillation.review import ReviewKD
 from benchmarks.common.models import CifarResNet
 from benchmarks.common.profiling import CLOCKS, peak_allocated_bytes, quantile
 from benchmarks.common.results import record, table

@@ -1,4 +1,4 @@
-"""Test the feature distillation baselines against the published formulas, in numpy and float64."""
+"""Test the distillation baselines against the published formulas in numpy and float64, and cases by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines.feature_kd import AttentionTransfer, FitNet, Fusion, ReviewKD, hierarchical_context
+from benchmarks.baselines.distillation.hints import AttentionTransfer, FitNet, SimKD
+from benchmarks.baselines.distillation.logits import dist_loss, standardized_kd
+from benchmarks.baselines.distillation.pooled import CRD, ITRD, SRD, VkD
+from benchmarks.baselines.distillation.review import Fusion, ReviewKD, hierarchical_context
+from benchmarks.baselines.distillation.timm_task import TimmFeatureTask
 
 
 def features(channels: list[int], sides: list[int], images: int = 3) -> list[Tensor]:
@@ -145,3 +149,96 @@ def test_the_gradient_reaches_the_student_and_every_map(kind: type[nn.Module]) -
     # A bias in front of a batch norm gets none
     weights = [parameter for parameter in rival.parameters() if parameter.ndim == 4]
     assert all(float(x.grad.abs().max()) > 1e-4 for x in [*student, *weights])
+
+
+def probabilities(logits: list[list[float]]) -> np.ndarray:
+    exponentials = np.exp(np.array(logits))
+    return np.asarray(exponentials / exponentials.sum(1, keepdims=True))
+
+
+def set_map(layer: nn.Module, weight: list[list[float]]) -> None:
+    """Set the weight of a linear layer, and its bias to zero."""
+    layer.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=torch.float64))
+
+
+def test_standardized_kd_by_hand() -> None:
+    # Unbiased standard deviations are 1 and 10: standardized logits are (-1, 0, 1) and (1, 0, -1), / T = 2
+    student, teacher = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[30.0, 20.0, 10.0]]).double()
+    q, p = probabilities([[-0.5, 0.0, 0.5]]), probabilities([[0.5, 0.0, -0.5]])
+    assert float(standardized_kd(student, teacher)) == pytest.approx(4 * float((p * np.log(p / q)).sum()), rel=1e-5)
+    # Blind to scale and shift
+    assert float(standardized_kd(student, 7 * student + 5)) == pytest.approx(0.0, abs=1e-10)
+
+
+def test_dist_by_hand() -> None:
+    # With two classes the probabilities of an image correlate by the sign of their order
+    student, teacher = torch.tensor([[1.0, 0.0], [0.0, 3.0]]).double(), torch.tensor([[2.0, 0.0], [1.0, 0.0]]).double()
+    p = 1 / (1 + np.exp(-np.array([1.0, -3.0]) / 4))
+    assert p[0] > p[1]
+    # Images: +1 and -1, a mean of 0. Classes: the student's and the teacher's first probability both fall
+    assert float(dist_loss(student, teacher)) == pytest.approx(16 * ((1 - 0) + (1 - 1)), abs=1e-6)
+    assert float(dist_loss(student, student)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_simkd_by_hand() -> None:
+    rival = SimKD(2, 4).double().eval()
+    for block in rival.projector:
+        nn.init.zeros_(block[0].weight)
+        nn.init.constant_(block[1].bias, 3.0)  # the projection is 3 everywhere
+    student, teacher = torch.randn(1, 2, 8, 8).double(), torch.full((1, 4, 4, 4), 1.0).double()
+    assert float(rival([student], [teacher]).detach()) == pytest.approx((3 - 1) ** 2)
+    assert rival.project(student, (4, 4)).shape == teacher.shape
+
+
+def test_srd_by_hand() -> None:
+    rival = SRD(1, 1).double()
+    rival.student_norm.eps = rival.teacher_norm.eps = 1e-12
+    set_map(rival.map, [[2.0]])
+    student, teacher = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]), torch.tensor([[5.0], [5.0], [1.0], [1.0]])
+    # Normalized: (1, -1, 1, -1) and (1, 1, -1, -1). Two differences of 2, to the 4th
+    assert float(rival(student.double(), teacher.double()).detach()) == pytest.approx(math.log(2 * 2**4))
+
+
+def test_vkd_by_hand() -> None:
+    rival = VkD(2, 2)
+    rival.map.weight = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # a rotation
+    # Layer-normed teacher: (1, -1). Mapped student: (3, -0.5). Differences 2 and 0.5: 2 - 0.5 and 0.5² / 2
+    loss = rival(torch.tensor([[0.5, 3.0]]), torch.tensor([[30.0, 10.0]]))
+    assert float(loss.detach()) == pytest.approx((1.5 + 0.125) / 2, rel=1e-4)
+    weight = VkD(3, 5).map.weight
+    torch.testing.assert_close(weight.T @ weight, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_crd_by_hand() -> None:
+    rival = CRD(2, 2, width=2, temperature=0.5).double()
+    set_map(rival.student_map, [[1.0, 0.0], [0.0, 1.0]])
+    set_map(rival.teacher_map, [[1.0, 0.0], [0.0, 1.0]])
+    student = torch.tensor([[3.0, 0.0], [0.0, 0.1]]).double()
+    # Similarities / 0.5 are 2 for the same image and 0 for the other
+    assert float(rival(student, 5 * student).detach()) == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-10)
+    assert float(rival(student, student.flip(0)).detach()) == pytest.approx(2 + math.log(1 + math.exp(-2)), rel=1e-10)
+
+
+def test_itrd_by_hand() -> None:
+    rival = ITRD(2, 2, alpha=1.0).double()
+    set_map(rival.map, [[1.0, 0.0], [0.0, -1.0]])
+    features = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).double()
+    # Correlations 3/4 and -3/4 (unbiased deviations): log2(1/16 + 49/16). The Gram matrices of the four images hold
+    # 1, 0 and -1: the sums of squares of G and of G ∘ G with trace 1 are equal
+    expected = 2 * math.log2((1 + 49) / 16)
+    assert float(rival(features, features).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_timm_task_by_hand() -> None:
+    student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 2.0]])
+    assert float(TimmFeatureTask(2, 2)(student, teacher)) == pytest.approx(9 / 2)
+    rival = TimmFeatureTask(2, 1)
+    (projection,) = [layer for layer in rival.modules() if isinstance(layer, nn.Linear)]
+    nn.init.zeros_(projection.weight)
+    nn.init.constant_(projection.bias, 1.0)
+    loss = rival(student, torch.tensor([[4.0]]))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(9.0)
+    assert float(projection.bias.grad) == pytest.approx(-6.0)

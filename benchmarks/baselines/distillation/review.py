@@ -1,8 +1,4 @@
-"""Published feature distillation losses, the baselines of `bench_loss.py` and `bench_distill.py`.
-
-They share no code with the library. Each takes the lists of student and teacher features, (N, C, H, W), from shallow
-to deep, and returns a scalar. The docstrings name the published weight of the term; the caller multiplies.
-"""
+"""Knowledge Review, a published distillation loss on feature maps (arXiv 2104.09044)."""
 
 from __future__ import annotations
 
@@ -11,46 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class FitNet(nn.Module):
-    """FitNet hints (Romero et al., ICLR 2015, eq. 3): squared error of the adapted student, summed over the pairs.
-
-    The adapter is a 1×1 convolution, batch norm and ReLU, as in the published code of Tian et al. (*Contrastive
-    Representation Distillation*, ICLR 2020), because the features follow a ReLU. It is trained with the student, in one
-    stage with the other losses. Grids must be equal. Published weight: 100.
-    """
-
-    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
-        super().__init__()
-        self.adapters = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(s, t, 1), nn.BatchNorm2d(t), nn.ReLU(inplace=True))
-            for s, t in zip(student_channels, teacher_channels, strict=True)
-        )
-
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        losses = [F.mse_loss(adapter(s), t) for adapter, s, t in zip(self.adapters, student, teacher, strict=True)]
-        return torch.stack(losses).sum()
-
-
-class AttentionTransfer(nn.Module):
-    """Attention transfer of Zagoruyko & Komodakis (ICLR 2017), eq. 2 with p = 2, as in their published code.
-
-    Squares are averaged over channels and divided by their norm over positions. The loss is the mean squared
-    difference, summed over the pairs. The finer grid is average-pooled. Published weight: 1,000.
-    """
-
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        losses = []
-        for s, t in zip(student, teacher, strict=True):
-            grid = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
-            losses.append(F.mse_loss(self.attention(s, grid), self.attention(t, grid)))
-        return torch.stack(losses).sum()
-
-    @staticmethod
-    def attention(feature: Tensor, grid: tuple[int, int]) -> Tensor:
-        feature = feature if tuple(feature.shape[2:]) == grid else F.adaptive_avg_pool2d(feature, grid)
-        return F.normalize(feature.square().mean(1).flatten(1))
 
 
 class Fusion(nn.Module):

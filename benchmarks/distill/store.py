@@ -1,0 +1,116 @@
+"""Rows of `bench_distill.py` in the results files, one file for each pair, and their tables."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.common.results import RESULTS, record
+from benchmarks.common.stats import mean_and_error
+from benchmarks.distill.arms import OURS, TUNED, Arm, parse_arm
+from benchmarks.distill.pairs import Part
+from benchmarks.distill.teacher_cache import CACHE
+from knowiso_train.distillation.config import IsomorphismLossConfig
+
+REFERENCE_ARM = "kd+ours"
+# Defaults of `IsomorphismLoss` that identify a row: other defaults are another arm
+IDENTIFYING_DEFAULTS = ("scale", "weight", "schedule", "ridge")
+
+
+def loss_defaults(arm: Arm) -> dict[str, Any] | None:
+    """Return the present defaults of `IsomorphismLoss` for an arm with it, or None."""
+    config = IsomorphismLossConfig()
+    return {key: getattr(config, key) for key in IDENTIFYING_DEFAULTS} if OURS in arm.names else None
+
+
+class ResultsStore:
+    """Finished rows of a pair, each with part, budget, seed and arm. Several processes can write to it."""
+
+    def __init__(self, pair: str) -> None:
+        self.pair = pair
+        self.name = f"distill_{pair}"
+        self.rows = self._read()
+
+    def find(self, part: Part, budget: int, seed: int, arm: Arm) -> dict[str, Any] | None:
+        """Return the row of an arm, or None."""
+        key = self._key({"part": part, "budget": budget, "seed": seed, "arm": str(arm), "defaults": loss_defaults(arm)})
+        return next((row for row in self.rows if self._key(row) == key), None)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows to the file, in the place of rows of the same runs."""
+        with self._locked():
+            stored = {self._key(row): row for row in self._read()} | {self._key(row): row for row in rows}
+            self.rows = sorted(stored.values(), key=self._key)
+            record(self.name, {"rows": self.rows}, settings={"pair": self.pair})
+
+    def best_weight(self, arm: Arm, budget: int) -> float | None:
+        """Return the weight of the arm's last term with the best mean accuracy in the tuning runs.
+
+        Those of the nearest budget count, if there are none of this one.
+        """
+        scores: dict[tuple[int, float], list[float]] = {}
+        for row in self.rows:
+            tried = parse_arm(row["arm"])
+            weight = tried.terms[-1].option("weight", None) if tried.terms else None
+            if row["part"] == "tuning" and weight is not None and str(tried) == str(arm.with_weight(weight)):
+                scores.setdefault((row["budget"], weight), []).append(row["accuracy"])
+        if not scores:
+            return None
+        nearest = min((tried for tried, _ in scores), key=lambda tried: abs(tried - budget))
+        means = {weight: sum(v) / len(v) for (tried, weight), v in scores.items() if tried == nearest}
+        return max(means, key=lambda weight: means[weight])
+
+    def resolve(self, arm: Arm, budget: int) -> Arm:
+        """Return the arm with the best weight of the tuning runs in the place of `weight=tuned`."""
+        if not arm.terms or arm.terms[-1].option("weight", None) != TUNED:
+            return arm
+        weight = self.best_weight(arm, budget)
+        if weight is None:
+            raise SystemExit(f"no tuning runs of {arm} in {self.name}.json: run with --tune first, or write a weight")
+        return arm.with_weight(weight)
+
+    def table(self, part: Part, budget: int) -> list[dict[str, Any]]:
+        """Return accuracies and their paired differences from `kd+ours`, best arm first."""
+        by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in self.rows:
+            if (
+                row["part"] == part
+                and row["budget"] == budget
+                and row["defaults"] == loss_defaults(parse_arm(row["arm"]))
+            ):
+                by_arm.setdefault(row["arm"], {})[row["seed"]] = row
+        reference, cheapest = by_arm.get(REFERENCE_ARM, {}), by_arm.get("kd", by_arm.get("kd,weight=1.0", {}))
+        table = []
+        for arm, rows in by_arm.items():
+            paired = [row["accuracy"] - reference[seed]["accuracy"] for seed, row in rows.items() if seed in reference]
+            costs = [row["step_ms"] - cheapest[seed]["step_ms"] for seed, row in rows.items() if seed in cheapest]
+            table.append({
+                "arm": arm,
+                "seeds": len(rows),
+                "top-1 %": mean_and_error([row["accuracy"] for row in rows.values()]),
+                f"over {REFERENCE_ARM}": mean_and_error(paired, signed=True) if paired else "-",
+                "folded": mean_and_error([row["folded_accuracy"] for row in rows.values()]),
+                "ms over kd": f"{sum(costs) / len(costs):+.1f}" if costs else "-",
+                "peak MiB": f"{max(row['peak_mib'] for row in rows.values()):.1f}",
+            })  # fmt: skip
+        return sorted(table, key=lambda row: -float(row["top-1 %"].split()[0]))
+
+    def _read(self) -> list[dict[str, Any]]:
+        path = RESULTS / f"{self.name}.json"
+        rows: list[dict[str, Any]] = json.loads(path.read_text())["figures"]["rows"] if path.exists() else []
+        return rows
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> str:
+        """Return what identifies a run."""
+        return json.dumps([row["part"], row["budget"], row["seed"], row["arm"], row["defaults"]], default=repr)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with (CACHE / f"{self.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

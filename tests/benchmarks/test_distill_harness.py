@@ -1,0 +1,98 @@
+"""Test the harness of the distillation benchmark: arms, the teacher's cache, and the results of tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.common import results
+from benchmarks.distill import store, teacher_cache
+from benchmarks.distill.arms import decay, parse_arm, warmup
+from benchmarks.distill.store import ResultsStore
+from benchmarks.distill.teacher_cache import RecordedTeacher, TeacherCache
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (store, teacher_cache):
+        monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+    for module in (store, results):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+
+
+def test_an_arm_is_its_text() -> None:
+    for text in ("ce", "kd+fitnet,weight=10,schedule=decay", "dkd,beta=2.5+ours,scale=linear,weight=balanced"):
+        assert str(parse_arm(text)) == text
+    assert str(parse_arm("kd,weight=3+fitnet,schedule=decay").with_weight(0.1)) == (
+        "kd,weight=3+fitnet,weight=0.1,schedule=decay"
+    )
+    assert dict(parse_arm("ours,weight=1e-3,scale=log").terms[0].options) == {"weight": 1e-3, "scale": "log"}
+    assert str(parse_arm("fitnet").with_weight(100.0)) == "fitnet,weight=100"
+    with pytest.raises(SystemExit, match="got 'fitnets'"):
+        parse_arm("kd+fitnets")
+
+
+def test_schedules_by_hand() -> None:
+    assert [decay(p) for p in (0.0, 0.5, 0.75, 1.0)] == pytest.approx([1.0, 1.0, 0.51, 0.02])
+    assert [warmup(p) for p in (0.0, 1 / 24, 1 / 12, 1.0)] == pytest.approx([0.0, 0.5, 1.0, 1.0])
+
+
+def make_cache() -> TeacherCache:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5))
+    return TeacherCache(RecordedTeacher(layers, ["1"], "3"), "teacher", 10, torch.zeros(1, 3, 4, 4))
+
+
+def test_the_cache_returns_what_the_teacher_computed() -> None:
+    indices, images = torch.tensor([7, 2, 4]), torch.randn(3, 3, 4, 4)
+    cache = make_cache()
+    first = cache.batch(0, indices, images)
+    direct = cache.teacher(images)
+    torch.testing.assert_close(first.features["1"], direct.features["1"], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(first.logits, direct.logits, rtol=1e-2, atol=1e-2)
+    # Another process finds the images in another order, without the teacher
+    other = make_cache()
+    other.teacher.model = nn.Module()
+    second = other.batch(0, indices.flip(0), images.flip(0))
+    assert torch.equal(second.features["1"], first.features["1"].flip(0))
+    assert torch.equal(second.pooled, first.pooled.flip(0)) and torch.equal(second.logits, first.logits.flip(0))
+
+
+def test_a_full_disk_budget_computes_in_place_of_storing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_cache, "MAX_DISK_BYTES", 10)
+    cache, images = make_cache(), torch.randn(2, 3, 4, 4)
+    first, second = (cache.batch(3, torch.tensor([0, 1]), images) for _ in range(2))
+    assert torch.equal(first.logits, second.logits) and not list(teacher_cache.CACHE.rglob("*.bfloat16"))
+
+
+def row(arm: str, accuracy: float, seed: int = 1000, budget: int = 10, part: str = "tuning") -> dict[str, Any]:
+    figures = {"accuracy": accuracy, "folded_accuracy": accuracy, "step_ms": 10.0, "peak_mib": 1.0}
+    defaults = store.loss_defaults(parse_arm(arm))
+    return {"part": part, "budget": budget, "seed": seed, "arm": arm, "defaults": defaults, **figures}
+
+
+def test_tuned_weights_are_those_of_the_best_tuning_run() -> None:
+    runs = ResultsStore("pair")
+    runs.add([row("kd+fitnet,weight=10", 80.0), row("kd+fitnet,weight=100", 70.0), row("kd+at,weight=5", 99.0)])
+    runs.add([row("kd+fitnet,weight=1", 90.0, part="final"), row("kd+fitnet,weight=100", 82.0, seed=1001)])
+    arm = parse_arm("kd+fitnet,weight=tuned")
+    assert ResultsStore("pair").best_weight(arm, 30) == 10
+    assert str(runs.resolve(arm, 10)) == "kd+fitnet,weight=10"
+    runs.add([row("kd+fitnet,weight=100", 99.0)])  # in the place of the one before
+    assert len(runs.rows) == 5 and runs.best_weight(arm, 10) == 100
+    with pytest.raises(SystemExit, match="run with --tune first"):
+        runs.resolve(parse_arm("kd+srd,weight=tuned"), 10)
+
+
+def test_the_table_holds_paired_differences() -> None:
+    runs = ResultsStore("pair")
+    pairs = [("kd+ours", 80.0, 90.0), ("kd", 70.0, 82.0)]
+    runs.add([row(arm, value, seed, part="final") for arm, *values in pairs for seed, value in enumerate(values)])
+    best, other = runs.table("final", 10)
+    assert (best["arm"], other["arm"]) == ("kd+ours", "kd")
+    assert other["over kd+ours"] == "-9.00 ± 1.00" and best["over kd+ours"] == "+0.00 ± 0.00"
+    assert other["ms over kd"] == "+0.0"
