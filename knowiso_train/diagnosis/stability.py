@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -18,16 +19,18 @@ from knowiso_train.diagnosis._stability_page import stability_page
 from knowiso_train.errors import LayerNameError, OptionError
 from knowiso_train.features.modules import resolve_layers
 from knowiso_train.features.state import on_device, preserve_state
+from knowiso_train.measurement._shared_network import SharedNetwork
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.measure import run_measurement
 from knowiso_train.measurement.render import duration, image_counts, percent
 from knowiso_train.measurement.report import PairResult
 from knowiso_train.utils.environment import library_versions
+from knowiso_train.utils.memory import usable_bytes
 from knowiso_train.utils.saved_report import SavedReport
 from knowiso_train.utils.serialization import write_if_given
 from knowiso_train.utils.text_table import format_table
-from knowiso_train.utils.validation import validate_arguments
+from knowiso_train.utils.validation import NonNegativeFloat, validate_arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,6 +184,7 @@ def stability(
     order: int = 0,
     functional: bool = True,
     transforms: Transform | Mapping[str, Transform] | None = None,
+    cache_gib: NonNegativeFloat = 2.0,
     progress: bool = True,
     **options: Any,
 ) -> StabilityReport:
@@ -196,6 +200,8 @@ def stability(
         order: Highest number of non-linear steps.
         functional: Also measure the outputs of the explained network with each part in place of the feature.
         transforms: Transform of the images for all networks, or for some by name. None: no transform.
+        cache_gib: Largest size of the features of all networks in memory in GiB, so that each network runs once on
+            each image to fit on. Above it, and where outputs are needed, a network runs again for each pair.
         progress: Show progress bars.
         **options: Further options of `measure`, such as `max_images` or `kernel_size`.
 
@@ -225,6 +231,8 @@ def stability(
     transform_of = transforms.get if isinstance(transforms, Mapping) else lambda name: transforms
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     entries, counts = [], {}
+    cache_bytes = min(int(cache_gib * 2**30), usable_bytes(torch.device("cpu")) // 2)
+    shared = {name: SharedNetwork(cache_bytes // len(names)) for name in names}
     with ExitStack() as stack:
         stack.enter_context(preserve_state(*by_name.values()))
         stack.enter_context(on_device(config.device, *by_name.values()))
@@ -233,7 +241,15 @@ def stability(
                 config, names=(a, b), source_transform=transform_of(a), target_transform=transform_of(b)
             )
             layer_pairs = list(zip(layers_by_name[a], layers_by_name[b], strict=True))
-            report = run_measurement(by_name[a], by_name[b], images, layer_pairs, pair_config)
+            report = run_measurement(
+                by_name[a],
+                by_name[b],
+                images,
+                layer_pairs,
+                pair_config,
+                shared_source=shared[a],
+                shared_target=shared[b],
+            )
             labels = dict(zip(layer_pairs, layers_by_name[names[0]], strict=True))
             entries += [StabilityEntry(labels[pair.source, pair.target], a, b, pair) for pair in report.forward]
             entries += [StabilityEntry(labels[pair.target, pair.source], b, a, pair) for pair in report.backward]

@@ -24,7 +24,7 @@ from knowiso_train.features.modules import (
 )
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.measurement._pair import Features, PairMeasurement, check_activations, check_capacity
-from knowiso_train.measurement._shared_source import SharedSource
+from knowiso_train.measurement._shared_network import SharedNetwork
 from knowiso_train.measurement.config import MIN_REPORT_IMAGES, Direction, Directions, Mask, MeasureConfig, Repeated
 from knowiso_train.measurement.data import SPLIT_NAMES, IndexedBatch, SplitImageLoader
 from knowiso_train.measurement.functional import AUTO_LABELS, ExplainedNetwork
@@ -188,7 +188,8 @@ def run_measurement(
     loader: Iterable[Any] | SplitImageLoader,
     layers: Layers,
     config: MeasureConfig,
-    shared_source: SharedSource | None = None,
+    shared_source: SharedNetwork | None = None,
+    shared_target: SharedNetwork | None = None,
 ) -> Report:
     """Run `measure` with the options of a config.
 
@@ -199,6 +200,7 @@ def run_measurement(
         layers: As for `measure`.
         config: Options.
         shared_source: Features of the source network that measurements on the same images share. None: not shared.
+        shared_target: The same of the target network.
     """
     start = time.perf_counter()
     group = ProcessGroup()
@@ -211,7 +213,7 @@ def run_measurement(
         stack.enter_context(preserve_state(source, target))
         stack.enter_context(on_device(config.device, source, target))
         extractors = [stack.enter_context(extractor) for extractor in _extractors(source, target, pairs, config)]
-        measurement = _Measurement(pairs, extractors, images, group, config, shared_source)
+        measurement = _Measurement(pairs, extractors, images, group, config, shared_source, shared_target)
         measurement.fit()
         measurement.solve()
         measurement.report()
@@ -261,12 +263,14 @@ class _Measurement:
         images: SplitImageLoader,
         group: ProcessGroup,
         config: MeasureConfig,
-        shared_source: SharedSource | None = None,
+        shared_source: SharedNetwork | None = None,
+        shared_target: SharedNetwork | None = None,
     ) -> None:
         self.pairs, self.extractors, self.images, self.group, self.config = pairs, extractors, images, group, config
         self.show_progress = config.progress and group.rank == 0
         self.collective_forward = group.size > 1 and any(has_collective_forward(part.model) for part in extractors)
         self.shared_source = None if self.collective_forward else shared_source
+        self.shared_target = None if self.collective_forward else shared_target
         self.last_batch: IndexedBatch | None = None
         self.num_images = dict.fromkeys(SPLIT_NAMES, 0)
         self.pair_measurements: list[PairMeasurement] = []
@@ -373,7 +377,9 @@ class _Measurement:
         explained = (self.explained.get("backward"), self.explained.get("forward")) if outputs else (None, None)
         source_features, target_features = (
             _features(extractor, network, shared, batch)
-            for extractor, network, shared in zip(self.extractors, explained, (self.shared_source, None), strict=True)
+            for extractor, network, shared in zip(
+                self.extractors, explained, (self.shared_source, self.shared_target), strict=True
+            )
         )
         return source_features, target_features
 
@@ -399,7 +405,7 @@ class _Measurement:
 
 
 def _features(
-    extractor: Extractor, network: ExplainedNetwork | None, shared: SharedSource | None, batch: IndexedBatch
+    extractor: Extractor, network: ExplainedNetwork | None, shared: SharedNetwork | None, batch: IndexedBatch
 ) -> Features:
     if network is not None:  # records what `Substitution` needs
         return network.run(batch.batch)

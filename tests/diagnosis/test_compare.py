@@ -407,7 +407,7 @@ def test_results_are_printed_written_and_read(tmp_path: Path) -> None:
     page = comparison.to_html(tmp_path / "a.html")
     assert "<b>" not in page
     assert "<h2>conv.&lt;b&gt;</h2>" in page
-    assert "▸ 15.0 %" in page
+    assert "▸ 15.0\xa0%" in page
     assert "gained" in page.lower()
     comparison.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from knowiso_train import measure, stability
 from knowiso_train.diagnosis.stability import StabilityReport
 from knowiso_train.errors import LayerNameError, OptionError
+from knowiso_train.measurement.data import SplitImageLoader
 
 
 def network(channels: int, seed: int = 0) -> nn.Sequential:
@@ -60,6 +61,26 @@ def test_figures_are_those_of_measure() -> None:
         assert entry.pair.functional[0].kl == pytest.approx(pair.functional[0].kl, rel=1e-4)
     assert report.matrix("1", "kl")[1][0] == expected.forward[0].functional[0].kl
     assert report.matrix("1", "residual_agreement")[0][1] == expected.backward[0].residual_only.agreement
+
+
+def test_networks_run_once_on_the_images_to_fit_on() -> None:
+    networks = {name: network(4, seed) for seed, name in enumerate("abcd")}
+    images = dict.fromkeys(networks, 0)
+
+    def forward(model: nn.Module, batch: Tensor) -> Any:
+        images[next(name for name, one in networks.items() if one is model)] += len(batch)
+        return model(batch)
+
+    stream = SplitImageLoader(loader())
+    sizes = [len(batch.index) for part in (stream.fit_batches(), stream.report_batches()) for batch in part]
+    reports = []
+    for cache_gib in (2.0, 0.0):
+        images.update(dict.fromkeys(networks, 0))
+        reports.append(run(networks, functional=False, forward=forward, cache_gib=cache_gib))
+        # Each network has three pairs; the first batch of each determines its layouts
+        assert set(images.values()) == {sum(sizes) + 2 * sizes[0] if cache_gib else 3 * sum(sizes)}
+    for layer in reports[0].layers:
+        np.testing.assert_allclose(reports[0].matrix(layer), reports[1].matrix(layer), rtol=1e-6)
 
 
 def test_spread_is_over_all_ordered_pairs() -> None:

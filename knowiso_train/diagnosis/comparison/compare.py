@@ -24,7 +24,7 @@ from knowiso_train.features.hooks import hook_target
 from knowiso_train.features.modules import has_collective_forward, named_layers, network_name, unwrap_model
 from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import checked_device, on_device, preserve_state
-from knowiso_train.measurement._shared_source import SharedSource
+from knowiso_train.measurement._shared_network import SharedNetwork
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.functional import AUTO_LABELS
@@ -145,7 +145,7 @@ class _ComparisonRun:
         self.images = SplitImageLoader(loader, config.split, config.seed, config.max_images)
         self.group = self.images.group
         limit = min(int(cache_gib * 2**30), usable_bytes(torch.device("cpu")) // 2)
-        self.shared = SharedSource(limit)
+        self.shared = SharedNetwork(limit)
         self.settings = config.report_settings() | {"processes": self.group.size}
         checked_device(config.device, reference)
         with preserve_state(reference), on_device(config.device, reference):

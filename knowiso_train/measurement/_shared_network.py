@@ -1,4 +1,4 @@
-"""Source network of several measurements: its features are computed once, its output is compared with the targets'."""
+"""Network of several measurements: its features are computed once, its output is compared with that of others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from knowiso_train.measurement.functional import (
 from knowiso_train.utils.distributed import ProcessGroup
 
 
-class SharedSource:
-    """Source network of measurements that read the same images.
+class SharedNetwork:
+    """Network of measurements that read the same images.
 
     Its features are kept in the main memory up to a limit; those of batches beyond it are computed in every
     measurement. Batches in which the network's output is needed as well are computed again, too.
@@ -52,7 +52,7 @@ class SharedSource:
         return features
 
     def compare_outputs(self, explained: Mapping[Direction, ExplainedNetwork], batch: IndexedBatch) -> None:
-        """Compare the outputs of both networks on the report images of a batch, if these have the same classes."""
+        """Compare the outputs of this source and the target on a batch's report images, if they have equal classes."""
         if len(explained) < 2:
             return
         source, target = explained["backward"], explained["forward"]
