@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.common.results import RESULTS, record, table
+from benchmarks.common.stats import mean_and_error
+from knowiso_train.diagnosis.comparison import StageResult
+from knowiso_train.measurement.report import PairResult
 
 LAYERS = ("layer1", "layer2", "layer3")  # of all small networks
 SEEDS = (0, 1, 2)
+KERNEL_SIZE = 3  # of the maps between features, as published
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -108,3 +112,28 @@ class ClaimResults:
     def _write(self, **figures: Any) -> None:
         seconds = {unit: round(sum(row[unit] for row in self.rows)) for unit in ("seconds", "cpu_seconds")}
         record(self.name, figures | {"rows": self.rows}, settings=self.settings, time=seconds)
+
+
+def stage_figures(stage: StageResult) -> dict[str, list[float]]:
+    """Return the figures of a network beside a stronger reference, of order 0 and up, as one list over the layers.
+
+    `blind_spots`: share of the reference's feature that the network does not reproduce. `unreliable`: share of the
+    network's feature that the reference does not reproduce. `functional_…`: share of the images whose top-1 class
+    changes when only the reproduced part takes the place of the feature.
+    """
+
+    def changed(pair: PairResult) -> float:
+        return 1 - pair.functional[-1].agreement if pair.functional else math.nan
+
+    return {
+        "blind_spots": [entry.lost for entry in stage],
+        "unreliable": [entry.gained for entry in stage],
+        "functional_blind_spots": [changed(entry.of_reference) for entry in stage],
+        "functional_unreliable": [changed(entry.of_stage) for entry in stage],
+    }
+
+
+def percentages(rows: Sequence[Sequence[float]]) -> str:
+    """Format shares of every layer, (seeds, layers), as percentages: mean ± standard error over the seeds."""
+    columns = ([100 * value for value in column] for column in zip(*rows, strict=True))
+    return " / ".join(mean_and_error(column) if len(column) > 1 else f"{column[0]:.1f}" for column in columns)

@@ -167,6 +167,11 @@ def cifar10_other_resnet(depth: int) -> Cifar100ResNet:
     return _load_cifar100_resnet(f"resnet{depth}_cifar10.pth", depth, 10)
 
 
+def cifar10_distilled_resnet() -> Cifar100ResNet:
+    """Load ResNet-8 with CIFAR-10 weights that its author distilled, the twin of `cifar10_other_resnet(8)`."""
+    return _load_cifar100_resnet("resnet8_cifar10_distilled.pth", 8, 10)
+
+
 def _load_cifar100_resnet(file: str, depth: int, classes: int) -> Cifar100ResNet:
     state = torch.load(DATA / "weights" / file, map_location="cpu", weights_only=True)["model_state_dict"]
     model = Cifar100ResNet(depth, classes)

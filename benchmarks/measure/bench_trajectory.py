@@ -3,9 +3,9 @@
     python -m benchmarks.measure.bench_trajectory          # ten minutes on one CPU core; resumes
     python -m benchmarks.measure.bench_trajectory --time   # time of 30 checkpoints of ResNet-20
 
-Three ResNet-8 networks are trained on CIFAR-10 (`common/small_networks.py`), with 12 checkpoints each. The checkpoints
-of a run are compared with its last one, and with the trained network of another run. Every measure sees the same 2,000
-test images at the same layers; shares are those of order 0. A score is the mean over layers and runs.
+Two ResNet-8 networks are trained on CIFAR-10 (`common/small_networks.py`), with 30 checkpoints each. The checkpoints
+of a run are compared with its last one, and with the trained network of the other run. Every measure sees the same
+1,000 test images at the same layers; shares are those of order 0. A score is the mean over layers and runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,10 @@ from knowiso_train import compare_stages
 from knowiso_train.diagnosis.comparison import StageComparison
 
 LAYERS = ("layer1", "layer2", "layer3")
-SEEDS = (0, 1, 2)
-NUM_TIMED = 30  # stages in the measurement of time
+SEEDS = (0, 1)
+REFERENCES = {"last checkpoint": 0, "the other run": 1}  # distance of the seeds
+NUM_CHECKPOINTS = 30
+TIMED_IMAGES = 2000
 # Figures of a layer, as functions of its result that rise as a stage approaches the reference
 FIGURES = {
     "kept share": lambda entry: entry.kept,
@@ -71,17 +74,26 @@ def scores(comparison: StageComparison) -> dict[str, list[float]]:
     }
 
 
-def orders(images: int, num_checkpoints: int) -> dict[str, Any]:
-    """Return a table of the scores, and the scores of every layer and run."""
+def orders(images: int, num_checkpoints: int) -> Iterator[dict[str, Any]]:
+    """Yield a table of the scores, and the scores and shares of every layer and run, after each reference."""
     rows: dict[str, dict[str, Any]] = {name: {"measure": name} for name in FIGURES}
     details = {}
-    for reference, offset in (("last checkpoint", 0), ("another run", 1)):
-        by_run = {seed: scores(trajectory(seed, SEEDS[seed - offset], images, num_checkpoints)) for seed in SEEDS}
-        details[reference] = by_run
+    for reference, distance in REFERENCES.items():
+        by_run = {seed: trajectory(seed, SEEDS[seed - distance], images, num_checkpoints) for seed in SEEDS}
+        by_score = {seed: scores(comparison) for seed, comparison in by_run.items()}
+        details[reference] = {
+            seed: {
+                "scores": by_score[seed],
+                "kept": {layer: comparison.curve(layer, "kept") for layer in LAYERS},
+                "agreement": {layer: comparison.curve(layer, "agreement") for layer in LAYERS},
+                "seconds": sum(stage.seconds for stage in comparison),
+            }
+            for seed, comparison in by_run.items()
+        }
         for name, row in rows.items():
-            row[reference] = mean_and_error([float(np.mean(run[name])) for run in by_run.values()])
-            row[f"{reference}, lowest"] = min(value for run in by_run.values() for value in run[name])
-    return {"table": list(rows.values()), "scores": details}
+            row[reference] = mean_and_error([float(np.mean(run[name])) for run in by_score.values()])
+            row[f"{reference}, lowest"] = min(value for run in by_score.values() for value in run[name])
+        yield {"table": list(rows.values()), "runs": details}
 
 
 def interpolated(network: CifarResNet, start: CifarResNet, share: float) -> nn.Module:
@@ -98,7 +110,7 @@ def times(images: int) -> list[dict[str, Any]]:
     """Return the seconds for 30 checkpoints of ResNet-20, both directions, with and without functional figures."""
     torch.manual_seed(0)
     network, start = cifar_resnet(20), CifarResNet(20).eval()
-    shares = [(i + 1) / NUM_TIMED for i in range(NUM_TIMED)]
+    shares = [(i + 1) / NUM_CHECKPOINTS for i in range(NUM_CHECKPOINTS)]
     stages = {f"{share:.2f}": partial(interpolated, network, start, share) for share in shares}
     loader = DataLoader(TensorDataset(*cifar10("test", images)), batch_size=250)
     rows = []
@@ -120,20 +132,21 @@ def times(images: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="test images of each comparison")
-    parser.add_argument("--checkpoints", type=int, default=12, help="checkpoints of each run")
+    parser.add_argument("--images", type=int, default=1000, help="test images of each comparison")
+    parser.add_argument("--checkpoints", type=int, default=NUM_CHECKPOINTS, help="checkpoints of each run")
     parser.add_argument("--time", action="store_true", help="measure the time instead")
     parser.add_argument("--name", help="results file")
     args = parser.parse_args()
-    settings = {"images": args.images, "checkpoints": NUM_TIMED if args.time else args.checkpoints, "order": 0}
     if args.time:
-        rows = times(args.images)
+        rows = times(TIMED_IMAGES)
         print(table(rows))
+        settings = {"images": TIMED_IMAGES, "checkpoints": NUM_CHECKPOINTS, "order": 0}
         record(args.name or "trajectory_time", rows, settings=settings)
         return
-    figures = orders(args.images, args.checkpoints)
-    print(table(figures["table"]))
-    record(args.name or "trajectory", figures, settings=settings)
+    settings = {"images": args.images, "checkpoints": args.checkpoints, "order": 0}
+    for figures in orders(args.images, args.checkpoints):
+        print(table(figures["table"]), flush=True)
+        record(args.name or "trajectory", figures, settings=settings)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from torch import nn
 from knowiso_train import Disentangler, Report, load_pruned, save_pruned
 from knowiso_train.callbacks._curves import plot_curves
 from knowiso_train.callbacks.history import Measurement
+from knowiso_train.diagnosis.comparison import StageResult
+from knowiso_train.diagnosis.comparison._folder import StageFolder
 from knowiso_train.errors import DataError, KnowisoError
 from knowiso_train.experiment.run_folder import RunFolder
 from knowiso_train.measurement.report import PairResult
@@ -30,7 +32,8 @@ from knowiso_train.refinement.report import RefineReport, RefineResult
 from knowiso_train.utils.serialization import LEFTOVER_AGE_SECONDS, read_json, read_tensors, write_file, write_json
 
 NUM_KILLS, NUM_READS = 12, 20
-NUM_PLOT_KILLS = 5  # matplotlib is slow
+NUM_FEW_KILLS = 5  # for slow writers
+UNREAD_WRITERS = ("run", "stage")  # not read while they are written
 
 
 def report(seed: int, repeat: int = 1) -> Report:
@@ -91,6 +94,16 @@ def write_run(folder: Path, seed: int) -> None:
     run.log({"step": seed})
 
 
+def write_stage(folder: Path, seed: int) -> None:
+    StageFolder(folder / "stages", {}).write(
+        StageResult("x", seed, (), None, {"fit": seed}, 0.1), {"seed": [1] * 10_000}
+    )
+
+
+def read_stage(folder: Path) -> None:
+    assert StageFolder(folder / "stages", {}).read("x", {"seed": [1] * 10_000}) is not None
+
+
 def read_run(folder: Path) -> None:
     run = RunFolder(folder / "run", writes=False)
     assert run.load_checkpoint(State(0)).get("step", 0) > 0
@@ -110,6 +123,7 @@ WRITERS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], Any]]] = 
     "curves": (write_curves, lambda folder: read_picture(folder / "shares.png")),
     "maps": (write_maps, lambda folder: Disentangler.load(folder / "maps")),
     "pruned": (write_pruned, lambda folder: load_pruned(folder / "pruned", model=chain(8))),
+    "stage": (write_stage, read_stage),
     "run": (write_run, read_run),
 }
 
@@ -139,7 +153,7 @@ def start_writing(write: Callable[[Path, int], None], folder: Path) -> int:
 def test_a_writer_killed_at_any_moment_leaves_a_readable_file(writer: str, tmp_path: Path) -> None:
     write, read = WRITERS[writer]
     moments = random.Random(7)
-    for _ in range(NUM_PLOT_KILLS if writer in ("picture", "curves") else NUM_KILLS):
+    for _ in range(NUM_FEW_KILLS if writer in ("picture", "curves", "stage") else NUM_KILLS):
         process = start_writing(write, tmp_path)
         time.sleep(0.08 * moments.random())
         os.kill(process, signal.SIGKILL)
@@ -147,7 +161,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_readable_file(writer: str, tmp_p
         read(tmp_path)
 
 
-@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "run"])
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name not in UNREAD_WRITERS])
 def test_every_read_beside_a_writer_succeeds(writer: str, tmp_path: Path) -> None:
     write, read = WRITERS[writer]
     processes = [start_writing(write, tmp_path) for _ in range(2)]
@@ -160,7 +174,7 @@ def test_every_read_beside_a_writer_succeeds(writer: str, tmp_path: Path) -> Non
             os.waitpid(process, 0)
 
 
-@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "run"])
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name not in UNREAD_WRITERS])
 def test_a_full_disk_leaves_the_old_file(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, read = WRITERS[writer]
     write(tmp_path, 1)
