@@ -77,8 +77,8 @@ def test_networks_run_once_on_the_images_to_fit_on() -> None:
     for cache_gib in (2.0, 0.0):
         images.update(dict.fromkeys(networks, 0))
         reports.append(run(networks, functional=False, forward=forward, cache_gib=cache_gib))
-        # Each network has three pairs; the first batch of each determines its layouts
-        assert set(images.values()) == {sum(sizes) + 2 * sizes[0] if cache_gib else 3 * sum(sizes)}
+        # Each network has three pairs; each checks one image, and determines the layouts in its first batch
+        assert set(images.values()) == {3 + (sum(sizes) + 2 * sizes[0] if cache_gib else 3 * sum(sizes))}
     for layer in reports[0].layers:
         np.testing.assert_allclose(reports[0].matrix(layer), reports[1].matrix(layer), rtol=1e-6)
 
