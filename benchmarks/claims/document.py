@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OTHER_SCRIPTS = {"trajectory": "benchmarks.measure.bench_trajectory"}
 SUMMARY, MISSING = "summary", "*Not recorded yet.*"
 VERDICT_COLORS = {"confirmed": "#227b94", "undecided": "#7a7f87", "not confirmed": "#b3261e"}
-ROW_INCHES, WIDTH_INCHES, WRAP_CHARACTERS = 1.05, 7.5, 88
+METHOD_COLORS = ("#16325b", "#e07a1f", "#b3261e", "#7a7f87", "#227b94")
+ROW_INCHES, WIDTH_INCHES, CURVES_INCHES, WRAP_CHARACTERS = 1.05, 7.5, 10.5, 88
 
 
 def document(text: str) -> str:
@@ -124,9 +126,7 @@ def draw(name: str, entries: list[dict[str, Any]]) -> None:
     """Draw the effect of every replicate, with mean and interval, into docs/<name>.svg."""
     import matplotlib.pyplot as plt
 
-    # Text stays text, and the file is the same whenever it is drawn
-    options = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8, "font.family": "sans-serif"}
-    with plt.rc_context(options):
+    with plt.rc_context(svg_options(name)):
         figure, panels = plt.subplots(
             len(entries),
             1,
@@ -153,12 +153,54 @@ def draw(name: str, entries: list[dict[str, Any]]) -> None:
         plt.close(figure)
 
 
+def draw_compression(rows: list[dict[str, Any]]) -> None:
+    """Draw lost shares over the ratios by method and layer, and over redundancy, into docs/compression_curves.svg."""
+    import matplotlib.pyplot as plt
+
+    chains, blocks = ([row for row in rows if row["part"] == part] for part in ("chain", "blocks"))
+    layers = list(chains[0]["stages"][0]["layers"])
+    methods = list(dict.fromkeys(stage["method"] for stage in chains[0]["stages"] if stage["ratio"]))
+    with plt.rc_context(svg_options("compression_curves")):
+        figure, panels = plt.subplots(1, len(layers) + 1, figsize=(CURVES_INCHES, 2.6), layout="constrained")
+        for axes, layer in zip(panels, layers, strict=False):
+            for method, color in zip(methods, METHOD_COLORS, strict=True):
+                stages = [[stage for stage in row["stages"] if stage["method"] == method] for row in chains]
+                ratios = [stage["ratio"] for stage in stages[0]]
+                shares = [[100 * stage["layers"][layer]["lost"] for stage in stage_row] for stage_row in stages]
+                means = [statistics.fmean(column) for column in zip(*shares, strict=True)]
+                errors = [statistics.stdev(column) / len(shares) ** 0.5 for column in zip(*shares, strict=True)]
+                axes.errorbar(ratios, means, errors, color=color, marker="o", markersize=3, linewidth=1.3, label=method)
+            axes.set_title(f"{layer}: lost share, %", loc="left")
+            axes.set_xlabel("reduction of multiply-adds")
+            axes.set_ylim(0, 100)
+        for row, color in zip(blocks, METHOD_COLORS, strict=False):
+            redundancies, lost = ([100 * value for value in row[key].values()] for key in ("redundancy", "lost"))
+            panels[-1].plot(redundancies, lost, "o", color=color, markersize=3.5, alpha=0.8, label=row["network"])
+        panels[-1].set_title("blocks: lost share, %", loc="left")
+        panels[-1].set_xlabel("redundancy, %")
+        panels[-1].set_ylim(0, None)
+        for axes in panels:
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        for axes in (panels[0], panels[-1]):
+            axes.legend(frameon=False, fontsize=6.5)
+        figure.savefig(DOCUMENT.with_name("compression_curves.svg"), metadata={"Date": None})
+        plt.close(figure)
+
+
+def svg_options(name: str) -> dict[str, Any]:
+    """Return options with which text stays text, and a file is the same whenever it is drawn."""
+    return {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8, "font.family": "sans-serif"}
+
+
 def main() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     DOCUMENT.write_text(document(text), encoding="utf-8")
     for _, name, _ in MARKED.findall(text):
         if entries := claims(None if name == SUMMARY else read(name)):
             draw(name, entries)
+    if (compression := read("claims_compression")) is not None:
+        draw_compression(compression["figures"]["rows"])
     print(f"{DOCUMENT} written")
 
 

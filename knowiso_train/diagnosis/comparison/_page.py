@@ -68,11 +68,14 @@ def _overview(comparison: StageComparison) -> Html:
     ]
     rows = [_stage_row(comparison, stage) for stage in comparison]
     tables = [_figure_table(comparison, figure) for figure in shown_tables(comparison)]
-    step = 2 if len(comparison.layers) <= MAX_ADJACENT_LAYERS else 1
-    groups = [side_by_side([[part] for part in tables[i : i + step]]) for i in range(0, len(tables), step)]
-    lost, *others = groups
-    parts = [paragraph(_unbroken(loss_summary(comparison))), lost, note([START_NOTE])]
-    return join([*parts, table("Each stage", columns, rows), *others])
+    parts = [paragraph(loss_summary(comparison)), note([START_NOTE]), _arrange(comparison, tables[:2])]
+    return join([*parts, table("Each stage", columns, rows), _arrange(comparison, tables[2:])])
+
+
+def _arrange(comparison: StageComparison, tables: list[Html]) -> Html:
+    """Return tables side by side, or below each other where they have many columns."""
+    is_narrow = len(comparison.layers) <= MAX_ADJACENT_LAYERS
+    return side_by_side([[part] for part in tables]) if tables and is_narrow else join(tables)
 
 
 def _stage_row(comparison: StageComparison, stage: StageResult) -> list[Cell]:
@@ -93,7 +96,7 @@ def _stage_row(comparison: StageComparison, stage: StageResult) -> list[Cell]:
 
 
 def _layer_cell(stage: StageResult, layer: str | None) -> Cell:
-    return Cell("–" if layer is None else _unbroken(f"{layer} ({percent(stage[layer].lost)})"))
+    return Cell("–" if layer is None else f"{layer} ({percent(stage[layer].lost)})")
 
 
 def _figure_table(comparison: StageComparison, figure: StageFigure) -> Html:
@@ -117,11 +120,6 @@ def _figure_cell(stage: StageResult, layer: str, figure: StageFigure, *, is_star
     return Cell(
         text, None if math.isnan(value) else value, hint, strength=value if figure in ("lost", "gained") else None
     )
-
-
-def _unbroken(text: str) -> str:
-    """Return a text whose lines do not break between a number and its percent sign."""
-    return text.replace(" %", "\u00a0%")
 
 
 def _layer(comparison: StageComparison, layer: str) -> Html:
