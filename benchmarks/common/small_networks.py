@@ -17,10 +17,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from benchmarks.baselines.feature_kd import FitNet
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.baselines.distillation.hints import FitNet
 from benchmarks.common.augment import random_crops_and_flips
 from benchmarks.common.models import CifarResNet, cifar_resnet
 from knowiso_train import FeatureTaps, IsomorphismLoss

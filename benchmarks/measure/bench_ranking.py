@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ from benchmarks.common.models import cifar10
 from benchmarks.common.results import RESULTS, record, table
 from benchmarks.common.small_networks import Training, trained_network
 from benchmarks.common.stats import mean_and_error, spearman
-from knowiso_train import measure
+from knowiso_train import FeatureTaps, measure
 
 LAYERS = ("layer1", "layer2", "layer3")
 SEEDS = (0, 1, 2)
@@ -67,6 +68,11 @@ class Variant:
     checkpoint: int = -1
     sparsity: float = 0.0
 
+    @property
+    def key(self) -> str:
+        """Text of all settings, equal in all versions of the benchmark."""
+        return f"{self.training.folder.name},checkpoint={self.checkpoint},sparsity={self.sparsity}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -80,7 +86,7 @@ class Comparison:
 
     @property
     def key(self) -> str:
-        return f"{self.ordering}/{self.group}/{self.value}/{self.reference}/{self.variant}"
+        return f"{self.ordering}/{self.group}/{self.value}/{self.reference.key}/{self.variant.key}"
 
 
 def comparisons() -> Iterator[Comparison]:
@@ -161,26 +167,20 @@ def similarities(comparison: Comparison, data: Any, loader: DataLoader[Any]) -> 
     return {name: [(rows[i][name] + rows[half + i][name]) / 2 for i in range(half)] for name in rows[0]}
 
 
-class PooledStages(nn.Module):
-    """Network whose stage outputs also pass, averaged over the positions, through modules that can be measured."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.pooled = model, nn.ModuleDict({name: nn.Identity() for name in LAYERS})
-        for name in LAYERS:
-            pool = self.pooled[name]
-            model.get_submodule(name).register_forward_hook(
-                lambda _, args, output, pool=pool: (pool(output.mean((2, 3))), None)[1]
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.model(x)
-        return output
+@torch.no_grad()
+def pooled_features(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output of each layer, averaged over the positions: one (N, C) each."""
+    pooled: dict[str, list[torch.Tensor]] = {name: [] for name in LAYERS}
+    with FeatureTaps(model, LAYERS) as taps:
+        for batch in images.split(250):
+            model(batch)
+            for name in LAYERS:
+                pooled[name].append(taps[name].mean((2, 3)))
+    return [torch.cat(pooled[name]) for name in LAYERS]
 
 
-def variants(comparison: Comparison, data: Any, loader: DataLoader[Any]) -> dict[str, list[float]]:
+def variants(comparison: Comparison, data: Any, loader: DataLoader[Any], pooled: Any) -> dict[str, list[float]]:
     """Return the declared variants of our measures as a list over layers, where higher means closer."""
-    networks = [network(variant, data) for variant in (comparison.reference, comparison.variant)]
     options: dict[str, Any] = {
         "order": 0,
         "directions": "both",
@@ -188,20 +188,25 @@ def variants(comparison: Comparison, data: Any, loader: DataLoader[Any]) -> dict
         "bootstrap": 0,
         "progress": False,
     }
-    outputs = measure(*networks, loader, list(LAYERS), functional=True, **options)
-    pooled = measure(*map(PooledStages, networks), loader, [f"pooled.{name}" for name in LAYERS], **options)
-    explained = [
-        (forward.explained, backward.explained)
-        for forward, backward in zip(pooled.forward, pooled.backward, strict=True)
-    ]
-    divergences = [
-        (forward.functional[0].kl, backward.functional[0].kl)
-        for forward, backward in zip(outputs.forward, outputs.backward, strict=True)
-    ]
+    both = (comparison.reference, comparison.variant)
+    outputs = measure(*(network(variant, data) for variant in both), loader, list(LAYERS), functional=True, **options)
+    kl = zip(outputs.forward, outputs.backward, strict=True)
+    explained = []
+    for features in zip(*map(pooled, both), strict=True):
+        pair = measure(
+            nn.Sequential(nn.Identity()),
+            nn.Sequential(nn.Identity()),
+            DataLoader(TensorDataset(torch.stack(features, 1)), batch_size=250),
+            "0",
+            source_transform=lambda x: x[:, 0],
+            target_transform=lambda x: x[:, 1],
+            **options,
+        )
+        explained.append([1 - part.unexplained for part in (pair.forward[0], pair.backward[0])])
     return {
-        POOLED: [sum(both) / 2 for both in explained],
-        POOLED_WEAKER: [min(both) for both in explained],
-        KL_WEAKER: [-max(both) for both in divergences],
+        POOLED: [sum(shares) / 2 for shares in explained],
+        POOLED_WEAKER: [min(shares) for shares in explained],
+        KL_WEAKER: [-max(part.functional[0].kl for part in parts) for parts in kl],
     }
 
 
@@ -259,6 +264,7 @@ def main() -> None:
         rows = stored["figures"]["rows"]
     finished = {row["key"]: row for row in rows}
     loader = DataLoader(TensorDataset(*test), batch_size=250)
+    pooled = functools.cache(lambda variant: pooled_features(network(variant, data), test[0]))
     for pair in tqdm(pairs, desc="compare", unit="pair"):
         if pair.key not in finished:
             row = {"key": pair.key, "ordering": pair.ordering, "group": pair.group, "value": pair.value}
@@ -266,7 +272,7 @@ def main() -> None:
             finished[pair.key] = rows[-1]
         values = finished[pair.key]["similarities"]
         if not values.keys() >= set(VARIANTS):
-            values |= variants(pair, data, loader)
+            values |= variants(pair, data, loader, pooled)
             record(args.name, {"rows": rows}, settings=settings)
     scores = score_rows(rows)
     print(table(scores))
