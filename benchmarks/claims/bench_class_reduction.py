@@ -27,6 +27,7 @@ from benchmarks.common.small_networks import Training, accuracy, trained_network
 from benchmarks.common.stats import mean_and_error
 
 NUM_CLASSES, NUM_STEPS, ORDER = 10, 600, 2
+MAX_ROWS = 40_000  # positions that orders 1 and 2 are fitted on
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean variance of a feature
 SELECTION_STRIDE = 5  # every fifth training image selects the ridge
 SECTION = "4, feature refinement"
@@ -135,7 +136,7 @@ def figures(seed: int) -> dict[str, Any]:
         small = small_network(seed, trained_on)
         if name == "the same classes":
             result["small network"] = accuracy(small, test_images, test_labels)
-        maps = ki.Disentangler(order=ORDER, seed=seed).fit(layer3(small, train_images), train)
+        maps = ki.Disentangler(order=ORDER, max_rows=MAX_ROWS, seed=seed).fit(layer3(small, train_images), train)
         with torch.no_grad():
             parts = [
                 [torch.stack(maps.components(layer3(small, batch))[: k + 1]).sum(0) for batch in images.split(500)]

@@ -23,7 +23,7 @@ OTHER_SCRIPTS = {"trajectory": "benchmarks.measure.bench_trajectory"}
 SUMMARY, MISSING = "summary", "*Not recorded yet.*"
 VERDICT_COLORS = {"confirmed": "#227b94", "undecided": "#7a7f87", "not confirmed": "#b3261e"}
 METHOD_COLORS = ("#16325b", "#e07a1f", "#b3261e", "#7a7f87", "#227b94")
-ROW_INCHES, WIDTH_INCHES, CURVES_INCHES, WRAP_CHARACTERS = 1.05, 7.5, 10.5, 88
+ROW_INCHES, WIDTH_INCHES, CURVES_INCHES, WRAP_CHARACTERS = 0.95, 7.5, 10.5, 110
 
 
 def document(text: str) -> str:
@@ -143,9 +143,8 @@ def draw(name: str, entries: list[dict[str, Any]]) -> None:
             axes.plot(claim["effects"], [0.35] * len(claim["effects"]), "o", color=color, alpha=0.6, markersize=4)
             axes.set_ylim(-0.4, 0.75)
             axes.set_yticks([])
-            axes.set_title(
-                "\n".join(textwrap.wrap(f"{claim['verdict']}: {claim['claim']}", WRAP_CHARACTERS)), loc="left"
-            )
+            title = f"{upper_first(claim['verdict'])}: {lower_first(claim['claim'])}"
+            axes.set_title("\n".join(textwrap.wrap(title, WRAP_CHARACTERS)), loc="left")
             axes.set_xlabel("\n".join(textwrap.wrap(claim["measured"], WRAP_CHARACTERS)), color="#5f6368")
             for side in ("left", "top", "right"):
                 axes.spines[side].set_visible(False)
