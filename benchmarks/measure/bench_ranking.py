@@ -174,8 +174,9 @@ def pooled_features(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor
     with FeatureTaps(model, LAYERS) as taps:
         for batch in images.split(250):
             model(batch)
+            features = taps.collect()
             for name in LAYERS:
-                pooled[name].append(taps[name].mean((2, 3)))
+                pooled[name].append(features[name].mean((2, 3)))
     return [torch.cat(pooled[name]) for name in LAYERS]
 
 

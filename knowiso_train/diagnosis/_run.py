@@ -18,7 +18,7 @@ from knowiso_train.diagnosis.config import DiagnoseConfig
 from knowiso_train.diagnosis.report import Diagnosis
 from knowiso_train.errors import CapacityError, OptionError
 from knowiso_train.features.extractor import Extractor, sides_of_networks
-from knowiso_train.features.modules import LayerPair, has_collective_forward, pair_layers
+from knowiso_train.features.modules import LayerPair, has_collective_forward, is_sharded, pair_layers, unwrap_model
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import IndexedBatch, SplitImageLoader
@@ -54,8 +54,9 @@ class DiagnosisRun:
         config: MeasureConfig,
         options: DiagnoseConfig,
     ) -> None:
-        self.networks, self.names, self.transforms = networks, names, transforms
+        self.names, self.transforms = names, transforms
         self.config, self.options, self.group = config, options, ProcessGroup()
+        self.networks = [self._local_network(network, name) for network, name in zip(networks, names, strict=True)]
         self.images = SplitImageLoader(loader, config.split, config.seed, config.max_images, self.group)
         self.show_progress = config.progress and self.group.rank == 0
         self.num_images: dict[str, int] = {}
@@ -63,8 +64,6 @@ class DiagnosisRun:
     def diagnose(self, layers: Layers) -> Diagnosis:
         """Return the diagnosis of layer pairs."""
         start = time.perf_counter()
-        if self.group.size > 1 and any(map(has_collective_forward, self.networks)):
-            raise OptionError("diagnose needs networks that each process holds completely, got one that is sharded")
         checked_device(self.config.device, *self.networks)  # initializes CUDA, whose random state is then restored too
         with ExitStack() as stack:
             stack.enter_context(preserve_state(*self.networks))
@@ -96,6 +95,22 @@ class DiagnosisRun:
             seconds=time.perf_counter() - start,
             versions=library_versions(),
         )
+
+    def _local_network(self, network: nn.Module, name: str) -> nn.Module:
+        """Return a network whose forward does not wait for the other processes: that inside DDP, or itself.
+
+        Raises:
+            OptionError: A network that FSDP shards.
+        """
+        if self.group.size == 1 or not has_collective_forward(network):
+            return network
+        local = network if is_sharded(network) else unwrap_model(network)
+        if has_collective_forward(local):
+            raise OptionError(
+                f"diagnose needs networks that each process holds completely, but FSDP shards {name}, or a part of it "
+                "is in DDP; load its weights into a plain network"
+            )
+        return local
 
     def _measure(self, layers: Layers) -> list[Examination]:
         """Measure the weak network with each strong one, and the strong ones with each other."""

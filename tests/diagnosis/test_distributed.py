@@ -1,30 +1,39 @@
-"""Two processes (gloo) diagnose what one diagnoses, also where the images do not divide evenly."""
+"""Two processes (gloo) diagnose what one diagnoses, also under DDP; networks that FSDP shards are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train import diagnose
 from knowiso_train.diagnosis import Diagnosis
+from knowiso_train.errors import OptionError
 from tests.diagnosis.test_diagnose import FeatureNetwork, erase_channels, figures, images, noise
 from tests.helpers.processes import WORLD, run_in_processes
 
 
-def diagnosis() -> Diagnosis:
+def diagnosis(wrap: Callable[[nn.Module], nn.Module] = lambda network: network) -> Diagnosis:
     data = TensorDataset(images(203), torch.arange(203) % 3)
-    weak = FeatureNetwork(erase_channels(2, 5))
+    weak = wrap(FeatureNetwork(erase_channels(2, 5)))
     strong = [FeatureNetwork(), FeatureNetwork(noise(2), 10)]
     loader = DataLoader(data, batch_size=16)
     return diagnose(weak, strong, loader, "feature", progress=False, bootstrap=20, num_directions=2)
 
 
 def save_diagnosis(rank: int, folder: str) -> None:
-    diagnosis().to_json(Path(folder) / f"{rank}.json")
+    diagnosis(DistributedDataParallel).to_json(Path(folder) / f"{rank}.json")
+    mesh = init_device_mesh("cpu", (WORLD,))
+    with pytest.raises(OptionError, match=r"FSDP shards FeatureNetwork \(weak\)"):
+        diagnosis(lambda network: fully_shard(network, mesh=mesh))
 
 
 # Erased channels have no variance, of which the measurement warns
