@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train.errors import ShapeError
-from knowiso_train.regression.sampling import Sample
+from knowiso_train.regression.sampling import Sample, trim
 
 MAX_BATCH_POSITIONS = 16_384
 MAX_SOURCE_DEVIATIONS = 30.0  # of a standardized channel
@@ -88,22 +89,33 @@ class ClosedFormMaps(nn.Module):
         Args:
             x: Projected source.
             order: Number of hidden layers.
-            inside: 1 within the image and 0 in its padding, where x is a crop with a margin.
+            inside: 1 within the image and 0 in its padding, where x is a crop with a margin of (order + 1) · (k // 2).
+                The features then have the margin k // 2.
         """
         a, features = self.standardize(x), [x]
+        radius = self.kernel_size // 2
+        padding = radius if inside is None else 0
         # The padding of a whole image is 0 in every layer, so a crop's margin outside the image is set to 0 after each
         if inside is not None:
             a = a * inside
         for layer in self.layers[:order]:
-            a = torch.relu(layer(a))
+            a = torch.relu(F.conv2d(a, layer.weight, layer.bias, padding=padding))  # type: ignore[arg-type]
             if inside is not None:
+                inside = trim(inside, radius)
                 a = a * inside
             features.append(a)
-        return features
+        if inside is None:
+            return features
+        return [trim(feature, (order - k) * radius) for k, feature in enumerate(features)]
 
-    def readout(self, order: int, features: list[Tensor]) -> Tensor:
-        """Return x^(order), of order ≥ 1, from x, a_1, …, a_order."""
-        outputs = [readout(a) for readout, a in zip(self.readouts_of(order), features, strict=True)]
+    def readout(self, order: int, features: list[Tensor], *, padded: bool = True) -> Tensor:
+        """Return x^(order) from x, a_1, …, a_order; without padding where they have the margin k // 2."""
+        readouts = [self.linear] if order == 0 else self.readouts_of(order)
+        padding = self.kernel_size // 2 if padded else 0
+        outputs = [
+            F.conv2d(a, readout.weight, readout.bias, padding=padding)
+            for readout, a in zip(readouts, features, strict=True)
+        ]
         return torch.stack(outputs).sum(0)
 
     def layer(self, order: int) -> nn.Conv2d:
@@ -118,7 +130,7 @@ class ClosedFormMaps(nn.Module):
         """Return x^(0) … x^(K), each (N, C_B, H, W)."""
         x = self.project(x)
         features = self.features(x, self.order)
-        return [self.linear(x), *(self.readout(k, features[: k + 1]) for k in range(1, self.order + 1))]
+        return [self.readout(k, features[: k + 1]) for k in range(self.order + 1)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return g(x), the sum of the components."""
@@ -131,17 +143,11 @@ def split_indices(sample: Sample) -> list[Tensor]:
     return list(torch.split(torch.arange(len(sample), device=sample.x.device), batch_size))
 
 
-def trim(feature: Tensor, margin: int) -> Tensor:
-    """Remove a margin of positions on every side of (N, C, H, W)."""
-    return feature if margin == 0 else feature[:, :, margin:-margin, margin:-margin]
-
-
 @torch.no_grad()
 def predict_component(maps: ClosedFormMaps, order: int, sample: Sample) -> Tensor:
     """Return x^(order) at the sample's targets."""
     parts = []
     for index in split_indices(sample):
-        part = sample.batch(index)
-        out = maps.linear(part.x) if order == 0 else maps.readout(order, maps.features(part.x, order, part.inside))
-        parts.append(trim(out, sample.halo))
+        part = sample.batch(index).with_margin((order + 1) * (maps.kernel_size // 2))
+        parts.append(maps.readout(order, maps.features(part.x, order, part.inside), padded=part.inside is None))
     return torch.cat(parts)

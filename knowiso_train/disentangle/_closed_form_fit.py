@@ -24,7 +24,7 @@ from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, Lin
 from knowiso_train.regression.sampling import FeatureSample, Sample, sample_positions
 
 # Default channels of the hidden maps, a multiple of the target's between a minimum and maxima by kernel size
-MIN_HIDDEN, HIDDEN_PER_CHANNEL, MAX_POINTWISE_HIDDEN, MAX_PATCH_HIDDEN = 4, 4, 768, 192
+MIN_HIDDEN, HIDDEN_PER_CHANNEL, MAX_POINTWISE_HIDDEN, MAX_PATCH_HIDDEN = 4, 4, 768, 128
 MIN_ROWS_PER_FEATURE = 2  # fewer positions per feature are reported with a warning
 MIN_TARGET_SCALE = 1e-30
 EIGENDECOMPOSITION_PRODUCTS = 25  # d³ products take as long as the eigendecomposition of a matrix (d, d)

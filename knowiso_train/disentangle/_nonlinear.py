@@ -12,12 +12,11 @@ from knowiso_train.disentangle._closed_form import (
     MAX_SOURCE_DEVIATIONS,
     ClosedFormMaps,
     split_indices,
-    trim,
 )
 from knowiso_train.disentangle._readouts import ReadoutSolver
 from knowiso_train.disentangle.config import NonlinearConfig
 from knowiso_train.optim import Muon
-from knowiso_train.regression.sampling import Sample
+from knowiso_train.regression.sampling import Sample, trim
 
 FIRST_GAIN_PROGRESS = 0.25  # fraction of the steps after which training stops without a gain
 MIN_GAIN = 1e-5  # fraction of the residual's energy on the selection images that counts as a gain
@@ -60,6 +59,8 @@ def fit_order(
     """
     if order == 1:
         _standardize_source(maps, fit)
+    margin = (order + 1) * (maps.kernel_size // 2)
+    fit, select = fit.with_margin(margin), None if select is None else select.with_margin(margin)
     _initialize_hidden(maps, order, torch.Generator().manual_seed(seed * 1000 + order))
     exact = config.is_exact(maps.kernel_size, solver.ridge)
     has_gain = _Training(maps, order, fit, select, scale, config, exact=exact).run(advance)
@@ -116,18 +117,16 @@ class _Training:
         self.is_centered = exact and maps.kernel_size == 1
         # Without selection images, scaling by the least-squares factor cannot increase the energy of the fitting sample
         self.select = fit if select is None else select.first(MAX_SELECT_ROWS)
-        readouts = maps.readouts_of(order)
-        self.bias = torch.zeros_like(readouts[0].bias)  # type: ignore[arg-type]
-        self.weights = [torch.zeros_like(readout.weight) for readout in readouts]
-        if self.is_centered:
-            del self.weights[:-1]
+        readouts = maps.readouts_of(order)[-1 if self.is_centered else 0 :]
+        self.bias = fit.y.new_zeros(len(readouts[0].weight), dtype=readouts[0].weight.dtype)
+        self.weight = torch.zeros_like(torch.cat([readout.weight for readout in readouts], 1))
 
     def run(self, advance: Callable[[float], None]) -> bool:
         """Train, and write the readouts; return False, with readouts unchanged, if there is no gain."""
         config, fit = self.config, self.fit
         images, num_steps = config.schedule(self.order, len(fit), fit.rows, exact=self.exact)
         peak_lr = config.peak_lr(self.order, exact=self.exact)
-        parameters: list[Tensor] = [*self.layer.parameters(), *self.weights, self.bias]
+        parameters: list[Tensor] = [*self.layer.parameters(), self.weight, self.bias]
         optimizer = Muon(
             parameters,
             peak_lr,
@@ -165,7 +164,8 @@ class _Training:
     def _component(self, part: Sample) -> Tensor:
         """Return x^(order) / scale, differentiable in the trained parameters."""
         features, inside = self._lower_features(part)
-        padding, dtype = self.layer.padding, self.dtype
+        radius, dtype = self.maps.kernel_size // 2, self.dtype
+        padding = 0 if part.halo else radius
         hidden = features[-1] if self.order > 1 else _clamped(features[0])
         weight, bias = (p.to(dtype) for p in self.layer.parameters())
         z = F.conv2d(hidden, weight, bias, padding=padding)
@@ -176,26 +176,31 @@ class _Training:
             slope = (z.detach() > 0).to(offset.dtype).mean((0, 2, 3), keepdim=True)
             inputs = a - slope.to(dtype) * z
         else:
-            inputs = torch.cat([*features, a if inside is None else a * inside], 1)
+            if inside is not None:
+                features = [trim(feature, (self.order - k) * radius) for k, feature in enumerate(features)]
+                a = a * trim(inside, radius)
+            inputs = torch.cat([*features, a], 1)
             # V_0 x / s = V_0 a_0 + V_0 (c / s) within the image
-            kernel = (self.weights[0] * (self.maps.center / self.maps.scale)).sum(1, keepdim=True)
-            mask = torch.ones_like(part.x[:1, :1]) if part.inside is None else part.inside
+            ratio = self.maps.center / self.maps.scale
+            kernel = (self.weight[:, : len(ratio)] * ratio).sum(1, keepdim=True)
+            mask = torch.ones_like(part.x[:1, :1]) if part.inside is None else trim(part.inside, self.order * radius)
             offset = offset + F.conv2d(mask, kernel, padding=padding)
-        output = F.conv2d(inputs, torch.cat(self.weights, 1).to(dtype), padding=padding)
-        return trim(output.to(offset.dtype) + offset, part.halo)
+        output = F.conv2d(inputs, self.weight.to(dtype), padding=padding)
+        return output.to(offset.dtype) + offset
 
     @torch.no_grad()
     def _lower_features(self, part: Sample) -> tuple[list[Tensor], Tensor | None]:
-        """Return a_0 without its limit, a_1 … a_{order-1} and the mask of the image, in the type of the training."""
+        """Return a_0 without its limit, a_1 … a_{order-1} and the mask of the last, in the type of the training."""
         a = ((part.x - self.maps.center) / self.maps.scale).to(self.dtype, memory_format=torch.channels_last)
         inside = None if part.inside is None else part.inside.to(self.dtype)
         features = [a if inside is None else a * inside]
-        hidden = _clamped(features[0])
+        hidden, radius = _clamped(features[0]), self.maps.kernel_size // 2
         for k in range(1, self.order):
             layer = self.maps.layer(k)
             weight, bias = (p.to(self.dtype) for p in layer.parameters())
-            hidden = torch.relu(F.conv2d(hidden, weight, bias, padding=layer.padding))
+            hidden = torch.relu(F.conv2d(hidden, weight, bias, padding=radius if inside is None else 0))
             if inside is not None:
+                inside = trim(inside, radius)
                 hidden = hidden * inside
             features.append(hidden)
         return features, inside
@@ -215,7 +220,8 @@ class _Training:
     def _write_readouts(self, factor: float) -> None:
         """Write the readouts in units of the features: y / scale → y, and x / maps.scale → x."""
         readouts = self.maps.readouts_of(self.order)
-        for readout, weight in zip(readouts, self.weights, strict=True):
+        weights = torch.split(self.weight, [readout.in_channels for readout in readouts], 1)
+        for readout, weight in zip(readouts, weights, strict=True):
             readout.weight.copy_(weight * (self.scale * factor))
         readouts[0].weight /= self.maps.scale
         readouts[0].bias.copy_(self.bias * (self.scale * factor))  # type: ignore[union-attr]
@@ -229,7 +235,8 @@ def _clamped(a: Tensor) -> Tensor:
 def _normalize_hidden(maps: ClosedFormMaps, order: int, fit: Sample) -> None:
     """Scale the channels of a_k to unit standard deviation for the next order, without a change of the component."""
     part = fit.first(MAX_NORMALIZATION_ROWS)
-    deviation = trim(maps.features(part.x, order, part.inside)[-1], part.halo).std((0, 2, 3))
+    margin = maps.kernel_size // 2 if part.halo else 0
+    deviation = trim(maps.features(part.x, order, part.inside)[-1], margin).std((0, 2, 3))
     deviation = torch.nan_to_num(deviation).clamp(min=MIN_HIDDEN_DEVIATION * torch.nan_to_num(deviation).mean())
     deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
     # ReLU is homogeneous: V ReLU(M a + c) = (V D) ReLU(D⁻¹ (M a + c)) for a positive diagonal D

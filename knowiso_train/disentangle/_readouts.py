@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knowiso_train.disentangle._closed_form import ClosedFormMaps, split_indices, trim
+from knowiso_train.disentangle._closed_form import ClosedFormMaps, split_indices
 from knowiso_train.ops.im2col import write_weight
 from knowiso_train.regression.moments import Moments, StreamingMoments
 from knowiso_train.regression.ridge import Ridge, dampening, solve_dampened, solve_ridge
-from knowiso_train.regression.sampling import Sample
+from knowiso_train.regression.sampling import Sample, trim
 
 
 class ReadoutSolver:
@@ -96,6 +96,7 @@ def order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
     # A crop's features keep a margin of k // 2, so that the patches at its border are complete. Targets are padded to
     # that size, and only the positions in the interior are used.
     margin = maps.kernel_size // 2 if sample.halo else 0
+    sample = sample.with_margin((order + 1) * margin)
     height, width = (side + 2 * margin for side in sample.y.shape[2:])
     grid = torch.arange(height * width, device=sample.x.device).view(1, 1, height, width)
     positions = trim(grid, margin).flatten()[None] if margin else None
@@ -103,7 +104,7 @@ def order_moments(maps: ClosedFormMaps, order: int, sample: Sample) -> Moments:
     moments = StreamingMoments(channels, sample.y.shape[1], maps.kernel_size, sample.x.device)
     for index in split_indices(sample):
         part = sample.batch(index)
-        x = trim(torch.cat(maps.features(part.x, order, part.inside), 1), sample.halo - margin)
+        x = torch.cat(maps.features(part.x, order, part.inside), 1)
         moments.update(x, F.pad(part.y, (margin,) * 4), None if positions is None else positions.expand(len(x), -1))
     widths = [maps.linear.in_channels, *[maps.hidden] * order]
     return _select_columns(moments.value, columns_by_feature(widths, maps.kernel_size).to(sample.x.device))

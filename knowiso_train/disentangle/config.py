@@ -32,7 +32,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Order = Annotated[int, Range(0, 16)]
 
 EXACT_LR, TRAINED_LR = 0.07, 0.05
-EXACT_ROWS, TRAINED_ROWS = 100_000, 350_000  # positions in the training of order 1
+EXACT_ROWS, TRAINED_ROWS = 100_000, 375_000  # positions in the training of order 1
 MAX_STEPS = 600
 DEFAULT_MAX_ROWS = 131_072  # positions that the closed form keeps for orders ≥ 1
 MIN_BATCH_ROWS = 64  # positions; small samples are divided into 32 batches, but not into smaller ones than this
@@ -80,7 +80,7 @@ class NonlinearConfig:
         weight_decay: Decoupled weight decay of matrices.
         batch_rows: Positions per step; fewer for small samples.
         rows_seen: Positions over the training of order 1; half of them above where the readout is trained. Default:
-            100,000 where the readout is exact, else 350,000.
+            100,000 where the readout is exact, else 375,000.
         readout: "trained" keeps the readouts trained with the hidden map, shrunk by a factor from the selection images.
             "exact" solves `V_k ã_k` in closed form afterwards, orthogonal to all lower orders at ridge 0. "auto" is
             exact for 1 × 1 maps and where `ridge` is a number: the moments of wider maps take longer than the training.

@@ -14,7 +14,7 @@ from torch import Tensor
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import Stream, hash_unit
 
-MIN_CROP_SIDE = 8  # positions; in a smaller crop the halo of the hidden layers outweighs the targets
+MIN_CROP_SIDE = 16  # positions; in a smaller crop the halo of the hidden layers outweighs the targets
 MIN_SCATTERED_POSITIONS = 16  # of each image
 MAX_STORED_RATIO = 1.25  # stored images per image allowed, above which the surplus is dropped
 COMPACTION_SLACK_IMAGES = 64
@@ -61,9 +61,20 @@ class Sample:
         """Return the first images with at most `max_rows` positions, but at least one image, without a copy."""
         return self.slice(0, min(len(self), max(1, max_rows * len(self) // self.rows)))
 
+    def with_margin(self, halo: int) -> Sample:
+        """Return crops with a margin of at most `halo`, without a copy; whole images stay whole."""
+        if self.inside is None or self.halo <= halo:
+            return self
+        return Sample(trim(self.x, self.halo - halo), self.y, trim(self.inside, self.halo - halo), halo)
+
     def with_target(self, y: Tensor) -> Sample:
         """Return the same sources with another target."""
         return Sample(self.x, y, self.inside, self.halo)
+
+
+def trim(feature: Tensor, margin: int) -> Tensor:
+    """Remove a margin of positions on every side of (N, C, H, W)."""
+    return feature if margin == 0 else feature[:, :, margin:-margin, margin:-margin]
 
 
 def sample_positions(index: NDArray[np.int64], num_positions: int, count: int, seed: int) -> Tensor:

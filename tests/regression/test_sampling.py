@@ -63,12 +63,12 @@ def test_hidden_maps_on_crops_equal_those_on_whole_images(kernel_size: int, orde
     whole = maps.components(x)[order]
     where = torch.arange(grid[0] * grid[1], dtype=torch.float64).view(1, 1, *grid).expand(6, 1, *grid)
     sample = FeatureSample(
-        max_rows=6 * 100, expected_images=6, kernel_size=kernel_size, halo=(order + 1) * (kernel_size // 2)
+        max_rows=6 * 256, expected_images=6, kernel_size=kernel_size, halo=(order + 1) * (kernel_size // 2)
     )
     sample.add(x, torch.cat([whole, where], 1), np.arange(6))
     kept = sample.result()
     assert kept.inside is not None
-    assert kept.y.shape[2:] == (10, 10)
+    assert kept.y.shape[2:] == (16, 16)
     truth = kept.with_target(kept.y[:, :2])
     torch.testing.assert_close(predict_component(maps, order, truth), truth.y)
     moments = order_moments(maps, order, truth)
