@@ -31,17 +31,12 @@ from benchmarks.common.models import (
     cifar_bytes,
     cifar_resnet,
 )
-from benchmarks.common.small_networks import Training, accuracy, train_networks, trained_network
+from benchmarks.common.small_networks import Method, Training, accuracy, train_networks, trained_network
 from benchmarks.common.stats import mean_and_error
 from knowiso_train import compare_stages
 
 ALONE = "alone"
-METHODS: dict[str, Training] = {
-    ALONE: Training(),
-    "KD": Training(method="kd"),
-    "FitNet": Training(method="fitnet"),
-    "ours": Training(method="isomorphism"),
-}
+METHODS: dict[str, Method] = {ALONE: "", "KD": "kd", "FitNet": "fitnet", "ours": "isomorphism"}
 REFERENCES = {"teacher": 56, "other network": 44}  # depth
 PUBLIC = {"public pair, 3×3 maps": KERNEL_SIZE, "public pair, 1×1 maps": 1}  # kernel size
 SECTION = "4, explanation of knowledge distillation"
@@ -65,22 +60,20 @@ def compare(
 def student_row(seed: int, depth: int, num_images: int) -> dict[str, Any]:
     """Return the figures of the students of a seed beside a reference."""
     data, test = cifar10("train"), cifar10("test", num_images)
-    stages = {
-        name: partial(trained_network, trained_with_seed(training, seed), *data) for name, training in METHODS.items()
-    }
+    stages = {name: partial(trained_network, training, *data) for name, training in trainings(seed).items()}
     return {"students": compare(cifar_resnet(depth), stages, *test)}
 
 
-def trained_with_seed(training: Training, seed: int) -> Training:
-    return Training(seed=seed, method=training.method)
+def trainings(seed: int) -> dict[str, Training]:
+    """Return the settings of the students of a seed by name."""
+    return {name: Training(seed=seed, method=method) for name, method in METHODS.items()}
 
 
 def training_row(seed: int, num_images: int) -> dict[str, Any]:
     """Train the students of a seed, and return their accuracy on test images."""
     data, test = cifar10("train"), cifar10("test", num_images)
-    trainings = {name: trained_with_seed(training, seed) for name, training in METHODS.items()}
-    train_networks(list(trainings.values()), *data)
-    return {"accuracy": {name: accuracy(trained_network(t, *data), *test) for name, t in trainings.items()}}
+    train_networks(list(trainings(seed).values()), *data)
+    return {"accuracy": {name: accuracy(trained_network(t, *data), *test) for name, t in trainings(seed).items()}}
 
 
 def public_row(num_images: int, kernel_size: int) -> dict[str, Any]:
@@ -103,44 +96,44 @@ def relative_reduction(students: dict[str, Any], name: str, figure: str) -> floa
     return reduction(students, name, figure) / float(np.mean(students[ALONE][figure]))
 
 
-def claims_of(students: list[dict[str, Any]], name: str, reference: str) -> list[dict[str, Any]]:
-    """Return the verdicts on one method beside one reference.
+# Statements about distilled students, with the definition of the effect
+STATEMENTS: dict[str, tuple[str, Callable[[dict[str, Any], str], float]]] = {
+    "discards unreliable features": (
+        "fall of the unreliable share, points",
+        lambda row, name: reduction(row, name, "unreliable"),
+    ),
+    "makes the student's output depend less on unreliable features": (
+        "fall of the functional unreliable share, points",
+        lambda row, name: reduction(row, name, "functional_unreliable"),
+    ),
+    "reduces blind spots": (
+        "fall of the blind spots, points",
+        lambda row, name: reduction(row, name, "blind_spots"),
+    ),
+    "discards unreliable features more than it reduces blind spots": (
+        "fall of the unreliable share minus that of the blind spots, each in % of its value without distillation",
+        lambda row, name: relative_reduction(row, name, "unreliable") - relative_reduction(row, name, "blind_spots"),
+    ),
+}
+
+
+def claims_of(students: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the verdicts on every method: all beside the teacher, and the first beside the other network.
 
     Args:
-        students: Figures of all students, one entry per seed.
-        name: Method.
-        reference: Name of the reference.
+        students: Figures of all students, one entry per seed, by reference.
     """
-    statements: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
-        "discards unreliable features": (
-            "fall of the unreliable share, points",
-            lambda row: reduction(row, name, "unreliable"),
-        ),
-        "reduces the blind spots": (
-            "fall of the blind spots, points",
-            lambda row: reduction(row, name, "blind_spots"),
-        ),
-        "discards unreliable features more than it reduces blind spots": (
-            "fall of the unreliable share minus that of the blind spots, each in % of its value without distillation",
-            lambda row: relative_reduction(row, name, "unreliable") - relative_reduction(row, name, "blind_spots"),
-        ),
-        "makes the student's output depend less on unreliable features": (
-            "fall of the functional unreliable share, points",
-            lambda row: reduction(row, name, "functional_unreliable"),
-        ),
-        "removes blind spots that the reference's output needs": (
-            "fall of the functional blind spots, points",
-            lambda row: reduction(row, name, "functional_blind_spots"),
-        ),
-    }
     return [
         judge(
-            f"Distillation ({name}, beside the {reference}) {statement}",
-            [effect(row) for row in students],
+            f"Distillation ({name}) {statement} beside the {reference}",
+            [effect(row, name) for row in students[reference]],
             section=SECTION,
             measured=f"{measured}, mean of three layers",
         )
-        for statement, (measured, effect) in statements.items()
+        for name in METHODS
+        if name != ALONE
+        for reference in REFERENCES
+        for statement, (measured, effect) in list(STATEMENTS.items())[: None if reference == "teacher" else 1]
     ]
 
 
@@ -163,13 +156,6 @@ def main() -> None:
     }
     for reference, kernel_size in PUBLIC.items():
         students[reference] = [store.row(partial(public_row, args.images, kernel_size), stage=reference)["students"]]
-    claims = [
-        claim
-        for reference, rows in students.items()
-        for name in rows[0]
-        if name != ALONE
-        for claim in claims_of(rows, name, reference)
-    ]
     lines = [
         {
             "beside": reference,
@@ -180,7 +166,7 @@ def main() -> None:
         for reference, rows in students.items()
         for name in rows[0]
     ]
-    store.finish(claims, lines)
+    store.finish(claims_of(students), lines)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from knowiso_train.distillation import kd_loss
 
 CACHE_FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "small_networks"
 BATCH_IMAGES, PEAK_LEARNING_RATE, WARMUP_STEPS, PADDING_PIXELS = 64, 0.1, 30, 4
+Method = Literal["", "kd", "fitnet", "isomorphism"]
 LAYERS, WIDTHS = ("layer1", "layer2", "layer3"), (16, 32, 64)
 TEACHER_DEPTH = 56
 FITNET_WEIGHT = 100.0  # as published; see `FitNet`
@@ -61,7 +62,7 @@ class Training:
     num_steps: int = 600
     num_checkpoints: int = 1
     depth: int = 8
-    method: Literal["", "kd", "fitnet", "isomorphism"] = ""
+    method: Method = ""
     generation: int = 0
 
     @property
