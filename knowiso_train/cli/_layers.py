@@ -17,7 +17,7 @@ SUMMARY_IMAGES = 2  # so that the batch axis differs from axes of size 1
 
 def add_options(options: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    options.add_argument("model", metavar="MODEL", help="timm network")
+    options.add_argument("model", metavar="MODEL", help="name in timm, or hf:OWNER/NAME of transformers")
     options.add_argument(
         "--depth", type=int, default=2, metavar="N", help="dotted segments to show (default: %(default)s)"
     )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 from knowiso_train import __version__
 from knowiso_train.cli import _compare, _diagnose, _layers, _measure, _report
-from knowiso_train.errors import KnowisoError
+from knowiso_train.errors import KnowisoError, MissingDependencyError
+from knowiso_train.utils.option_files import ConfigParser
 
 # Modules with `add_options(parser)` and `run(args)`, and their summaries
 COMMANDS = {
@@ -18,6 +23,12 @@ COMMANDS = {
     "compare": (_compare, "compare descendants of a network, or checkpoints of a training, with a reference"),
     "layers": (_layers, "list the layers of a network, with the shapes they emit"),
     "report": (_report, "show a saved report again"),
+}
+# Recipes, which parse their own options
+RECIPES = {
+    "distill": "distill a teacher into a student, with a table of all methods",
+    "prune": "prune a network, and fine-tune it",
+    "refine": "refine a pretrained network by a second one, with few labels",
 }
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130  # 2 as in argparse; 130 = 128 + SIGINT
 
@@ -32,12 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["report", "missing.json"])
         2
     """
-    args = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in RECIPES:
+        run: Callable[[], Any] = partial(run_recipe, words)
+    else:
+        args = parser().parse_args(words)
+        run = partial(args.run, args)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # for terminals without the character →
     try:
-        args.run(args)
+        run()
     except KnowisoError as error:
         if os.environ.get("KNOWISO_DEBUG", "0") not in ("", "0"):
             raise
@@ -62,9 +78,31 @@ def parser() -> argparse.ArgumentParser:
         prog="knowiso", description="Measure the features that vision networks share, layer by layer."
     )
     root.add_argument("--version", action="version", version=f"knowiso_train {__version__}")
-    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=ConfigParser)
     for name, (command, summary) in COMMANDS.items():
         options = commands.add_parser(name, help=summary, description=command.run.__doc__)
         command.add_options(options)
         options.set_defaults(run=command.run)
+    for name, summary in RECIPES.items():
+        commands.add_parser(name, help=summary, add_help=False)
     return root
+
+
+def run_recipe(words: Sequence[str]) -> None:
+    """Run a recipe in this process.
+
+    Args:
+        words: Name of the recipe and its options.
+    """
+    name = words[0]
+    package = Path(__file__).resolve().parents[1]
+    # Inside an installed package, beside it in a clone of the repository
+    path = next(path for folder in (package, package.parent) if (path := folder / "recipes" / f"{name}.py").is_file())
+    spec = spec_from_file_location(f"knowiso_recipe_{name}", path)
+    if spec is None or spec.loader is None:
+        raise MissingDependencyError(f"expected a recipe at {path}, which cannot be imported")
+    recipe = module_from_spec(spec)
+    sys.modules[spec.name] = recipe
+    sys.argv = [f"knowiso {name}", *words[1:]]  # the name in the usage of the recipe's parser
+    spec.loader.exec_module(recipe)
+    recipe.main(list(words[1:]))

@@ -76,8 +76,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _add_networks(options: argparse.ArgumentParser) -> None:
     networks = options.add_argument_group("networks")
-    networks.add_argument("--source", required=True, metavar="MODEL", help="explaining timm network")
-    networks.add_argument("--target", required=True, metavar="MODEL", help="explained timm network")
+    networks.add_argument(
+        "--source",
+        required=True,
+        metavar="MODEL",
+        help="explaining network: a name in timm, or hf:OWNER/NAME of transformers",
+    )
+    networks.add_argument("--target", required=True, metavar="MODEL", help="explained network, likewise")
     networks.add_argument(
         "--layers",
         required=True,

@@ -28,12 +28,14 @@ def layer_pairs(layers: Sequence[str]) -> list[str] | list[tuple[str, str]]:
     A plain name beside pairs stands for the layer of this name in both networks.
 
     Raises:
-        OptionError: A pair with an empty side.
+        OptionError: A pair with an empty side, or names with commas.
 
     Examples:
         >>> layer_pairs(["layer3=blocks.5", "head"])
         [('layer3', 'blocks.5'), ('head', 'head')]
     """
+    if joined := next((item for item in layers if "," in item), None):
+        raise OptionError(f"expected layers separated by spaces, got {joined!r}: --layers {joined.replace(',', ' ')}")
     if not any("=" in item for item in layers):
         return list(layers)
     pairs = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from knowiso_train.errors import DataError, MissingDependencyError, OptionError
+from knowiso_train.utils.option_files import option_values
 
 WRITERS = {"json": "to_json", "html": "to_html", "csv": "to_csv", "plot": "plot"}
 
@@ -68,8 +69,14 @@ def write_report(report: Any, args: argparse.Namespace) -> None:
     for name in paths:
         if not hasattr(report, WRITERS[name]):
             raise OptionError(f"--{name} is not available for a {type(report).__name__}; use --html or --plot")
+    from knowiso_train.utils.serialization import write_json
+
     for name, path in paths.items():
         getattr(report, WRITERS[name])(path)
+    # The options beside the first file, so that --config repeats the command
+    if paths and hasattr(args, "dataset"):
+        path = next(iter(paths.values()))
+        write_json(path.with_name(f"{path.stem}.config.json"), option_values(vars(args)))
     try:
         print(report, flush=True)
     except BrokenPipeError:

@@ -14,12 +14,13 @@ import torch
 from knowiso_train.errors import CapacityError
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.memory import check_images_fit
+from knowiso_train.utils.option_files import ConfigParser, option_values
 
 # Arguments that may differ when a run is resumed
 RESUMABLE_ARGUMENTS = ("arms", "output", "workers", "log_every", "save_every", "data_dir")
 
 
-class RecipeParser(argparse.ArgumentParser):
+class RecipeParser(ConfigParser):
     """Argument parser in which one call adds one option, or a group of options that recipes share.
 
     Args:
@@ -35,7 +36,7 @@ class RecipeParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=formatter)
 
     def add(
         self, name: str, default: Any = None, kind: Callable[[str], Any] = str, help: str = "", **options: Any
@@ -160,8 +161,13 @@ def parse_key_value(text: str) -> tuple[str, Any]:
 
 
 def run_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments that must not differ when a run is resumed."""
-    return {name: value for name, value in vars(args).items() if name not in RESUMABLE_ARGUMENTS}
+    """Return the arguments that must not differ when a run is resumed, as a file that `--config` reads.
+
+    Examples:
+        >>> run_settings(argparse.Namespace(output=Path("output"), epochs=3, teacher_size=None))
+        {'epochs': 3}
+    """
+    return option_values({name: value for name, value in vars(args).items() if name not in RESUMABLE_ARGUMENTS})
 
 
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:

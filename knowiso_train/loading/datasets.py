@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from knowiso_train.errors import DataError, KnowisoError, MissingDependencyError, OptionError
 from knowiso_train.utils.memory import check_images_fit
 
+MAX_WORKERS = 1024  # processes; more than any machine uses, and less than stops one
 PREFETCHED_BATCHES = 2  # of each worker, the default of torch
 STREAMING_SCHEMES = ("hfids", "tfds", "wds")
 SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
@@ -103,14 +104,20 @@ def image_loader(
         MissingDependencyError: The extra `data` is needed and not installed.
         OptionError: An invalid option, or a streaming dataset.
     """
-    for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+    for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise OptionError(f"{name} must be at least {least}, got {value}")
+    _check_workers(workers)
     found = _create(dataset, split, None if root is None else str(root), download, options)
     if not len(found):
         raise DataError(f"dataset {dataset!r}, split {split!r}, is empty")
     check_images_fit(image_size, min(len(found), batch_size * (1 + PREFETCHED_BATCHES * workers)))
     return DataLoader(PlainImages(found, image_size), batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)
+
+
+def _check_workers(workers: int) -> None:
+    if not 0 <= workers <= MAX_WORKERS:
+        raise OptionError(f"workers must be at least 0 and at most {MAX_WORKERS}, got {workers:,}")
 
 
 def _create(dataset: str, split: str | None, root: str | None, download: bool, options: dict[str, Any]) -> Any:
@@ -294,10 +301,10 @@ def training_loader(
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
         ("padding", padding, 0),
-        ("workers", workers, 0),
     ):
         if value < least:
             raise OptionError(f"{name} must be at least {least}, got {value}")
+    _check_workers(workers)
     if len(images) < batch_size:
         raise DataError(
             f"{len(images):,} training images do not fill one batch of {batch_size:,}; make the batch smaller"

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, OptionError, ShapeError
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.loading.checkpoints import load_checkpoint
+from knowiso_train.loading.checkpoints import CHECKPOINT_SUFFIXES, load_checkpoint
+from knowiso_train.loading.hub import PREFIX, is_hub_name, load_hub_model
 
+REMOTE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 INTERPOLATION_MODES = ("bicubic", "bilinear")
 # timm's defaults for models whose configuration has no normalization.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -144,11 +146,12 @@ def load_model(
     in_order: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Create a timm network in eval mode.
+    """Create a timm network, or an image classifier of transformers, in eval mode.
 
     Args:
         spec: Name in timm with or without a pretrained tag ("resnet18", "resnet18.a1_in1k"), or "hf-hub:…" /
-            "local-dir:…".
+            "local-dir:…" for networks that timm saved. "hf:OWNER/NAME", or a folder with `config.json`, for an image
+            classifier of transformers.
         checkpoint: Weight file (.safetensors, .pth, .pt, .th) to load instead of the published weights.
         pretrained: Load the published weights. Ignored with `checkpoint`.
         num_classes: Width of the classifier. None: the network's default.
@@ -164,6 +167,15 @@ def load_model(
         >>> type(load_model("test_resnet", pretrained=False, num_classes=10)).__name__
         'ResNet'
     """
+    if is_hub_name(spec):
+        if kwargs:
+            raise OptionError(f"expected no options of timm for {spec!r}, got {', '.join(kwargs)}")
+        network = load_hub_model(
+            spec.removeprefix(PREFIX), pretrained=pretrained and checkpoint is None, num_classes=num_classes
+        )
+        if checkpoint is not None:
+            load_checkpoint(network, checkpoint, in_order=in_order)
+        return network
     import timm
 
     _check_name(spec)
@@ -173,8 +185,14 @@ def load_model(
         model: nn.Module = timm.create_model(spec, pretrained=wanted, **options)
     # httpx, urllib, safetensors and the hub have no common base error.
     except Exception as error:
-        if not wanted or isinstance(error, TypeError):
+        is_remote = spec.startswith(REMOTE_PREFIXES)
+        if isinstance(error, TypeError) or not (wanted or is_remote):
             raise
+        if is_remote:
+            raise DataError(
+                f"{spec!r} cannot be loaded: {str(error).strip() or type(error).__name__} Expected a network that timm "
+                "saved, with config.json; for networks of transformers use hf:OWNER/NAME or hf:FOLDER"
+            ) from error
         raise DataError(
             f"the published weights of {spec!r} cannot be loaded: {str(error).strip() or type(error).__name__} "
             "Give a weight file with checkpoint= (--source-checkpoint, --target-checkpoint), "
@@ -318,10 +336,17 @@ def loading_snippet(architecture: str, options: Mapping[str, Any], state: Mappin
 def _check_name(spec: str) -> None:
     import timm
 
-    if spec.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if spec.startswith(REMOTE_PREFIXES):
         return
     name, _, tag = spec.partition(".")
     if not timm.is_model(name):
+        if "/" in spec:
+            raise OptionError(f"timm has no network {spec!r}; for a network of transformers use {PREFIX}{spec}")
+        if f".{tag}" in CHECKPOINT_SUFFIXES or spec.endswith(CHECKPOINT_SUFFIXES):
+            raise OptionError(
+                f"expected the name of a network, got the file {spec!r}; name its architecture, and give the file as "
+                "the checkpoint (checkpoint=, --source-checkpoint, …)"
+            )
         near = get_close_matches(name, timm.list_models(), n=6, cutoff=0.5) or timm.list_models(f"*{name}*")[:6]
         hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists all"
         raise OptionError(f"timm has no network {name!r}; {hint}")

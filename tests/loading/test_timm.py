@@ -250,7 +250,7 @@ def test_broken_images_are_named_and_not_skipped(folder: Path) -> None:
 
 
 def test_loader_options_without_meaning(folder: Path) -> None:
-    for options in ({"image_size": 0}, {"batch_size": 0}, {"workers": -1}):
+    for options in ({"image_size": 0}, {"batch_size": 0}, {"workers": -1}, {"workers": 10**9}):
         with pytest.raises(OptionError, match="at least"):
             image_loader(str(folder), **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="stream"):

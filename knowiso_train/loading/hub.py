@@ -1,0 +1,101 @@
+"""Image classifiers of Hugging Face transformers, by id or local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from knowiso_train.errors import DataError, MissingDependencyError
+
+PREFIX = "hf:"
+# Values of `resample` of image processors, as in PIL
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
+DEFAULT_SIDE = 224
+
+
+def load_hub_model(name: str, *, pretrained: bool = True, num_classes: int | None = None) -> nn.Module:
+    """Create an image classifier of transformers.
+
+    Its image processor gives input size and normalization, which `input_transform` reads.
+
+    Args:
+        name: Id on the hub, or a local folder with `config.json`.
+        pretrained: Load the published weights.
+        num_classes: Width of the classifier; a classifier of another width is initialized anew. None: that of the
+            configuration.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        DataError: No such network, or one that is no image classifier.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import ResNetConfig
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]).save_pretrained(folder)
+        ...     type(load_hub_model(folder, pretrained=False, num_classes=3)).__name__
+        'ResNetForImageClassification'
+    """
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'{PREFIX}{name} needs transformers, which is not installed; pip install "knowiso_train[transformers]"'
+        ) from error
+    labels = {} if num_classes is None else {"num_labels": num_classes}
+    try:
+        if pretrained:
+            model: Any = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        else:
+            model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, **labels))
+    # The hub, safetensors and the configurations have no common base error
+    except Exception as error:
+        raise DataError(
+            f"{PREFIX}{name} cannot be loaded as an image classifier: {str(error).strip() or type(error).__name__}. "
+            f"Expected {PREFIX}OWNER/NAME, or {PREFIX}FOLDER with config.json and weights"
+        ) from error
+    try:
+        processor = AutoImageProcessor.from_pretrained(name).to_dict()
+    except Exception:  # a network without a processor has ImageNet's normalization
+        processor = {}
+    model.pretrained_cfg = processor_config(processor, model.config)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def processor_config(processor: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
+    """Return the input configuration of an image processor in timm's form.
+
+    Args:
+        processor: Fields of the processor.
+        config: Configuration of the network, whose `image_size` is used where the processor has none.
+
+    Examples:
+        >>> processor_config({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}})["input_size"]
+        (3, 224, 224)
+    """
+    size = (processor.get("crop_size") if processor.get("do_center_crop", True) else None) or processor.get("size")
+    if size is None:
+        size = getattr(config, "image_size", None) or DEFAULT_SIDE
+    if isinstance(size, Mapping):
+        side = size.get("shortest_edge") or size.get("longest_edge")
+        size = (size.get("height") or side, size.get("width") or side)
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "input_size": (getattr(config, "num_channels", 3), height, width),
+        "mean": processor.get("image_mean"),
+        "std": processor.get("image_std"),
+        "interpolation": INTERPOLATIONS.get(processor.get("resample", 3), "bicubic"),
+    }
+
+
+def is_hub_name(spec: str) -> bool:
+    """Return whether a name stands for a network of transformers: `hf:…`, or a folder with a transformers config.
+
+    Examples:
+        >>> is_hub_name("hf:microsoft/resnet-18"), is_hub_name("resnet18")
+        (True, False)
+    """
+    return spec.startswith(PREFIX) or (Path(spec) / "config.json").is_file()
