@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
 from knowiso_train.cli import parser
+from knowiso_train.cli._main import RECIPES
 from knowiso_train.distillation import kd_loss
 
 ROOT = Path(__file__).parents[1]
@@ -141,11 +142,12 @@ def test_commands_of_documents_are_understood(path: Path) -> None:
     text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
     for line in text.splitlines():
         words = [word for word in shlex.split(line, comments=True) if word not in ("...", "…")]
-        if words[:1] == ["knowiso"] and words[1:2] != ["..."]:
-            parser().parse_args(words[1:])
-        elif words[:2] == ["accelerate", "launch"] and words[2].startswith("recipes/"):
-            options = {word.split("=")[0] for word in words[3:] if word.startswith("--")}
+        is_recipe = words[:2] == ["accelerate", "launch"] and words[2].startswith("recipes/")
+        if is_recipe or (words[:1] == ["knowiso"] and words[1:2] and words[1] in RECIPES):
+            options = {word.split("=")[0] for word in words[2:] if word.startswith("--")} - {"--config"}
             assert all(f'"{option}"' in RECIPE_SOURCES for option in options), line
+        elif words[:1] == ["knowiso"] and "--config" not in words:
+            parser().parse_args(words[1:])
 
 
 def test_the_readme_uses_every_public_function() -> None:
