@@ -15,13 +15,16 @@ BOOTSTRAP_SAMPLES = 2000
 
 def mean_and_error(values: Sequence[float], signed: bool = False) -> str:
     """Format mean ± standard error of the mean; `signed` adds a plus sign."""
-    mean = sum(values) / len(values)
-    error = (
-        math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-        if len(values) > 1
-        else math.nan
-    )
+    mean, error = sum(values) / len(values), standard_error(values)
     return f"{mean:+.2f} ± {error:.2f}" if signed else f"{mean:.2f} ± {error:.2f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Compute the standard error of the mean; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def bootstrap_error(values: Tensor) -> float:

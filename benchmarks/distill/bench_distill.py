@@ -34,7 +34,7 @@ import knowiso_train.distillation
 from benchmarks.common.results import table
 from benchmarks.distill.arms import METHODS, RIVALS, TUNED, Arm, parse_arm
 from benchmarks.distill.pairs import PAIRS, Images
-from benchmarks.distill.store import REFERENCE_ARM, ResultsStore, loss_defaults
+from benchmarks.distill.store import REFERENCE_ARM, ResultsStore, loss_defaults, summary
 from benchmarks.distill.teacher_cache import RecordedTeacher, TeacherCache
 from benchmarks.distill.training import Run, train
 
@@ -48,7 +48,7 @@ def prepare(name: str) -> tuple[Images, TeacherCache]:
     images, model = Images(pair), pair.teacher()
     teacher = RecordedTeacher(model, list(pair.layers.values()), pair.classifiers[1])
     folder = f"{name.split('_')[0]}_{pair.dataset}"
-    return images, TeacherCache(teacher, folder, len(images.labels), images.training[:1])
+    return images, TeacherCache(teacher, folder, len(images.labels), images.training[:1].float())
 
 
 class Bench:
@@ -97,11 +97,14 @@ def library_digest() -> str:
 
 
 def print_tables(part: Any) -> None:
-    """Print the tables of all results files."""
-    for name in PAIRS:
-        store = ResultsStore(name)
-        for budget in sorted({row["budget"] for row in store.rows if row["part"] == part}):
-            print(f"\n{name}, {part}, {budget} epochs\n{table(store.table(part, budget))}")
+    """Print the tables of all results files, and the means over the pairs."""
+    stores = [ResultsStore(name) for name in PAIRS]
+    for budget in sorted({row["budget"] for store in stores for row in store.rows if row["part"] == part}):
+        for store in stores:
+            if rows := store.table(part, budget):
+                print(f"\n{store.pair}, {part}, {budget} epochs\n{table(rows)}")
+        if rows := summary(stores, part, budget):
+            print(f"\nmean over the pairs, {part}, {budget} epochs\n{table(rows)}")
 
 
 def main() -> None:

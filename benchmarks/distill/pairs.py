@@ -96,14 +96,14 @@ PAIRS = {
 
 
 def decoded_images(dataset: str, split: str) -> tuple[Tensor, Tensor]:
-    """Return images and labels of a data set, which are kept on disk once they are decoded."""
+    """Return images in float16 and labels of a data set, which are kept on disk once they are decoded."""
     path = CACHE / f"{dataset}_{split}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         images, labels = cifar_images(dataset, split)
         torch.save((images.half(), labels), path)
     images, labels = torch.load(path, weights_only=True)
-    return images.float(), labels
+    return images, labels
 
 
 class Images:
@@ -115,8 +115,9 @@ class Images:
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
-        self.training, self.labels = decoded_images(pair.dataset, "train")
-        self.padded = F.pad(self.training, (MARGIN_PIXELS,) * 4)
+        images, self.labels = decoded_images(pair.dataset, "train")
+        self.padded = F.pad(images, (MARGIN_PIXELS,) * 4)
+        self.training = self.padded[:, :, MARGIN_PIXELS:-MARGIN_PIXELS, MARGIN_PIXELS:-MARGIN_PIXELS]
         self._epoch, self._crops = -1, (torch.empty(0), torch.empty(0))
 
     @cached_property
@@ -130,7 +131,8 @@ class Images:
     def evaluation(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return images and labels on which the students of a part are evaluated."""
         others = slice(self.pair.num_tuning_images, None)
-        return (self.training[others], self.labels[others]) if part == "tuning" else self._test
+        images, labels = (self.training[others], self.labels[others]) if part == "tuning" else self._test
+        return images.float(), labels
 
     def augmented(self, epoch: int, indices: Tensor) -> Tensor:
         """Return random crops of the padded images, and flips."""
@@ -138,4 +140,4 @@ class Images:
             generator = torch.Generator().manual_seed(epoch)
             self._epoch, self._crops = epoch, draw_crops_and_flips(len(self.labels), 2 * MARGIN_PIXELS, generator)
         corners, flips = (values[indices] for values in self._crops)
-        return crops_and_flips(self.padded[indices], SIDE_PIXELS, corners, flips)
+        return crops_and_flips(self.padded[indices].float(), SIDE_PIXELS, corners, flips)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.common.results import RESULTS, record
-from benchmarks.common.stats import mean_and_error
-from benchmarks.distill.arms import OURS, TUNED, Arm, parse_arm
+from benchmarks.common.stats import mean_and_error, standard_error
+from benchmarks.distill.arms import OURS, TUNED, Arm, Term, parse_arm
 from benchmarks.distill.pairs import Part
 from benchmarks.distill.teacher_cache import CACHE
 from knowiso_train.distillation.config import IsomorphismLossConfig
@@ -72,21 +73,23 @@ class ResultsStore:
             raise SystemExit(f"no tuning runs of {arm} in {self.name}.json: run with --tune first, or write a weight")
         return arm.with_weight(weight)
 
+    def by_arm(self, part: Part, budget: int) -> dict[str, dict[int, dict[str, Any]]]:
+        """Return the rows by arm and seed, without those of `IsomorphismLoss` at other defaults than the present."""
+        selected: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in self.rows:
+            present = row["defaults"] == loss_defaults(parse_arm(row["arm"]))
+            if present and (row["part"], row["budget"]) == (part, budget):
+                selected.setdefault(row["arm"], {})[row["seed"]] = row
+        return selected
+
     def table(self, part: Part, budget: int) -> list[dict[str, Any]]:
         """Return accuracies and their paired differences from `kd+ours`, best arm first."""
-        by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in self.rows:
-            if (
-                row["part"] == part
-                and row["budget"] == budget
-                and row["defaults"] == loss_defaults(parse_arm(row["arm"]))
-            ):
-                by_arm.setdefault(row["arm"], {})[row["seed"]] = row
-        reference, cheapest = by_arm.get(REFERENCE_ARM, {}), by_arm.get("kd", by_arm.get("kd,weight=1.0", {}))
+        by_arm = self.by_arm(part, budget)
+        plain = next((rows for arm, rows in by_arm.items() if parse_arm(arm).names == ("kd",)), {})
         table = []
         for arm, rows in by_arm.items():
-            paired = [row["accuracy"] - reference[seed]["accuracy"] for seed, row in rows.items() if seed in reference]
-            costs = [row["step_ms"] - cheapest[seed]["step_ms"] for seed, row in rows.items() if seed in cheapest]
+            paired = paired_differences(rows, by_arm.get(REFERENCE_ARM, {}), "accuracy")
+            costs = paired_differences(rows, plain, "step_ms")
             table.append({
                 "arm": arm,
                 "seeds": len(rows),
@@ -114,3 +117,39 @@ class ResultsStore:
         with (CACHE / f"{self.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def paired_differences(
+    rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]], figure: str
+) -> list[float]:
+    """Return the differences of a figure from the reference, one for each common seed."""
+    return [row[figure] - reference[seed][figure] for seed, row in rows.items() if seed in reference]
+
+
+def summary(stores: Sequence[ResultsStore], part: Part, budget: int) -> list[dict[str, Any]]:
+    """Return the mean over the pairs of the differences from `kd+ours`, with its standard error, best method first.
+
+    A rival with several weights counts with the best of them on each pair. A method needs rows of all pairs.
+    """
+    by_pair = []
+    for store in stores:
+        by_arm, best = store.by_arm(part, budget), {}
+        for text, rows in by_arm.items():
+            values = paired_differences(rows, by_arm.get(REFERENCE_ARM, {}), "accuracy")
+            arm = parse_arm(text)
+            method = text if OURS in arm.names else str(Arm(tuple(Term(name) for name in arm.names)))
+            if values and (method not in best or sum(values) / len(values) > best[method][0]):
+                best[method] = sum(values) / len(values), standard_error(values)
+        if best:
+            by_pair.append(best)
+    methods = set.intersection(*(set(best) for best in by_pair)) if by_pair else set()
+    means = {method: sum(best[method][0] for best in by_pair) / len(by_pair) for method in methods}
+    errors = {method: math.hypot(*(best[method][1] for best in by_pair)) / len(by_pair) for method in methods}
+    return [
+        {
+            "method": method,
+            "pairs": len(by_pair),
+            f"over {REFERENCE_ARM}": f"{means[method]:+.2f} ± {errors[method]:.2f}",
+        }
+        for method in sorted(methods, key=lambda method: -means[method])
+    ]

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.common import results
 from benchmarks.distill import store, teacher_cache
 from benchmarks.distill.arms import decay, parse_arm, warmup
-from benchmarks.distill.store import ResultsStore
+from benchmarks.distill.store import ResultsStore, summary
 from benchmarks.distill.teacher_cache import RecordedTeacher, TeacherCache
 
 
@@ -59,14 +59,16 @@ def test_the_cache_returns_what_the_teacher_computed() -> None:
     other.teacher.model = nn.Module()
     second = other.batch(0, indices.flip(0), images.flip(0))
     assert torch.equal(second.features["1"], first.features["1"].flip(0))
-    assert torch.equal(second.pooled, first.pooled.flip(0)) and torch.equal(second.logits, first.logits.flip(0))
+    assert torch.equal(second.pooled, first.pooled.flip(0))
+    assert torch.equal(second.logits, first.logits.flip(0))
 
 
 def test_a_full_disk_budget_computes_in_place_of_storing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_cache, "MAX_DISK_BYTES", 10)
     cache, images = make_cache(), torch.randn(2, 3, 4, 4)
     first, second = (cache.batch(3, torch.tensor([0, 1]), images) for _ in range(2))
-    assert torch.equal(first.logits, second.logits) and not list(teacher_cache.CACHE.rglob("*.bfloat16"))
+    assert torch.equal(first.logits, second.logits)
+    assert not list(teacher_cache.CACHE.rglob("*.bfloat16"))
 
 
 def row(arm: str, accuracy: float, seed: int = 1000, budget: int = 10, part: str = "tuning") -> dict[str, Any]:
@@ -83,7 +85,8 @@ def test_tuned_weights_are_those_of_the_best_tuning_run() -> None:
     assert ResultsStore("pair").best_weight(arm, 30) == 10
     assert str(runs.resolve(arm, 10)) == "kd+fitnet,weight=10"
     runs.add([row("kd+fitnet,weight=100", 99.0)])  # in the place of the one before
-    assert len(runs.rows) == 5 and runs.best_weight(arm, 10) == 100
+    assert len(runs.rows) == 5
+    assert runs.best_weight(arm, 10) == 100
     with pytest.raises(SystemExit, match="run with --tune first"):
         runs.resolve(parse_arm("kd+srd,weight=tuned"), 10)
 
@@ -94,5 +97,18 @@ def test_the_table_holds_paired_differences() -> None:
     runs.add([row(arm, value, seed, part="final") for arm, *values in pairs for seed, value in enumerate(values)])
     best, other = runs.table("final", 10)
     assert (best["arm"], other["arm"]) == ("kd+ours", "kd")
-    assert other["over kd+ours"] == "-9.00 ± 1.00" and best["over kd+ours"] == "+0.00 ± 0.00"
+    assert other["over kd+ours"] == "-9.00 ± 1.00"
+    assert best["over kd+ours"] == "+0.00 ± 0.00"
     assert other["ms over kd"] == "+0.0"
+
+
+def test_the_summary_takes_the_best_weight_of_each_rival_on_each_pair() -> None:
+    easy, hard = ResultsStore("easy"), ResultsStore("hard")
+    for runs, weights in ((easy, (("1", 81.0), ("10", 85.0))), (hard, (("1", 41.0), ("10", 30.0)))):
+        runs.add([row("kd+ours", 80.0 if runs is easy else 40.0, seed, part="final") for seed in (0, 1)])
+        runs.add([row(f"kd+at,weight={w}", v + seed, seed, part="final") for w, v in weights for seed in (0, 1)])
+    easy.add([row("dkd", 99.0, part="final", seed=0)])  # of one pair only
+    best, reference = summary([easy, hard], "final", 10)
+    # Differences 5 and 6, 1 and 2: means 5.5 and 1.5 with errors of 0.5
+    assert (best["method"], best["over kd+ours"]) == ("kd+at", "+3.50 ± 0.35")
+    assert (reference["method"], reference["over kd+ours"]) == ("kd+ours", "+0.00 ± 0.00")
