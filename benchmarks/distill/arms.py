@@ -180,15 +180,27 @@ class Arm:
         """Return the arm with another weight of its last term."""
         return Arm((*self.terms[:-1], self.terms[-1].with_weight(weight)))
 
+    def unweighted(self) -> Arm:
+        """Return the arm without weights and schedules, on which the cost of a step does not depend."""
+        return Arm(
+            tuple(
+                Term(term.name, tuple(item for item in term.options if item[0] not in ("weight", "schedule")))
+                for term in self.terms
+            )
+        )
+
 
 def parse_arm(text: str) -> Arm:
-    """Return the arm of a text such as "kd+ours,weight=30"."""
+    """Return the arm of a text such as "kd+ours,weight=30". The default schedule is left out."""
     terms = []
     for part in text.split("+"):
         name, *options = part.split(",")
         if name not in (*METHODS, OURS, CROSS_ENTROPY):
             raise SystemExit(f"expected one of {sorted([*METHODS, OURS, CROSS_ENTROPY])} in {text!r}, got {name!r}")
-        terms.append(Term(name, tuple((key, _value(value)) for key, _, value in (o.partition("=") for o in options))))
+        values = {key: _value(value) for key, _, value in (option.partition("=") for option in options)}
+        if values.get("schedule") == (METHODS[name].schedule if name in METHODS else "constant"):
+            del values["schedule"]
+        terms.append(Term(name, tuple(values.items())))
     return Arm(tuple(term for term in terms if term.name != CROSS_ENTROPY))
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.distill.bench_distill --pair resnet56_resnet8_cifar10 --budget 10 --tune
     python -m benchmarks.distill.bench_distill --pair resnet56_resnet8_cifar10 --budget 10 --seeds 5
+    python -m benchmarks.distill.bench_distill --pair resnet56_resnet8_cifar10 --costs
     python -m benchmarks.distill.bench_distill --part tuning --arms kd+ours kd+ours,weight=100,schedule=decay
     python -m benchmarks.distill.bench_distill --table
 
@@ -15,8 +16,8 @@ runs train on all training images and are evaluated on the test images. `Isomorp
 
 The augmentation is a function of data set, epoch and image. The outputs of the teacher are therefore computed once for
 all seeds and arms, in bfloat16, and kept in `benchmarks/.cache/distill`: at most 6 GB (`KNOWISO_DISTILL_CACHE_GB`).
-Images beyond that are computed in every run. Students are trained in bfloat16 where that is faster. Times are CPU
-seconds of one thread without the teacher.
+Images beyond that are computed in every run. Students are trained in bfloat16 where that is faster. `--costs` measures
+the step of all arms side by side: CPU time of one thread without the teacher, and peak memory.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ import knowiso_train.distillation
 from benchmarks.common.results import table
 from benchmarks.distill.arms import METHODS, RIVALS, TUNED, Arm, parse_arm
 from benchmarks.distill.pairs import PAIRS, Images
-from benchmarks.distill.store import REFERENCE_ARM, ResultsStore, loss_defaults, summary
+from benchmarks.distill.store import COSTS, REFERENCE_ARM, ResultsStore, loss_defaults, summary
 from benchmarks.distill.teacher_cache import RecordedTeacher, TeacherCache
 from benchmarks.distill.training import Run, train
 
-TUNING_SEED = 1000
+TUNING_SEED, COST_STEPS = 1000, 150
 DEFAULT_ARMS = ("ce", REFERENCE_ARM, *(str(parse_arm(text).with_weight(TUNED)) for text in RIVALS))
 
 
@@ -65,16 +66,26 @@ class Bench:
         missing = [arm for arm in arms if again or self.store.find(part, budget, seed, arm) is None]
         for group in (missing[i : i + size] for i in range(0, len(missing), size)):
             print(f"{self.args.pair}, {part}, {budget} epochs, seed {seed}:", *group, flush=True)
-            pair = PAIRS[self.args.pair]
-            classifier = self.cache.teacher.model.get_submodule(pair.classifiers[1])
-            rows = train(group, Run(pair, self.images, self.cache, classifier, part, budget, seed))
-            keys = [
-                {"part": part, "budget": budget, "seed": seed, "arm": str(arm), "defaults": loss_defaults(arm)}
-                for arm in group
-            ]
-            self.store.add([key | row | self.provenance for key, row in zip(keys, rows, strict=True)])
-            print(table([{"arm": str(arm), "accuracy": row["accuracy"]} for arm, row in zip(group, rows, strict=True)]))
+            rows = [self._key(s.arm, part, budget, seed) | s.row() for s in train(group, self._run(part, budget, seed))]
+            self.store.add(rows)
+            print(table([{"arm": row["arm"], "accuracy": row["accuracy"]} for row in rows]), flush=True)
         return [row for arm in arms if (row := self.store.find(part, budget, seed, arm)) is not None]
+
+    def measure_costs(self, arms: Sequence[Arm]) -> None:
+        """Time some steps of all arms side by side, once for all weights."""
+        unweighted = [str(arm.unweighted()) for arm in arms]
+        distinct = [parse_arm(text) for text in dict.fromkeys(unweighted)]
+        students = train(distinct, self._run("tuning", 1, TUNING_SEED), COST_STEPS)
+        self.store.add([self._key(student.arm, COSTS, 0, TUNING_SEED) | student.costs() for student in students])
+
+    def _run(self, part: Any, budget: int, seed: int) -> Run:
+        pair, model = PAIRS[self.args.pair], self.cache.teacher.model
+        return Run(pair, self.images, self.cache, model.get_submodule(pair.classifiers[1]), part, budget, seed)
+
+    def _key(self, arm: Arm, part: str, budget: int, seed: int) -> dict[str, Any]:
+        """Return what identifies a row, and where it comes from."""
+        key = {"part": part, "budget": budget, "seed": seed, "arm": str(arm), "defaults": loss_defaults(arm)}
+        return key | self.provenance
 
     def tune(self, arms: Sequence[Arm]) -> None:
         """Try three weights a decade apart for each arm, and a fourth where the best one is at the edge."""
@@ -115,6 +126,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, help="loss terms, such as kd+fitnet,weight=tuned")
     parser.add_argument("--part", choices=("final", "tuning"), default="final", help="images of the runs")
     parser.add_argument("--tune", action="store_true", help="tune the rivals among the arms")
+    parser.add_argument("--costs", action="store_true", help="measure time and memory of a step of the arms")
     parser.add_argument("--again", action="store_true", help="run arms again that have a row")
     parser.add_argument("--group", type=int, default=4, help="arms that are trained side by side")
     parser.add_argument("--table", action="store_true", help="print the recorded tables and run nothing")
@@ -127,6 +139,9 @@ def main() -> None:
     arms = [parse_arm(text) for text in args.arms]
     if args.tune:
         bench.tune([arm for arm in arms if arm.terms and arm.terms[-1].option("weight", None) == TUNED])
+        return
+    if args.costs:
+        bench.measure_costs(arms)
         return
     first_seed = TUNING_SEED if args.part == "tuning" else 0
     resolved = [bench.store.resolve(arm, args.budget) for arm in arms]

@@ -11,12 +11,13 @@ from typing import Any
 
 from benchmarks.common.results import RESULTS, record
 from benchmarks.common.stats import mean_and_error, standard_error
-from benchmarks.distill.arms import OURS, TUNED, Arm, Term, parse_arm
+from benchmarks.distill.arms import OURS, TUNED, Arm, parse_arm
 from benchmarks.distill.pairs import Part
 from benchmarks.distill.teacher_cache import CACHE
 from knowiso_train.distillation.config import IsomorphismLossConfig
 
 REFERENCE_ARM = "kd+ours"
+COSTS = "costs"  # part of the rows with time and memory of a step
 # Defaults of `IsomorphismLoss` that identify a row: other defaults are another arm
 IDENTIFYING_DEFAULTS = ("scale", "weight", "schedule", "ridge")
 
@@ -82,29 +83,34 @@ class ResultsStore:
                 selected.setdefault(row["arm"], {})[row["seed"]] = row
         return selected
 
+    def costs(self) -> dict[str, tuple[float, float]]:
+        """Return added milliseconds over KD and peak MiB of a step by unweighted arm."""
+        rows = {row["arm"]: row for row in self.rows if row["part"] == COSTS}
+        if "kd" not in rows:
+            return {}
+        return {arm: (row["step_ms"] - rows["kd"]["step_ms"], row["peak_mib"]) for arm, row in rows.items()}
+
     def table(self, part: Part, budget: int) -> list[dict[str, Any]]:
         """Return accuracies and their paired differences from `kd+ours`, best arm first."""
-        by_arm = self.by_arm(part, budget)
-        plain = next((rows for arm, rows in by_arm.items() if parse_arm(arm).names == ("kd",)), {})
-        table = []
+        by_arm, costs, table = self.by_arm(part, budget), self.costs(), []
         for arm, rows in by_arm.items():
-            paired = paired_differences(rows, by_arm.get(REFERENCE_ARM, {}), "accuracy")
-            costs = paired_differences(rows, plain, "step_ms")
+            paired = paired_differences(rows, by_arm.get(REFERENCE_ARM, {}))
+            added, peak = costs.get(str(parse_arm(arm).unweighted()), (None, None))
             table.append({
                 "arm": arm,
                 "seeds": len(rows),
                 "top-1 %": mean_and_error([row["accuracy"] for row in rows.values()]),
                 f"over {REFERENCE_ARM}": mean_and_error(paired, signed=True) if paired else "-",
                 "folded": mean_and_error([row["folded_accuracy"] for row in rows.values()]),
-                "ms over kd": f"{sum(costs) / len(costs):+.1f}" if costs else "-",
-                "peak MiB": f"{max(row['peak_mib'] for row in rows.values()):.1f}",
+                "ms over kd": "-" if added is None else f"{added:+.1f}",
+                "peak MiB": "-" if peak is None else f"{peak:.1f}",
             })  # fmt: skip
         return sorted(table, key=lambda row: -float(row["top-1 %"].split()[0]))
 
     def _read(self) -> list[dict[str, Any]]:
         path = RESULTS / f"{self.name}.json"
         rows: list[dict[str, Any]] = json.loads(path.read_text())["figures"]["rows"] if path.exists() else []
-        return rows
+        return [row | {"arm": str(parse_arm(row["arm"]))} for row in rows]
 
     @staticmethod
     def _key(row: dict[str, Any]) -> str:
@@ -119,11 +125,9 @@ class ResultsStore:
             yield
 
 
-def paired_differences(
-    rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]], figure: str
-) -> list[float]:
-    """Return the differences of a figure from the reference, one for each common seed."""
-    return [row[figure] - reference[seed][figure] for seed, row in rows.items() if seed in reference]
+def paired_differences(rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> list[float]:
+    """Return the differences of accuracy from the reference, one for each common seed."""
+    return [row["accuracy"] - reference[seed]["accuracy"] for seed, row in rows.items() if seed in reference]
 
 
 def summary(stores: Sequence[ResultsStore], part: Part, budget: int) -> list[dict[str, Any]]:
@@ -135,9 +139,9 @@ def summary(stores: Sequence[ResultsStore], part: Part, budget: int) -> list[dic
     for store in stores:
         by_arm, best = store.by_arm(part, budget), {}
         for text, rows in by_arm.items():
-            values = paired_differences(rows, by_arm.get(REFERENCE_ARM, {}), "accuracy")
+            values = paired_differences(rows, by_arm.get(REFERENCE_ARM, {}))
             arm = parse_arm(text)
-            method = text if OURS in arm.names else str(Arm(tuple(Term(name) for name in arm.names)))
+            method = text if OURS in arm.names else str(arm.unweighted())
             if values and (method not in best or sum(values) / len(values) > best[method][0]):
                 best[method] = sum(values) / len(values), standard_error(values)
         if best:

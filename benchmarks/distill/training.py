@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.profiling import peak_allocated_bytes
+from benchmarks.common.profiling import peak_allocated_bytes, quantile
 from benchmarks.distill.arms import OURS, SCHEDULES, Arm, Features, WeightedTerm, simkd_pooled_feature
 from benchmarks.distill.pairs import Images, Pair, Part
 from benchmarks.distill.teacher_cache import TeacherBatch, TeacherCache
@@ -56,7 +56,8 @@ class Student:
 
     def __init__(self, arm: Arm, run: Run, example: tuple[Tensor, TeacherBatch]) -> None:
         self.arm, self.run = arm, run
-        self.seconds, self.timed_steps, self.peak_bytes, self.diverged = 0.0, 0, 0, False
+        self.peak_bytes, self.diverged = 0, False
+        self.step_seconds: list[float] = []
         self.memory_format = torch.channels_last if run.pair.channels_last else torch.contiguous_format
         torch.manual_seed(run.seed)
         self.model = run.pair.student().to(memory_format=self.memory_format)
@@ -86,8 +87,7 @@ class Student:
             return loss
         began = time.process_time()
         loss = self._step(images, labels, batch, step)
-        self.seconds += time.process_time() - began
-        self.timed_steps += 1
+        self.step_seconds.append(time.process_time() - began)
         return loss
 
     def _step(self, images: Tensor, labels: Tensor, batch: TeacherBatch, step: int) -> float:
@@ -179,25 +179,27 @@ class Student:
         weights = torch.linalg.solve(gram, (x - x_mean).T @ (y - y_mean))
         return lambda pooled: self.run.teacher_classifier(((pooled - x_mean) @ weights + y_mean).float())
 
-    def row(self) -> dict[str, Any]:
-        """Return the figures of the finished student."""
-        figures: dict[str, Any] = self.accuracies()
+    def costs(self) -> dict[str, float]:
+        """Return the median CPU time of a step and its peak memory with the state of the loss terms."""
         modules = [*(term.module for term in self.terms.values()), *([self.iso] if self.iso else [])]
         state = sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
-        figures |= {
-            "step_ms": round(1000 * self.seconds / max(1, self.timed_steps), 2),
+        return {
+            "step_ms": round(1000 * quantile(self.step_seconds or [math.nan], 0.5), 2),
             "peak_mib": round((self.peak_bytes + state) / 2**20, 1),
-            "steps": self.run.num_steps,
-            "diverged": self.diverged,
         }
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures of the finished student."""
+        figures: dict[str, Any] = self.accuracies() | self.costs()
+        figures |= {"steps": self.run.num_steps, "diverged": self.diverged}
         if self.iso is not None:
             log = self.iso.log()
             figures["shares"] = {key.split("/")[1]: round(log[key], 3) for key in log if key.endswith("/share")}
         return figures
 
 
-def train(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
-    """Train the students of some arms side by side and return their rows.
+def train(arms: Sequence[Arm], run: Run, max_steps: int | None = None) -> list[Student]:
+    """Train the students of some arms side by side, all steps of the run or the first ones.
 
     Images, order and augmentation are functions of run, epoch and seed, so that arms trained at other times saw the
     same batches.
@@ -219,5 +221,7 @@ def train(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
                 teacher = run.cache.batch(epoch, batch, images)
                 losses = [student.step(images, run.images.labels[batch], teacher, step) for student in students]
                 step += 1
+                if step == max_steps:
+                    return students
             print(f"seed {run.seed}, epoch {epoch + 1} of {run.budget}:", *(f"{x:.2f}" for x in losses), flush=True)
-    return [student.row() for student in students]
+    return students

@@ -31,6 +31,7 @@ def test_an_arm_is_its_text() -> None:
         "kd,weight=3+fitnet,weight=0.1,schedule=decay"
     )
     assert dict(parse_arm("ours,weight=1e-3,scale=log").terms[0].options) == {"weight": 1e-3, "scale": "log"}
+    assert str(parse_arm("kd,schedule=constant+review,schedule=warmup")) == "kd+review"
     assert str(parse_arm("fitnet").with_weight(100.0)) == "fitnet,weight=100"
     with pytest.raises(SystemExit, match="got 'fitnets'"):
         parse_arm("kd+fitnets")
@@ -72,7 +73,7 @@ def test_a_full_disk_budget_computes_in_place_of_storing(monkeypatch: pytest.Mon
 
 
 def row(arm: str, accuracy: float, seed: int = 1000, budget: int = 10, part: str = "tuning") -> dict[str, Any]:
-    figures = {"accuracy": accuracy, "folded_accuracy": accuracy, "step_ms": 10.0, "peak_mib": 1.0}
+    figures = {"accuracy": accuracy, "folded_accuracy": accuracy, "step_ms": 10.0 + accuracy, "peak_mib": 1.0}
     defaults = store.loss_defaults(parse_arm(arm))
     return {"part": part, "budget": budget, "seed": seed, "arm": arm, "defaults": defaults, **figures}
 
@@ -95,11 +96,12 @@ def test_the_table_holds_paired_differences() -> None:
     runs = ResultsStore("pair")
     pairs = [("kd+ours", 80.0, 90.0), ("kd", 70.0, 82.0)]
     runs.add([row(arm, value, seed, part="final") for arm, *values in pairs for seed, value in enumerate(values)])
+    runs.add([row("kd+ours", 4.5, part="costs"), row("kd", 1.0, part="costs")])
     best, other = runs.table("final", 10)
     assert (best["arm"], other["arm"]) == ("kd+ours", "kd")
     assert other["over kd+ours"] == "-9.00 ± 1.00"
     assert best["over kd+ours"] == "+0.00 ± 0.00"
-    assert other["ms over kd"] == "+0.0"
+    assert (best["ms over kd"], other["ms over kd"]) == ("+3.5", "+0.0")
 
 
 def test_the_summary_takes_the_best_weight_of_each_rival_on_each_pair() -> None:
