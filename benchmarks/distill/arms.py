@@ -198,6 +198,8 @@ def parse_arm(text: str) -> Arm:
         if name not in (*METHODS, OURS, CROSS_ENTROPY):
             raise SystemExit(f"expected one of {sorted([*METHODS, OURS, CROSS_ENTROPY])} in {text!r}, got {name!r}")
         values = {key: _value(value) for key, _, value in (option.partition("=") for option in options)}
+        if name != OURS and not set(values) <= {"weight", "schedule"}:
+            raise SystemExit(f"expected the options weight and schedule of {name!r}, got {part!r}")
         if values.get("schedule") == (METHODS[name].schedule if name in METHODS else "constant"):
             del values["schedule"]
         terms.append(Term(name, tuple(values.items())))
@@ -225,7 +227,7 @@ class WeightedTerm:
         return self.weight * self.schedule(progress) * loss
 
 
-def simkd_pooled_feature(module: nn.Module, student: Features, grid: tuple[int, int]) -> Tensor:
+def simkd_projection(module: nn.Module, student: Features, grid: tuple[int, int]) -> Tensor:
     """Return the projected feature map of SimKD, which takes the place of the teacher's, on its grid."""
     projected: Tensor = module.loss.project(student.maps[-1], grid)
     return projected if tuple(projected.shape[2:]) == grid else F.interpolate(projected, grid)

@@ -39,7 +39,7 @@ from benchmarks.distill.store import COSTS, REFERENCE_ARM, ResultsStore, loss_de
 from benchmarks.distill.teacher_cache import RecordedTeacher, TeacherCache
 from benchmarks.distill.training import Run, train
 
-TUNING_SEED, COST_STEPS = 1000, 150
+TUNING_SEED, COST_STEPS = 1000, 100
 DEFAULT_ARMS = ("ce", REFERENCE_ARM, *(str(parse_arm(text).with_weight(TUNED)) for text in RIVALS))
 
 

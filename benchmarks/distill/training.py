@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.profiling import peak_allocated_bytes, quantile
-from benchmarks.distill.arms import OURS, SCHEDULES, Arm, Features, WeightedTerm, simkd_pooled_feature
+from benchmarks.distill.arms import OURS, SCHEDULES, Arm, Features, WeightedTerm, simkd_projection
 from benchmarks.distill.pairs import Images, Pair, Part
 from benchmarks.distill.teacher_cache import TeacherBatch, TeacherCache
 from knowiso_train import IsomorphismLoss
@@ -159,7 +159,7 @@ class Student:
     def _simkd_logits(self, features: Features) -> Tensor:
         module = self.terms["simkd"].module.eval()
         _, height, width = self.run.cache.shapes[-1]
-        projected = simkd_pooled_feature(module, features, (height, width))
+        projected = simkd_projection(module, features, (height, width))
         module.train()
         logits: Tensor = self.run.teacher_classifier(self.run.pair.pool(projected))
         return logits

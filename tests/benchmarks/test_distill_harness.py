@@ -25,7 +25,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_arm_is_its_text() -> None:
-    for text in ("ce", "kd+fitnet,weight=10,schedule=decay", "dkd,beta=2.5+ours,scale=linear,weight=balanced"):
+    for text in ("ce", "kd+fitnet,weight=10,schedule=decay", "dkd,weight=2.5+ours,scale=linear,weight=balanced"):
         assert str(parse_arm(text)) == text
     assert str(parse_arm("kd,weight=3+fitnet,schedule=decay").with_weight(0.1)) == (
         "kd,weight=3+fitnet,weight=0.1,schedule=decay"
@@ -35,6 +35,8 @@ def test_an_arm_is_its_text() -> None:
     assert str(parse_arm("fitnet").with_weight(100.0)) == "fitnet,weight=100"
     with pytest.raises(SystemExit, match="got 'fitnets'"):
         parse_arm("kd+fitnets")
+    with pytest.raises(SystemExit, match="options weight and schedule of 'dkd', got 'dkd,beta=2'"):
+        parse_arm("dkd,beta=2+ours,ridge=0.1")
 
 
 def test_schedules_by_hand() -> None:
