@@ -12,6 +12,7 @@ from torch import nn
 
 from knowiso_train.errors import DataError, FormatError, OptionError
 from knowiso_train.features.modules import unwrap_model
+from knowiso_train.loading.model_card import write_model_card
 from knowiso_train.utils.serialization import dump_json, parse_json, read_json, write_file, write_json, write_tensors
 
 try:
@@ -115,11 +116,22 @@ class RunFolder:
             self._delete([*self._checkpoints(), self.path / PARTIAL_FOLDER])
 
     def write_network(self, name: str, model: nn.Module, card: Mapping[str, Any]) -> None:
-        """Write the plain state dict of the unwrapped network to `name`.safetensors, then its card to `name`.json."""
+        """Write the plain state dict of the unwrapped network to `name`.safetensors, then its card to `name`.json.
+
+        A card with the code that loads the network also becomes a model card, `README.md`.
+        """
         if not self.writes:
             return
         write_tensors(self.path / f"{name}.safetensors", unwrap_model(model).state_dict())
         self.write_json(f"{name}.json", card)
+        if "load" in card:
+            write_model_card(
+                self.path,
+                f"{card.get('architecture', name)}, {self.path.name}",
+                "Trained with knowiso_train. `settings.json` of the run repeats it with `--config`.",
+                f"import timm\n\nmodel = {card['load'].replace('FILE', f'{name}.safetensors')}",
+                figures={key: card[key] for key in ("parameters", "top1") if key in card},
+            )
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file."""

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from knowiso_train.errors import InputTypeError, OptionError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.modules import network_name, unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.loading.model_card import write_model_card
 from knowiso_train.pruning._blocks import finetunable_blocks
 from knowiso_train.pruning._builder import PrunedModelBuilder, copy_model
 from knowiso_train.pruning._channel_groups import channel_groups
@@ -204,9 +205,23 @@ class PruneResult:
     original: nn.Module
 
     def save(self, folder: str | Path, **options: Any) -> None:
-        """Save the model for `ki.load_pruned`, and the report; options are those of `ki.save_pruned`."""
+        """Save the model for `ki.load_pruned`, the report and a model card; options are those of `ki.save_pruned`."""
         save_pruned(folder, self.model, self.original, kept=self.kept, **options)
         self.report.to_json(Path(folder) / "report.json")
+        name, report = network_name(self.original), self.report
+        argument = ", model=original" if options.get("factory") == "external" else ""
+        write_model_card(
+            folder,
+            f"{name}, pruned",
+            f"{name} after structured pruning in closed form (knowiso_train), with {report.images:,} unlabeled images.",
+            f'import knowiso_train as ki\n\nmodel = ki.load_pruned("{Path(folder).name}"{argument})',
+            tags=["pruned"],
+            library="knowiso_train",
+            figures={
+                "multiply-adds of an image": f"{report.macs[1]:,.0f} of {report.macs[0]:,.0f}",
+                "parameters": f"{report.parameters[1]:,} of {report.parameters[0]:,}",
+            },
+        )
 
 
 def prune(

@@ -11,6 +11,7 @@ from torch import nn
 
 from knowiso_train.errors import OptionError
 from knowiso_train.features.modules import network_name, unwrap_model
+from knowiso_train.loading.model_card import write_model_card
 from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.refinement._metrics import Score
 from knowiso_train.refinement.peers import PeerScore
@@ -158,7 +159,7 @@ class RefineResult:
     def save(
         self, folder: str | Path, *, architecture: str | None = None, options: Mapping[str, Any] | None = None
     ) -> None:
-        """Write `model.safetensors`, a plain state dict, and `card.json` with the report and the code that loads it.
+        """Write `model.safetensors`, a plain state dict, `card.json` with the report and the code that loads it, and a model card.
 
         The weight file holds the card too, as a text entry, so that weights and card of one save stay together.
 
@@ -195,6 +196,21 @@ class RefineResult:
         }
         write_tensors(folder / REFINED_WEIGHTS_FILE, state, card)
         write_json(folder / CARD_FILE, card)
+        rows = [("before", self.report.row("before")), ("after", self.report.row("after"))]
+        scores = {
+            f"top-1, {images}, {role}": f"{score.accuracy:.1f} %"
+            for role, row in rows
+            for images, score in (("validation", row.validation), ("test", row.test))
+            if score is not None
+        }
+        write_model_card(
+            folder,
+            f"{name}, refined",
+            f"{name} refined by the features that other networks confirm (knowiso_train); they are not needed to run it.",
+            f"import timm\n\nmodel = {card['load']}",
+            tags=["refined"],
+            figures={"parameters": f"{card['parameters']:,}", **scores},
+        )
 
 
 def _score_cells(score: Score | None) -> list[str]:
