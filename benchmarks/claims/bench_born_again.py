@@ -17,8 +17,17 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.claims.common import KERNEL_SIZE, LAYERS, SEEDS, ClaimResults, judge, percentages, stage_figures
-from benchmarks.common.models import cifar10, cifar_resnet
+from benchmarks.claims.common import (
+    KERNEL_SIZE,
+    LAYERS,
+    SEEDS,
+    ClaimResults,
+    judge,
+    percentages,
+    read_cifar10,
+    stage_figures,
+)
+from benchmarks.common.models import cifar_resnet
 from benchmarks.common.small_networks import Training, accuracy, trained_network
 from benchmarks.common.stats import mean_and_error
 from knowiso_train import compare_stages
@@ -37,13 +46,13 @@ STATEMENTS = {
 
 def generation_row(seed: int, generation: int, num_images: int) -> dict[str, Any]:
     """Train a generation, and return its accuracy on test images."""
-    network = trained_network(Training(seed=seed, generation=generation), *cifar10("train"))
-    return {"accuracy": accuracy(network, *cifar10("test", num_images))}
+    network = trained_network(Training(seed=seed, generation=generation), *read_cifar10("train"))
+    return {"accuracy": accuracy(network, *read_cifar10("test", num_images))}
 
 
 def comparison_row(seed: int, num_images: int) -> dict[str, Any]:
     """Return the figures of all generations of a seed."""
-    data, loader = cifar10("train"), DataLoader(TensorDataset(*cifar10("test", num_images)), batch_size=250)
+    data, loader = read_cifar10("train"), DataLoader(TensorDataset(*read_cifar10("test", num_images)), batch_size=250)
     stages = {str(g): partial(trained_network, Training(seed=seed, generation=g), *data) for g in GENERATIONS}
     comparison = compare_stages(
         cifar_resnet(REFERENCE_DEPTH),

@@ -21,11 +21,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.claims.common import KERNEL_SIZE, LAYERS, SEEDS, ClaimResults, judge, percentages, stage_figures
+from benchmarks.claims.common import (
+    KERNEL_SIZE,
+    LAYERS,
+    SEEDS,
+    ClaimResults,
+    judge,
+    percentages,
+    read_cifar10,
+    stage_figures,
+)
 from benchmarks.common.models import (
     CIFAR10_OTHER_MEAN,
     CIFAR10_OTHER_STD,
-    cifar10,
     cifar10_distilled_resnet,
     cifar10_other_resnet,
     cifar_bytes,
@@ -59,7 +67,7 @@ def compare(
 
 def student_row(seed: int, depth: int, num_images: int) -> dict[str, Any]:
     """Return the figures of the students of a seed beside a reference."""
-    data, test = cifar10("train"), cifar10("test", num_images)
+    data, test = read_cifar10("train"), read_cifar10("test", num_images)
     stages = {name: partial(trained_network, training, *data) for name, training in trainings(seed).items()}
     return {"students": compare(cifar_resnet(depth), stages, *test)}
 
@@ -71,7 +79,7 @@ def trainings(seed: int) -> dict[str, Training]:
 
 def training_row(seed: int, num_images: int) -> dict[str, Any]:
     """Train the students of a seed, and return their accuracy on test images."""
-    data, test = cifar10("train"), cifar10("test", num_images)
+    data, test = read_cifar10("train"), read_cifar10("test", num_images)
     train_networks(list(trainings(seed).values()), *data)
     return {"accuracy": {name: accuracy(trained_network(t, *data), *test) for name, t in trainings(seed).items()}}
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.claims.common import KERNEL_SIZE, LAYERS, SEEDS, ClaimResults, judge, percentages
-from benchmarks.common.models import cifar10
+from benchmarks.claims.common import KERNEL_SIZE, LAYERS, SEEDS, ClaimResults, judge, percentages, read_cifar10
 from benchmarks.common.small_networks import Training, accuracy, train_networks, trained_network
 from benchmarks.common.stats import mean_and_error
 from knowiso_train import stability
@@ -40,15 +39,15 @@ def pair(seed: int, num_images: int) -> list[Training]:
 
 def training_row(seed: int, num_images: int, num_test_images: int) -> dict[str, Any]:
     """Train a pair, and return the accuracy of both networks on test images."""
-    data, test = cifar10("train"), cifar10("test", num_test_images)
+    data, test = read_cifar10("train"), read_cifar10("test", num_test_images)
     train_networks(pair(seed, num_images), *data)
     return {"accuracy": [accuracy(trained_network(training, *data), *test) for training in pair(seed, num_images)]}
 
 
 def stability_row(seed: int, num_images: int, num_test_images: int) -> dict[str, Any]:
     """Return the figures of a pair by layer."""
-    networks = [trained_network(training, *cifar10("train")) for training in pair(seed, num_images)]
-    loader = DataLoader(TensorDataset(*cifar10("test", num_test_images)), batch_size=250)
+    networks = [trained_network(training, *read_cifar10("train")) for training in pair(seed, num_images)]
+    loader = DataLoader(TensorDataset(*read_cifar10("test", num_test_images)), batch_size=250)
     report = stability(
         networks, loader, list(LAYERS), kernel_size=KERNEL_SIZE, noise_floor=False, bootstrap=0, progress=False
     )

@@ -106,28 +106,21 @@ def interpolated(network: CifarResNet, start: CifarResNet, share: float) -> nn.M
     return result
 
 
-def times(images: int) -> list[dict[str, Any]]:
-    """Return the seconds for 30 checkpoints of ResNet-20, both directions, with and without functional figures."""
+def times(images: int) -> Iterator[dict[str, Any]]:
+    """Yield the seconds for 30 checkpoints of ResNet-20, both directions, without and with functional figures."""
     torch.manual_seed(0)
     network, start = cifar_resnet(20), CifarResNet(20).eval()
     shares = [(i + 1) / NUM_CHECKPOINTS for i in range(NUM_CHECKPOINTS)]
     stages = {f"{share:.2f}": partial(interpolated, network, start, share) for share in shares}
     loader = DataLoader(TensorDataset(*cifar10("test", images)), batch_size=250)
-    rows = []
     for functional in (False, True):
-        for cache_gib in (2.0, 0.0):
-            begin, cpu = time.perf_counter(), time.process_time()
-            compare_stages(network, stages, loader, list(LAYERS), functional=functional, cache_gib=cache_gib)
-            rows.append(
-                {
-                    "functional": functional,
-                    "cache_gib": cache_gib,
-                    "seconds": time.perf_counter() - begin,
-                    "cpu_seconds": time.process_time() - cpu,
-                }
-            )
-            print(table(rows[-1:]), flush=True)
-    return rows
+        begin, cpu = time.perf_counter(), time.process_time()
+        compare_stages(network, stages, loader, list(LAYERS), functional=functional, progress=False)
+        yield {
+            "functional": functional,
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - cpu,
+        }
 
 
 def main() -> None:
@@ -138,10 +131,11 @@ def main() -> None:
     parser.add_argument("--name", help="results file")
     args = parser.parse_args()
     if args.time:
-        rows = times(TIMED_IMAGES)
-        print(table(rows))
-        settings = {"images": TIMED_IMAGES, "checkpoints": NUM_CHECKPOINTS, "order": 0}
-        record(args.name or "trajectory_time", rows, settings=settings)
+        rows, settings = [], {"images": TIMED_IMAGES, "checkpoints": NUM_CHECKPOINTS, "order": 0}
+        for row in times(TIMED_IMAGES):
+            rows.append(row)
+            print(table(rows), flush=True)
+            record(args.name or "trajectory_time", rows, settings=settings)
         return
     settings = {"images": args.images, "checkpoints": args.checkpoints, "order": 0}
     for figures in orders(args.images, args.checkpoints):
