@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 from benchmarks.common import results
-from benchmarks.distill import store, teacher_cache
+from benchmarks.distill import pairs, store, teacher_cache
 from benchmarks.distill.arms import decay, parse_arm, warmup
 from benchmarks.distill.store import ResultsStore, summary
 from benchmarks.distill.teacher_cache import RecordedTeacher, TeacherCache
+from benchmarks.distill.training import Run, train
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +118,42 @@ def test_the_summary_takes_the_best_weight_of_each_rival_on_each_pair() -> None:
     # Differences 5 and 6, 1 and 2: means 5.5 and 1.5 with errors of 0.5
     assert (best["method"], best["over kd+ours"]) == ("kd+at", "+3.50 ± 0.35")
     assert (reference["method"], reference["over kd+ours"]) == ("kd+ours", "+0.00 ± 0.00")
+
+
+class SmallNetwork(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(nn.Conv2d(3, width, 3, 4, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.classifier = nn.Linear(width, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(pairs.pooled(self.stage(images)))
+
+
+def make_run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(192, 3, 32, 32, generator=generator).half(), torch.randint(4, (192,), generator=generator)
+    monkeypatch.setattr(pairs, "decoded_images", lambda _dataset, _split: images)
+    torch.manual_seed(1)
+    networks = lambda: SmallNetwork(8), lambda: SmallNetwork(4)
+    pair = pairs.Pair("none", *networks, {"stage": "stage"}, ("classifier", "classifier"), pairs.pooled, 128)
+    own, teacher = pairs.Images(pair), pair.teacher()
+    cache = TeacherCache(RecordedTeacher(teacher, ["stage"], "classifier"), "small", 192, own.training[:1].float())
+    return Run(pair, own, cache, teacher.classifier, "tuning", budget=2, seed=3)
+
+
+def test_an_arm_does_not_depend_on_the_arms_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(monkeypatch)
+    texts = ["ce", "kd+ours,schedule=decay", "kd+fitnet+srd,weight=0.5", "simkd", "kd+vkd+timm+review"]
+    together = train([parse_arm(text) for text in texts], run)
+    for text, student in list(zip(texts, together, strict=True))[1:]:
+        (alone,) = train([parse_arm(text)], run)
+        for name, value in alone.model.state_dict().items():
+            assert torch.equal(value, student.model.state_dict()[name]), (text, name)
+    for first, second in pairwise(together):
+        assert not torch.equal(first.model.stage[0].weight, second.model.stage[0].weight)
+    rows = [student.row() for student in together]
+    assert all(row["steps"] == 4 for row in rows)
+    assert not any(row["diverged"] for row in rows)
+    # SimKD has one classifier, the teacher's
+    assert rows[3]["accuracy"] == rows[3]["folded_accuracy"]
