@@ -26,7 +26,7 @@ import copy
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,10 +53,10 @@ BASE = Training(num_checkpoints=12)
 HALF_IMAGES = 3000
 SIMILARITIES = ("cka", "procrustes", "r2", "pooled_cka", "pooled_procrustes", "pooled_r2")
 ORDER = 1
-POOLED, POOLED_WEAKER, KL_WEAKER = VARIANTS = (
+POOLED, POOLED_SMALLER, POOLED_ABOVE_FLOOR = VARIANTS = (
     "explained, order 0, pooled",
     "explained, order 0, pooled, smaller of both directions",
-    "functional KL, order 0, larger of both directions",
+    "explained, order 0, pooled, above the noise floor",
 )
 
 
@@ -180,35 +180,29 @@ def pooled_features(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor
     return [torch.cat(pooled[name]) for name in LAYERS]
 
 
-def variants(comparison: Comparison, data: Any, loader: DataLoader[Any], pooled: Any) -> dict[str, list[float]]:
+def variants(comparison: Comparison, pooled: Callable[[Variant], list[torch.Tensor]]) -> dict[str, list[float]]:
     """Return the declared variants of our measures as a list over layers, where higher means closer."""
-    options: dict[str, Any] = {
-        "order": 0,
-        "directions": "both",
-        "noise_floor": False,
-        "bootstrap": 0,
-        "progress": False,
-    }
-    both = (comparison.reference, comparison.variant)
-    outputs = measure(*(network(variant, data) for variant in both), loader, list(LAYERS), functional=True, **options)
-    kl = zip(outputs.forward, outputs.backward, strict=True)
-    explained = []
-    for features in zip(*map(pooled, both), strict=True):
-        pair = measure(
+    result: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for features in zip(pooled(comparison.reference), pooled(comparison.variant), strict=True):
+        report = measure(
             nn.Sequential(nn.Identity()),
             nn.Sequential(nn.Identity()),
             DataLoader(TensorDataset(torch.stack(features, 1)), batch_size=250),
             "0",
+            order=0,
+            directions="both",
+            bootstrap=0,
             source_transform=lambda x: x[:, 0],
             target_transform=lambda x: x[:, 1],
-            **options,
+            progress=False,
         )
-        explained.append([1 - part.unexplained for part in (pair.forward[0], pair.backward[0])])
-    return {
-        POOLED: [sum(shares) / 2 for shares in explained],
-        POOLED_WEAKER: [min(shares) for shares in explained],
-        KL_WEAKER: [-max(part.functional[0].kl for part in parts) for parts in kl],
-    }
+        explained = [1 - part.unexplained for part in report.pairs]
+        floors = [part.noise_floor for part in report.pairs if part.noise_floor is not None]
+        result[POOLED].append(sum(explained) / 2)
+        result[POOLED_SMALLER].append(min(explained))
+        above = [(share - floor) / (1 - floor) for share, floor in zip(explained, floors, strict=True)]
+        result[POOLED_ABOVE_FLOOR].append(sum(above) / 2)
+    return result
 
 
 def score(ordering: str, values: list[float], similarity: list[float]) -> float:
@@ -273,7 +267,7 @@ def main() -> None:
             finished[pair.key] = rows[-1]
         values = finished[pair.key]["similarities"]
         if not values.keys() >= set(VARIANTS):
-            values |= variants(pair, data, loader, pooled)
+            values |= variants(pair, pooled)
             record(args.name, {"rows": rows}, settings=settings)
     scores = score_rows(rows)
     print(table(scores))
