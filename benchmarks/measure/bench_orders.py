@@ -2,6 +2,7 @@
 
     python -m benchmarks.measure.bench_orders                       # half an hour on one CPU core, resumable
     python -m benchmarks.measure.bench_orders --cases stage2 --seeds 1
+    python -m benchmarks.measure.bench_orders --readme              # time of the README's networks with order 2 instead
 
 The earlier solver is read from git (`git archive`). Both fit in processes of one thread, in turn. Seconds are CPU time
 of the whole fit, and of the orders above 0 alone. The unexplained share is that of held-out images. The defaults of
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,14 +28,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from benchmarks.common.models import DATA, cifar10, cifar_features, efficientnet_lite
+from benchmarks.common.models import cifar10, cifar_features, efficientnet_lite
 from benchmarks.common.results import RESULTS, record, table
+from benchmarks.measure.bench_networks import Photographs
 
 RIVAL_COMMIT = "2caf5d8"
 SOLVERS = ("earlier", "present")
-PHOTOGRAPH_SIDE = 224
+RUNS = ("order 0", "present", "earlier")  # of each pair and seed; order 0 alone, the same in both solvers
 CHUNK_IMAGES = 50
+README_NETWORKS, README_LAYERS = ("resnet18", "resnet50"), ["layer3", "layer4"]
+README_IMAGES, README_THREADS = 1000, 2
 
 
 @dataclass(frozen=True)
@@ -65,63 +71,77 @@ def load_features(name: str) -> tuple[Tensor, Tensor]:
     return cifar_features(source, images, stage), cifar_features(target, images, stage)
 
 
+def photographs(count: int) -> Dataset[Tensor]:
+    """Return `count` photographs of ImageNet."""
+    images = Photographs()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return Subset(images, order)
+
+
 @torch.no_grad()
 def wide_features(count: int) -> tuple[Tensor, Tensor]:
     """Compute a layer of 672 channels of two EfficientNet-Lite on photographs of ImageNet."""
-    from PIL import Image
-    from torchvision import transforms
-
-    files = sorted((DATA / "imagenet1k_sample").glob("*.jpg"))
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    transform = transforms.Compose(
-        [
-            transforms.Resize(PHOTOGRAPH_SIDE),
-            transforms.CenterCrop(PHOTOGRAPH_SIDE),
-            transforms.ToTensor(),
-            transforms.Normalize(0.5, 0.5),
-        ]
-    )
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     networks = [efficientnet_lite(size) for size in (0, 1)]
     for network, output in zip(networks, outputs, strict=True):
         network.get_submodule("blocks.4.1.bn2").register_forward_hook(
             lambda module, args, feature, output=output: output.append(feature.clone())
         )
-    for start in range(0, count, CHUNK_IMAGES):
-        images = [transform(Image.open(files[i]).convert("RGB")) for i in order[start : start + CHUNK_IMAGES]]
+    for images in DataLoader(photographs(count), batch_size=CHUNK_IMAGES):
         for network in networks:
-            network(torch.stack(images))
+            network(images)
     return torch.cat(outputs[0]), torch.cat(outputs[1])
 
 
 @torch.no_grad()
 def fit(name: str, features: Path, order: int, seed: int) -> dict[str, Any]:
-    """Fit all orders in this process; return CPU seconds, also without order 0, and the held-out unexplained shares."""
+    """Fit orders 0 to `order` in this process; return CPU seconds and the held-out unexplained share of each."""
     from knowiso_train import Disentangler
 
     warnings.simplefilter("ignore")
     x, y = torch.load(features, weights_only=True)
     fitting, selection, _ = CASES[name].images
     select = slice(fitting, fitting + selection)
-    # Order 0 alone comes first; it also warms up
-    seconds = {}
-    for highest in (0, order):
-        began = time.process_time()
-        maps = Disentangler(order=highest, kernel_size=CASES[name].kernel_size, seed=seed)
-        maps.fit(x[:fitting], y[:fitting], select=(x[select], y[select]))
-        seconds[highest] = time.process_time() - began
+    began = time.process_time()
+    maps = Disentangler(order=order, kernel_size=CASES[name].kernel_size, seed=seed)
+    maps.fit(x[:fitting], y[:fitting], select=(x[select], y[select]))
+    seconds = time.process_time() - began
     held_x, held_y = x[fitting + selection :], y[fitting + selection :]
     residual, unexplained, total = held_y, [], centered_energy(held_y)
     parts = [maps.components(chunk) for chunk in held_x.split(CHUNK_IMAGES)]
     for component in (torch.cat(chunks) for chunks in zip(*parts, strict=True)):
         residual = residual - component
         unexplained.append(centered_energy(residual) / total)
-    return {"seconds": seconds[order], "seconds above order 0": seconds[order] - seconds[0], "unexplained": unexplained}
+    return {"seconds": seconds, "unexplained": unexplained}
 
 
 def centered_energy(feature: Tensor) -> float:
     """Return the squared sum of a feature without its mean over images and positions."""
     return float((feature - feature.mean((0, 2, 3), keepdim=True)).double().square().sum())
+
+
+def time_readme() -> None:
+    """Time `measure` with order 2 on the README's networks, with random weights, and record it."""
+    import timm
+
+    from knowiso_train import measure
+
+    torch.set_num_threads(README_THREADS)
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model(name, pretrained=False).eval() for name in README_NETWORKS)
+    loader = DataLoader(photographs(README_IMAGES), batch_size=CHUNK_IMAGES)
+    load, wall, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
+    report = measure(student, teacher, loader, README_LAYERS, directions="both", progress=False)
+    figures = {
+        "CPU seconds": time.process_time() - cpu,
+        "wall seconds": time.perf_counter() - wall,
+        "load average before": load,
+        "threads": README_THREADS,
+        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "unexplained": {f"{pair.source} to {pair.target}, {pair.direction}": pair.unexplained for pair in report.pairs},
+    }
+    print(json.dumps(figures, indent=1))
+    record("orders_readme", figures, networks=README_NETWORKS, layers=README_LAYERS, images=README_IMAGES)
 
 
 def run_fit(root: Path, *arguments: str) -> dict[str, Any]:
@@ -152,16 +172,15 @@ def summary(rows: list[dict[str, Any]], cases: Iterable[str]) -> list[dict[str, 
     """Return means over the seeds that both solvers have, and the largest difference of the last order."""
     figures = []
     for name in cases:
-        runs = {
-            solver: {r["seed"]: r for r in rows if (r["case"], r["solver"]) == (name, solver)} for solver in SOLVERS
-        }
-        seeds = sorted(set(runs["present"]) & set(runs["earlier"]))
+        runs = {solver: {r["seed"]: r for r in rows if (r["case"], r["solver"]) == (name, solver)} for solver in RUNS}
+        seeds = sorted(set.intersection(*(set(run) for run in runs.values())))
         if not seeds:
             continue
-        shares, seconds, above = (
-            {solver: torch.tensor([runs[solver][seed][key] for seed in seeds]) for solver in SOLVERS}
-            for key in ("unexplained", "seconds", "seconds above order 0")
+        shares, seconds = (
+            {solver: torch.tensor([runs[solver][seed][key] for seed in seeds]) for solver in RUNS}
+            for key in ("unexplained", "seconds")
         )
+        above = {solver: seconds[solver] - seconds["order 0"] for solver in SOLVERS}
         difference = (shares["present"] - shares["earlier"])[:, -1].max()
         figures.append(
             {
@@ -191,7 +210,11 @@ def main() -> None:
     parser.add_argument(
         "--fit", nargs=4, metavar=("CASE", "FEATURES", "ORDER", "SEED"), help="one fit, for main itself"
     )
+    parser.add_argument("--readme", action="store_true", help="time `measure` on the README's networks instead")
     args = parser.parse_args()
+    if args.readme:
+        time_readme()
+        return
     if args.fit:
         name, features, order, seed = args.fit
         print(json.dumps(fit(name, Path(features), int(order), int(seed))))
@@ -202,15 +225,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "rival").mkdir()
-        roots = {"earlier": export_rival(folder / "rival"), "present": here}
+        roots = {"earlier": export_rival(folder / "rival")}
         done = {(r["case"], r["seed"], r["solver"]) for r in rows}
-        for seed, name, solver in product(range(args.seeds), args.cases, SOLVERS):
+        for seed, name, solver in product(range(args.seeds), args.cases, RUNS):
             if (name, seed, solver) in done:
                 continue
             features = folder / f"{name}.pt"
             if not features.exists():
                 torch.save(load_features(name), features)
-            result = run_fit(roots[solver], name, str(features), str(CASES[name].order), str(seed))
+            order = 0 if solver == "order 0" else CASES[name].order
+            result = run_fit(roots.get(solver, here), name, str(features), str(order), str(seed))
             rows.append({"case": name, "seed": seed, "solver": solver} | result)
             record("orders", summary(rows, CASES), rows=rows, rival=RIVAL_COMMIT)
     print(table(summary(rows, CASES)))

@@ -41,7 +41,7 @@ class Disentangler(nn.Module):
         kernel_size: Odd kernel of the maps. Default: 1, or 3 for the paper's solver on grids.
         solver: "closed_form" or "paper".
         hidden: Width of the hidden maps of orders ≥ 1 (closed form). Default: four times the target's channels, at
-            most 768 for 1×1 maps, and at most 192 or the target's channels for wider ones.
+            most 768 for 1×1 maps, and at most 128 or the target's channels for wider ones.
         ridge: Relative ridge ρ ≥ 0, or "search" on selection images (closed form).
         max_rows: Maximum number of positions kept for orders ≥ 1, or for training the paper's network. None: 131,072
             for orders ≥ 1, all for the paper's network.

@@ -16,6 +16,7 @@ from knowiso_train.utils.hashing import Stream, hash_unit
 
 MIN_CROP_SIDE = 16  # positions; in a smaller crop the halo of the hidden layers outweighs the targets
 MIN_SCATTERED_POSITIONS = 16  # of each image
+SMALL_GRID_POSITIONS = 64  # 1×1 maps take whole images of grids up to this size
 MAX_STORED_RATIO = 1.25  # stored images per image allowed, above which the surplus is dropped
 COMPACTION_SLACK_IMAGES = 64
 
@@ -169,7 +170,8 @@ class FeatureSample:
         """Return height and width of the part kept of an image; (P, 1) for scattered positions."""
         height, width = self.grid or (1, 1)
         rows_per_image = self.max_rows // max(self.expected_images, 1)
-        if self.whole_images or height * width <= max(rows_per_image, MIN_CROP_SIDE**2):
+        small_grid = SMALL_GRID_POSITIONS if self.kernel_size == 1 else MIN_CROP_SIDE**2
+        if self.whole_images or height * width <= max(rows_per_image, small_grid):
             return height, width
         if self.kernel_size == 1:
             return max(rows_per_image, MIN_SCATTERED_POSITIONS), 1
