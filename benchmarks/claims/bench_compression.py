@@ -57,17 +57,18 @@ def original(name: str) -> CifarResNet:
     """Return a network by its name."""
     if "seed" not in name:
         return cifar_resnet(int(name.removeprefix("ResNet-")))
-    training = Training(seed=int(name.rpartition(" ")[2]), num_checkpoints=12)
-    return trained_network(training, *train_images())
+    return small_network(int(name.rpartition(" ")[2]))
+
+
+def small_network(seed: int) -> CifarResNet:
+    """Return the ResNet-8 of a seed; the training images are loaded only if it is not in the cache."""
+    training = Training(seed=seed, num_checkpoints=12)
+    return trained_network(training, *cifar10("train", 1 if training.folder.exists() else None))
 
 
 @cache
-def train_images() -> tuple[Tensor, Tensor]:
-    return cifar10("train")
-
-
 def calibration_images() -> Tensor:
-    return train_images()[0][:CALIBRATION_IMAGES]
+    return cifar10("train", CALIBRATION_IMAGES)[0]
 
 
 @cache

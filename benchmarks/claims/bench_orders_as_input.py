@@ -19,11 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
-from benchmarks.claims.bench_compression import train_images
+from benchmarks.claims.bench_compression import small_network
 from benchmarks.claims.bench_strength import NETWORKS, transform
 from benchmarks.claims.common import SEEDS, ClaimResults, judge
 from benchmarks.common import models
-from benchmarks.common.small_networks import Training, trained_network
 from benchmarks.common.stats import mean_and_error
 
 PUBLIC_PAIRS = (("A-20", "B-14"), ("A-32", "B-8"))
@@ -37,8 +36,7 @@ def network(name: str) -> nn.Module:
     """Return a public network, or the ResNet-8 of a seed."""
     if name in NETWORKS:
         return NETWORKS[name]()
-    training = Training(seed=int(name.rpartition(" ")[2]), num_checkpoints=12)
-    return trained_network(training, *train_images())
+    return small_network(int(name.rpartition(" ")[2]))
 
 
 def figures(source: str, target: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks.common.results import RESULTS
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "claims.md"
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OTHER_SCRIPTS = {"trajectory": "benchmarks.measure.bench_trajectory"}
+COMPRESSION = "claims_compression"
 SUMMARY, MISSING = "summary", "*Not recorded yet.*"
 VERDICT_COLORS = {"confirmed": "#227b94", "undecided": "#7a7f87", "not confirmed": "#b3261e"}
 METHOD_COLORS = ("#16325b", "#e07a1f", "#b3261e", "#7a7f87", "#227b94")
@@ -74,6 +75,8 @@ def section(name: str, content: dict[str, Any] | None) -> str:
     parts = ["\n".join(verdicts), markdown_table(content["figures"]["table"])]
     if claims(content):
         parts.append(f"![Effect of every replicate, with mean and 95 % interval]({name}.svg)")
+    if name == COMPRESSION:
+        parts.append("![Lost shares over the ratio by method, and over redundancy by block](compression_curves.svg)")
     seconds = content.get("time", {}).get("cpu_seconds")
     time = "" if seconds is None else f", {max(1, round(seconds / 60))} CPU minutes"
     script = OTHER_SCRIPTS.get(name, f"benchmarks.claims.bench_{name.removeprefix('claims_')}")
@@ -198,7 +201,7 @@ def main() -> None:
     for _, name, _ in MARKED.findall(text):
         if entries := claims(None if name == SUMMARY else read(name)):
             draw(name, entries)
-    if (compression := read("claims_compression")) is not None:
+    if (compression := read(COMPRESSION)) is not None:
         draw_compression(compression["figures"]["rows"])
     print(f"{DOCUMENT} written")
 
