@@ -53,6 +53,7 @@ def summary(results: dict[str, dict[str, Any] | None]) -> str:
         {
             "claim": f"[{claim['claim']}](#{name.removeprefix('claims_').replace('_', '-')})",
             "verdict": f"**{claim['verdict']}**",
+            "measured": claim["measured"],
             "effect": effect(claim),
             "95 % interval": interval(claim),
             "replicates": str(claim["seeds"]),

@@ -32,7 +32,7 @@ def test_a_results_file_gives_verdict_table_and_summary(tmp_path: Path, monkeypa
     (tmp_path / "claims_c.json").write_text(json.dumps({"figures": {"rows": []}}))  # an unfinished run
     result = document.document(text)
     assert (
-        "| [Deep layers lose more](#a-b) | **not confirmed** | −1.50 ± 0.29 | −2.74 … −0.26 | 3 |"
+        "| [Deep layers lose more](#a-b) | **not confirmed** | rise, points | −1.50 ± 0.29 | −2.74 … −0.26 | 3 |"
         in result.splitlines()
     )
     assert "| layer1 | 12.35 |" in result
