@@ -187,7 +187,7 @@ def _draw_title(axes: Axes, explaining: str, explained: str, max_characters: int
     text = f"{explained}{relation}{explaining}"
     if len(text) > max_small_characters:
         max_name = (max_small_characters - len(relation)) // 2
-        text = f"{_shorten(explained, max_name)}{relation}{_shorten(explaining, max_name)}"
+        text = f"{shorten(explained, max_name)}{relation}{shorten(explaining, max_name)}"
     fontsize = 10.5 if len(text) <= max_characters else 9.0
     axes.set_title(text, fontsize=fontsize, color=TEXT_COLOR, loc="left", pad=8)
 
@@ -205,8 +205,8 @@ def _label(pair: PairResult) -> str:
     """Return the layer names of a pair, in two lines if they are long."""
     name = pair_name(pair)
     if pair.source == pair.target or len(name) <= MAX_LABEL_CHARACTERS:
-        return _shorten(name, MAX_LABEL_CHARACTERS)
-    return f"{_shorten(pair.source, MAX_LABEL_CHARACTERS)}\n→ {_shorten(pair.target, MAX_LABEL_CHARACTERS - 2)}"
+        return shorten(name, MAX_LABEL_CHARACTERS)
+    return f"{shorten(pair.source, MAX_LABEL_CHARACTERS)}\n→ {shorten(pair.target, MAX_LABEL_CHARACTERS - 2)}"
 
 
 def _format_axes(axes: Axes, pairs: tuple[PairResult, ...], labels: list[str]) -> None:
@@ -304,11 +304,11 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(partial, dpi=FIGURE_DPI, format=file_type)
 
 
-def _shorten(name: str, max_characters: int) -> str:
+def shorten(name: str, max_characters: int) -> str:
     """Return a name without its middle if it is too long, since both ends distinguish layers.
 
     Examples:
-        >>> _shorten("encoder.stages.3.blocks.12.mlp.fc2", 20)
+        >>> shorten("encoder.stages.3.blocks.12.mlp.fc2", 20)
         'encoder.s…12.mlp.fc2'
     """
     if len(name) <= max_characters:

@@ -126,7 +126,7 @@ class Axis:
         """Smallest round distance of at most five numbers."""
         least = (self.high - self.low) / (MAX_TICK_STEPS + 1)
         power = 10.0 ** math.floor(math.log10(least))
-        return next(step * power for step in (*ROUND_STEPS, 10.0) if step * power > least * (1 + 1e-9))
+        return next(step * power for step in (*ROUND_STEPS, 10.0, 20.0) if step * power > least * (1 + 1e-9))
 
     def ticks(self) -> list[float]:
         """Return the round numbers on the axis."""
