@@ -10,8 +10,8 @@ Teacher and student are timm networks, by name or weight file; the dataset is an
 same initial weights, order of images and number of updates. A run that was killed is resumed by the same command; a
 finished run prints its table.
 
-Writes log.jsonl and summary.json, and {best,last}.safetensors for each network: plain timm state dicts, each with a
-card that has the code to load it.
+Writes log.jsonl, summary.json, summary.html and summary.png, and {best,last}.safetensors for each network: plain timm
+state dicts, each with a card that has the code to load it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from knowiso_train.experiment import (
     timm_options,
     top1_accuracy,
     training_options,
+    write_arms,
 )
 from knowiso_train.features import pair_layers
 from knowiso_train.loading import InputBridge, input_transform, load_checkpoint, training_loader
@@ -81,10 +82,12 @@ def main(words: list[str] | None = None) -> int:
         shares = explained_shares(args.output / arm / "last.safetensors", teacher, layers, data, args)
         cards.append(card | {"explained": shares})
 
-    output.write_json("summary.json", {**describe_run(args), "layers": layers, "arms": cards})
+    summary = {**describe_run(args), "layers": layers, "arms": cards}
+    output.write_json("summary.json", summary)
     if accelerator.is_main_process:
         print(f"\n{results_table(cards, output.read_log())}\n")
-        print(f"written: {args.output}/summary.json, log.jsonl, <arm>/{{best,last}}.safetensors")
+        files = write_arms(args.output, summary)
+        print(f"written: {args.output}/summary.json, {files}, log.jsonl, <arm>/{{best,last}}.safetensors")
     accelerator.end_training()
     return 0
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         run_settings,
         training_options,
     )
+    from knowiso_train.experiment.arms import write_arms
     from knowiso_train.experiment.cards import network_card, results_table
     from knowiso_train.experiment.demo import demo_digits, demo_efficientnet_file, load_datasets
     from knowiso_train.experiment.evaluation import compare_networks, comparison_table, top1_accuracy
@@ -49,6 +50,7 @@ __all__ = [
     "timm_options",
     "top1_accuracy",
     "training_options",
+    "write_arms",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -79,5 +81,6 @@ __getattr__, __dir__ = lazy_exports(
         "training_options": "arguments",
         "timm_options": "networks",
         "top1_accuracy": "evaluation",
+        "write_arms": "arms",
     },
 )

@@ -133,6 +133,12 @@ def test_summary_has_a_card_for_each_network(
     whole: Path, capsys: pytest.CaptureFixture[str], words: Callable[..., list[str]]
 ) -> None:
     summary = json.loads((whole / "summary.json").read_text())
+    page = (whole / "summary.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert all(f"{card['top1']:.2f} %" in page for card in summary["arms"])
+    assert all(
+        f"{100 * share:.1f} %" in page for card in summary["arms"] for share in card.get("explained", {}).values()
+    )
+    assert (whole / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert [card["arm"] for card in summary["arms"]] == ["teacher", "student", "ours"]
     for card in summary["arms"]:
         accuracies = [entry["top1"] for entry in entries(whole, card["arm"]) if "top1" in entry]
