@@ -51,7 +51,11 @@ def write_sources() -> None:
         page.write_text(DOCUMENT_LINK.sub(rf"]({REPOSITORY}\1\2)", page.read_text()))
     for notebook in (ROOT / "docs").rglob("*.ipynb"):
         page = SOURCE / notebook.relative_to(ROOT / "docs").with_suffix(".md")
+        page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(notebook_page(json.loads(notebook.read_text())))
+    for page in SOURCE.rglob("*.md"):
+        # In the repository links lead to notebooks, on the site to their pages
+        page.write_text(page.read_text().replace(".ipynb)", ".md)"))
 
 
 def notebook_page(notebook: dict) -> str:
@@ -107,6 +111,7 @@ def undocumented_names() -> list[str]:
 
 
 def main() -> None:
+    """Build the site, and serve it on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help="serve the finished site at port 8000")
     args = parser.parse_args()
