@@ -82,7 +82,9 @@ def render() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     subprocess.run([Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"], cwd=ROOT, check=True)
     for page in SITE.rglob("*.html"):
-        page.write_text(FORMULA.sub(lambda match: mathml(match[3], is_block=match[2] == "["), page.read_text()))
+        text = FORMULA.sub(lambda match: mathml(match[3], is_block=match[2] == "["), page.read_text())
+        # The theme requests stars and releases of the repository from its host
+        page.write_text(text.replace('data-md-component="source"', ""))
 
 
 def mathml(formula: str, *, is_block: bool) -> str:
