@@ -38,7 +38,7 @@ THIRD_PARTY = {
     "timm": ("loading/timm.py", "loading/datasets.py"),
     "accelerate": ("experiment/processes.py", "experiment/training.py"),
     "torch_pruning": ("pruning/_dependencies.py", "pruning/importance.py"),
-    "transformers": ("integrations/transformers.py",),
+    "transformers": ("integrations/transformers.py", "loading/hub.py"),
     "lightning": ("integrations/lightning.py",),
     "pandas": ("measurement/report.py", "measurement/_records.py"),
 }

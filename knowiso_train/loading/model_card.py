@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.serialization import write_file
 
-CARD_FILE = "README.md"
+README_FILE = "README.md"
 # Marks a card of this library, which a later save may replace
 MARK = "<!-- written by knowiso_train -->"
 
@@ -46,7 +46,7 @@ def write_model_card(
         >>> text.splitlines()[:2], "# resnet18, pruned" in text
         (['---', 'library_name: timm'], True)
     """
-    path = Path(folder) / CARD_FILE
+    path = Path(folder) / README_FILE
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     data = ModelCardData(
