@@ -37,6 +37,8 @@ WINDOW_SAMPLES_PER_FEATURE = 40
 MIN_WINDOW_CALLS = 20
 # Lower bound of a channel's σ as a fraction of the mean σ; a dead channel would get a nearly infinite gradient
 MIN_RELATIVE_SCALE = 0.1
+# Ridge of the peers' map, which is to predict and not to guide a training
+PEER_RIDGE = 1e-3
 # Samples per regressor after which the peers' map is frozen; teacher and peers do not change
 FREEZE_SAMPLES_PER_FEATURE = 200
 
@@ -402,7 +404,8 @@ class ConsensusMap(KeepPrecision):
         target_channels: Channels C_T of the teacher.
         peer_channels: Channels C_P of all peers together.
         kernel_size: Odd kernel size k of both maps.
-        name, ridge, refresh, window: As for `ClosedFormMap`. The moments of the peers' map have no window.
+        name, ridge, refresh, window: As for `ClosedFormMap`. The peers' map has a small ridge, and moments without a
+            window.
 
     Shape:
         x (N, C_S, H, W), y (N, C_T, H, W), peers (N, C_P, H, W) → scalar.
@@ -421,11 +424,18 @@ class ConsensusMap(KeepPrecision):
         window: float | None = None,
     ) -> None:
         super().__init__()
-        options: dict[str, Any] = {"ridge": ridge, "refresh": refresh}
         self.peers = ClosedFormMap(
-            peer_channels, target_channels, kernel_size, name=f"{name}, peers", window=math.inf, **options
+            peer_channels,
+            target_channels,
+            kernel_size,
+            name=f"{name}, peers",
+            ridge=PEER_RIDGE,
+            refresh=refresh,
+            window=math.inf,
         )
-        self.student = ClosedFormMap(source_channels, target_channels, kernel_size, name=name, window=window, **options)
+        self.student = ClosedFormMap(
+            source_channels, target_channels, kernel_size, name=name, ridge=ridge, refresh=refresh, window=window
+        )
         self.frozen = False
 
     @property

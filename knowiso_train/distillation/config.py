@@ -31,6 +31,9 @@ Transform = Callable[[Tensor], Tensor]
 
 # Weight per pair, chosen in a short training of ResNet-8 on CIFAR-10 (one seed), where weights of 5 were too small
 DEFAULT_WEIGHT = 50.0
+# A map without a ridge fits any direction of the student, however small: it follows noise of the recent batches, and its
+# gradient is large along such directions. Chosen on validation images, see docs/benchmarks.md#distillation
+DEFAULT_RIDGE = 0.3
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class IsomorphismLossConfig:
     teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None
     peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None
     peer_transforms: Transform | Sequence[Transform | None] | None = None
-    ridge: NonNegativeFloat = 1e-3
+    ridge: NonNegativeFloat = DEFAULT_RIDGE
     refresh: PositiveInt = 10
     window: Annotated[float, Range(1)] | None = None
     penalty: NonNegativeFloat = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,6 +20,7 @@ from knowiso_train.distillation._scale import joint_shares, log_share, separate_
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
+    DEFAULT_RIDGE,
     DEFAULT_WEIGHT,
     IsomorphismLossConfig,
     Repeated,
@@ -80,7 +82,8 @@ class IsomorphismLoss(nn.Module):
         peers: Networks of `target="consensus"`, trained on the same kind of images as the teacher.
         peer_layers: {teacher layer: peer layer}, one for all peers or one for each. Default: the teacher's names.
         peer_transforms: As `teacher_transform`, one for all peers or one for each.
-        ridge: Ridge of the closed form, as a fraction of the mean variance of x_S. Default: 1e-3.
+        ridge: Ridge of the closed form, as a fraction of the mean variance of x_S. Default: 0.3, which favors features
+            whose large directions explain the teacher's; near 0 the share is that of `measure`.
         refresh: Calls between solves of the maps, which all processes share. Default: 10. With `scale="log"` each call
             in training also averages the shares over the processes.
         window: Time constant of the moments, in calls. Default: 40 effective samples per regressor, at least 20 calls.
@@ -107,7 +110,7 @@ class IsomorphismLoss(nn.Module):
         ...         loss = student(torch.randn(8, 3, 6, 6)).square().mean() + iso()
         ...         loss.backward()
         >>> log = iso.log()
-        >>> 0 < log["iso/1/share"] < 1, log["iso/1/loss"] < 0
+        >>> 0 < log["iso/train/1/share"] < 1, log["iso/train/1/loss"] < 0
         (True, True)
     """
 
@@ -131,7 +134,7 @@ class IsomorphismLoss(nn.Module):
         peers: Sequence[nn.Module] = (),
         peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
         peer_transforms: Transform | Sequence[Transform | None] | None = None,
-        ridge: float = 1e-3,
+        ridge: float = DEFAULT_RIDGE,
         refresh: int = 10,
         window: float | None = None,
         penalty: float = 0.1,
@@ -275,15 +278,16 @@ class IsomorphismLoss(nn.Module):
             self._clear_captures()
 
     def log(self) -> dict[str, float]:
-        """Return figures of the last call by tracker name: per pair loss, explained share, weight and gradient norm.
+        """Return figures of the last call as `iso/train/<pair>/<figure>`, for trackers.
 
-        `loss` is `log(u + 1e-3)` in log scale, and u in linear scale, without the weight. `share` is `1 - u`.
-        `grad_norm` is the norm of the weighted loss's gradient at the student's feature, after backward. Under a
-        GradScaler it includes the scale. Figures are of this process; in log scale the losses and shares of a training
-        step are those of all processes.
+        They are of the training batch; `IsomorphismCallback` measures held-out images, named `iso/val/…`. `ready` is 1
+        where the map is solved; before, `loss` and `share` are NaN. `loss` is `log(u + 1e-3)` in log scale, and u in
+        linear scale, without the weight. `share` is `1 - u`. `grad_norm` is the norm of the weighted loss's gradient at
+        the student's feature, after backward, with the factor of a GradScaler. Figures are of this process; in log
+        scale the losses and shares of a training step are those of all processes.
         """
         figures = {
-            f"iso/{_pair_label(pair, self.pairs)}/{name}": value
+            f"iso/train/{_pair_label(pair, self.pairs)}/{name}": value
             for pair, values in self._log.items()
             for name, value in values.items()
         }
@@ -360,7 +364,7 @@ class IsomorphismLoss(nn.Module):
             # Reading the loss in every step would stall a GPU; the moments leave a batch with NaN out in any case
             if refresh_due or map_loss.device.type == "cpu":
                 check_finite(pair, map_loss, feature, target, self._calls)
-            if update and refresh_due and self._map_of(pair).ready:
+            if update and refresh_due:
                 self._collapse.check(pair.source, feature)
             if torch.is_grad_enabled():
                 self._inactivity.check(
@@ -426,8 +430,13 @@ class IsomorphismLoss(nn.Module):
             term = separate_log_gradients(map_loss, unexplained, weight, source)
         else:
             term = weight * loss
-        share = 1 - unexplained.detach() if map_.ready else torch.zeros_like(unexplained)
-        self._log[pair] = {"loss": loss.detach(), "share": share, "weight": weight.detach()}
+        missing = torch.full_like(unexplained.detach(), 0.0 if map_.ready else math.nan)
+        self._log[pair] = {
+            "ready": torch.full_like(missing, float(map_.ready)),
+            "loss": loss.detach() + missing,
+            "share": 1 - unexplained.detach() + missing,
+            "weight": weight.detach(),
+        }
         if branch is not None and branch.requires_grad:
             self._record_gradient(index, pair, branch, weight.detach())
         return term

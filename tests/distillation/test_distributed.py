@@ -73,8 +73,8 @@ def trained(form: str, rank: int = 0, world: int = 1, *, accelerated: bool = Fal
             optimizer.step()
             losses.append(loss.detach())
             logs.append(iso.log())
-    assert logs[-1]["iso/blocks.0/share"] != 0  # every map was on
-    assert logs[-1]["iso/blocks.2/share"] != 0
+    assert logs[-1]["iso/train/blocks.0/share"] != 0  # every map was on
+    assert logs[-1]["iso/train/blocks.2/share"] != 0
     of_each = (
         "moments",
         "target",

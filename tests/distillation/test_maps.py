@@ -284,9 +284,9 @@ class TestInALoop:
         losses = train(iso, student, 100)
         assert sum(losses[-5:]) < 0.9 * sum(losses[20:25])  # by then every pair is on
         log = iso.log()
-        assert log["iso/1/share"] > 0.3
-        assert log["iso/3/share"] > (0.03 if form == "learned" else 0.3)  # a learned map needs more steps
-        assert all(log[f"iso/{layer}/grad_norm"] > 0 for layer in "13")
+        assert log["iso/train/1/share"] > 0.3
+        assert log["iso/train/3/share"] > (0.03 if form == "learned" else 0.3)  # a learned map needs more steps
+        assert all(log[f"iso/train/{layer}/grad_norm"] > 0 for layer in "13")
 
     @pytest.mark.parametrize("form", list(FORMS))
     def test_resumed_equals_uninterrupted(self, form: str) -> None:
@@ -336,7 +336,7 @@ class TestInALoop:
         student, teacher = built(1, 6, 1), built(2, 10, 2)
         iso = IsomorphismLoss(student, teacher, {"3": "3"}, **LINEAR)
         train(iso, student, 5)
-        assert 0 < iso.log()["iso/3/loss"] < 2
+        assert 0 < iso.log()["iso/train/3/loss"] < 2
 
     def test_log_gives_loss_share_weight_and_gradient_norm(self) -> None:
         student, teacher = built(1), built(2)
@@ -363,15 +363,15 @@ class TestInALoop:
             handle.remove()
         log = iso.log()
         assert set(log) == {
-            f"iso/{layer}/{what}" for layer in "13" for what in ("loss", "share", "weight", "grad_norm")
+            f"iso/train/{layer}/{what}" for layer in "13" for what in ("ready", "loss", "share", "weight", "grad_norm")
         }
-        assert log["iso/1/weight"] / log["iso/3/weight"] == pytest.approx(0.25)
-        assert 0 < log["iso/3/weight"] < 2
-        assert log["iso/1/loss"] * log["iso/1/weight"] + log["iso/3/loss"] * log["iso/3/weight"] == pytest.approx(
-            float(total.detach())
-        )
-        assert log["iso/3/share"] == pytest.approx(1 - log["iso/3/loss"])
-        assert log["iso/3/grad_norm"] == pytest.approx(float(norms[0].norm()), rel=1e-4)
+        assert log["iso/train/1/weight"] / log["iso/train/3/weight"] == pytest.approx(0.25)
+        assert 0 < log["iso/train/3/weight"] < 2
+        assert log["iso/train/1/loss"] * log["iso/train/1/weight"] + log["iso/train/3/loss"] * log[
+            "iso/train/3/weight"
+        ] == pytest.approx(float(total.detach()))
+        assert log["iso/train/3/share"] == pytest.approx(1 - log["iso/train/3/loss"])
+        assert log["iso/train/3/grad_norm"] == pytest.approx(float(norms[0].norm()), rel=1e-4)
 
     def test_balanced_weights_keep_the_ratio_of_the_gradients(self) -> None:
         student, teacher = built(1), built(2)
@@ -391,7 +391,7 @@ class TestInALoop:
                 (1024.0 * (task + own)).backward()  # a loss scale cancels
         # layer 0 feeds layer 1, an in-place ReLU: the gradients at 0 are those at 1 behind the same mask
         assert float(of_own.norm() / of_task.norm()) == pytest.approx(0.5, rel=0.2)
-        assert iso.log()["iso/1/weight"] != pytest.approx(1.0, rel=0.1)
+        assert iso.log()["iso/train/1/weight"] != pytest.approx(1.0, rel=0.1)
 
     def test_auto_layers_selects_unexplained_pairs(self, capsys: pytest.CaptureFixture[str]) -> None:
         student, teacher = built(1, 10, 2), built(2, 10, 2)

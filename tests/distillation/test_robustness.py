@@ -397,7 +397,7 @@ def test_dead_channels_have_finite_gradients(form: str) -> None:
         for call in range(3):
             found = stepped(student, iso, call)
             assert all(bool(value.isfinite().all()) for value in found.values())
-            assert float(iso.log()["iso/bn1/grad_norm"]) < 100
+            assert float(iso.log()["iso/train/bn1/grad_norm"]) < 100
 
 
 def test_a_layer_that_fires_twice() -> None:

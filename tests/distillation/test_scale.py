@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -64,14 +65,14 @@ def test_the_log_gradient_is_that_of_the_share_divided_by_the_share(options: dic
         for scale, weight in (("linear", 1.0), ("log", 7.0))
     )
     _, expected, map_gradients = loss_and_gradients(linear)
-    share = 1 - linear.log()["iso/3/share"]
+    share = 1 - linear.log()["iso/train/3/share"]
     loss, gradients, log_map_gradients = loss_and_gradients(log)
     figures = log.log()
     assert share > 0
     assert loss == pytest.approx(7.0 * torch.tensor(share + 1e-3).log().item(), rel=1e-4)
-    assert figures["iso/3/loss"] == pytest.approx(loss / 7.0, rel=1e-4)
-    assert figures["iso/3/share"] == pytest.approx(1 - share, rel=1e-4)
-    assert figures["iso/3/weight"] == 7.0
+    assert figures["iso/train/3/loss"] == pytest.approx(loss / 7.0, rel=1e-4)
+    assert figures["iso/train/3/share"] == pytest.approx(1 - share, rel=1e-4)
+    assert figures["iso/train/3/weight"] == 7.0
     assert expected
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], 7.0 * gradient / (share + 1e-3), rtol=1e-3, atol=1e-6)
@@ -84,7 +85,7 @@ def test_the_log_gradient_is_that_of_the_share_divided_by_the_share(options: dic
 def test_the_default_is_the_logarithm_with_weight_50() -> None:
     iso = solved(built(1), {})
     assert iso.config.scale == "log"
-    assert iso.log()["iso/3/weight"] == 50.0
+    assert iso.log()["iso/train/3/weight"] == 50.0
 
 
 @pytest.mark.parametrize("scale", ["log", "linear"])
@@ -95,7 +96,10 @@ def test_the_loss_has_no_value_and_no_gradient_before_the_map_is_solved(scale: A
     assert loss == 0
     assert gradients
     assert not any(gradient.any() for gradient in gradients.values())
-    assert iso.log()["iso/3/share"] == 0
+    log = iso.log()
+    assert log["iso/train/3/ready"] == 0
+    assert math.isnan(log["iso/train/3/share"])
+    assert math.isnan(log["iso/train/3/loss"])
 
 
 @pytest.mark.filterwarnings("ignore:.*the teacher's feature is constant")
@@ -125,7 +129,7 @@ def test_balanced_weights_are_bounded(scale: Any) -> None:
         for call in range(40):
             loss = F.cross_entropy(student(images(call)), torch.arange(16) % 5) + iso()
             loss.backward()
-    assert iso.log()["iso/3/weight"] == MAX_BALANCED_WEIGHT == 200
+    assert iso.log()["iso/train/3/weight"] == MAX_BALANCED_WEIGHT == 200
 
 
 @pytest.mark.parametrize("damage", ["variance", "rank"])

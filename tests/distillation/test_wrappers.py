@@ -46,7 +46,7 @@ def test_float64_networks_train_as_float32_ones(options: dict[str, Any]) -> None
     iso = loss_of(built(1).double(), built(2).double(), options)
     double = trained(iso, 12, torch.float64)
     assert double == pytest.approx(single, rel=1e-4)
-    assert iso.log()["iso/3/grad_norm"] > 0
+    assert iso.log()["iso/train/3/grad_norm"] > 0
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -96,10 +96,10 @@ def test_balanced_weights_of_one_layer_stay_bounded() -> None:
                 loss.backward()
         return {name: value for name, value in iso.log().items() if "weight" in name}
 
-    alone = weights([("3", "3")], 200)["iso/3/weight"]
+    alone = weights([("3", "3")], 200)["iso/train/3/weight"]
     early, late = (weights([("3", "3"), ("3", "1")], steps) for steps in (100, 300))
-    assert late["iso/3→3/weight"] == pytest.approx(alone, rel=0.25)  # other batches
-    assert late["iso/3→1/weight"] == pytest.approx(early["iso/3→1/weight"], rel=0.25)
+    assert late["iso/train/3→3/weight"] == pytest.approx(alone, rel=0.25)  # other batches
+    assert late["iso/train/3→1/weight"] == pytest.approx(early["iso/train/3→1/weight"], rel=0.25)
 
 
 def test_balanced_weights_of_two_losses_stay_bounded() -> None:
@@ -113,7 +113,7 @@ def test_balanced_weights_of_two_losses_stay_bounded() -> None:
             (
                 F.cross_entropy(student(torch.randn(16, 3, 8, 8)), torch.randint(5, (16,))) + losses[0]() + losses[1]()
             ).backward()
-    assert all(iso.log()["iso/3/weight"] < 20 for iso in losses)
+    assert all(iso.log()["iso/train/3/weight"] < 20 for iso in losses)
 
 
 def test_balancing_in_a_separate_backward_warns() -> None:
@@ -132,7 +132,7 @@ def test_balancing_in_a_separate_backward_warns() -> None:
         with pytest.warns(KnowisoWarning, match="nothing to balance against"):
             apart()
         apart()
-    assert iso.log()["iso/3/weight"] == 1
+    assert iso.log()["iso/train/3/weight"] == 1
 
 
 def test_missing_logits_raise() -> None:

@@ -180,7 +180,7 @@ class TestTransformers:
         assert shares[5] == now[self.LAYER].explained
         trained = [row for row in history if "loss" in row]
         assert [row["step"] for row in trained] == [1, 2, 3, 4, 5]  # a measured step's own figures are not lost
-        assert trained[-1][f"iso/{self.LAYER}/loss"] > 0
+        assert trained[-1][f"iso/train/{self.LAYER}/loss"] > 0
 
     @pytest.mark.parametrize("solver", ["closed_form", "learned"])
     def test_resumed_equals_uninterrupted(self, solver: Any, tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ class TestLightning:
         assert measured == [(entry.step, entry.metrics) for entry in monitor.history]
         assert [step for step, _ in measured] == [2, 4]
         # Optimizer steps, not batches
-        assert [step for step, values in rows if "iso/2/loss" in values] == [1, 2, 3, 4]
+        assert [step for step, values in rows if "iso/train/2/loss" in values] == [1, 2, 3, 4]
 
     def test_an_error_leaves_no_hook(self, tmp_path: Path) -> None:
         def fail(step: int) -> None:

@@ -112,10 +112,10 @@ def test_log_has_every_step_a_falling_loss_and_rising_shares(whole: Path) -> Non
         ]
         assert steps[-1]["cross_entropy"] < steps[0]["cross_entropy"]
     for layer in ("layer1", "layer2"):
-        shares = [entry[f"iso/{layer}/share"] for entry in steps]
-        assert shares[0] == 0  # no map yet
+        shares = [entry[f"iso/train/{layer}/share"] for entry in steps]
+        assert shares[0] == "NaN"  # no map yet
         assert np.mean(shares[-4:]) > np.mean(shares[4:8])
-        assert all(entry[f"iso/{layer}/grad_norm"] > 0 for entry in steps[-4:])
+        assert all(entry[f"iso/train/{layer}/grad_norm"] > 0 for entry in steps[-4:])
     assert all(
         entry["loss"] == pytest.approx(entry["cross_entropy"] + entry["isomorphism"] + entry["kd"]) for entry in steps
     )
