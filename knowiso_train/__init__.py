@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from knowiso_train.pruning.serialization import load_pruned, save_pruned
     from knowiso_train.refinement import refine
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Disentangler",
     "FeatureTaps",
