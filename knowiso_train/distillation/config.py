@@ -31,8 +31,8 @@ Transform = Callable[[Tensor], Tensor]
 
 # Weight per pair, chosen in a short training of ResNet-8 on CIFAR-10 (one seed), where weights of 5 were too small
 DEFAULT_WEIGHT = 50.0
-# A map without a ridge fits any direction of the student, however small: it follows noise of the recent batches, and its
-# gradient is large along such directions. Chosen on validation images, see docs/benchmarks.md#distillation
+# With a small ridge the map also follows directions of little variance, along which its gradient is large and changes
+# with every solve. Chosen on validation images, see docs/benchmarks.md#distillation
 DEFAULT_RIDGE = 0.3
 
 

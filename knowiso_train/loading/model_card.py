@@ -41,7 +41,7 @@ def write_model_card(
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_model_card(folder, "resnet18, pruned", "Half of the multiply-adds.", "model = ...", tags=["pruned"])
+        ...     write_model_card(folder, "resnet18, pruned", "Half as large.", "model = ...", tags=["pruned"])
         ...     text = Path(folder, "README.md").read_text()
         >>> text.splitlines()[:2], "# resnet18, pruned" in text
         (['---', 'library_name: timm'], True)

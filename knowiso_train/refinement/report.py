@@ -159,7 +159,7 @@ class RefineResult:
     def save(
         self, folder: str | Path, *, architecture: str | None = None, options: Mapping[str, Any] | None = None
     ) -> None:
-        """Write `model.safetensors`, a plain state dict, `card.json` with the report and the code that loads it, and a model card.
+        """Write `model.safetensors`, a plain state dict, `card.json` with report and loading code, and a model card.
 
         The weight file holds the card too, as a text entry, so that weights and card of one save stay together.
 
@@ -206,7 +206,7 @@ class RefineResult:
         write_model_card(
             folder,
             f"{name}, refined",
-            f"{name} refined by the features that other networks confirm (knowiso_train); they are not needed to run it.",
+            f"{name} refined by the features that other networks confirm (knowiso_train). It runs without them.",
             f"import timm\n\nmodel = {card['load']}",
             tags=["refined"],
             figures={"parameters": f"{card['parameters']:,}", **scores},
