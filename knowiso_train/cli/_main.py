@@ -97,10 +97,11 @@ def run_recipe(words: Sequence[str]) -> None:
     name = words[0]
     package = Path(__file__).resolve().parents[1]
     # Inside an installed package, beside it in a clone of the repository
-    path = next(path for folder in (package, package.parent) if (path := folder / "recipes" / f"{name}.py").is_file())
-    spec = spec_from_file_location(f"knowiso_recipe_{name}", path)
+    paths = [folder / "recipes" / f"{name}.py" for folder in (package, package.parent)]
+    path = next((path for path in paths if path.is_file()), None)
+    spec = None if path is None else spec_from_file_location(f"knowiso_recipe_{name}", path)
     if spec is None or spec.loader is None:
-        raise MissingDependencyError(f"expected a recipe at {path}, which cannot be imported")
+        raise MissingDependencyError(f"expected the recipe at {paths[0]}; install knowiso_train again")
     recipe = module_from_spec(spec)
     sys.modules[spec.name] = recipe
     sys.argv = [f"knowiso {name}", *words[1:]]  # the name in the usage of the recipe's parser

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from knowiso_train.errors import DataError, MissingDependencyError
+from knowiso_train.errors import DataError, KnowisoWarning, MissingDependencyError
 
 PREFIX = "hf:"
 # Values of `resample` of image processors, as in PIL
@@ -36,6 +37,7 @@ def load_hub_model(name: str, *, pretrained: bool = True, num_classes: int | Non
         >>> from transformers import ResNetConfig
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]).save_pretrained(folder)
+        ...     _ = Path(folder, "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
         ...     type(load_hub_model(folder, pretrained=False, num_classes=3)).__name__
         'ResNetForImageClassification'
     """
@@ -59,8 +61,14 @@ def load_hub_model(name: str, *, pretrained: bool = True, num_classes: int | Non
         ) from error
     try:
         processor = AutoImageProcessor.from_pretrained(name).to_dict()
-    except Exception:  # a network without a processor has ImageNet's normalization
+    except Exception as error:
         processor = {}
+        warnings.warn(
+            f"{PREFIX}{name} has no image processor that can be loaded ({type(error).__name__}): images are normalized "
+            "as those of ImageNet",
+            KnowisoWarning,
+            stacklevel=3,
+        )
     model.pretrained_cfg = processor_config(processor, model.config)
     return model.eval()  # type: ignore[no-any-return]
 
