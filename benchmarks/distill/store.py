@@ -46,7 +46,9 @@ class ResultsStore:
         with self._locked():
             stored = {self._key(row): row for row in self._read()} | {self._key(row): row for row in rows}
             self.rows = sorted(stored.values(), key=self._key)
-            record(self.name, {"rows": self.rows}, settings={"pair": self.pair})
+            budgets = sorted({row["budget"] for row in self.rows if row["part"] == "final"})
+            tables = {f"{budget} epochs": self.table("final", budget) for budget in budgets}
+            record(self.name, {"tables": tables, "rows": self.rows}, settings={"pair": self.pair})
 
     def best_weight(self, arm: Arm, budget: int) -> float | None:
         """Return the weight of the arm's last term with the best mean accuracy in the tuning runs.
