@@ -50,7 +50,7 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         >>> loader = torch.utils.data.DataLoader(torch.randn(16, 3, 6, 6), batch_size=8)
         >>> trainer.fit(Distilled(student, iso), loader)
         >>> iso.attached, len(iso.log())
-        (False, 4)
+        (False, 5)
     """
 
     def __init__(self, iso: IsomorphismLoss | None = None, monitor: IsomorphismCallback | None = None) -> None:

@@ -196,10 +196,10 @@ class RefineResult:
         }
         write_tensors(folder / REFINED_WEIGHTS_FILE, state, card)
         write_json(folder / CARD_FILE, card)
-        rows = [("before", self.report.row("before")), ("after", self.report.row("after"))]
         scores = {
-            f"top-1, {images}, {role}": f"{score.accuracy:.1f} %"
-            for role, row in rows
+            f"top-1, {images}, {row.role}": f"{score.accuracy:.1f} %"
+            for row in self.report.rows
+            if row.role in ("before", "after")
             for images, score in (("validation", row.validation), ("test", row.test))
             if score is not None
         }
