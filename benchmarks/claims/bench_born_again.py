@@ -10,7 +10,6 @@ test images.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,8 @@ from benchmarks.claims.common import (
     KERNEL_SIZE,
     LAYERS,
     SEEDS,
-    ClaimResults,
     judge,
+    open_results,
     percentages,
     read_cifar10,
     stage_figures,
@@ -72,21 +71,16 @@ def slope(values: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="test images of each comparison")
-    parser.add_argument("--name", default="claims_born_again", help="results file")
-    args = parser.parse_args()
-    settings = {"images": args.images, "layers": LAYERS, "seeds": SEEDS, "steps": Training().num_steps}
-    store = ClaimResults(args.name, settings | {"kernel_size": KERNEL_SIZE, "generations": len(GENERATIONS)})
+    num_images, store = open_results(__doc__, "claims_born_again", generations=len(GENERATIONS))
     accuracies = [
         [
-            store.row(partial(generation_row, seed, g, args.images), stage="train", seed=seed, generation=g)["accuracy"]
+            store.row(partial(generation_row, seed, g, num_images), stage="train", seed=seed, generation=g)["accuracy"]
             for g in GENERATIONS
         ]
         for seed in SEEDS
     ]
     figures = [
-        store.row(partial(comparison_row, seed, args.images), stage="compare", seed=seed)["generations"]
+        store.row(partial(comparison_row, seed, num_images), stage="compare", seed=seed)["generations"]
         for seed in SEEDS
     ]
     claims = [

@@ -11,7 +11,6 @@ ResNet-32, with 3×3 and with 1×1 maps.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,8 +24,8 @@ from benchmarks.claims.common import (
     KERNEL_SIZE,
     LAYERS,
     SEEDS,
-    ClaimResults,
     judge,
+    open_results,
     percentages,
     read_cifar10,
     stage_figures,
@@ -146,24 +145,19 @@ def claims_of(students: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="test images of each comparison")
-    parser.add_argument("--name", default="claims_distillation", help="results file")
-    args = parser.parse_args()
-    settings = {"images": args.images, "layers": LAYERS, "seeds": SEEDS, "steps": Training().num_steps}
-    store = ClaimResults(args.name, settings | {"kernel_size": KERNEL_SIZE})
+    num_images, store = open_results(__doc__, "claims_distillation")
     accuracies = [
-        store.row(partial(training_row, seed, args.images), stage="train", seed=seed)["accuracy"] for seed in SEEDS
+        store.row(partial(training_row, seed, num_images), stage="train", seed=seed)["accuracy"] for seed in SEEDS
     ]
     students = {
         reference: [
-            store.row(partial(student_row, seed, depth, args.images), stage=reference, seed=seed)["students"]
+            store.row(partial(student_row, seed, depth, num_images), stage=reference, seed=seed)["students"]
             for seed in SEEDS
         ]
         for reference, depth in REFERENCES.items()
     }
     for reference, kernel_size in PUBLIC.items():
-        students[reference] = [store.row(partial(public_row, args.images, kernel_size), stage=reference)["students"]]
+        students[reference] = [store.row(partial(public_row, num_images, kernel_size), stage=reference)["students"]]
     lines = [
         {
             "beside": reference,

@@ -9,14 +9,13 @@ features. Shares are of order 0, with 3×3 maps on 2,000 test images, averaged o
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.claims.common import KERNEL_SIZE, LAYERS, SEEDS, ClaimResults, judge, percentages, read_cifar10
+from benchmarks.claims.common import KERNEL_SIZE, LAYERS, SEEDS, judge, open_results, percentages, read_cifar10
 from benchmarks.common.small_networks import Training, accuracy, train_networks, trained_network
 from benchmarks.common.stats import mean_and_error
 from knowiso_train import stability
@@ -58,20 +57,15 @@ def stability_row(seed: int, num_images: int, num_test_images: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="test images of each comparison")
-    parser.add_argument("--name", default="claims_stability", help="results file")
-    args = parser.parse_args()
-    settings = {"images": args.images, "layers": LAYERS, "seeds": SEEDS, "steps": Training().num_steps}
-    store = ClaimResults(args.name, settings | {"kernel_size": KERNEL_SIZE, "sizes": SIZES})
+    num_images, store = open_results(__doc__, "claims_stability", sizes=SIZES)
     accuracies, figures = {}, {}
     for size in SIZES:
         accuracies[size] = [
-            store.row(partial(training_row, seed, size, args.images), stage="train", seed=seed, size=size)["accuracy"]
+            store.row(partial(training_row, seed, size, num_images), stage="train", seed=seed, size=size)["accuracy"]
             for seed in SEEDS
         ]
         figures[size] = [
-            store.row(partial(stability_row, seed, size, args.images), stage="compare", seed=seed, size=size)
+            store.row(partial(stability_row, seed, size, num_images), stage="compare", seed=seed, size=size)
             for seed in SEEDS
         ]
     most, least = figures[SIZES[0]], figures[SIZES[-1]]

@@ -7,6 +7,7 @@ zero, "not confirmed" if it is below zero, and "undecided" otherwise, also with 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.common.models import cifar10
 from benchmarks.common.results import RESULTS, record, table
+from benchmarks.common.small_networks import Training
 from benchmarks.common.stats import mean_and_error
 from knowiso_train.diagnosis.comparison import StageResult
 from knowiso_train.measurement.report import PairResult
@@ -140,3 +142,22 @@ def percentages(rows: Sequence[Sequence[float]]) -> str:
     """Format shares of every layer, (seeds, layers), as percentages: mean ± standard error over the seeds."""
     columns = ([100 * value for value in column] for column in zip(*rows, strict=True))
     return " / ".join(mean_and_error(column) if len(column) > 1 else f"{column[0]:.1f}" for column in columns)
+
+
+def open_results(description: str | None, name: str, **settings: Any) -> tuple[int, ClaimResults]:
+    """Parse the command line of a claim on networks that are trained here.
+
+    Args:
+        description: Text of the help.
+        name: Default name of the results file.
+        **settings: Settings of the run beside those that these claims share.
+
+    Returns:
+        Number of test images, and the results file with all settings.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000, help="test images of each comparison")
+    parser.add_argument("--name", default=name, help="results file")
+    args = parser.parse_args()
+    shared = {"images": args.images, "layers": LAYERS, "seeds": SEEDS, "steps": Training().num_steps}
+    return args.images, ClaimResults(args.name, shared | {"kernel_size": KERNEL_SIZE} | settings)

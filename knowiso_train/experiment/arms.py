@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from knowiso_train.errors import MissingDependencyError
+from knowiso_train.experiment.cards import explained_layers
 from knowiso_train.measurement._page import method_details
 from knowiso_train.measurement._plot import new_figure, save_figure
 from knowiso_train.measurement.render import MUTED_COLOR, UNEXPLAINED_COLOR
@@ -57,7 +58,7 @@ def write_arms(folder: Path, summary: Mapping[str, Any]) -> str:
 
 def _page(summary: Mapping[str, Any]) -> str:
     """Return the page of a distillation: arms, their accuracy, and the explained shares of the teacher's layers."""
-    cards, layers = summary["arms"], _layers(summary["arms"])
+    cards, layers = summary["arms"], explained_layers(summary["arms"])
     columns = [Column("arm", numeric=False), Column("parameters"), Column("top-1"), Column("best"), Column("seconds")]
     rows = [
         [
@@ -87,7 +88,7 @@ def _page(summary: Mapping[str, Any]) -> str:
 
 def _plot(cards: Cards, path: Path) -> None:
     """Plot the accuracy and the explained shares of each arm."""
-    layers = _layers(cards)
+    layers = explained_layers(cards)
     num_bars = len(cards) * max(2, len(layers))
     height = ARMS_MARGIN_INCHES + ARM_HEIGHT_INCHES * num_bars
     figure = new_figure(ARMS_WIDTH_INCHES, height, None, "the picture of the arms")
@@ -116,10 +117,6 @@ def _plot(cards: Cards, path: Path) -> None:
     num_columns = max(1, 80 // max(map(len, layers), default=1))
     figure.legend(loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8.5)
     save_figure(figure, path)
-
-
-def _layers(cards: Cards) -> list[str]:
-    return list(dict.fromkeys(layer for card in cards for layer in card.get("explained", {})))
 
 
 def _number(value: float | None, factor: float, unit: str, digits: int) -> Cell:

@@ -40,6 +40,16 @@ def network_card(
     }
 
 
+def explained_layers(cards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the layers whose explained share a card states, in order.
+
+    Examples:
+        >>> explained_layers([{"explained": {"layer2": 0.5}}, {}, {"explained": {"layer3": 0.4, "layer2": 0.6}}])
+        ['layer2', 'layer3']
+    """
+    return list(dict.fromkeys(layer for card in cards for layer in card.get("explained", {})))
+
+
 def results_table(cards: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of networks: accuracy, loss during training, and explained shares of the teacher's layers.
 
@@ -54,7 +64,7 @@ def results_table(cards: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str,
                  parameters    top-1  best (epoch)  loss: first, last  explains a  seconds
         student       1,200  98.50 %                     2.000, 2.000      50.0 %
     """
-    layers = list(dict.fromkeys(layer for card in cards for layer in card.get("explained", {})))
+    layers = explained_layers(cards)
     rows = [
         [
             "",

@@ -167,26 +167,29 @@ def load_model(
         >>> type(load_model("test_resnet", pretrained=False, num_classes=10)).__name__
         'ResNet'
     """
-    if is_hub_name(spec):
-        if kwargs:
-            raise OptionError(f"expected no options of timm for {spec!r}, got {', '.join(kwargs)}")
-        network = load_hub_model(
-            spec.removeprefix(PREFIX), pretrained=pretrained and checkpoint is None, num_classes=num_classes
-        )
-        if checkpoint is not None:
-            load_checkpoint(network, checkpoint, in_order=in_order)
-        return network
+    wanted = pretrained and checkpoint is None
+    if not is_hub_name(spec):
+        model = _create_model(spec, wanted, kwargs if num_classes is None else kwargs | {"num_classes": num_classes})
+    elif kwargs:
+        raise OptionError(f"expected no options of timm for {spec!r}, got {', '.join(kwargs)}")
+    else:
+        model = load_hub_model(spec.removeprefix(PREFIX), pretrained=wanted, num_classes=num_classes)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, in_order=in_order)
+    return model.eval()
+
+
+def _create_model(spec: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    """Create a network of timm."""
     import timm
 
     _check_name(spec)
-    options = kwargs if num_classes is None else kwargs | {"num_classes": num_classes}
-    wanted = pretrained and checkpoint is None
     try:
-        model: nn.Module = timm.create_model(spec, pretrained=wanted, **options)
+        model: nn.Module = timm.create_model(spec, pretrained=pretrained, **options)
     # httpx, urllib, safetensors and the hub have no common base error.
     except Exception as error:
         is_remote = spec.startswith(REMOTE_PREFIXES)
-        if isinstance(error, TypeError) or not (wanted or is_remote):
+        if isinstance(error, TypeError) or not (pretrained or is_remote):
             raise
         if is_remote:
             raise DataError(
@@ -199,9 +202,7 @@ def load_model(
             "or pretrained=False (--no-pretrained) for random weights. "
             "With the weights in the hub's cache, HF_HUB_OFFLINE=1 works without a network."
         ) from error
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint, in_order=in_order)
-    return model.eval()
+    return model
 
 
 def input_transform(
@@ -342,7 +343,7 @@ def _check_name(spec: str) -> None:
     if not timm.is_model(name):
         if "/" in spec:
             raise OptionError(f"timm has no network {spec!r}; for a network of transformers use {PREFIX}{spec}")
-        if f".{tag}" in CHECKPOINT_SUFFIXES or spec.endswith(CHECKPOINT_SUFFIXES):
+        if spec.endswith(CHECKPOINT_SUFFIXES):
             raise OptionError(
                 f"expected the name of a network, got the file {spec!r}; name its architecture, and give the file as "
                 "the checkpoint (checkpoint=, --source-checkpoint, …)"
