@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines.distillation.hints import AttentionTransfer, FitNet, SimKD
-from benchmarks.baselines.distillation.logits import dist_loss, standardized_kd
 from benchmarks.baselines.distillation.pooled import CRD, ITRD, SRD, VkD
 from benchmarks.baselines.distillation.review import ReviewKD
 from benchmarks.baselines.distillation.timm_task import TimmFeatureTask
-from knowiso_train.distillation import dkd_loss, kd_loss
+from knowiso_train.distillation import dist_loss, dkd_loss, kd_loss, mlkd_loss, standardized_kd_loss
 
 CROSS_ENTROPY, OURS = "ce", "ours"
 TUNED = "tuned"
@@ -102,9 +101,10 @@ class Method:
 
 METHODS = {
     "kd": Method(_logits(kd_loss), 1.0),
-    "std_kd": Method(_logits(standardized_kd), 9.0),
+    "std_kd": Method(_logits(standardized_kd_loss), 9.0),
     "dkd": Method(_logits(dkd_loss, with_labels=True), 1.0),
     "dist": Method(_logits(dist_loss), 2.0),
+    "mlkd": Method(_logits(mlkd_loss), 0.9),
     "fitnet": Method(_maps(FitNet), 100.0),
     "at": Method(_maps(lambda *_: AttentionTransfer()), 1000.0),
     "review": Method(_maps(ReviewKD), 1.0, "warmup"),

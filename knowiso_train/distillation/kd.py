@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, UnitFloat, validate_fields
+
+# Standard deviation of an image's logits below which they are constant
+MIN_LOGIT_DEVIATION = 1e-7
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -90,8 +94,112 @@ def dkd_loss(
     return (alpha * tckd + beta * nckd) * temperature**2
 
 
-def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Check the logits and return `log_softmax(logits / T)` of both, in float32 or better."""
+def standardized_kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
+    """Compute `kd_loss` of logits that are standardized per image, to mean 0 and variance 1.
+
+    Shift and scale of the logits have no effect, so that a small student need not reach the teacher's range. Reference:
+    Sun et al., *Logit Standardization in Knowledge Distillation* (CVPR 2024, arXiv 2403.01427), eq. 8, with the
+    unbiased variance. Published weight: 9, with 0.1 for the cross-entropy.
+
+    Args:
+        student_logits: Logits (N, classes).
+        teacher_logits: Logits (N, classes), detached from the graph.
+        temperature: Temperature T > 0 of the standardized logits. Default: 2.
+
+    Raises:
+        InputTypeError: Logits that are not tensors.
+        ShapeError: Logits of different shapes.
+        OptionError: A temperature that is not positive.
+
+    Examples:
+        >>> logits = torch.randn(4, 10)
+        >>> standardized_kd_loss(3 * logits + 1, logits).abs().item() < 1e-5
+        True
+    """
+    student, teacher = _logits(student_logits, teacher_logits)
+    return kd_loss(_standardize(student), _standardize(teacher), temperature)
+
+
+def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Compute `T² · (inter + intra)` of DIST: 1 minus mean Pearson correlations of the probabilities.
+
+    The inter-class relation correlates the classes of an image, the intra-class relation the images of a class.
+    Reference: Huang et al., *Knowledge Distillation from A Stronger Teacher* (NeurIPS 2022, arXiv 2205.10536), eq. 8
+    and 9. Published weight for CIFAR-100: 2.
+
+    Args:
+        student_logits: Logits (N, classes).
+        teacher_logits: Logits (N, classes), detached from the graph.
+        temperature: Temperature T > 0. Default: 4.
+
+    Raises:
+        InputTypeError: Logits that are not tensors.
+        ShapeError: Logits of different shapes.
+        OptionError: A temperature that is not positive.
+
+    Examples:
+        >>> logits = torch.randn(4, 10)
+        >>> dist_loss(logits + 1, logits).abs().item() < 1e-5
+        True
+    """
+    student, teacher = (log_p.exp() for log_p in _log_probabilities(student_logits, teacher_logits, temperature))
+    inter, intra = 1 - _row_correlations(student, teacher).mean(), 1 - _row_correlations(student.T, teacher.T).mean()
+    return (inter + intra) * temperature**2
+
+
+def mlkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0)
+) -> Tensor:
+    """Compute the multi-level distillation loss: instance, batch and class level, summed over temperatures.
+
+    With the probabilities P (N, classes) at a temperature the levels are `kd_loss`, `‖P_T P_Tᵀ - P_S P_Sᵀ‖² / N` and
+    `‖P_Tᵀ P_T - P_Sᵀ P_S‖² / classes`. Reference: Jin et al., *Multi-level Logit Distillation* (CVPR 2023). The
+    published training also has a second, strongly augmented view of each image and masks confident predictions; both
+    are left out. Published weight: 0.9, with 0.1 for the cross-entropy.
+
+    Args:
+        student_logits: Logits (N, classes).
+        teacher_logits: Logits (N, classes), detached from the graph.
+        temperatures: Temperatures, positive. Default: 2, 3, 4, 5, 6.
+
+    Raises:
+        InputTypeError: Logits that are not tensors.
+        ShapeError: Logits of different shapes.
+        OptionError: No temperature, or one that is not positive.
+
+    Examples:
+        >>> logits = torch.randn(4, 10)
+        >>> mlkd_loss(logits, logits).abs().item() < 1e-5
+        True
+    """
+    if not temperatures:
+        raise OptionError("temperatures must hold at least one temperature, got none")
+    total = student_logits.new_zeros(())
+    for temperature in temperatures:
+        student, teacher = (log_p.exp() for log_p in _log_probabilities(student_logits, teacher_logits, temperature))
+        # Products of probabilities lose the small ones in half precision
+        with torch.autocast(student.device.type, enabled=False):
+            batch_level = (teacher @ teacher.T - student @ student.T).square().sum() / len(student)
+            class_level = (teacher.T @ teacher - student.T @ student).square().sum() / student.shape[1]
+        total = total + kd_loss(student_logits, teacher_logits, temperature) + batch_level + class_level
+    return total
+
+
+def _standardize(logits: Tensor) -> Tensor:
+    """Return logits with mean 0 and unbiased variance 1 in every row; constant rows only get mean 0."""
+    centered = logits - logits.mean(1, keepdim=True)
+    deviation = torch.linalg.vector_norm(centered, dim=1, keepdim=True) / max(1, logits.shape[1] - 1) ** 0.5
+    # A classifier that starts at zero has constant rows, at which 1 / deviation has no gradient
+    return centered / torch.where(deviation > MIN_LOGIT_DEVIATION, deviation, torch.ones_like(deviation))
+
+
+def _row_correlations(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Pearson correlation of every row of two matrices; 0 for constant rows."""
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+
+
+def _logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the logits and return both in float32 or better, the teacher's detached."""
     for role, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if not isinstance(logits, Tensor):
             raise InputTypeError(
@@ -103,13 +211,18 @@ def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperatu
             "expected student and teacher logits of one shape (N, classes), "
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
+    student, teacher = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (student_logits, teacher_logits)
+    )
+    return student, teacher.detach()
+
+
+def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Check the logits and return `log_softmax(logits / T)` of both, in float32 or better."""
+    student, teacher = _logits(student_logits, teacher_logits)
     if not temperature > 0:
         raise OptionError(f"temperature must be positive, got {temperature}")
-    student, teacher = (
-        F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=1)
-        for logits in (student_logits, teacher_logits.detach())
-    )
-    return student, teacher
+    return F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1)
 
 
 @dataclass(frozen=True)

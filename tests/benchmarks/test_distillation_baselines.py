@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.distillation.hints import AttentionTransfer, FitNet, SimKD
-from benchmarks.baselines.distillation.logits import dist_loss, standardized_kd
 from benchmarks.baselines.distillation.pooled import CRD, ITRD, SRD, VkD
 from benchmarks.baselines.distillation.review import Fusion, ReviewKD, hierarchical_context
 from benchmarks.baselines.distillation.timm_task import TimmFeatureTask
@@ -151,35 +150,11 @@ def test_the_gradient_reaches_the_student_and_every_map(kind: type[nn.Module]) -
     assert all(float(x.grad.abs().max()) > 1e-4 for x in [*student, *weights])
 
 
-def probabilities(logits: list[list[float]]) -> np.ndarray:
-    exponentials = np.exp(np.array(logits))
-    return np.asarray(exponentials / exponentials.sum(1, keepdims=True))
-
-
 def set_map(layer: nn.Module, weight: list[list[float]]) -> None:
     """Set the weight of a linear layer, and its bias to zero."""
     layer.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
     if layer.bias is not None:
         layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=torch.float64))
-
-
-def test_standardized_kd_by_hand() -> None:
-    # Unbiased standard deviations are 1 and 10: standardized logits are (-1, 0, 1) and (1, 0, -1), / T = 2
-    student, teacher = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[30.0, 20.0, 10.0]]).double()
-    q, p = probabilities([[-0.5, 0.0, 0.5]]), probabilities([[0.5, 0.0, -0.5]])
-    assert float(standardized_kd(student, teacher)) == pytest.approx(4 * float((p * np.log(p / q)).sum()), rel=1e-5)
-    # Blind to scale and shift
-    assert float(standardized_kd(student, 7 * student + 5)) == pytest.approx(0.0, abs=1e-10)
-
-
-def test_dist_by_hand() -> None:
-    # With two classes the probabilities of an image correlate by the sign of their order
-    student, teacher = torch.tensor([[1.0, 0.0], [0.0, 3.0]]).double(), torch.tensor([[2.0, 0.0], [1.0, 0.0]]).double()
-    p = 1 / (1 + np.exp(-np.array([1.0, -3.0]) / 4))
-    assert p[0] > p[1]
-    # Images: +1 and -1, a mean of 0. Classes: the student's and the teacher's first probability both fall
-    assert float(dist_loss(student, teacher)) == pytest.approx(16 * ((1 - 0) + (1 - 1)), abs=1e-6)
-    assert float(dist_loss(student, student)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_simkd_by_hand() -> None:
