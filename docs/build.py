@@ -39,6 +39,7 @@ PUBLIC_PACKAGES = (
 )
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 DOCUMENT_LINK = re.compile(r"\]\(\.\./(?!assets/)((?:[\w.-]+/)*[\w.-]+)(#[\w-]+)?\)")
+PICTURE_LINK = re.compile(r"\]\(\.\./(benchmarks/[\w./-]+\.png)\)")
 REPOSITORY = "https://github.com/knowiso/knowiso_train/blob/main/"
 
 
@@ -47,8 +48,12 @@ def write_sources() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     shutil.copytree(ROOT / "docs", SOURCE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.ipynb"))
     for page in SOURCE.glob("*.md"):
-        # Files outside docs/ are in the repository, not on the site
-        page.write_text(DOCUMENT_LINK.sub(rf"]({REPOSITORY}\1\2)", page.read_text()))
+        text = page.read_text()
+        for picture in PICTURE_LINK.findall(text):
+            shutil.copy(ROOT / picture, SOURCE / "assets")
+        # Other files outside docs/ are in the repository, not on the site
+        text = PICTURE_LINK.sub(lambda match: f"](assets/{Path(match[1]).name})", text)
+        page.write_text(DOCUMENT_LINK.sub(rf"]({REPOSITORY}\1\2)", text))
     for notebook in (ROOT / "docs").rglob("*.ipynb"):
         page = SOURCE / notebook.relative_to(ROOT / "docs").with_suffix(".md")
         page.parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,22 @@
 """Tables and pictures of docs/claims.md, made from the results files.
 
-    python -m benchmarks.claims.document
+    python -m benchmarks.document
 
-A table stands between the markers `<!-- results: NAME -->` and `<!-- end -->`, NAME being a results file, or "summary"
-for the verdicts of all. The text around the markers is written by hand and stays.
+A name between the markers of a table is a results file, or "summary" for the verdicts of all.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import textwrap
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.markdown import markdown_table, marked_names, number, replace_marked
 from benchmarks.common.results import RESULTS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "claims.md"
-MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OTHER_SCRIPTS = {"trajectory": "benchmarks.measure.bench_trajectory"}
 COMPRESSION = "claims_compression"
 SUMMARY, MISSING = "summary", "*Not recorded yet.*"
@@ -29,15 +27,8 @@ ROW_INCHES, WIDTH_INCHES, CURVES_INCHES, WRAP_CHARACTERS = 0.95, 7.5, 10.5, 110
 
 def document(text: str) -> str:
     """Return the document with the tables of the present results files."""
-    names = [name for _, name, _ in MARKED.findall(text) if name != SUMMARY]
-    results = {name: read(name) for name in names}
-
-    def replaced(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
-        content = summary(results) if name == SUMMARY else section(name, results[name])
-        return f"{begin}{content}\n{end}"
-
-    return MARKED.sub(replaced, text)
+    results = {name: read(name) for name in marked_names(text) if name != SUMMARY}
+    return replace_marked(text, lambda name: summary(results) if name == SUMMARY else section(name, results[name]))
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -102,18 +93,6 @@ def interval(claim: dict[str, Any]) -> str:
     """Format a 95 % interval."""
     ends = claim["interval"]
     return "–" if ends is None else f"{number(ends[0], '+')} … {number(ends[1], '+')}"
-
-
-def number(value: float, sign: str = "") -> str:
-    """Format with two decimals, and a minus sign."""
-    return f"{value:{sign}.2f}".replace("-", "−")
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Return rows of equal keys as a table in Markdown."""
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def lower_first(text: str) -> str:
@@ -199,7 +178,7 @@ def svg_options(name: str) -> dict[str, Any]:
 def main() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     DOCUMENT.write_text(document(text), encoding="utf-8")
-    for _, name, _ in MARKED.findall(text):
+    for name in marked_names(text):
         if entries := claims(None if name == SUMMARY else read(name)):
             draw(name, entries)
     if (compression := read(COMPRESSION)) is not None:

@@ -26,15 +26,13 @@ def tables(part: Any) -> dict[str, list[dict[str, Any]]]:
     return by_pair
 
 
-def main() -> None:
+def draw(part: Any) -> None:
+    """Draw the tables of the runs of a part into results/distill.png."""
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("final", "tuning"), default="final", help="images of the runs")
-    args = parser.parse_args()
-    by_pair = tables(args.part)
+    by_pair = tables(part)
     if not by_pair:
-        raise SystemExit(f"no rows of {args.part} runs in {RESULTS}")
+        raise SystemExit(f"no rows of {part} runs in {RESULTS}")
     figure, panels = plt.subplots(len(by_pair), 2, figsize=(13, 5 * len(by_pair)), squeeze=False)
     for (title, rows), row_panels in zip(by_pair.items(), panels, strict=True):
         for (column, label), panel in zip(AXES, row_panels, strict=True):
@@ -49,6 +47,13 @@ def main() -> None:
             panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(RESULTS / "distill.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("final", "tuning"), default="final", help="images of the runs")
+    draw(parser.parse_args().part)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from benchmarks.claims.common import judge
 
 def test_the_page_has_the_tables_of_the_results_files() -> None:
     text = document.DOCUMENT.read_text(encoding="utf-8")
-    assert document.document(text) == text, "run python -m benchmarks.claims.document"
+    assert document.document(text) == text, "run python -m benchmarks.document"
     anchors = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.+)$", text, re.MULTILINE)}
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
     for link in re.findall(r"\]\(([\w./-]+\.(?:svg|md|cff))", text):

@@ -1,0 +1,62 @@
+"""Tables of docs/benchmarks.md: equal to those of the results files, and known figures of made results files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import document
+from benchmarks.common.markdown import best_in_bold, cell, markdown_table, marked_names, number
+
+
+def test_the_page_has_the_tables_of_the_results_files() -> None:
+    text = document.DOCUMENT.read_text(encoding="utf-8")
+    assert document.document(text) == text, "run python -m benchmarks.document"
+    names = marked_names(text)
+    assert sorted(names) == sorted([*document.TABLES, document.DISTILLATION])
+    # A takeaway in bold is the begin of the paragraph above each table, or a heading's first paragraph
+    for name in set(names) - {document.DISTILLATION}:
+        paragraph = text[: text.index(f"<!-- results: {name} -->")].rstrip().rsplit("\n\n", 1)[-1]
+        assert paragraph.startswith("**"), name
+    assert set(document.source("fit", document.read("fit")).split("`")) >= {"benchmarks/results/fit.json"}
+
+
+def test_no_table_of_the_page_is_written_by_hand() -> None:
+    text = document.DOCUMENT.read_text(encoding="utf-8")
+    assert "\n|" not in document.replace_marked(text, lambda _: "")
+
+
+def test_every_pair_and_budget_of_distillation_has_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "RESULTS", tmp_path)
+    ours = {"arm": "kd+ours", "seeds": 5, "top-1 %": "70.10 ± 0.20", "over kd+ours": "+0.00 ± 0.00"}
+    rival = {"arm": "kd+fitnet,weight=10", "seeds": 5, "top-1 %": "69.00 ± nan", "over kd+ours": "-1.10 ± 0.30"}
+    costs = {"ms over kd": "+1.5", "peak MiB": "-"}
+    none = {"ms over kd": "-", "peak MiB": "-"}
+    tables = {"10 epochs": [ours | none, rival | none], "30 epochs": [rival | costs, ours | none]}
+    content = {"figures": {"tables": tables}, "device": "a CPU, 1 threads", "date": "2026-01-02", "commit": "abc"}
+    (tmp_path / "distill_resnet32_mobile_cifar100.json").write_text(json.dumps(content))
+    text = document.distillation()
+    title = "**ResNet-32 teaches MobileNetV2 0.35 on CIFAR-100"
+    assert f"{title}, 10 epochs.** The defaults of `IsomorphismLoss` beside KD are in place 1 of 2." in text
+    assert f"{title}, 30 epochs.** The defaults of `IsomorphismLoss` beside KD are in place 2 of 2; KD + FitNet" in text
+    assert "| KD + `IsomorphismLoss` | 5 | **70.10 ± 0.20** | +0.00 ± 0.00 |\n" in text
+    assert "| KD + FitNet (weight 10) | 5 | 69.00 | −1.10 ± 0.30 | +1.5 |\n" in text
+    assert text.count("added ms of a step") == 1
+    assert "a CPU, 1 thread, 2026-01-02, commit abc" in text
+    assert text.endswith("(../benchmarks/results/distill.png)")
+
+
+def test_cells_are_formatted_as_they_are_printed() -> None:
+    assert (number(-0.001), number(-1.25, "+"), number(2.0, "+", 1)) == ("0.00", "−1.25", "+2.0")
+    assert (cell(12.3456), cell("-0.50 ± nan"), cell("2026-01-02"), cell("l-1")) == (
+        "12.35",
+        "−0.50",
+        "2026-01-02",
+        "l-1",
+    )
+    rows = [{"a": "9.5 ± 1.0", "b": 3}, {"a": "−11.0", "b": 1}, {"a": "1,000", "b": ""}]
+    best_in_bold(rows, ["a"])
+    best_in_bold(rows, ["b"], lowest=True)
+    assert markdown_table(rows).splitlines()[2:] == ["| 9.5 ± 1.0 | 3 |", "| −11.0 | **1** |", "| **1,000** |  |"]
