@@ -220,7 +220,8 @@ def train(run: Run, stage: str, network: nn.Module, teacher: Any, epochs: int, l
     if teacher is not None:
         example = to_input(data[0][0][0][None].to(accelerator.device))
         layers = list(stage_grids(teacher, lambda: teacher(example)))
-        iso = ki.IsomorphismLoss(network, teacher, layers, example=example, scale="linear", weight=1.0)
+        options = {"scale": "linear", "weight": 1.0, "schedule": None}
+        iso = ki.IsomorphismLoss(network, teacher, layers, example=example, **options)
         iso.to(accelerator.device)
     optimizer, scheduler = sgd_with_schedule(
         network.parameters(), lr=lr, weight_decay=args.weight_decay, warmup=int(WARMUP_FRACTION * total), total=total

@@ -200,7 +200,7 @@ def parse_arm(text: str) -> Arm:
         values = {key: _value(value) for key, _, value in (option.partition("=") for option in options)}
         if name != OURS and not set(values) <= {"weight", "schedule"}:
             raise SystemExit(f"expected the options weight and schedule of {name!r}, got {part!r}")
-        if values.get("schedule") == (METHODS[name].schedule if name in METHODS else "constant"):
+        if name in METHODS and values.get("schedule") == METHODS[name].schedule:
             del values["schedule"]
         terms.append(Term(name, tuple(values.items())))
     return Arm(tuple(term for term in terms if term.name != CROSS_ENTROPY))

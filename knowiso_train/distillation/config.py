@@ -27,6 +27,7 @@ Solver = Literal["closed_form", "learned"]
 Target = Literal["teacher", "consensus"]
 Scale = Literal["log", "linear"]
 Repeated = Literal["error", "first", "last"]
+Schedule = Callable[[int], float] | Literal["learning_rate"] | None
 Transform = Callable[[Tensor], Tensor]
 
 # Weight per pair, chosen in a short training of ResNet-8 on CIFAR-10 (one seed), where weights of 5 were too small
@@ -59,7 +60,7 @@ class IsomorphismLossConfig:
     scale: Scale = "log"
     weight: float | Mapping[str, float] | Literal["balanced"] = DEFAULT_WEIGHT
     ratio: PositiveFloat = 1.0
-    schedule: Callable[[int], float] | None = None
+    schedule: Schedule = "learning_rate"
     teacher_transform: Transform | None = None
     teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None
     peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None

@@ -16,7 +16,9 @@ from knowiso_train.distillation._diagnostics import CollapseDetector, Inactivity
 from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite, check_state
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
+from knowiso_train.distillation._pairs import map_inputs, pair_key, pair_label
 from knowiso_train.distillation._scale import joint_shares, log_share, separate_log_gradients
+from knowiso_train.distillation._schedule import FactorSchedule
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
@@ -25,13 +27,14 @@ from knowiso_train.distillation.config import (
     IsomorphismLossConfig,
     Repeated,
     Scale,
+    Schedule,
     Solver,
     Target,
     Transform,
 )
 from knowiso_train.distillation.layer_selection import auto_layers
 from knowiso_train.errors import CaptureError, OptionError
-from knowiso_train.features.extractor import align, sides_of_networks
+from knowiso_train.features.extractor import sides_of_networks
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.modules import LayerPair, pair_layers
 from knowiso_train.utils.distributed import ProcessGroup, all_reduce_gradients
@@ -69,10 +72,11 @@ class IsomorphismLoss(nn.Module):
             does, plus the penalty of a learned g.
         weight: Factor w of every pair, or {student layer: factor}. "balanced": the gradient at the student's feature is
             `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200; not with a
-            compiled student. Default: 50, which suits both scales; try 15 to 100, and a decay by `schedule`.
+            compiled student. Default: 50, which suits both scales; try 15 to 100.
         ratio: Gradient ratio of `weight="balanced"`. Default: 1.
-        schedule: Function from call to factor of all weights, such as `WeightSchedule(warmup=500)`. Calls count from
-            the first with a solved map. Default: constant 1.
+        schedule: Factor of all weights. "learning_rate" (default): 1 while the learning rate of the student's optimizer
+            is above half of its maximum, then down to 0.02 with it. A function from call to factor, such as
+            `WeightSchedule(warmup=500)`; calls count from the first with a solved map. None: constant 1.
         teacher_transform: Transform of the student's images for the teacher, such as another resolution or
             normalization. Default: none.
         teacher_forward: Function `teacher_forward(teacher, images)` in place of `teacher(images)`. By default the
@@ -127,7 +131,7 @@ class IsomorphismLoss(nn.Module):
         scale: Scale = "log",
         weight: float | Mapping[str, float] | Literal["balanced"] = DEFAULT_WEIGHT,
         ratio: float = 1.0,
-        schedule: Callable[[int], float] | None = None,
+        schedule: Schedule = "learning_rate",
         teacher_transform: Transform | None = None,
         teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
         example: Example | None = None,
@@ -166,14 +170,15 @@ class IsomorphismLoss(nn.Module):
         self._peers = freeze_peers(peers, teacher_layers, self.config, teacher_sides)
         infer_shapes(self._student, [self._teacher, *(peer.network for peer in self._peers)], example)
 
-        self.maps = nn.ModuleDict({_pair_key(pair): self._make_map(pair) for pair in self.pairs})
+        self.maps = nn.ModuleDict({pair_key(pair): self._make_map(pair) for pair in self.pairs})
         self.balance = GradientBalance(len(self.pairs), ratio) if weight == "balanced" else None
         self._fixed_weights = self.config.pair_weights(self.pairs)
         self._handles: list[RemovableHandle] = []
-        self._calls, self._active_calls = 0, 0
+        self._calls = 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
         self.input_moments = ChannelMoments()
         self._collapse, self._inactivity = CollapseDetector(), InactivityDetector()
+        self._schedule = FactorSchedule(self.config.schedule, student)
 
     @property
     def student(self) -> nn.Module:
@@ -207,6 +212,7 @@ class IsomorphismLoss(nn.Module):
                 taps.attach()
             self._handles += self._student.attach_calls()
             self._handles += all_reduce_gradients(list(self.parameters()), ProcessGroup())
+            self._handles += self._schedule.attach()
         except BaseException:
             self.detach()
             raise
@@ -287,7 +293,7 @@ class IsomorphismLoss(nn.Module):
         scale the losses and shares of a training step are those of all processes.
         """
         figures = {
-            f"iso/train/{_pair_label(pair, self.pairs)}/{name}": value
+            f"iso/train/{pair_label(pair, self.pairs)}/{name}": value
             for pair, values in self._log.items()
             for name, value in values.items()
         }
@@ -306,16 +312,18 @@ class IsomorphismLoss(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:
-        """Return the number of calls, and of calls with a solved map.
+        """Return the number of calls, and the state of the schedule.
 
         In several processes the state of any one can be loaded into all: moments are in equal parts after a solve, and
         later batches of the others are replaced by those of this one.
         """
-        return torch.tensor([self._calls, self._active_calls])
+        return torch.tensor([self._calls, *self._schedule.state()], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the numbers of calls, here and in the maps."""
-        self._calls, self._active_calls = (int(count) for count in state)
+        """Restore the number of calls, here and in the maps, and the state of the schedule."""
+        calls, *schedule = state.tolist()
+        self._calls = int(calls)
+        self._schedule.set_state(*schedule)
         for pair in self.pairs:
             self._map_of(pair).calls = self._calls
 
@@ -350,14 +358,14 @@ class IsomorphismLoss(nn.Module):
             self.balance.refresh()
         if update and refresh_due:
             self.input_moments.add(batch.input.images)
-        schedule = self.config.schedule
-        factor = 1.0 if schedule is None else float(schedule(self._active_calls))
         sources: list[Tensor] = []
         losses: list[Tensor] = []
         for index, pair in enumerate(self.pairs):
             feature, target = batch.features[index], targets[pair.target]
             check_grids(pair, feature, target, self._student.reader, self._teacher.reader)
-            inputs = self._aligned(batch, pair, feature, [target, *(peer[pair.target] for peer in peers)])
+            inputs = map_inputs(
+                batch, pair, feature, [target, *(peer[pair.target] for peer in peers)], self.config.kernel_size
+            )
             map_loss = self._map_loss(pair, inputs, update)
             sources.append(inputs[0])
             losses.append(map_loss)
@@ -377,33 +385,16 @@ class IsomorphismLoss(nn.Module):
         shares = [self._unexplained(pair, loss) for pair, loss in zip(self.pairs, losses, strict=True)]
         if update and self.config.scale == "log":
             shares = joint_shares(shares, ProcessGroup())
-        self._log, terms = {}, []
+        self._log, terms, factor = {}, [], self._schedule.factor()
         for index in range(len(self.pairs)):
             weight, branch = self._weight(index, losses[index], factor), batch.branches[index] if update else None
             terms.append(self._term(index, sources[index], losses[index], shares[index], weight, branch))
         if update:
             self._calls += 1
-            self._active_calls += int(any(self._map_of(pair).ready for pair in self.pairs))
+            if any(self._map_of(pair).ready for pair in self.pairs):
+                self._schedule.count_call()
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
         return connect_outputs(total, batch.outputs)
-
-    def _aligned(self, batch: StudentBatch, pair: LayerPair, feature: Tensor, targets: list[Tensor]) -> list[Tensor]:
-        """Return the inputs of the pair's map: the features of student, teacher and peers at common positions.
-
-        Raises:
-            CaptureError: Padded positions that cannot be left out.
-        """
-        grid = (targets[0].shape[2], targets[0].shape[3])
-        target, *peers = [align(other.to(feature.device), grid) for other in targets]
-        inputs = [align(feature, grid), target, *([torch.cat(peers, 1)] if peers else [])]
-        if batch.padding is None:
-            # A view of its own, at which `_term` may scale the gradient
-            return [inputs[0].view_as(inputs[0]), *inputs[1:]]
-        source_grid = (feature.shape[2], feature.shape[3])
-        if not batch.padding.fits(grid, source_grid, kernel_size=self.config.kernel_size):
-            raise batch.padding.misfit_error({pair.source: source_grid, pair.target: grid})
-        # (N, C, H, W) → (1, C, 1, P) of the P valid positions
-        return [batch.padding.rows(part).T[None, :, None] for part in inputs]
 
     def _map_loss(self, pair: LayerPair, inputs: list[Tensor], update: bool) -> Tensor:
         """Return the loss of the pair's map: the unexplained share, plus the penalty of a learned map."""
@@ -473,7 +464,7 @@ class IsomorphismLoss(nn.Module):
         return ConsensusMap(*channels, peer_channels, config.kernel_size, **options)
 
     def _map_of(self, pair: LayerPair) -> Any:
-        return self.maps[_pair_key(pair)]
+        return self.maps[pair_key(pair)]
 
     def _all_taps(self) -> list[FeatureTaps[Tensor]]:
         return [self._student.taps, self._teacher.taps, *(peer.network.taps for peer in self._peers)]
@@ -487,14 +478,3 @@ class IsomorphismLoss(nn.Module):
 def _is_trained(map_: nn.Module) -> bool:
     """Return whether a map is learned and its scales are known; before, it returns 0 without its penalty."""
     return isinstance(map_, LearnedMap) and map_.ready
-
-
-def _pair_key(pair: LayerPair) -> str:
-    """Return the pair's key in a ModuleDict, which allows no dots."""
-    return f"{pair.source}→{pair.target}".replace(".", "/")
-
-
-def _pair_label(pair: LayerPair, pairs: Sequence[LayerPair]) -> str:
-    """Return the student's layer, followed by the teacher's if the former is in several pairs."""
-    unique = sum(other.source == pair.source for other in pairs) == 1
-    return pair.source if unique else f"{pair.source}→{pair.target}"

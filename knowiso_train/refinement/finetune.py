@@ -416,6 +416,7 @@ def consensus_loss(
         target="consensus",
         scale="linear",
         weight=1.0,
+        schedule=None,
         peers=[peer.module for peer in peers],
         peer_layers=config.peer_layers,
         peer_transforms=[_peer_transform(peer, model) for peer in peers],

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train import IsomorphismCallback, IsomorphismLoss, measure
+from knowiso_train.distillation.config import DEFAULT_WEIGHT
 from knowiso_train.errors import DataError, OptionError
 from knowiso_train.features.state import preserve_state
 from tests.helpers.processes import WORLD, run_in_processes
@@ -115,11 +116,13 @@ def trained(wrapper: str, made: str, form: str, rank: int) -> dict[str, Any]:
                 loss = loss + F.cross_entropy(logits, torch.arange(IMAGES) % 4)
             optimizer.zero_grad()
             loss.backward()
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
             optimizer.step()
             monitor.step()
             losses.append(loss.detach())
     metrics = [entry.metrics for entry in monitor.history]
-    return {"losses": torch.stack(losses), "weights": full_weights(run), "metrics": metrics}
+    weight = iso.log()["iso/train/2/weight"]
+    return {"losses": torch.stack(losses), "weights": full_weights(run), "metrics": metrics, "weight": weight}
 
 
 def averages_gradients() -> bool:
@@ -155,6 +158,8 @@ def test_sharded_training_equals_that_of_ddp(case: tuple[str, str, str], rank: i
         for name in (case, ("ddp", "after", EXPECTED[case[2]]))
     )
     torch.testing.assert_close(sharded["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
+    # The learning rate before the last call was a quarter of the first: 4 r (1 - r) = 0.75
+    assert sharded["weight"] == pytest.approx(0.75 * FORMS[case[2]].get("weight", DEFAULT_WEIGHT))
     assert list(sharded["weights"]) == list(expected["weights"])
     start = network(1).state_dict()
     for name, value in expected["weights"].items():
