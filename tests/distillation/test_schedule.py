@@ -107,7 +107,7 @@ def test_forms_of_optimizers(form: str) -> None:
         for step in range(3):
             loss = student(images(step)).square().mean() + iso()
             loss.backward()
-            optimizer.step(*([lambda: loss.detach()] if form == "closure" else []))
+            optimizer.step(*([lambda loss=loss: loss.detach()] if form == "closure" else []))
             if form == "accelerate":
                 scheduler.step()
             else:
@@ -144,8 +144,7 @@ def test_steps_after_the_block_are_not_observed() -> None:
     iso = IsomorphismLoss(built(1), built(2), ["3"])
     optimizer = torch.optim.SGD(iso.student.parameters(), lr=1e-3)
     with pytest.raises(ZeroDivisionError), iso:
-        factors(iso, [optimizer], [1.0] * 3)
-        1 / 0  # noqa: B018
+        factors(iso, [optimizer], (1 / (2 - step) for step in range(3)))
     before = iso.get_extra_state()
     optimizer.param_groups[0]["lr"] = 1e-5
     optimizer.step()
