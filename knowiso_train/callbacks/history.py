@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from knowiso_train.errors import FormatError
+from knowiso_train.features.modules import LayerPair
 from knowiso_train.measurement.report import PairResult, Report
 
 
@@ -30,8 +31,8 @@ class Measurement(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """Flat metrics for experiment trackers.
 
-        Names are `iso/val/<source>→<target>/share` (explained by all orders), `…/noise_floor` and, for several orders,
-        `…/order_<k>`.
+        Names are `iso/val/<source>-to-<target>/share` (explained by all orders), `…/noise_floor` and, for several
+        orders, `…/order_<k>`.
         """
         return {
             f"{metric_prefix(pair)}/{name}": value
@@ -42,7 +43,8 @@ class Measurement(NamedTuple):
 
 def metric_prefix(pair: PairResult) -> str:
     """Return the prefix of the metric names of a pair."""
-    return f"iso/val/{pair.source}→{pair.target}{'' if pair.direction == 'forward' else '/backward'}"
+    name = LayerPair(pair.source, pair.target).metric_name
+    return f"iso/val/{name}{'' if pair.direction == 'forward' else '/backward'}"
 
 
 def without_maps(report: Report) -> Report:

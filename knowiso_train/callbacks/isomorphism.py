@@ -84,7 +84,7 @@ class IsomorphismCallback:
         layers: {student layer: teacher layer}, names or globs for both networks, or tuples.
         every: Number of training steps between measurements.
         order: Highest number K of non-linear steps. Orders above 0 train small maps, which takes longer.
-        log: Function that receives `{"iso/val/<source>→<target>/share": 0.4, …}` and `step=500`. None: no logging.
+        log: Function that receives `{"iso/val/<source>-to-<target>/share": 0.4, …}` and `step=500`. None: no logging.
         path: Folder for the files of `end()`: `report.json` (last report), `history.json` (metrics of all measurements)
             and, if matplotlib is installed, `shares.png` (curves over steps). None: no files.
         transform: Transform of the loader's images for the student, and before `teacher_transform` for the teacher: the
@@ -106,12 +106,12 @@ class IsomorphismCallback:
         >>> callback = IsomorphismCallback(student, teacher, validation, {"1": "1"}, every=2, log=log)
         >>> for _ in range(3):
         ...     _ = callback.step()  # after optimizer.step()
-        2 ['iso/val/1→1/noise_floor', 'iso/val/1→1/share']
+        2 ['iso/val/1-to-1/noise_floor', 'iso/val/1-to-1/share']
         >>> report = callback.end()
-        3 ['iso/val/1→1/noise_floor', 'iso/val/1→1/share']
+        3 ['iso/val/1-to-1/noise_floor', 'iso/val/1-to-1/share']
         >>> [measurement.step for measurement in callback.history]
         [2, 3]
-        >>> report["1"].explained == callback.history[-1].metrics["iso/val/1→1/share"]
+        >>> report["1"].explained == callback.history[-1].metrics["iso/val/1-to-1/share"]
         True
     """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from knowiso_train.distillation._networks import StudentBatch
 from knowiso_train.features.extractor import align
-from knowiso_train.features.modules import LayerPair
+from knowiso_train.features.modules import LayerPair, metric_name
 
 
 def pair_key(pair: LayerPair) -> str:
@@ -20,7 +20,7 @@ def pair_key(pair: LayerPair) -> str:
 def pair_label(pair: LayerPair, pairs: Sequence[LayerPair]) -> str:
     """Return the student's layer, followed by the teacher's if the former is in several pairs."""
     unique = sum(other.source == pair.source for other in pairs) == 1
-    return pair.source if unique else f"{pair.source}→{pair.target}"
+    return metric_name(pair.source) if unique else pair.metric_name
 
 
 def map_inputs(

@@ -275,6 +275,34 @@ class LayerPair:
     source: str
     target: str
 
+    @property
+    def metric_name(self) -> str:
+        """Name of the pair in the figures for trackers, of letters, digits and `_`, `.`, `/`, `-`.
+
+        MLflow refuses other characters.
+
+        Examples:
+            >>> LayerPair("layer1.0", "layer2").metric_name
+            'layer1.0-to-layer2'
+        """
+        return metric_name(f"{self.source}-to-{self.target}")
+
+
+def metric_name(name: str) -> str:
+    """Return a name with `_` in the place of characters that trackers refuse.
+
+    Args:
+        name: Name of a layer or a pair.
+
+    Returns:
+        Name of letters, digits and `_`, `.`, `/`, `-`.
+
+    Examples:
+        >>> metric_name("heads.→ α")
+        'heads.___'
+    """
+    return re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)
+
 
 def pair_layers(
     source: nn.Module, target: nn.Module, layers: str | Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str]

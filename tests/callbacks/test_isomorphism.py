@@ -57,10 +57,10 @@ class TestFigures:
             assert report.pairs == direct.pairs
             assert report.settings == direct.settings
         figures = callback.history[0].metrics
-        assert figures["iso/val/2→2/share"] == direct["2"].explained
-        assert figures["iso/val/5→5/order_1"] == direct["5"].shares[1]
-        assert figures["iso/val/5→5/backward/share"] == direct["5", "backward"].explained
-        assert figures["iso/val/5→5/noise_floor"] == direct["5"].noise_floor
+        assert figures["iso/val/2-to-2/share"] == direct["2"].explained
+        assert figures["iso/val/5-to-5/order_1"] == direct["5"].shares[1]
+        assert figures["iso/val/5-to-5/backward/share"] == direct["5", "backward"].explained
+        assert figures["iso/val/5-to-5/noise_floor"] == direct["5"].noise_floor
         assert len(figures) == 4 * 4
 
     def test_from_a_loss(self) -> None:

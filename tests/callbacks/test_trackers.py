@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def test_tensorboard_holds_the_logged_figures(tmp_path: Path) -> None:
     student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run")
-    iso = IsomorphismLoss(student, teacher, "1")
+    # A layer in two pairs: names of figures contain both layers
+    iso = IsomorphismLoss(student, teacher, [("1", "1"), ("1", "0")])
     monitor = IsomorphismCallback.of(iso, [torch.randn(100, 3, 6, 6)], every=2, log=accelerator.log)
     logged = []
     with iso:
@@ -34,12 +36,14 @@ def test_tensorboard_holds_the_logged_figures(tmp_path: Path) -> None:
 
     events = accumulators.EventAccumulator(str(tmp_path / "run")).Reload()
     tags = events.Tags()["scalars"]
+    assert "iso/train/1-to-0/share" in tags
+    # MLflow refuses other characters
+    assert all(re.fullmatch(r"[A-Za-z0-9_./-]+", tag) for tag in tags)
+    assert set(tags) == {*logged[0], *monitor.history[0].metrics}
     assert len(tags) == len(logged[0]) + len(monitor.history[0].metrics)
 
     def values(name: str) -> dict[int, float]:
-        # TensorBoard replaces the arrow of a pair
-        tag = next(tag for tag in tags if tag in (name, name.replace("→", "_")))
-        return {event.step: event.value for event in events.Scalars(tag)}
+        return {event.step: event.value for event in events.Scalars(name)}
 
     for name in logged[0]:
         assert values(name) == pytest.approx(

@@ -14,7 +14,7 @@ from knowiso_train import IsomorphismLoss
 from knowiso_train.features.hooks import DetachedOnCopyHook
 
 LAYERS = {"2": "2", "5": "5"}
-SHARES = ["iso/val/2→2/share", "iso/val/5→5/share"]
+SHARES = ["iso/val/2-to-2/share", "iso/val/5-to-5/share"]
 
 
 def network(seed: int, width: int = 6) -> nn.Sequential:

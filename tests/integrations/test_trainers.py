@@ -19,7 +19,7 @@ from knowiso_train import IsomorphismCallback, IsomorphismLoss, measure
 from knowiso_train.errors import DataError, FormatError, MissingDependencyError, OptionError
 from knowiso_train.features.hooks import DetachedOnCopyHook
 
-SHARE = "iso/val/{0}→{0}/share"
+SHARE = "iso/val/{0}-to-{0}/share"
 
 
 def own_hooks(*models: nn.Module) -> int:
