@@ -33,7 +33,8 @@ FIGURE_WIDTH_INCHES, FIGURE_DPI = 9.0, 160
 ROW_HEIGHT_INCHES, MARGIN_HEIGHT_INCHES, TITLE_HEIGHT_INCHES = 0.44, 1.6, 0.35
 BAR_HEIGHT_ROWS = 0.62
 MIN_LABEL_SHARE = 0.075  # segments narrower than this have no label, in a figure of two panels
-MAX_LEGEND_COLUMNS = 6
+MAX_LEGEND_COLUMNS = 5  # which fit with their longest labels
+INTERVAL_PAD_POINTS, MARKED_INTERVAL_PAD_POINTS = 4, 10  # without and with markers at the end of a bar
 MAX_LABEL_CHARACTERS = 26  # of a layer name
 AGREEMENT_MARKERS = {"output agrees (images)": "o", "residual agrees (images)": "X"}
 AGREEMENT_STYLE: dict[str, Any] = {
@@ -222,7 +223,8 @@ def _format_axes(axes: Axes, pairs: tuple[PairResult, ...], labels: list[str]) -
     right = axes.secondary_yaxis("right")
     intervals = [interval(pair.interval).removesuffix(" %") for pair in pairs]
     right.set_yticks(range(len(pairs)), intervals, fontsize=7.5, color=MUTED_COLOR)
-    right.tick_params(length=0, pad=4)
+    is_marked = any(pair.functional for pair in pairs)
+    right.tick_params(length=0, pad=MARKED_INTERVAL_PAD_POINTS if is_marked else INTERVAL_PAD_POINTS)
     right.spines[:].set_visible(False)
     axes.set_xlabel("share of the explained layer's variance", fontsize=8.5, color=MUTED_COLOR)
     for spine in axes.spines.values():

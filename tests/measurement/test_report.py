@@ -21,6 +21,7 @@ from knowiso_train.pages.colors import ORDER_COLORS, TEXT_COLOR, order_colors, t
 from tests.helpers.reports import functional_pair, pair, report
 
 matplotlib = pytest.importorskip("matplotlib")
+MARKER_POINTS = 4.5  # half of a marker with its edge
 
 
 @pytest.fixture
@@ -248,10 +249,17 @@ def test_picture_titles_and_figures_stay_readable() -> None:
 @pytest.mark.parametrize("num_orders", [1, 2, 3, 4])
 @pytest.mark.parametrize("made", [pair, functional_pair])
 def test_legend_is_within_the_picture(made: Any, num_orders: int) -> None:
-    figure = report(made("a", "x", shares=(0.2,) * num_orders), made("x", "a", "backward")).plot()
-    figure.canvas.draw()
-    legend = figure.legends[0].get_window_extent()
-    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+    first = made("a", "x", shares=(0.2,) * num_orders)
+    for noise_floor in (0.0123, None):
+        pairs = [replace(first, noise_floor=noise_floor), made("x", "a", "backward", noise_floor=noise_floor)]
+        figure = report(*pairs).plot()
+        figure.draw_without_rendering()
+        legend = figure.legends[0].get_window_extent()
+        assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+        # Markers of a bar of 100 % do not cover the interval beside it
+        tick = figure.axes[0].child_axes[0].yaxis.get_major_ticks()[0].label2.get_window_extent()
+        end = figure.axes[0].get_window_extent().x1
+        assert tick.x0 - end > (MARKER_POINTS / 72 * figure.dpi if first.functional else 0)
 
 
 def test_picture_survives_odd_figures() -> None:
@@ -264,7 +272,7 @@ def test_picture_survives_odd_figures() -> None:
         pair("p", "q", shares=(1.3, 0.2), unexplained=0.3, additive=False),
     )
     figure = odd.plot()
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for patch in figure.axes[0].patches:
         assert 0 <= patch.get_x() <= patch.get_x() + patch.get_width() <= 1 + 1e-9
     assert max(len(label.get_text()) for label in figure.axes[0].get_yticklabels()) < 60
