@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import FormatError, MissingDependencyError
+from knowiso_train.features.state import device_of
 
 try:
     from lightning.pytorch import Callback
@@ -75,7 +78,10 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
             pl_module._ddp_params_and_buffers_to_ignore = list(dict.fromkeys(ignored))
         # Tuners train in their own on_fit_start, which runs before the one of this callback
         if self.iso is not None and stage == "fit" and not self.iso.attached:
-            self.iso.to(trainer.strategy.root_device).attach()
+            device = trainer.strategy.root_device
+            self.iso.to(device).attach()
+            if device_of(self.iso.teacher) == torch.device("cpu"):  # the teacher is not a submodule
+                self.iso.teacher.to(device)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Connect the measurements to the loggers."""

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -457,6 +458,12 @@ class TestLightning:
         assert trainer.global_step == 4
         assert [measured.step for measured in monitor.history] == [2, 4]
         assert own_hooks(module.student, module.held[0].teacher) == 0
+
+    def test_the_teacher_moves_to_the_device_of_the_module(self) -> None:
+        module = self.module("closed_form", registered=True)
+        elsewhere = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+        self.own.IsomorphismLightningCallback(module.held[0]).setup(elsewhere, module, "fit")
+        assert {p.device.type for p in module.held[0].teacher.parameters()} == {"meta"}
 
     def test_an_attached_loss_is_tolerated(self, tmp_path: Path) -> None:
         module = self.module("closed_form", registered=False)
