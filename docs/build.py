@@ -39,6 +39,7 @@ PUBLIC_PACKAGES = (
 )
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 DOCUMENT_LINK = re.compile(r"\]\(\.\./(?!assets/)((?:[\w.-]+/)*[\w.-]+)(#[\w-]+)?\)")
+WORKER_OF_THEME = "https://unpkg.com/iframe-worker/shim"
 PICTURE_LINK = re.compile(r"\]\(\.\./(benchmarks/[\w./-]+\.png)\)")
 REPOSITORY = "https://github.com/knowiso/knowiso_train/blob/main/"
 
@@ -88,8 +89,10 @@ def render() -> None:
     subprocess.run([Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"], cwd=ROOT, check=True)
     for page in SITE.rglob("*.html"):
         text = FORMULA.sub(lambda match: mathml(match[3], is_block=match[2] == "["), page.read_text())
-        # The theme requests stars and releases of the repository from its host
-        page.write_text(text.replace('data-md-component="source"', ""))
+        # The theme requests stars and releases of the repository from its host, and a script for the search from disk
+        text = text.replace('data-md-component="source"', "")
+        folder = "../" * (len(page.relative_to(SITE).parts) - 1)
+        page.write_text(text.replace(WORKER_OF_THEME, f"{folder}assets/search_from_disk.js"))
 
 
 def mathml(formula: str, *, is_block: bool) -> str:
@@ -117,6 +120,17 @@ def undocumented_names() -> list[str]:
     return sorted(names - documented)
 
 
+def unsearchable_names() -> list[str]:
+    """Return the public names without a heading of theirs, and the commands without a text, in the search index."""
+    knowiso_train, cli = importlib.import_module("knowiso_train"), importlib.import_module("knowiso_train.cli._main")
+    items = json.loads((SITE / "search.json").read_text())["items"]
+    # Titles have further tags, such as that of a dataclass
+    headings = {re.sub(r"<.*", "", item["title"]).strip() for item in items}
+    text = html.unescape(" ".join(item["title"] + " " + item["text"] for item in items))
+    commands = [f"knowiso {command}" for command in (*cli.COMMANDS, *cli.RECIPES)]
+    return sorted(set(knowiso_train.__all__) - headings) + [name for name in commands if name not in text]
+
+
 def main() -> None:
     """Build the site, and serve it on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,6 +140,8 @@ def main() -> None:
     render()
     if names := undocumented_names():
         sys.exit("public names without an entry in docs/api:\n  " + "\n  ".join(names))
+    if names := unsearchable_names():
+        sys.exit("names that the search of the site does not find:\n  " + "\n  ".join(names))
     print(f"{len(list(SITE.rglob('*.html')))} pages in {SITE.relative_to(ROOT)}")
     if args.serve:
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=SITE)
