@@ -89,6 +89,8 @@ def render() -> None:
     subprocess.run([Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"], cwd=ROOT, check=True)
     for page in SITE.rglob("*.html"):
         text = FORMULA.sub(lambda match: mathml(match[3], is_block=match[2] == "["), page.read_text())
+        # Mean and standard error stand in one line of a table
+        text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
         # The theme requests stars and releases of the repository from its host, and a script for the search from disk
         text = text.replace('data-md-component="source"', "")
         folder = "../" * (len(page.relative_to(SITE).parts) - 1)
