@@ -45,6 +45,11 @@ class Run:
         """Number of optimizer steps."""
         return self.budget * math.ceil(len(self.images.training_indices(self.part)) / BATCH_IMAGES)
 
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step: a short linear rise, and a cosine to 0."""
+        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+        return PEAK_LEARNING_RATE * warmup * (1 + math.cos(math.pi * step / self.num_steps)) / 2
+
     def teacher_features(self, batch: TeacherBatch) -> Features:
         """Return the features that rivals compare."""
         maps = [self.pair.activation(x) for x in batch.features.values()]
@@ -60,7 +65,8 @@ class Student:
         self.step_seconds: list[float] = []
         self.memory_format = torch.channels_last if run.pair.channels_last else torch.contiguous_format
         torch.manual_seed(run.seed)
-        self.model = run.pair.student().to(memory_format=self.memory_format)
+        self.device = example[0].device
+        self.model = run.pair.student().to(self.device, memory_format=self.memory_format)
         self._captured: dict[str, Tensor] = {}
         self._register_hooks()
         self.iso = self._isomorphism_loss()
@@ -72,15 +78,18 @@ class Student:
         self.terms = {
             term.name: WeightedTerm(term, student_features, teacher) for term in arm.terms if term.name != OURS
         }
-        modules = [self.model, *(term.module for term in self.terms.values()), *([self.iso] if self.iso else [])]
-        parameters = [parameter for module in modules for parameter in module.parameters()]
+        parameters = [parameter for module in self.modules() for parameter in module.to(self.device).parameters()]
         self.optimizer = torch.optim.SGD(parameters, PEAK_LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+    def modules(self) -> list[nn.Module]:
+        """Return the network and the modules of the loss terms."""
+        return [self.model, *(term.module for term in self.terms.values()), *([self.iso] if self.iso else [])]
 
     def step(self, images: Tensor, labels: Tensor, batch: TeacherBatch, step: int) -> float:
         """Run one step and return the loss. A student that has diverged is not trained further."""
         if self.diverged:
             return math.nan
-        if step == PROFILED_STEP:
+        if step == PROFILED_STEP and self.device.type == "cpu":
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 loss = self._step(images, labels, batch, step)
             self.peak_bytes = peak_allocated_bytes(profiler)
@@ -92,8 +101,7 @@ class Student:
 
     def _step(self, images: Tensor, labels: Tensor, batch: TeacherBatch, step: int) -> float:
         progress = step / self.run.num_steps
-        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-        self.optimizer.param_groups[0]["lr"] = PEAK_LEARNING_RATE * warmup * (1 + math.cos(math.pi * progress)) / 2
+        self.optimizer.param_groups[0]["lr"] = self.run.learning_rate(step)
         self.optimizer.zero_grad()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.run.pair.autocast):
             logits = self.model(images.contiguous(memory_format=self.memory_format))
@@ -181,8 +189,7 @@ class Student:
 
     def costs(self) -> dict[str, float]:
         """Return the median CPU time of a step and its peak memory with the state of the loss terms."""
-        modules = [*(term.module for term in self.terms.values()), *([self.iso] if self.iso else [])]
-        state = sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
+        state = sum(t.nbytes for module in self.modules()[1:] for t in (*module.parameters(), *module.buffers()))
         return {
             "step_ms": round(1000 * quantile(self.step_seconds or [math.nan], 0.5), 2),
             "peak_mib": round((self.peak_bytes + state) / 2**20, 1),
