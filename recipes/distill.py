@@ -6,9 +6,9 @@ r"""Distill a teacher into a smaller student with labels, the teacher's logits (
         --image-size 32 --padding 4 --flip --teacher resnet34 --teacher-epochs 60 --student resnet18 --epochs 60 \
         --batch-size 256 --mixed-precision bf16 --output output/cifar100
 
-Teacher and student are timm networks, by name or weight file; the dataset is any that timm reads. All arms have the
-same initial weights, order of images and number of updates. A run that was killed is resumed by the same command; a
-finished run prints its table.
+Teacher and student are networks of timm, by name or weight file, or of transformers, hf:OWNER/NAME or hf:FOLDER; the
+dataset is any that timm reads. All arms have the same initial weights, order of images and number of updates. A run
+that was killed is resumed by the same command; a finished run prints its table.
 
 Writes log.jsonl, summary.json, summary.html and summary.png, and {best,last}.safetensors for each network: plain timm
 state dicts, each with a card that has the code to load it.
@@ -68,7 +68,7 @@ def main(words: list[str] | None = None) -> int:
     output.check_settings(run_settings(args))
     data = load_datasets(args)
 
-    teacher = build("teacher", args, data)
+    teacher, _ = (build(role, args, data) for role in ("teacher", "student"))  # options fail before any training
     if args.teacher_checkpoint is None and args.teacher_epochs:
         cards = [train("teacher", None, [], data, args)]
         load_checkpoint(teacher, args.output / "teacher" / "last.safetensors")
@@ -178,7 +178,10 @@ def train(arm: str, teacher: Any, layers: Pairs, data: Data, args: argparse.Name
 def build(role: str, args: argparse.Namespace, data: Data) -> nn.Module:
     """Build the teacher or the student with its initial weights."""
     words, checkpoint, pretrained = (getattr(args, role + end) for end in ("", "_checkpoint", "_pretrained"))
-    return build_network(words, num_classes=data[2], checkpoint=checkpoint, pretrained=pretrained, seed=args.seed)
+    options = {"num_classes": data[2], "checkpoint": checkpoint, "pretrained": pretrained, "seed": args.seed}
+    channels, *sides = data[0][0][0].shape
+    size = 2 * [args.teacher_size] if role == "teacher" and args.teacher_size else sides
+    return build_network(words, input_size=(channels, *size), **options)
 
 
 def input_transforms(
@@ -258,12 +261,12 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "to train on, and to test and select the best epoch on",
         digits="2,000 + 3,000 MNIST images",
     )
-    words_help = "name in timm, and KEY=VALUE for timm.create_model"
+    words_help = "name in timm, and KEY=VALUE for timm.create_model; hf:OWNER/NAME or hf:FOLDER"
     add("--teacher", ["resnet10t", "channels=(32,64,128,256)"], str, words_help, nargs="+")
     add("--student", ["test_resnet"], str, words_help + "; a third of the default teacher", nargs="+")
     for role, note in (("teacher", "; such a teacher is not trained"), ("student", "")):
         add(f"--{role}-checkpoint", None, Path, "weight file to start from" + note)
-        add(f"--{role}-pretrained", False, help="start from timm's published weights")
+        add(f"--{role}-pretrained", False, help="start from the published weights")
     add("--teacher-size", None, at_least(1), "image size of the teacher, if it differs from the student's")
     add("--teacher-epochs", 6, at_least(0), "epochs to train the teacher with labels; 0: no training")
     add("--epochs", 2, at_least(1), "epochs of each arm; after 6 all digit arms equal the teacher; CIFAR: 60 to 240")

@@ -6,9 +6,9 @@ r"""Prune a network and refit it in closed form; optionally fine-tune it to its 
         --model-checkpoint FILE --macs 0.4 --steps 3 --tune-steps 200 --epochs 5 --padding 4 --flip \
         --batch-size 256 --output output/cifar10
 
-The network is timm's, by name or weight file; the dataset is any that timm reads. Only --epochs and the table use
-labels. With --steps, pruning and fine-tuning alternate. A run that was killed is resumed by the same command; a
-finished run prints its table.
+The network is timm's, by name or weight file, or of transformers, hf:OWNER/NAME or hf:FOLDER; the dataset is any that
+timm reads. Only --epochs and the table use labels. With --steps, pruning and fine-tuning alternate. A run that was
+killed is resumed by the same command; a finished run prints its table.
 
 Writes log.jsonl, summary.json and a folder per stage; `knowiso_train.load_pruned("pruned")` loads the last network.
 """
@@ -54,6 +54,7 @@ from knowiso_train.experiment import (
 )
 from knowiso_train.features import resolve_layers, stage_grids
 from knowiso_train.loading import input_transform, load_checkpoint, training_loader
+from knowiso_train.loading.hub import is_hub_name
 from knowiso_train.pruning import compose_kept_indices, cutmix, load_kept_indices
 
 Data = tuple[Any, Any, int]  # calibration and test images: (float image in [0, 1], label); number of classes
@@ -70,17 +71,25 @@ class Run:
     original: nn.Module
     accelerator: Accelerator
 
+    @property
+    def from_hub(self) -> bool:
+        """True if the original is a network of transformers."""
+        return is_hub_name(self.args.model[0])
+
     def folder(self, name: str) -> RunFolder:
         """Return the folder of a stage."""
         return RunFolder(self.args.output / name, writes=self.accelerator.is_main_process)
 
     def load(self, stage: str) -> nn.Module:
         """Load the network of a stage on the CPU; the original stays on its device."""
-        return self.original if stage == "original" else ki.load_pruned(self.args.output / stage)
+        if stage == "original":
+            return self.original
+        fresh = build_network(self.args.model, num_classes=self.data[2]) if self.from_hub else None
+        return ki.load_pruned(self.args.output / stage, model=fresh)
 
     def save(self, stage: str, network: nn.Module, kept: Any) -> None:
-        """Save a pruned network with the timm factory of its original."""
-        factory = (self.args.model[0], timm_options(self.args.model, self.data[2]))
+        """Save a pruned network with the timm factory of its original, if it has one."""
+        factory = "external" if self.from_hub else (self.args.model[0], timm_options(self.args.model, self.data[2]))
         options = {"kept": kept, "factory": factory, "example": (1, *self.data[0][0][0].shape)}
         ki.save_pruned(self.args.output / stage, network, self.original, **options)
 
@@ -118,7 +127,8 @@ def main(words: list[str] | None = None) -> int:
 def build(data: Data, args: argparse.Namespace) -> nn.Module:
     """Build the network, and check the options that concern it before hours of work."""
     weights = {"checkpoint": args.model_checkpoint, "pretrained": args.model_pretrained}
-    original = build_network(args.model, num_classes=data[2], seed=args.seed, **weights)
+    shape = data[0][0][0].shape
+    original = build_network(args.model, num_classes=data[2], seed=args.seed, input_size=shape, **weights)
     if args.ignored:
         resolve_layers(original, args.ignored)
     num_images = min(args.images, len(data[0]))
@@ -262,9 +272,10 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add = parser.add
     add("--output", Path("output/prune"), Path, "folder of the run")
     parser.add_data(["train", "validation"], "to prune and train with, and to test on", digits="2,000 + 3,000 of MNIST")
-    add("--model", ["resnet10t", "channels=(32,64,128,256)"], str, "name in timm, and KEY=VALUE options", nargs="+")
+    default = ["resnet10t", "channels=(32,64,128,256)"]
+    add("--model", default, str, "name in timm, and KEY=VALUE options; hf:OWNER/NAME or hf:FOLDER", nargs="+")
     add("--model-checkpoint", None, Path, "weight file; such a network is not trained before pruning")
-    add("--model-pretrained", False, help="load timm's published weights; also not trained")
+    add("--model-pretrained", False, help="load the published weights; also not trained")
     add("--model-epochs", 6, at_least(0), "epochs to train a network without weights; enough for digits")
     add("--model-lr", 0.05, at_least(0, float), "peak learning rate of that training; 0.05 suits 64 images a batch")
     add("--macs", None, at_least(0, float), "fraction of the multiply-adds to keep; 0.5 without another budget")

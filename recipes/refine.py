@@ -247,7 +247,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = RecipeParser(__doc__)
     add = parser.add
     add("--output", Path("output/refine"), Path, "folder of the run")
-    add("--model", "lite0", str, "network to refine: name in timm, NAME=FILE, or lite0, lite1, lite2 (demo packages)")
+    names = "name in timm, NAME=FILE, hf:OWNER/NAME, hf:FOLDER, or lite0, lite1, lite2 (demo packages)"
+    add("--model", "lite0", str, f"network to refine: {names}")
     add("--peers", ["lite1"], str, "networks for the same kind of images, in the same forms", nargs="+")
     use = "to train, to select and to test on"
     parser.add_data(["train", "validation", "test"], use, digits="2,000 + 500 + 2,500 of MNIST", image_size=64)

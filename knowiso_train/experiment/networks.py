@@ -14,6 +14,7 @@ from knowiso_train.errors import OptionError
 from knowiso_train.experiment.arguments import parse_key_value
 from knowiso_train.experiment.demo import demo_efficientnet_file
 from knowiso_train.loading.checkpoints import read_weights
+from knowiso_train.loading.hub import is_hub_name, plain_logits
 from knowiso_train.loading.timm import load_model
 
 DEMO_NETWORKS = ("lite0", "lite1", "lite2")
@@ -26,18 +27,20 @@ def build_network(
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
     seed: int = 0,
+    input_size: Sequence[int] | None = None,
 ) -> nn.Module:
-    """Build a timm network, with the same initial weights at every call.
+    """Build a network that returns logits, with the same initial weights at every call.
 
     Args:
-        words: Name in timm, followed by KEY=VALUE options of `timm.create_model`.
+        words: Name in timm, followed by KEY=VALUE options of `timm.create_model`; or `hf:…`, as of `load_model`.
         num_classes: Number of classes.
         checkpoint: Weight file. None: no file.
-        pretrained: Load timm's published weights.
+        pretrained: Load the published weights.
         seed: Seed of the initial weights.
+        input_size: (C, H, W) of images that the network must accept. None: not checked.
 
     Raises:
-        OptionError: timm has no such network, or it has no such option.
+        OptionError: No such network, an unknown option, or a network for other images.
 
     Examples:
         >>> build_network(["test_resnet", "channels=(8,8,16,16)"], num_classes=4).num_classes
@@ -46,9 +49,26 @@ def build_network(
     torch.manual_seed(seed)
     try:
         options = timm_options(words, num_classes)
-        return load_model(words[0], checkpoint=checkpoint, pretrained=pretrained, **options)
+        model = load_model(words[0], checkpoint=checkpoint, pretrained=pretrained, **options)
     except (TypeError, argparse.ArgumentTypeError) as error:
         raise OptionError(f"timm cannot make {' '.join(words)}: {error}") from error
+    if is_hub_name(words[0]):
+        plain_logits(model)
+    if input_size is not None:
+        _check_input(model, words[0], input_size)
+    return model
+
+
+@torch.no_grad()
+def _check_input(model: nn.Module, name: str, size: Sequence[int]) -> None:
+    try:
+        model(torch.zeros(1, *size))
+    # timm asserts, transformers raises ValueError, and torch raises RuntimeError
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise OptionError(
+            f"{name} does not accept images of {tuple(size[1:])} pixels: {error}. Pass another --image-size, or a "
+            "network for images of this size"
+        ) from error
 
 
 def timm_options(words: Sequence[str], num_classes: int) -> dict[str, Any]:
@@ -65,12 +85,14 @@ def build_checkpoint(name: str, num_classes: int | None = None, *, seed: int = 0
     """Build a network with the weights of a checkpoint.
 
     Args:
-        name: Name in timm for its published weights, NAME=FILE for those of a file, or lite0, lite1, lite2 for those of
-            a demo package.
+        name: Name in timm for its published weights, NAME=FILE for those of a file, lite0, lite1, lite2 for those of a
+            demo package, or `hf:…`, as of `load_model`.
         num_classes: Number of classes; another classifier is initialized anew. None: that of the checkpoint.
         seed: Seed of a new classifier.
     """
     torch.manual_seed(seed)
+    if is_hub_name(name):
+        return plain_logits(load_model(name, num_classes=num_classes))
     short_name, _, file = name.partition("=")
     if short_name in DEMO_NETWORKS:
         weights = demo_efficientnet_file(int(short_name[-1]))
@@ -85,13 +107,13 @@ def build_checkpoint(name: str, num_classes: int | None = None, *, seed: int = 0
 
 
 def architecture_name(name: str) -> str:
-    """Return the name in timm of a network of `build_checkpoint`.
+    """Return the name of a network of `build_checkpoint` without its file.
 
     Examples:
         >>> architecture_name("lite0"), architecture_name("resnet18=weights.pth")
         ('tf_efficientnet_lite0', 'resnet18')
     """
-    short_name = name.partition("=")[0]
+    short_name = name if is_hub_name(name) else name.partition("=")[0]
     return f"tf_efficientnet_{short_name}" if short_name in DEMO_NETWORKS else short_name
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from knowiso_train.errors import DataError, FormatError, OptionError
 from knowiso_train.features.modules import unwrap_model
-from knowiso_train.loading.model_card import write_model_card
+from knowiso_train.loading.model_card import loading_code, write_model_card
 from knowiso_train.utils.serialization import dump_json, parse_json, read_json, write_file, write_json, write_tensors
 
 try:
@@ -129,7 +129,8 @@ class RunFolder:
                 self.path,
                 f"{card.get('architecture', name)}, {self.path.name}",
                 "Trained with knowiso_train. `settings.json` of the run repeats it with `--config`.",
-                f"import timm\n\nmodel = {card['load'].replace('FILE', f'{name}.safetensors')}",
+                loading_code(card["load"].replace("FILE", f"{name}.safetensors")),
+                library="transformers" if "transformers" in card["load"] else "timm",
                 figures={key: card[key] for key in ("parameters", "top1") if key in card},
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ def stage_grids(
 ) -> dict[str, tuple[int, int]]:
     """Return the grid of every stage's last layer, in the network's order.
 
-    Stages are those that timm lists. In other networks the last child on each grid ends a stage, among the children
-    that output maps or tokens.
+    Stages are those that timm lists. In other networks the last module on each grid ends a stage, among the outermost
+    modules that output maps or tokens. Networks of transformers nest them in modules that output other objects.
 
     Args:
         model: Network.
@@ -41,23 +41,34 @@ def stage_grids(
         {'1': (8, 8), '2': (4, 4)}
     """
     layers, named = named_layers(model), named_stages(model)
-    candidates = [name for name in layers if name in named] or [name for name in layers if "." not in name]
+    recorded = [name for name in layers if name in named] or list(layers)
     # A compiled network would not call hooks that are registered after its compilation.
     with (
         preserve_state(model),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        record_outputs({name: layers[name] for name in candidates}) as outputs,
+        record_outputs({name: layers[name] for name in recorded}, _without_memory) as outputs,
     ):
         run()
     grids = {
         name: grid
-        for name in candidates
+        for name in (recorded if named else _outermost(recorded, outputs))
         # A module that is used more than once, such as a shared activation, ends no stage
         if len(emitted := outputs.get(name, [])) == 1
         and (grid := _grid(name, model, emitted[0], input_size)) is not None
     }
     return grids if named else {name: grid for grid, name in {grid: name for name, grid in grids.items()}.items()}
+
+
+def _outermost(names: Sequence[str], outputs: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return the modules that output tensors, without those inside another one."""
+    outermost: list[str] = []
+    for name in names:  # a module comes before its children
+        if any(isinstance(output, Tensor) for output in outputs.get(name, ())) and not any(
+            name.startswith(f"{outer}.") for outer in outermost
+        ):
+            outermost.append(name)
+    return outermost
 
 
 def _grid(name: str, model: nn.Module, output: Any, input_size: tuple[int, int] | None) -> tuple[int, int] | None:

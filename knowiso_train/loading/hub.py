@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, KnowisoWarning, MissingDependencyError
 
@@ -97,6 +97,53 @@ def processor_config(processor: Mapping[str, Any], config: Any = None) -> dict[s
         "std": processor.get("image_std"),
         "interpolation": INTERPOLATIONS.get(processor.get("resample", 3), "bicubic"),
     }
+
+
+def plain_logits(model: nn.Module) -> nn.Module:
+    """Let an image classifier of transformers return its logits, as timm's networks do, and return the network.
+
+    Layer names, weights and `save_pretrained` are unchanged.
+
+    Examples:
+        >>> from transformers import ResNetConfig, ResNetForImageClassification
+        >>> config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+        >>> plain_logits(ResNetForImageClassification(config))(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 3])
+    """
+    model.register_forward_hook(_logits_of)
+    return model
+
+
+def _logits_of(model: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits
+
+
+def hub_snippet(name: str, num_classes: int | None, file: str) -> str:
+    """Return the code that loads a saved state dict of an image classifier of transformers.
+
+    Args:
+        name: Id on the hub, or a local folder with `config.json`.
+        num_classes: Width of the classifier. None: that of the configuration.
+        file: Name of the weight file.
+
+    Examples:
+        >>> print(hub_snippet("microsoft/resnet-18", 10, "last.safetensors"))
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, AutoModelForImageClassification
+        <BLANKLINE>
+        config = AutoConfig.from_pretrained('microsoft/resnet-18', num_labels=10)
+        model = AutoModelForImageClassification.from_config(config)
+        model.load_state_dict(load_file('last.safetensors'))
+    """
+    labels = "" if num_classes is None else f", num_labels={num_classes}"
+    return (
+        "from safetensors.torch import load_file\n"
+        "from transformers import AutoConfig, AutoModelForImageClassification\n\n"
+        f"config = AutoConfig.from_pretrained({name!r}{labels})\n"
+        "model = AutoModelForImageClassification.from_config(config)\n"
+        f"model.load_state_dict(load_file({file!r}))"
+    )
 
 
 def is_hub_name(spec: str) -> bool:

@@ -15,6 +15,18 @@ README_FILE = "README.md"
 MARK = "<!-- written by knowiso_train -->"
 
 
+def loading_code(snippet: str) -> str:
+    """Return the code of a card from the snippet of `loading_snippet`.
+
+    Examples:
+        >>> print(loading_code("timm.create_model('resnet18')"))
+        import timm
+        <BLANKLINE>
+        model = timm.create_model('resnet18')
+    """
+    return f"import timm\n\nmodel = {snippet}" if snippet.startswith("timm.") else snippet
+
+
 def write_model_card(
     folder: str | Path,
     title: str,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, OptionError, ShapeError
 from knowiso_train.features.modules import unwrap_model
 from knowiso_train.loading.checkpoints import CHECKPOINT_SUFFIXES, load_checkpoint
-from knowiso_train.loading.hub import PREFIX, is_hub_name, load_hub_model
+from knowiso_train.loading.hub import PREFIX, hub_snippet, is_hub_name, load_hub_model
 
 REMOTE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 INTERPOLATION_MODES = ("bicubic", "bilinear")
@@ -295,12 +295,12 @@ def input_config(model: nn.Module) -> InputConfig | None:
 
 
 def loading_snippet(architecture: str, options: Mapping[str, Any], state: Mapping[str, Tensor], file: str) -> str:
-    """Return the line of code that loads a saved state dict without this library.
+    """Return the code that loads a saved state dict without this library.
 
     Warns when timm builds a network of another structure from this name and these options.
 
     Args:
-        architecture: Name in timm, or class name of another network.
+        architecture: Name of the network, as of `load_model`, or class name of another network.
         options: Keyword arguments of `timm.create_model`.
         state: State dict that the built network must fit.
         file: Name of the weight file.
@@ -312,6 +312,8 @@ def loading_snippet(architecture: str, options: Mapping[str, Any], state: Mappin
     """
     import timm
 
+    if is_hub_name(architecture):
+        return hub_snippet(architecture.removeprefix(PREFIX), options.get("num_classes"), file)
     fallback = f"build the network as it was built, then model.load_state_dict(safetensors.torch.load_file({file!r}))"
     if not timm.is_model(architecture):
         return fallback

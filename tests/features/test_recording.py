@@ -92,3 +92,12 @@ def test_refine_leaves_no_hook_after_batches_that_it_cannot_use(role: str, metho
         ki.refine(model, [peer], method=method, progress=False, **loaders)  # type: ignore[arg-type]
     assert hooks(model) == hooks(peer) == 0
     assert model.training
+
+
+def test_stages_of_a_network_of_transformers() -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+    model = ResNetForImageClassification(config)
+    expected = {"resnet.encoder.stages.0": (8, 8), "resnet.encoder.stages.1": (4, 4)}
+    assert stage_grids(model, lambda: model(torch.zeros(2, 3, 32, 32))) == expected
