@@ -17,9 +17,11 @@ from benchmarks import document_training as training
 from benchmarks.claims import document as claims
 from benchmarks.common.markdown import best_in_bold, markdown_table, replace_marked
 from benchmarks.common.results import RESULTS
+from benchmarks.distill.arms import parse_arm
+from benchmarks.distill.store import REFERENCE_ARM, loss_defaults
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-DISTILLATION, REFERENCE_ARM, NOT_MEASURED, PICTURE = "distillation", "kd+ours", "-", "distill.png"
+DISTILLATION, NOT_MEASURED, PICTURE = "distillation", "-", "distill.png"
 NETWORK_LABELS = {"resnet": "ResNet-", "mobile": "MobileNetV2 0.35", "cifar": "CIFAR-"}
 COLUMNS = {
     "top-1 %": "top-1, %",
@@ -130,7 +132,9 @@ def distillation() -> str:
         _, teacher, student, dataset = path.stem.split("_")
         for budget, rows in content["figures"]["tables"].items():
             title = f"{label(teacher)} teaches {label(student)} on {label(dataset)}, {budget}"
-            parts.append(f"**{title}.** {rank(rows)}\n\n{markdown_table(distillation_rows(rows))}")
+            parts.append(
+                f"**{title}.** {rank(rows)}{other_defaults(content, budget)}\n\n{markdown_table(distillation_rows(rows))}"
+            )
             all_rows.append(rows)
         parts.append(f"`python -m benchmarks.distill.bench_distill` → {source(path.stem, content)}")
     if any(row["ms over kd"] != NOT_MEASURED for rows in all_rows for row in rows):
@@ -156,6 +160,20 @@ def rank(rows: list[dict[str, Any]]) -> str:
         return f"{place}."
     best = rows[0]
     return f"{place}; {arm_label(best['arm'])} is ahead by {best[f'over {REFERENCE_ARM}'].lstrip('+')} points."
+
+
+def other_defaults(content: dict[str, Any], budget: str) -> str:
+    """Return a sentence with the defaults of `IsomorphismLoss` that have changed since the runs of a budget."""
+    present = loss_defaults(parse_arm(REFERENCE_ARM))
+    recorded = [
+        row["defaults"]
+        for row in content["figures"]["rows"]
+        if (row["part"], row["arm"], f"{row['budget']} epochs") == ("final", REFERENCE_ARM, budget)
+    ]
+    if present is None or not recorded or present in recorded:
+        return ""
+    changed = [f"{key}={value!r}" for key, value in recorded[-1].items() if value != present[key]]
+    return f" Recorded with other defaults: {', '.join(changed)}."
 
 
 def distillation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

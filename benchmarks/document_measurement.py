@@ -112,7 +112,7 @@ def functional_time(figures: Row) -> list[Row]:
     return [
         {
             "case": entry["case"],
-            "images": entry["images"],
+            "images": f"{entry['images']:,}",
             "plain, s": number(entry["plain CPU s"], digits=1),
             "functional, s": number(entry["functional CPU s"], digits=1),
             "ratio": number(entry["ratio"]),

@@ -11,6 +11,7 @@ from typing import Any
 
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # A sign in front of a number, and the spread of a single run
+SIGNED_ZERO = re.compile(r"(?<![\w.])[+-](0\.0+)(?!\d)")
 MINUS, NO_SPREAD = re.compile(r"(?<![\w.)\]])-(?=\d)"), re.compile(r" ± nan\b")
 NUMBER = re.compile(r"[+−]?\d[\d,]*(?:\.\d+)?")
 
@@ -43,9 +44,9 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Format a cell: four significant digits, a minus sign, no spread of a single run."""
+    """Format a cell: four significant digits, a minus sign, no sign of a zero, no spread of a single run."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return NO_SPREAD.sub("", MINUS.sub("−", text))
+    return NO_SPREAD.sub("", MINUS.sub("−", SIGNED_ZERO.sub(r"\1", text)))
 
 
 def best_in_bold(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, lowest: bool = False) -> None:

@@ -35,13 +35,21 @@ def test_every_pair_and_budget_of_distillation_has_a_table(tmp_path: Path, monke
     costs = {"ms over kd": "+1.5", "peak MiB": "-"}
     none = {"ms over kd": "-", "peak MiB": "-"}
     tables = {"10 epochs": [ours | none, rival | none], "30 epochs": [rival | costs, ours | none]}
-    content = {"figures": {"tables": tables}, "device": "a CPU, 1 threads", "date": "2026-01-02", "commit": "abc"}
+    # Without a default that a loss has by now
+    rows = [{"part": "final", "budget": 10, "arm": "kd+ours", "defaults": {"weight": 7.0, "schedule": None}}]
+    content = {
+        "figures": {"tables": tables, "rows": rows},
+        "device": "a CPU, 1 threads",
+        "date": "2026-01-02",
+        "commit": "abc",
+    }
     (tmp_path / "distill_resnet32_mobile_cifar100.json").write_text(json.dumps(content))
     text = document.distillation()
     title = "**ResNet-32 teaches MobileNetV2 0.35 on CIFAR-100"
-    assert f"{title}, 10 epochs.** The defaults of `IsomorphismLoss` beside KD are in place 1 of 2." in text
+    assert f"{title}, 10 epochs.** The defaults of `IsomorphismLoss` beside KD are in place 1 of 2. Recorded" in text
+    assert text.count("Recorded with other defaults: weight=7.0, schedule=None.") == 1
     assert f"{title}, 30 epochs.** The defaults of `IsomorphismLoss` beside KD are in place 2 of 2; KD + FitNet" in text
-    assert "| KD + `IsomorphismLoss` | 5 | **70.10 ± 0.20** | +0.00 ± 0.00 |\n" in text
+    assert "| KD + `IsomorphismLoss` | 5 | **70.10 ± 0.20** | 0.00 ± 0.00 |\n" in text
     assert "| KD + FitNet (weight 10) | 5 | 69.00 | −1.10 ± 0.30 | +1.5 |\n" in text
     assert text.count("added ms of a step") == 1
     assert "a CPU, 1 thread, 2026-01-02, commit abc" in text
@@ -50,9 +58,10 @@ def test_every_pair_and_budget_of_distillation_has_a_table(tmp_path: Path, monke
 
 def test_cells_are_formatted_as_they_are_printed() -> None:
     assert (number(-0.001), number(-1.25, "+"), number(2.0, "+", 1)) == ("0.00", "−1.25", "+2.0")
-    assert (cell(12.3456), cell("-0.50 ± nan"), cell("2026-01-02"), cell("l-1")) == (
+    assert (cell(12.3456), cell("-0.50 ± nan"), cell("-0.00 ± 0.07"), cell("2026-01-02"), cell("l-1")) == (
         "12.35",
         "−0.50",
+        "0.00 ± 0.07",
         "2026-01-02",
         "l-1",
     )
