@@ -133,7 +133,8 @@ def distillation() -> str:
         for budget, rows in content["figures"]["tables"].items():
             title = f"{label(teacher)} teaches {label(student)} on {label(dataset)}, {budget}"
             parts.append(
-                f"**{title}.** {rank(rows)}{other_defaults(content, budget)}\n\n{markdown_table(distillation_rows(rows))}"
+                f"**{title}.** {rank(rows)}{other_defaults(content, budget)}\n\n"
+                f"{markdown_table(distillation_rows(rows))}"
             )
             all_rows.append(rows)
         parts.append(f"`python -m benchmarks.distill.bench_distill` → {source(path.stem, content)}")

@@ -39,6 +39,7 @@ PUBLIC_PACKAGES = (
 )
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 DOCUMENT_LINK = re.compile(r"\]\(\.\./(?!assets/)((?:[\w.-]+/)*[\w.-]+)(#[\w-]+)?\)")
+PAIR_OF_NUMBERS = re.compile(r"(?<=\d) ([±…]) (?=[\d+−])")
 WORKER_OF_THEME = "https://unpkg.com/iframe-worker/shim"
 PICTURE_LINK = re.compile(r"\]\(\.\./(benchmarks/[\w./-]+\.png)\)")
 REPOSITORY = "https://github.com/knowiso/knowiso_train/blob/main/"
@@ -89,8 +90,8 @@ def render() -> None:
     subprocess.run([Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"], cwd=ROOT, check=True)
     for page in SITE.rglob("*.html"):
         text = FORMULA.sub(lambda match: mathml(match[3], is_block=match[2] == "["), page.read_text())
-        # Mean and standard error stand in one line of a table
-        text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+        # Mean and standard error, and both ends of an interval, stand in one line of a table
+        text = PAIR_OF_NUMBERS.sub("\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text)
         # The theme requests stars and releases of the repository from its host, and a script for the search from disk
         text = text.replace('data-md-component="source"', "")
         folder = "../" * (len(page.relative_to(SITE).parts) - 1)
