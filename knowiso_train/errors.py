@@ -59,6 +59,10 @@ class NonFiniteError(KnowisoError, FloatingPointError):
     """NaN or Inf in features; nothing of that batch was accumulated."""
 
 
+class CollapseError(KnowisoError, RuntimeError):
+    """Student in distillation whose features stay without variance or of low rank at a lowered weight of the loss."""
+
+
 class CapacityError(KnowisoError, MemoryError):
     """Computation that would exceed the memory, raised before it starts."""
 

@@ -84,7 +84,13 @@ def check_state(module: nn.Module, state: Any, strict: bool = True) -> None:
     """
     expected, given = module.state_dict(), state if isinstance(state, Mapping) else {}
     names = [name for name in {**expected, **given} if (name in expected and name in given) or strict]
-    wrong = [name for name in names if _shape(expected.get(name)) != _shape(given.get(name))]
+    # Extra states grow from version to version
+    wrong = [
+        name
+        for name in names
+        if _shape(expected.get(name)) != _shape(given.get(name))
+        and not (name.endswith("_extra_state") and isinstance(given.get(name), Tensor))
+    ]
     if wrong or not isinstance(state, Mapping):
         raise FormatError(
             f"expected the state of this {type(module).__name__}, got {type(state).__name__} with other entries "

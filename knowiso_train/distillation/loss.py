@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation._balancing import GradientBalance
-from knowiso_train.distillation._diagnostics import CollapseDetector, InactivityDetector
+from knowiso_train.distillation._collapse import CollapseGuard
+from knowiso_train.distillation._diagnostics import InactivityDetector
 from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite, check_state
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
@@ -177,7 +178,7 @@ class IsomorphismLoss(nn.Module):
         self._calls = 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
         self.input_moments = ChannelMoments()
-        self._collapse, self._inactivity = CollapseDetector(), InactivityDetector()
+        self._collapse, self._inactivity = CollapseGuard(self.pairs), InactivityDetector()
         self._schedule = FactorSchedule(self.config.schedule, student)
 
     @property
@@ -312,18 +313,20 @@ class IsomorphismLoss(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:
-        """Return the number of calls, and the state of the schedule.
+        """Return the number of calls, the state of the schedule, and that of features that collapse.
 
         In several processes the state of any one can be loaded into all: moments are in equal parts after a solve, and
         later batches of the others are replaced by those of this one.
         """
-        return torch.tensor([self._calls, *self._schedule.state()], dtype=torch.float64)
+        figures = [self._calls, *self._schedule.state(), *self._collapse.state()]
+        return torch.tensor(figures, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the number of calls, here and in the maps, and the state of the schedule."""
-        calls, *schedule = state.tolist()
-        self._calls = int(calls)
-        self._schedule.set_state(*schedule)
+        """Restore the state of `get_extra_state`; figures that an older version does not have are kept."""
+        calls, *figures = [*state.tolist(), *self.get_extra_state().tolist()[len(state) :]]
+        self._calls, size = int(calls), len(self._schedule.state())
+        self._schedule.set_state(*figures[:size])
+        self._collapse.set_state(figures[size:])
         for pair in self.pairs:
             self._map_of(pair).calls = self._calls
 
@@ -372,8 +375,6 @@ class IsomorphismLoss(nn.Module):
             # Reading the loss in every step would stall a GPU; the moments leave a batch with NaN out in any case
             if refresh_due or map_loss.device.type == "cpu":
                 check_finite(pair, map_loss, feature, target, self._calls)
-            if update and refresh_due:
-                self._collapse.check(pair.source, feature)
             if torch.is_grad_enabled():
                 self._inactivity.check(
                     pair,
@@ -382,6 +383,9 @@ class IsomorphismLoss(nn.Module):
                     has_gradient=feature.requires_grad,
                     calls=self._calls,
                 )
+        if update and refresh_due:
+            weights = self._fixed_weights if self.balance is None else self.balance.weights
+            self._collapse.refresh(batch.features, [targets[pair.target] for pair in self.pairs], weights)
         shares = [self._unexplained(pair, loss) for pair, loss in zip(self.pairs, losses, strict=True)]
         if update and self.config.scale == "log":
             shares = joint_shares(shares, ProcessGroup())
@@ -433,6 +437,7 @@ class IsomorphismLoss(nn.Module):
         return term
 
     def _weight(self, index: int, like: Tensor, factor: float) -> Tensor:
+        factor *= self._collapse.factor(index)
         if self.balance is None:
             return like.new_full((), self._fixed_weights[index] * factor)
         return self.balance.weights[index].to(like.device, like.dtype) * factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import WeightSchedule
+from knowiso_train.distillation._collapse import CollapseGuard
+from knowiso_train.errors import KnowisoWarning
+from knowiso_train.features.modules import LayerPair
 from tests.helpers.processes import WORLD, run_in_processes
 
 STEPS, IMAGES = 5, 32
@@ -82,13 +86,28 @@ def trained(form: str, rank: int = 0, world: int = 1, *, accelerated: bool = Fal
         "balance.pair_square",
     )  # each process holds its part of them
     own = {name: value for name, value in iso.state_dict().items() if not any(part in name for part in of_each)}
+    # The references of collapsed features are means over the processes
+    own["_extra_state"] = own["_extra_state"][:5]
     return {"losses": torch.stack(losses), "student": student.state_dict(), "own": own}
 
 
 CASES = [*((form, False) for form in FORMS), ("learned", True)]
 
 
+def lowered_factors(rank: int) -> list[float]:
+    """Return the factors for a feature whose variance falls to 1e-6 in one process and to 0.01 in the other."""
+    guard, healthy = CollapseGuard([LayerPair("a", "b")]), batch(0)[0][:, :, :8, :8]
+    factors = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KnowisoWarning)
+        for scale in [1.0] * 2 + [1e-3 if rank else 1e-1] * 4 + [1.0] * 2:
+            guard.refresh([scale * healthy], [healthy], [50.0])
+            factors.append(guard.factor(0))
+    return factors
+
+
 def worker(rank: int, folder: str) -> None:
+    torch.save(lowered_factors(rank), Path(folder) / f"factors-{rank}.pt")
     for form, accelerated in CASES:
         torch.save(
             trained(form, rank, WORLD, accelerated=accelerated), Path(folder) / f"{form}-{accelerated}-{rank}.pt"
@@ -100,6 +119,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two")
     run_in_processes(worker, str(path))
     return path
+
+
+def test_two_processes_lower_weights_together(folder: Path) -> None:
+    first, second = (torch.load(folder / f"factors-{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert first == second
+    assert min(first) < 1
 
 
 @pytest.mark.parametrize(("form", "accelerated"), CASES)
