@@ -1,6 +1,7 @@
 """Refinement of trained classifiers by features that their peers reproduce."""
 
 from knowiso_train.refinement.api import refine
+from knowiso_train.refinement.classifier_folding import FoldedScore, FoldReport, FoldResult, fold_classifier
 from knowiso_train.refinement.config import RefineConfig, RefineFinetuneConfig
 from knowiso_train.refinement.finetune import BatchCycle, RefineTrainer, consensus_loss
 from knowiso_train.refinement.folding import PeerProjection, fit_peer_projection, fold
@@ -12,6 +13,9 @@ from knowiso_train.refinement.report import RefineReport, RefineResult
 __all__ = [
     "BatchCycle",
     "ConsensusFeatures",
+    "FoldReport",
+    "FoldResult",
+    "FoldedScore",
     "Head",
     "HeadConfig",
     "PeerEnsemble",
@@ -27,6 +31,7 @@ __all__ = [
     "consensus_loss",
     "fit_peer_projection",
     "fold",
+    "fold_classifier",
     "refine",
     "ridge_head",
     "score_peer",
