@@ -133,7 +133,7 @@ def test_every_python_block_runs(
         assert 0.4 < names["pruned"].report.macs[1] / names["pruned"].report.macs[0] <= 0.5
         assert (tmp_path / "pruned/model.safetensors").exists()
         assert names["smaller"](torch.randn(2, 3, 64, 64)).shape[0] == 2
-        assert 0 < float(names["loss"].detach()) < 100
+        assert abs(float(names["loss"].detach())) < 100
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
