@@ -1,6 +1,7 @@
 """Shares between real pretrained networks: CIFAR-10 ResNets and two EfficientNet-Lite with ImageNet weights.
 
-    python -m benchmarks.measure.bench_networks     # an hour on two CPU cores; also writes results/networks.png
+    python -m benchmarks.measure.bench_networks             # an hour on two CPU cores
+    python -m benchmarks.measure.bench_networks --draw      # results/networks.png, of the recorded figures
 
 Linear CKA (Kornblith et al. 2019) is computed on the same images for comparison.
 """
@@ -8,6 +9,7 @@ Linear CKA (Kornblith et al. 2019) is computed on the same images for comparison
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from benchmarks.common.models import DATA, cifar10, cifar_resnet, efficientnet_l
 from benchmarks.common.results import RESULTS, record, table
 from knowiso_train import Report, measure
 from knowiso_train.features import Extractor, align
-from knowiso_train.measurement import linear_cka
+from knowiso_train.measurement import PairResult, linear_cka
 
 STAGES = ["layer1", "layer2", "layer3"]
 LITE_BLOCKS = [f"blocks.{i}" for i in (1, 2, 4, 6)]
@@ -74,6 +76,36 @@ def table_rows(report: Report, cka: list[float] | None = None) -> list[dict[str,
     return rows
 
 
+def draw(rows: list[dict[str, Any]], source: str, target: str, path: Path) -> None:
+    """Draw the recorded shares between two networks, in both directions."""
+    pairs = []
+    for row in rows:
+        if {row["explained from"], row["explained"]} == {source, target}:
+            shares = tuple(value for name, value in row.items() if name.startswith("order "))
+            low, high = (float(end) for end in row["95 %"].split(".."))
+            pair = PairResult(
+                source=row["layer"],
+                target=row["layer"],
+                direction="forward" if row["explained from"] == source else "backward",
+                shares=shares,
+                unexplained=row["unexplained"],
+                interval=(low, high),
+                share_intervals=(),
+                noise_floor=row["noise floor"],
+                component_variances=(),
+                additive=True,
+                source_channels=0,
+                target_channels=0,
+                source_grid=(0, 0),
+                target_grid=(0, 0),
+                ridge=(),
+                rows=0,
+            )
+            pairs.append(pair)
+    title = f"CIFAR-10: shares of knowledge between {source} and {target}"
+    Report(source, target, tuple(pairs), {"report": 400}, {}, 0.0, {}).plot(path, title=title)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="CIFAR-10 images")
@@ -87,7 +119,12 @@ def main() -> None:
     parser.add_argument(
         "--picture", type=Path, default=RESULTS / "networks.png", help="plot of ResNet-20 and ResNet-56"
     )
+    parser.add_argument("--draw", action="store_true", help="only draw the picture of the recorded results")
     args = parser.parse_args()
+    if args.draw:
+        recorded = json.loads((RESULTS / "networks.json").read_text())["figures"]["cifar10"]
+        draw(recorded, "ResNet-20", "ResNet-56", args.picture)
+        return
     images, _ = cifar10("train", args.images)
     loader = DataLoader(TensorDataset(images), batch_size=200)
     rows: list[dict[str, Any]] = []
@@ -107,8 +144,6 @@ def main() -> None:
             )
             print(report, flush=True)
             rows += table_rows(report, stage_cka(*nets, images[:600], STAGES))
-            if (a, b) == (20, 56):
-                report.plot(args.picture, title="CIFAR-10: shares of knowledge between ResNet-20 and ResNet-56")
     lite = efficientnet_lite(0), efficientnet_lite(1)
     photographs = DataLoader(Photographs(), batch_size=50, num_workers=1)
     report = measure(
@@ -123,6 +158,7 @@ def main() -> None:
     print(report, flush=True)
     rows_lite = table_rows(report)
     print(table(rows))
+    draw(rows, "ResNet-20", "ResNet-56", args.picture)
     record("networks", {"cifar10": rows, "imagenet1k_sample": rows_lite}, settings=report.settings)
 
 
