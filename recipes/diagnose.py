@@ -54,10 +54,7 @@ def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
     with Processes(args.device) as processes:
         output = RunFolder(args.output, writes=processes.is_main)
-        # Further layer pairs may join a run
-        output.check_settings(
-            {name: value for name, value in run_settings(args).items() if name not in ("layers", "device")}
-        )
+        output.check_settings(run_settings(args), may_differ=("layers", "device"))  # further layer pairs may join
         names = [args.weak, *args.strong]
         networks = [build_checkpoint(name, seed=args.seed).to(processes.device) for name in names]
         loader, classes = load_images(args)

@@ -16,9 +16,6 @@ from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.memory import check_images_fit
 from knowiso_train.utils.option_files import ConfigParser, option_values
 
-# Arguments that may differ when a run is resumed
-RESUMABLE_ARGUMENTS = ("arms", "output", "workers", "log_every", "save_every", "data_dir")
-
 
 class RecipeParser(ConfigParser):
     """Argument parser in which one call adds one option, or a group of options that recipes share.
@@ -161,13 +158,13 @@ def parse_key_value(text: str) -> tuple[str, Any]:
 
 
 def run_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments that must not differ when a run is resumed, as a file that `--config` reads.
+    """Return the arguments of a run without its folder, as a file that `--config` reads.
 
     Examples:
         >>> run_settings(argparse.Namespace(output=Path("output"), epochs=3, teacher_size=None))
         {'epochs': 3}
     """
-    return option_values({name: value for name, value in vars(args).items() if name not in RESUMABLE_ARGUMENTS})
+    return option_values({name: value for name, value in vars(args).items() if name != "output"})
 
 
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:

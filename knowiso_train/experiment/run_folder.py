@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOG_FILE, SETTINGS_FILE, PROGRESS_FILE = "log.jsonl", "settings.json", "progress.json"
+# Settings that may differ when a run is resumed
+RESUMABLE_SETTINGS = ("arms", "workers", "log_every", "save_every", "data_dir")
 PARTIAL_FOLDER, DELETED_PREFIX = "partial", "deleted-"
 # Open descriptors of the folders that this process has locked, by device and inode; closing one releases the lock
 _LOCKS: dict[tuple[int, int], int] = {}
@@ -55,8 +57,14 @@ class RunFolder:
         if writes:
             _lock(self.path)
 
-    def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings of a new run, or compare them with those of the run in this folder.
+    def check_settings(self, settings: Mapping[str, Any], *, may_differ: Collection[str] = ()) -> None:
+        """Compare the settings with those of the run in this folder, if there is one, and write them.
+
+        Arms, workers, intervals and the folder of the data may differ.
+
+        Args:
+            settings: Settings, as JSON.
+            may_differ: Names of further settings that may differ.
 
         Raises:
             OptionError: The run in this folder has other settings; the message names them.
@@ -66,12 +74,15 @@ class RunFolder:
         if saved is None:
             self.write_json(SETTINGS_FILE, settings)
             return
-        names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+        different = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+        names = [name for name in different if name not in (*RESUMABLE_SETTINGS, *may_differ)]
         if names:
             changes = "; ".join(f"{name} is {settings.get(name)!r}, was {saved.get(name)!r}" for name in names)
             raise OptionError(
                 f"{self.path} holds a run with other settings ({changes}). Choose another folder, or remove that one."
             )
+        if different:
+            self.write_json(SETTINGS_FILE, settings)
 
     def save_checkpoint(self, accelerator: Any, progress: Mapping[str, Any]) -> None:
         """Save the accelerator's state, and delete older checkpoints; all processes must call it.

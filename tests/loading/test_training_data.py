@@ -207,6 +207,11 @@ class TestRunFolder:
         with pytest.raises(OptionError, match=r"lr is 0.2, was 0.1; seed is 3, was None"):
             RunFolder(tmp_path).check_settings({"lr": 0.2, "layers": ["a", "b"], "file": Path("x"), "seed": 3})
 
+    def test_arms_and_workers_may_differ_and_are_in_the_file_of_the_last_run(self, tmp_path: Path) -> None:
+        for arms in (["kd"], ["kd", "ours"]):
+            RunFolder(tmp_path).check_settings({"lr": 0.1, "arms": arms, "workers": len(arms)})
+        assert json.loads((tmp_path / "settings.json").read_text()) == {"lr": 0.1, "arms": ["kd", "ours"], "workers": 2}
+
     def test_weights_are_those_of_the_bare_network(self, tmp_path: Path) -> None:
         class Tied(nn.Module):
             def __init__(self) -> None:
