@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from accelerate import Accelerator
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import knowiso_train as ki
@@ -103,6 +105,14 @@ def namespace() -> dict[str, Any]:
     }
 
 
+def write_images(folder: Path) -> None:
+    """Write 60 images in folders of five classes."""
+    for i in range(60):
+        file = folder / f"class{i % 5}/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(256, size=(40, 40, 3), dtype=np.uint8)).save(file)
+
+
 WITH_BLOCKS = [path for path in DOCUMENTS if blocks(path, "python")]
 
 
@@ -115,15 +125,22 @@ def test_every_python_block_runs(
     """Run the blocks of a document one after the other, with small networks in place of timm's."""
     torch.manual_seed(0)
     create = timm.create_model
-    names = namespace()
-    monkeypatch.setattr(
-        timm, "create_model", lambda name, pretrained=False, **rest: create("test_resnet", **{**SMALL, **rest})
-    )
+    # The blocks of the quickstart are a whole script
+    names = {} if path.name == "quickstart.md" else namespace()
+    small = SMALL | {"pretrained_cfg_overlay": {"input_size": (3, 48, 48)}}
+
+    def create_small(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        if name.startswith("vit"):
+            return create("test_vit", img_size=32, depth=12, num_classes=5)
+        return create("test_resnet", **{**small, **options})
+
+    monkeypatch.setattr(timm, "create_model", create_small)
     # Orders above 0 train on as many positions as these images deserve
     monkeypatch.setattr(ki, "Disentangler", partial(ki.Disentangler, solver_options={"rows_seen": 10_000}))
     monkeypatch.setattr(ki, "finetune", partial(ki.finetune, steps=10))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained_run, tmp_path / "output/run")
+    write_images(tmp_path / "images")
     for block in blocks(path, "python"):
         exec(block, names)
     if path == ROOT / "README.md":
@@ -133,7 +150,7 @@ def test_every_python_block_runs(
         assert 0.4 < names["pruned"].report.macs[1] / names["pruned"].report.macs[0] <= 0.5
         assert (tmp_path / "pruned/model.safetensors").exists()
         assert names["smaller"](torch.randn(2, 3, 64, 64)).shape[0] == 2
-        assert abs(float(names["loss"].detach())) < 100
+        assert names["loss"].isfinite()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
