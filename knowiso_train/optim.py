@@ -36,7 +36,10 @@ class Muon(Optimizer):
       to the scale of a standard initialization.
     - "relative": `W ← W - lr · ‖W‖ / ‖O‖ · O`. It is relative to the norm of trained weights.
 
-    Source: Jordan et al. (2024), *Muon*. The relative step is our own.
+    The relative step is our own.
+
+    References:
+        Jordan et al. (2024), *Muon*.
 
     Args:
         params: Parameters or groups of parameters.

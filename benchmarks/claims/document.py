@@ -39,12 +39,13 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def summary(results: dict[str, dict[str, Any] | None]) -> str:
-    """Return a table with the verdict on every claim."""
+    """Return a table with the verdict on every claim. Claims with several verdicts state what each one measures."""
+    texts = [claim["claim"] for content in results.values() for claim in claims(content)]
     rows = [
         {
-            "claim": f"[{claim['claim']}](#{name.removeprefix('claims_').replace('_', '-')})",
+            "claim": f"[{claim['claim']}](#{name.removeprefix('claims_').replace('_', '-')})"
+            + (f": {claim['measured']}" if texts.count(claim["claim"]) > 1 else ""),
             "verdict": f"**{claim['verdict']}**",
-            "measured": claim["measured"],
             "effect": effect(claim),
             "95 % interval": interval(claim),
             "replicates": str(claim["seeds"]),

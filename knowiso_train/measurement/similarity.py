@@ -35,8 +35,9 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = True) -> float:
     Biased, it is `‖X̃ᵀỸ‖² / (‖X̃ᵀX̃‖ ‖ỸᵀỸ‖)` of the centered features X̃ and Ỹ. Debiased, each squared norm is replaced by
     the unbiased estimator HSIC₁ of the Hilbert-Schmidt independence criterion. It assumes independent samples.
 
-    Sources: Kornblith et al. (2019), arXiv 1905.00414; Song et al. (2012), *Feature selection via dependence
-        maximization*, eq. 4; Nguyen et al. (2021), arXiv 2010.15327.
+    References:
+        Kornblith et al. (2019), arXiv 1905.00414; Song et al. (2012), *Feature selection via dependence maximization*,
+        eq. 4; Nguyen et al. (2021), arXiv 2010.15327.
 
     Args:
         x: (n, d).
@@ -69,7 +70,8 @@ def procrustes_similarity(x: Tensor, y: Tensor, *, held_out: tuple[Tensor, Tenso
     In-sample it is `‖X̃ᵀỸ‖_* / (‖X̃‖ ‖Ỹ‖)` of the centered features, with the nuclear norm. The Procrustes distance of
     features of unit norm is `2 - 2 s` for the similarity s. In-sample values are biased upwards in small samples.
 
-    Sources: Schönemann (1966), *A generalized solution of the orthogonal Procrustes problem*; Ding et al. (2021), arXiv
+    References:
+        Schönemann (1966), *A generalized solution of the orthogonal Procrustes problem*; Ding et al. (2021), arXiv
         2108.01661.
 
     Args:
@@ -100,7 +102,8 @@ def regression_r2(x: Tensor, y: Tensor, *, held_out: tuple[Tensor, Tensor] | Non
     Of all least-squares maps the one of minimum norm is taken. In-sample values are biased upwards in small samples, by
     about d / n.
 
-    Source: Kornblith et al. (2019), arXiv 1905.00414, section 4.2.
+    References:
+        Kornblith et al. (2019), arXiv 1905.00414, section 4.2.
 
     Args:
         x: (n, d).

@@ -99,8 +99,8 @@ class Moments:
     def merged(self, other: Moments) -> Moments:
         """Return the moments of both sets of samples together, exact to rounding.
 
-        Source: Chan, Golub & LeVeque (1979), *Updating formulae and a pairwise algorithm for computing sample
-            variances*.
+        References:
+            Chan, Golub & LeVeque (1979), *Updating formulae and a pairwise algorithm for computing sample variances*.
 
         Examples:
             >>> x, y = torch.randn(8, 3, 2, 2), torch.randn(8, 2, 2, 2)
