@@ -137,7 +137,8 @@ def test_every_python_block_runs(
     monkeypatch.setattr(timm, "create_model", create_small)
     # Orders above 0 train on as many positions as these images deserve
     monkeypatch.setattr(ki, "Disentangler", partial(ki.Disentangler, solver_options={"rows_seen": 10_000}))
-    monkeypatch.setattr(ki, "finetune", partial(ki.finetune, steps=10))
+    finetune = ki.finetune
+    monkeypatch.setattr(ki, "finetune", lambda *args, **options: finetune(*args, **{**options, "steps": 10}))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained_run, tmp_path / "output/run")
     write_images(tmp_path / "images")
