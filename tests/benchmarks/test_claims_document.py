@@ -36,11 +36,12 @@ def test_a_results_file_gives_verdict_table_and_summary(tmp_path: Path, monkeypa
         in result.splitlines()
     )
     assert "| layer1 | 12.35 |" in result
-    figures["claims"].append(judge("Deep layers lose more", [1.0, 2.0, 3.0], section="4", measured="rise, per cent"))
-    (tmp_path / "claims_a_b.json").write_text(json.dumps(content))
-    assert "](#a-b): rise, points | **not confirmed**" in document.document(text)
-    assert "](#a-b): rise, per cent | **" in document.document(text)
     assert "`python -m benchmarks.claims.bench_a_b` → `benchmarks/results/claims_a_b.json`, 2026-01-02" in result
     assert "commit abc, 2 CPU minutes" in result
     assert result.count(document.MISSING) == 1
     assert document.document(result) == result
+    # Several verdicts on a claim
+    figures["claims"].append(judge("Deep layers lose more", [1.0, 2.0, 3.0], section="4", measured="rise, per cent"))
+    (tmp_path / "claims_a_b.json").write_text(json.dumps(content))
+    assert "](#a-b): rise, points | **not confirmed**" in document.document(text)
+    assert "](#a-b): rise, per cent | **" in document.document(text)
