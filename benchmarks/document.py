@@ -18,7 +18,8 @@ from benchmarks.claims import document as claims
 from benchmarks.common.markdown import best_in_bold, markdown_table, replace_marked
 from benchmarks.common.results import RESULTS
 from benchmarks.distill.arms import parse_arm
-from benchmarks.distill.store import REFERENCE_ARM, loss_defaults
+from benchmarks.distill.pairs import PAIRS
+from benchmarks.distill.store import REFERENCE_ARM, ResultsStore, loss_defaults, summary
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 DISTILLATION, NOT_MEASURED, PICTURE = "distillation", "-", "distill.png"
@@ -129,6 +130,8 @@ def distillation() -> str:
     all_rows: list[list[dict[str, Any]]] = []
     for path in sorted(RESULTS.glob("distill_*.json")):
         content = read(path.stem)
+        if not content["figures"]["tables"]:  # tuning runs alone
+            continue
         _, teacher, student, dataset = path.stem.split("_")
         for budget, rows in content["figures"]["tables"].items():
             title = f"{label(teacher)} teaches {label(student)} on {label(dataset)}, {budget}"
@@ -138,9 +141,28 @@ def distillation() -> str:
             )
             all_rows.append(rows)
         parts.append(f"`python -m benchmarks.distill.bench_distill` → {source(path.stem, content)}")
+    parts += means()
     if any(row["ms over kd"] != NOT_MEASURED for rows in all_rows for row in rows):
         parts.append(f"![Accuracy by added time and by memory of a step](../benchmarks/results/{PICTURE})")
     return "\n\n".join(parts)
+
+
+def means() -> list[str]:
+    """Return the tables of the mean differences over the pairs, for every budget with several pairs."""
+    stores = [ResultsStore(pair) for pair in PAIRS if (RESULTS / f"distill_{pair}.json").exists()]
+    parts = []
+    for budget in sorted({row["budget"] for store in stores for row in store.rows if row["part"] == "final"}):
+        rows = [
+            {"loss beside cross-entropy": arm_label(row["method"]), "over our defaults": row[f"over {REFERENCE_ARM}"]}
+            | {"pairs": row["pairs"]}
+            for row in summary(stores, "final", budget)
+        ]
+        if rows and rows[0]["pairs"] > 1:
+            takeaway = (
+                f"**Mean over {rows[0]['pairs']} pairs, {budget} epochs.** A rival has its best weight on each pair."
+            )
+            parts.append(f"{takeaway}\n\n{markdown_table(rows)}")
+    return parts
 
 
 def label(name: str) -> str:

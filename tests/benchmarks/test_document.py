@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import document
+from benchmarks.common import results
 from benchmarks.common.markdown import best_in_bold, cell, markdown_table, marked_names, number
+from benchmarks.distill import store
+
+
+def move_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read and write results files in another folder."""
+    for module in (document, results, store):
+        monkeypatch.setattr(module, "RESULTS", folder)
 
 
 def test_the_page_has_the_tables_of_the_results_files() -> None:
@@ -29,7 +37,7 @@ def test_no_table_of_the_page_is_written_by_hand() -> None:
 
 
 def test_every_pair_and_budget_of_distillation_has_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document, "RESULTS", tmp_path)
+    move_results(tmp_path, monkeypatch)
     ours = {"arm": "kd+ours", "seeds": 5, "top-1 %": "70.10 ± 0.20", "over kd+ours": "+0.00 ± 0.00"}
     rival = {"arm": "kd+fitnet,weight=10", "seeds": 5, "top-1 %": "69.00 ± nan", "over kd+ours": "-1.10 ± 0.30"}
     costs = {"ms over kd": "+1.5", "peak MiB": "-"}
@@ -69,3 +77,24 @@ def test_cells_are_formatted_as_they_are_printed() -> None:
     best_in_bold(rows, ["a"])
     best_in_bold(rows, ["b"], lowest=True)
     assert markdown_table(rows).splitlines()[2:] == ["| 9.5 ± 1.0 | 3 |", "| −11.0 | **1** |", "| **1,000** |  |"]
+
+
+def test_pairs_with_runs_of_one_budget_have_a_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    move_results(tmp_path, monkeypatch)
+    for pair, rival in (("resnet56_resnet8_cifar10", 71.0), ("resnet56_resnet20_cifar10", 68.0)):
+        runs = store.ResultsStore(pair)
+        for arm, accuracy in (("kd+ours", 70.0), ("kd+fitnet,weight=10", rival)):
+            defaults = store.loss_defaults(store.parse_arm(arm))
+            row = {"part": "final", "budget": 10, "arm": arm, "defaults": defaults, "folded_accuracy": 0.0}
+            runs.add([row | {"seed": seed, "accuracy": accuracy + seed} for seed in (0, 1)])
+    text = document.distillation()
+    assert "**Mean over 2 pairs, 10 epochs.**" in text
+    # (71 - 70 + 68 - 70) / 2
+    assert "| KD + FitNet | −0.50 ± 0.00 | 2 |" in text.splitlines()
+    assert text.count("over our defaults |\n") == 2
+
+
+def test_files_with_tuning_runs_alone_have_no_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    move_results(tmp_path, monkeypatch)
+    (tmp_path / "distill_resnet56_mobile_cifar10.json").write_text('{"figures": {"tables": {}, "rows": []}}')
+    assert document.distillation() == ""
