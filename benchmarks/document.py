@@ -36,6 +36,7 @@ METHOD_LABELS = {
     "std_kd": "KD of standardized logits",
     "dkd": "DKD",
     "dist": "DIST",
+    "mlkd": "multi-level KD",
     "fitnet": "FitNet",
     "at": "attention transfer",
     "review": "ReviewKD",

@@ -11,6 +11,7 @@ from benchmarks import document
 from benchmarks.common import results
 from benchmarks.common.markdown import best_in_bold, cell, markdown_table, marked_names, number
 from benchmarks.distill import store
+from benchmarks.distill.arms import CROSS_ENTROPY, METHODS, OURS
 
 
 def move_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +30,10 @@ def test_the_page_has_the_tables_of_the_results_files() -> None:
         paragraph = text[: text.index(f"<!-- results: {name} -->")].rstrip().rsplit("\n\n", 1)[-1]
         assert paragraph.startswith("**"), name
     assert set(document.source("fit", document.read("fit")).split("`")) >= {"benchmarks/results/fit.json"}
+
+
+def test_every_loss_of_the_benchmark_has_a_label() -> None:
+    assert {*METHODS, OURS, CROSS_ENTROPY} == set(document.METHOD_LABELS)
 
 
 def test_no_table_of_the_page_is_written_by_hand() -> None:
