@@ -14,6 +14,7 @@ import functools
 import html
 import http.server
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -114,7 +115,9 @@ def undocumented_names() -> list[str]:
         objects = {name: getattr(module, name) for name in module.__all__}
         # Functions and classes stand under the module that defines them, other names under the package
         names |= {
-            f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else f"{package}.{name}"
+            f"{value.__module__}.{value.__qualname__}"
+            if inspect.isroutine(value) or inspect.isclass(value)
+            else f"{package}.{name}"
             for name, value in objects.items()
         }
     # The inventory of Sphinx: four lines of text, then compressed lines with a name each
