@@ -2,7 +2,7 @@
 
 The paper: arXiv 1908.01581. The effect of a claim is measured once per seed, with a positive sign in the claimed
 direction. Its 95 % interval over the seeds, by Student's t, decides: a claim is "confirmed" if the interval is above
-zero, "not confirmed" if it is below zero, and "undecided" otherwise, also with a single seed.
+zero, "contradicted" if it is below zero, and "undecided" otherwise, also with a single seed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def judge(claim: str, effects: Sequence[float], *, section: str, measured: str) 
     error = statistics.stdev(effects) / math.sqrt(seeds) if seeds > 1 else math.inf
     # Beyond the listed quantiles, the last one is too large by less than 14 %
     radius = T_QUANTILES[min(seeds - 1, len(T_QUANTILES)) - 1] * error
-    verdict = "undecided" if abs(mean) <= radius else "confirmed" if mean > 0 else "not confirmed"
+    verdict = "undecided" if abs(mean) <= radius else "confirmed" if mean > 0 else "contradicted"
     return {
         "claim": claim,
         "section": section,

@@ -20,7 +20,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "claims.md"
 OTHER_SCRIPTS = {"trajectory": "benchmarks.measure.bench_trajectory"}
 COMPRESSION = "claims_compression"
 SUMMARY, MISSING = "summary", "*Not recorded yet.*"
-VERDICT_COLORS = {"confirmed": "#227b94", "undecided": "#7a7f87", "not confirmed": "#b3261e"}
+VERDICT_COLORS = {"confirmed": "#227b94", "undecided": "#7a7f87", "contradicted": "#b3261e"}
 METHOD_COLORS = ("#16325b", "#e07a1f", "#b3261e", "#7a7f87", "#227b94")
 ROW_INCHES, WIDTH_INCHES, CURVES_INCHES, WRAP_CHARACTERS = 0.95, 7.5, 10.5, 110
 

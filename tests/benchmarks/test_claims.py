@@ -23,7 +23,7 @@ def test_the_interval_over_the_seeds_decides() -> None:
     assert verdict(1, 2, 3) == verdict(-1, -2, -3) == "undecided"
     assert verdict(1, 1, 2, 3, 3) == "confirmed"
     assert verdict(2, 2.5, 3) == "confirmed"
-    assert verdict(-2, -2.5, -3) == "not confirmed"
+    assert verdict(-2, -2.5, -3) == "contradicted"
     assert verdict(0, 0, 0) == verdict(5) == "undecided"
     entry = judge("", (1, 2, 3), section="4", measured="")
     assert entry["standard_error"] == pytest.approx(1 / math.sqrt(3))

@@ -32,8 +32,7 @@ def test_a_results_file_gives_verdict_table_and_summary(tmp_path: Path, monkeypa
     (tmp_path / "claims_c.json").write_text(json.dumps({"figures": {"rows": []}}))  # an unfinished run
     result = document.document(text)
     assert (
-        "| [Deep layers lose more](#a-b) | **not confirmed** | −1.50 ± 0.29 | −2.74 … −0.26 | 3 |"
-        in result.splitlines()
+        "| [Deep layers lose more](#a-b) | **contradicted** | −1.50 ± 0.29 | −2.74 … −0.26 | 3 |" in result.splitlines()
     )
     assert "| layer1 | 12.35 |" in result
     assert "`python -m benchmarks.claims.bench_a_b` → `benchmarks/results/claims_a_b.json`, 2026-01-02" in result
@@ -43,5 +42,5 @@ def test_a_results_file_gives_verdict_table_and_summary(tmp_path: Path, monkeypa
     # Several verdicts on a claim
     figures["claims"].append(judge("Deep layers lose more", [1.0, 2.0, 3.0], section="4", measured="rise, per cent"))
     (tmp_path / "claims_a_b.json").write_text(json.dumps(content))
-    assert "](#a-b): rise, points | **not confirmed**" in document.document(text)
+    assert "](#a-b): rise, points | **contradicted**" in document.document(text)
     assert "](#a-b): rise, per cent | **" in document.document(text)
