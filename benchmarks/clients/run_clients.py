@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import resource
@@ -278,8 +279,8 @@ def run(*command: str, folder: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def largest_difference(left: Path, right: Path) -> float:
-    """Return the largest difference of two saved networks' parameters and buffers."""
+def relative_difference(left: Path, right: Path) -> float:
+    """Return the difference of two saved networks' parameters and buffers, relative to the norm of the first."""
 
     def load(path: Path) -> Mapping[str, Any]:
         if path.is_dir():
@@ -290,7 +291,15 @@ def largest_difference(left: Path, right: Path) -> float:
 
     first, second = load(left), load(right)
     require(first.keys() == second.keys(), f"{left} and {right} have different names")
-    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+    squares = [
+        (
+            float((first[name].double() - second[name].double()).square().sum()),
+            float(first[name].double().square().sum()),
+        )
+        for name in first
+    ]
+    difference, norm = (sum(column) for column in zip(*squares, strict=True))
+    return math.sqrt(difference / norm)
 
 
 def loss_figures(client: Client, folder: Path) -> list[dict[str, float]]:
@@ -327,7 +336,7 @@ def check_client(name: str, folder: Path) -> dict[str, Any]:
     for name_of_run in ("plain", "full"):
         resumed, checkpoint = f"{name_of_run}_resumed", f"{name_of_run}/{client.checkpoint}"
         run(f"{name_of_run}.py", *shared, resumed, client.resume, checkpoint, folder=folder)
-        difference = largest_difference(folder / name_of_run / client.saved, folder / resumed / client.saved)
+        difference = relative_difference(folder / name_of_run / client.saved, folder / resumed / client.saved)
         differences.append(difference)
     load = client.load.format(path=str(folder / "full"))
     blocked = f"import sys, torch\nsys.modules['knowiso_train'] = None\n{load}\nmodel(torch.zeros(2, 3, 32, 32))"

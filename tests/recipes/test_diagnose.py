@@ -17,6 +17,7 @@ from knowiso_train.diagnosis import Diagnosis
 from knowiso_train.errors import DataError, LayerNameError, OptionError
 from knowiso_train.loading import image_loader, input_transform, load_model
 from tests.helpers import image_folder
+from tests.helpers.processes import run_script_in_processes
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -107,19 +108,7 @@ def test_a_killed_run_is_resumed_by_two_processes_without_a_second_measurement(
     assert list((tmp_path / "layers").glob("*.json")) == [first]
     assert not (tmp_path / "diagnosis.json").exists()
     before = first.stat().st_mtime_ns
-    port = str(29_600 + os.getpid() % 300)
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    resumed = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--main_process_port", port),
-            *(str(RECIPES / "diagnose.py"), *words(tmp_path, "--device", "cpu")),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    run_script_in_processes(RECIPES / "diagnose.py", words(tmp_path, "--device", "cpu"))
     assert first.stat().st_mtime_ns == before
     assert [Diagnosis.from_json(file).settings["processes"] for file in (first, second)] == [1, 2]
     one, two = (Diagnosis.from_json(folder / "diagnosis.json") for folder in (finished, tmp_path))

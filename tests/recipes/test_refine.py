@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from knowiso_train.errors import OptionError
+from knowiso_train.experiment.run_folder import RunFolder
 from tests.helpers import image_folder
+from tests.helpers.processes import run_script_in_processes
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -34,7 +36,7 @@ from knowiso_train.experiment import RunFolder
 write = RunFolder.log
 def log(self, entry):
     write(self, entry)
-    if entry["towards"] == "WAY" and entry["step"] == {KILLED_AT}:
+    if entry["towards"] == "consensus" and entry["step"] == {KILLED_AT}:
         os.kill(os.getpid(), signal.SIGKILL)
 RunFolder.log = log
 refine.main(sys.argv[1:])
@@ -93,16 +95,28 @@ def test_what_is_saved_is_a_plain_timm_network(whole: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("way", ["consensus", "labels"])
-def test_a_killed_run_goes_on_to_the_same_bits(
-    way: str, whole: Path, words: Callable[..., list[str]], tmp_path: Path
+def test_a_run_that_is_killed_and_interrupted_goes_on_to_the_same_bits(
+    whole: Path, words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = [sys.executable, "-c", KILLED.replace("WAY", way), *words(tmp_path)]
+    program = [sys.executable, "-c", KILLED, *words(tmp_path)]
     killed = subprocess.run(program, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     assert killed.returncode == -9, killed.stderr
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("checkpoint-*")] == [
-        f"{way}/checkpoint-0000000004"
-    ]
+    write = RunFolder.log
+
+    def interrupted(run: RunFolder, entry: dict[str, Any]) -> None:
+        write(run, entry)
+        if (entry["towards"], entry["step"]) == ("labels", KILLED_AT):
+            raise KeyboardInterrupt
+
+    def checkpoints() -> list[str]:
+        return [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("checkpoint-*")]
+
+    assert checkpoints() == ["consensus/checkpoint-0000000004"]
+    monkeypatch.setattr(RunFolder, "log", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refine.main(words(tmp_path))
+    assert checkpoints() == ["labels/checkpoint-0000000004"]
+    monkeypatch.setattr(RunFolder, "log", write)
     assert refine.main(words(tmp_path)) == 0
     for trained in ("consensus", "labels"):
         wanted, got = (load_file(folder / trained / "tuned.safetensors") for folder in (whole, tmp_path))
@@ -115,43 +129,9 @@ def test_other_settings_need_another_folder(whole: Path, words: Callable[..., li
         refine.main(words(whole, "--labels", "7"))
 
 
-def test_two_processes_refine_as_one_and_a_peer_may_be_of_another_family(
-    words: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_two_processes_refine_as_one(words: Callable[..., list[str]], tmp_path: Path) -> None:
     """The closed form is made by one of them and is that of one process; then both train, and one writes."""
-    torch.manual_seed(1)
-    torch.save(timm.create_model("test_vit", num_classes=5, img_size=SIDE).state_dict(), tmp_path / "vit.pth")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    launch = [
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    both = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *launch,
-        "--main_process_port",
-        port,
-        str(RECIPES / "refine.py"),
-    ]
-    ended = subprocess.run(
-        [*both, *words(tmp_path / "two", "--steps", "2")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_script_in_processes(RECIPES / "refine.py", words(tmp_path / "two", "--steps", "2"))
     assert refine.main(words(tmp_path / "one", "--steps", "2")) == 0
     for name in ("closed", "teachers"):
         one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("one", "two"))
