@@ -11,6 +11,9 @@ from knowiso_train.utils.distributed import ProcessGroup
 
 # Summand of the share in log scale; bounds the gradient of a pair that is nearly explained
 LOG_SHARE_OFFSET = 1e-3
+# Explained share from which the student gets the whole gradient of a pair in log scale. Without this factor, weights of
+# 1,000, students without normalization and learned maps at the default weight left students with dead units
+FULL_GRADIENT_SHARE = 0.05
 
 
 def log_share(unexplained: Tensor) -> Tensor:
@@ -21,6 +24,19 @@ def log_share(unexplained: Tensor) -> Tensor:
         tensor([ 0.0000, -4.6052,  0.0000])
     """
     return torch.where(unexplained == 0, torch.zeros_like(unexplained), (unexplained + LOG_SHARE_OFFSET).log())
+
+
+def map_reliability(unexplained: Tensor) -> Tensor:
+    """Return the factor `min(1, (1 - u) / 0.05)` of a pair's gradient, 0 where its map explains nothing.
+
+    The gradient through a map that fits the present features worse than a constant has no meaning. A student that moves
+    faster than its maps, or a map that is still untrained, thus stops the loss until the map explains something.
+
+    Examples:
+        >>> map_reliability(torch.tensor([0.0, 0.9, 0.96, 1.2]))
+        tensor([1.0000, 1.0000, 0.8000, 0.0000])
+    """
+    return ((1 - unexplained.detach()) / FULL_GRADIENT_SHARE).clamp(0, 1)
 
 
 def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:

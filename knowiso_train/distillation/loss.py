@@ -18,7 +18,7 @@ from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, Learne
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
 from knowiso_train.distillation._pairs import map_inputs, pair_key, pair_label
-from knowiso_train.distillation._scale import joint_shares, log_share, separate_log_gradients
+from knowiso_train.distillation._scale import joint_shares, log_share, map_reliability, separate_log_gradients
 from knowiso_train.distillation._schedule import FactorSchedule
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
 from knowiso_train.distillation.channel_moments import ChannelMoments
@@ -69,8 +69,9 @@ class IsomorphismLoss(nn.Module):
         order: Number K of non-linear steps of the learned g. Default: 0, linear.
         kernel_size: Odd kernel size of g, in positions. Default: 1.
         scale: "log": the loss of a pair is `log(u + 1e-3)`, and 0 until the map is solved; a learned g trains on
-            `u + λ Σ p_k²`, independently of weight and schedule. "linear": the loss is u, whose gradient vanishes as u
-            does, plus the penalty of a learned g.
+            `u + λ Σ p_k²`, independently of weight and schedule. The gradient at the student falls to 0 as the
+            explained share falls from 0.05 to 0, unless weights are balanced. "linear": the loss is u, whose gradient
+            vanishes as u does, plus the penalty of a learned g.
         weight: Factor w of every pair, or {student layer: factor}. "balanced": the gradient at the student's feature is
             `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200; not with a
             compiled student. Default: 50, which suits both scales; try 15 to 100.
@@ -421,6 +422,9 @@ class IsomorphismLoss(nn.Module):
         pair = self.pairs[index]
         map_ = self._map_of(pair)
         loss = map_loss if self.config.scale == "linear" else log_share(unexplained)
+        if self.config.scale == "log" and self.balance is None and source.requires_grad:
+            reliability = map_reliability(unexplained)
+            source.register_hook(lambda gradient: gradient * reliability.to(gradient))  # type: ignore[no-untyped-call]
         if self.config.scale == "log" and _is_trained(map_):
             term = separate_log_gradients(map_loss, unexplained, weight, source)
         else:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train.distillation import IsomorphismLoss
+from knowiso_train.distillation import loss as loss_module
 from knowiso_train.distillation._balancing import MAX_BALANCED_WEIGHT
 from knowiso_train.distillation._collapse import COLLAPSED_CHANGE, COLLAPSED_REFRESHES
 from knowiso_train.errors import KnowisoWarning
@@ -58,7 +59,11 @@ def loss_and_gradients(iso: IsomorphismLoss) -> tuple[float, dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
-def test_the_log_gradient_is_that_of_the_share_divided_by_the_share(options: dict[str, Any]) -> None:
+def test_the_log_gradient_is_that_of_the_share_divided_by_the_share(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The learned map is untrained here and explains nothing
+    monkeypatch.setattr(loss_module, "map_reliability", torch.ones_like)
     student = built(1)
     linear, log = (
         solved(student, {**options, "scale": scale, "weight": weight})
@@ -80,6 +85,21 @@ def test_the_log_gradient_is_that_of_the_share_divided_by_the_share(options: dic
     assert bool(map_gradients) == (options.get("solver") == "learned")
     for name, gradient in map_gradients.items():
         torch.testing.assert_close(log_map_gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "learned"}], ids=str)
+def test_a_map_that_explains_nothing_has_no_gradient_at_the_student(options: dict[str, Any]) -> None:
+    iso = solved(built(1), {**options, "refresh": 1000})
+    for map_ in iso.maps.values():
+        for name, tensor in {**dict(map_.named_parameters()), **dict(map_.named_buffers())}.items():
+            if "weight" in name and tensor.is_floating_point():
+                tensor.data *= -3
+    _, gradients, map_gradients = loss_and_gradients(iso)
+    assert iso.log()["iso/train/3/share"] < 0
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients.values())
+    # A learned map continues to train
+    assert any(bool(gradient.any()) for gradient in map_gradients.values()) == ("solver" in options)
 
 
 def test_the_default_is_the_logarithm_with_weight_50() -> None:

@@ -28,9 +28,10 @@ LAYERS = {"2": "2", "4": "4"}
 FORMS: dict[str, dict[str, Any]] = {
     "closed_form": {},
     "learned": {"solver": "learned", "order": 1, "scale": "linear", "weight": 1.0},
-    # Without another loss, and with one of all outputs that is zero
-    "alone": {},
-    "alone with zeros": {},
+    # Without another loss, and with one of all outputs that is zero. In log scale a map that explains nothing, as that
+    # of the second pair, gives no gradient
+    "alone": {"scale": "linear", "weight": 1.0},
+    "alone with zeros": {"scale": "linear", "weight": 1.0},
 }
 EXPECTED = {"closed_form": "closed_form", "learned": "learned", "alone": "alone with zeros"}
 # (wrapper, creation of the loss before or after wrapping, form of the loss)
