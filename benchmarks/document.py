@@ -135,7 +135,7 @@ def distillation() -> str:
             continue
         _, teacher, student, dataset = path.stem.split("_")
         for budget, rows in content["figures"]["tables"].items():
-            title = f"{label(teacher)} teaches {label(student)} on {label(dataset)}, {budget}"
+            title = f"{label(teacher)} teaches {label(student)} on {label(dataset)}, {duration(budget)}"
             parts.append(
                 f"**{title}.** {rank(rows)}{other_defaults(content, budget)}\n\n"
                 f"{markdown_table(distillation_rows(rows))}"
@@ -159,11 +159,15 @@ def means() -> list[str]:
             for row in summary(stores, "final", budget)
         ]
         if rows and rows[0]["pairs"] > 1:
-            takeaway = (
-                f"**Mean over {rows[0]['pairs']} pairs, {budget} epochs.** A rival has its best weight on each pair."
-            )
+            title = f"Mean over {rows[0]['pairs']} pairs, {duration(f'{budget} epochs')}"
+            takeaway = f"**{title}.** A rival has its best weight on each pair."
             parts.append(f"{takeaway}\n\n{markdown_table(rows)}")
     return parts
+
+
+def duration(budget: str) -> str:
+    """Return a number of epochs such as "10 epochs", or "1 epoch"."""
+    return "1 epoch" if budget == "1 epochs" else budget
 
 
 def label(name: str) -> str:
@@ -183,7 +187,9 @@ def rank(rows: list[dict[str, Any]]) -> str:
     if position == 0:
         return f"{place}."
     best = rows[0]
-    return f"{place}; {arm_label(best['arm'])} is ahead by {best[f'over {REFERENCE_ARM}'].lstrip('+')} points."
+    lead, _, error = best[f"over {REFERENCE_ARM}"].lstrip("+").partition(" ± ")
+    points = f"{lead} points, one seed" if error == "nan" else f"{lead} ± {error} points"
+    return f"{place}; {arm_label(best['arm'])} is ahead by {points}."
 
 
 def other_defaults(content: dict[str, Any], budget: str) -> str:

@@ -269,7 +269,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         add(f"--{role}-pretrained", False, help="start from the published weights")
     add("--teacher-size", None, at_least(1), "image size of the teacher, if it differs from the student's")
     add("--teacher-epochs", 6, at_least(0), "epochs to train the teacher with labels; 0: no training")
-    add("--epochs", 2, at_least(1), "epochs of each arm; after 6 all digit arms equal the teacher; CIFAR: 60 to 240")
+    add("--epochs", 2, at_least(1), "epochs of each arm; digits need few, 60 to 240 are usual for CIFAR")
     layers = "layers to match: names, globs or STUDENT=TEACHER; auto: the least explained stages"
     add("--layers", ["layer2", "layer3"], str, layers, nargs="+")
     solver = "map of the loss: closed_form, from running moments; learned, the paper's network"

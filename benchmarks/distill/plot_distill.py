@@ -30,21 +30,23 @@ def draw(part: Any) -> None:
     """Draw the tables of the runs of a part into results/distill.png."""
     import matplotlib.pyplot as plt
 
-    by_pair = tables(part)
-    if not by_pair:
-        raise SystemExit(f"no rows of {part} runs in {RESULTS}")
-    figure, panels = plt.subplots(len(by_pair), 2, figsize=(13, 5 * len(by_pair)), squeeze=False)
-    for (title, rows), row_panels in zip(by_pair.items(), panels, strict=True):
+    measured = {title: [row for row in rows if row["ms over kd"] != "-"] for title, rows in tables(part).items()}
+    measured = {title: rows for title, rows in measured.items() if rows}
+    if not measured:
+        raise SystemExit(f"no {part} runs with measured costs in {RESULTS}: run bench_distill with --costs first")
+    figure, panels = plt.subplots(len(measured), 2, figsize=(12, 4 * len(measured)), squeeze=False, sharey="row")
+    arms = sorted({row["arm"] for rows in measured.values() for row in rows} - {REFERENCE_ARM})
+    colors = {REFERENCE_ARM: "red"} | {arm: plt.colormaps["tab20"](index % 20) for index, arm in enumerate(arms)}
+    for (title, rows), row_panels in zip(measured.items(), panels, strict=True):
         for (column, label), panel in zip(AXES, row_panels, strict=True):
             for row in rows:
-                if row[column] == "-":
-                    continue
                 x, (y, error) = float(row[column]), (float(v) for v in row["top-1 %"].split(" ± "))
-                color = "C3" if row["arm"] == REFERENCE_ARM else "C0"
-                panel.errorbar(x, y, yerr=error if error == error else None, fmt="o", color=color)
-                panel.annotate(row["arm"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=color)
-            panel.set(xlabel=label, ylabel="top-1, %", title=title)
+                options = {"fmt": "o", "color": colors[row["arm"]], "label": row["arm"]}
+                panel.errorbar(x, y, yerr=error if error == error else None, **options)
+            panel.set(xlabel=label)
             panel.grid(alpha=0.3)
+        row_panels[0].set(ylabel="top-1, %", title=title)
+        row_panels[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / "distill.png", dpi=110)
     plt.close(figure)
