@@ -27,6 +27,11 @@ def draw_crops_and_flips(count: int, margin: int, generator: torch.Generator) ->
 
 
 def crops_and_flips(padded: Tensor, side: int, corners: Tensor, flips: Tensor) -> Tensor:
-    """Cut the square at a corner from each image, (N, C, side, side), and mirror those of `flips`."""
-    crops = [x[:, i : i + side, j : j + side] for x, (i, j) in zip(padded, corners.tolist(), strict=True)]
-    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips.tolist(), strict=True)])
+    """Cut the square at a corner from each image, (N, C, side, side), and mirror those of `flips`, by one index."""
+    span = torch.arange(side, device=padded.device)
+    rows = corners[:, :1] + span
+    columns = corners[:, 1:] + torch.where(flips[:, None], side - 1 - span, span)
+    images = torch.arange(len(padded), device=padded.device)
+    # Indices before and after the channels put these last: (N, side, side, C)
+    crops = padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return crops.movedim(-1, 1).contiguous()

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common.results import record, table
 from benchmarks.distill.arms import parse_arm
-from benchmarks.distill.pairs import MARGIN_PIXELS, PAIRS, SIDE_PIXELS, Pair, Part, decoded_images
+from benchmarks.distill.pairs import PAIRS, Images
 from benchmarks.distill.teacher_cache import CACHE, RecordedTeacher, TeacherBatch
 from benchmarks.distill.training import BATCH_IMAGES, PEAK_LEARNING_RATE, Run, Student
 
@@ -36,53 +35,12 @@ ARMS = ("kd", "kd+fitnet", "kd+review", "kd+srd", "dkd", "std_kd", "kd+ours")
 DECAY_FRACTIONS = (5 / 8, 6 / 8, 7 / 8)
 
 
-class DeviceImages:
-    """All images of a data set on a device, augmented there as a function of epoch and image.
-
-    Args:
-        pair: Pair with the name of the data set.
-        device: Device of the images.
-        num_images: Number of training images. None: all.
-    """
-
-    def __init__(self, pair: Pair, device: torch.device, num_images: int | None = None) -> None:
-        images, labels = (tensor[:num_images] for tensor in decoded_images(pair.dataset, "train"))
-        self.padded, self.labels = F.pad(images.to(device), (MARGIN_PIXELS,) * 4), labels.to(device)
-        self.test = tuple(tensor.to(device) for tensor in decoded_images(pair.dataset, "test"))
-        self._epoch, self._crops = -1, torch.empty(0)
-
-    def training_indices(self, part: Part) -> Tensor:
-        """Return the indices of all training images."""
-        return torch.arange(len(self.labels), device=self.labels.device)
-
-    def evaluation(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Return test images and labels."""
-        images, labels = self.test
-        return images.float(), labels
-
-    def augmented(self, epoch: int, indices: Tensor) -> Tensor:
-        """Return random crops of the padded images, and flips, gathered by one index on the device."""
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(epoch)
-            count = len(self.labels)
-            corners = torch.randint(2 * MARGIN_PIXELS + 1, (count, 2), generator=generator)
-            flips = torch.randint(2, (count, 1), generator=generator)
-            self._epoch, self._crops = epoch, torch.cat([corners, flips], 1).to(self.labels.device)
-        top, left, flip = self._crops[indices].T[:, :, None]
-        span = torch.arange(SIDE_PIXELS, device=indices.device)
-        columns = left + torch.where(flip == 1, SIDE_PIXELS - 1 - span, span)
-        rows = top + span
-        crops = self.padded[indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return crops.movedim(-1, 1).float()
-
-
 class LiveTeacher:
     """Teacher that is run for each batch, in the place of the cache on disk."""
 
     def __init__(self, teacher: RecordedTeacher, example: Tensor) -> None:
         self.teacher = teacher
-        batch = teacher(example)
-        self.shapes = [tensor.shape[1:] for tensor in (batch.logits, batch.pooled, *batch.features.values())]
+        self.shapes = [tensor.shape[1:] for tensor in teacher(example).tensors]
 
     def batch(self, epoch: int, indices: Tensor, images: Tensor) -> TeacherBatch:
         """Return logits, pooled features and features of the images."""
@@ -184,7 +142,7 @@ class ProtocolTraining:
 def make_run(args: argparse.Namespace) -> ProtocolRun:
     """Load images and teacher onto the device."""
     pair, device = PAIRS[args.pair], torch.device(args.device)
-    images, model = DeviceImages(pair, device, args.images), pair.teacher().to(device)
+    images, model = Images(pair, device, args.images), pair.teacher().to(device)
     teacher = RecordedTeacher(model, list(pair.layers.values()), pair.classifiers[1])
     if args.compile:
         model.compile(mode="reduce-overhead")

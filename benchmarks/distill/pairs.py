@@ -111,22 +111,30 @@ class Images:
 
     The tuning runs train on the first images and validate on the other training images; the final runs train on all
     and are evaluated on the test images. The augmentation depends only on data set, epoch and image.
+
+    Args:
+        pair: Pair with the name of the data set.
+        device: Device of all images. Default: CPU.
+        num_images: Number of training images. None: all.
     """
 
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
-        images, self.labels = decoded_images(pair.dataset, "train")
-        self.padded = F.pad(images, (MARGIN_PIXELS,) * 4)
+    def __init__(self, pair: Pair, device: torch.device | str = "cpu", num_images: int | None = None) -> None:
+        self.pair, self.device = pair, device
+        images, labels = decoded_images(pair.dataset, "train")
+        self.padded = F.pad(images[:num_images].to(device), (MARGIN_PIXELS,) * 4)
+        self.labels = labels[:num_images].to(device)
         self.training = self.padded[:, :, MARGIN_PIXELS:-MARGIN_PIXELS, MARGIN_PIXELS:-MARGIN_PIXELS]
         self._epoch, self._crops = -1, (torch.empty(0), torch.empty(0))
 
     @cached_property
     def _test(self) -> tuple[Tensor, Tensor]:
-        return decoded_images(self.pair.dataset, "test")
+        images, labels = decoded_images(self.pair.dataset, "test")
+        return images.to(self.device), labels.to(self.device)
 
     def training_indices(self, part: Part) -> Tensor:
         """Return the indices of the training images of a part."""
-        return torch.arange(self.pair.num_tuning_images if part == "tuning" else len(self.labels))
+        count = self.pair.num_tuning_images if part == "tuning" else len(self.labels)
+        return torch.arange(count, device=self.device)
 
     def evaluation(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return images and labels on which the students of a part are evaluated."""
@@ -138,6 +146,7 @@ class Images:
         """Return random crops of the padded images, and flips."""
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(epoch)
-            self._epoch, self._crops = epoch, draw_crops_and_flips(len(self.labels), 2 * MARGIN_PIXELS, generator)
+            corners, flips = draw_crops_and_flips(len(self.labels), 2 * MARGIN_PIXELS, generator)
+            self._epoch, self._crops = epoch, (corners.to(self.device), flips.to(self.device))
         corners, flips = (values[indices] for values in self._crops)
         return crops_and_flips(self.padded[indices].float(), SIDE_PIXELS, corners, flips)

@@ -30,8 +30,8 @@ def draw(part: Any) -> None:
     """Draw the tables of the runs of a part into results/distill.png."""
     import matplotlib.pyplot as plt
 
-    measured = {title: [row for row in rows if row["ms over kd"] != "-"] for title, rows in tables(part).items()}
-    measured = {title: rows for title, rows in measured.items() if rows}
+    with_costs = {title: [row for row in rows if row["ms over kd"] != "-"] for title, rows in tables(part).items()}
+    measured = {title: rows for title, rows in with_costs.items() if rows}
     if not measured:
         raise SystemExit(f"no {part} runs with measured costs in {RESULTS}: run bench_distill with --costs first")
     figure, panels = plt.subplots(len(measured), 2, figsize=(12, 4 * len(measured)), squeeze=False, sharey="row")

@@ -25,6 +25,11 @@ class TeacherBatch:
     pooled: Tensor
     features: dict[str, Tensor]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Logits, pooled features and features, in this order."""
+        return [self.logits, self.pooled, *self.features.values()]
+
 
 class RecordedTeacher:
     """Network in bfloat16 whose logits, pooled features and layers are recorded, without gradient."""
@@ -59,8 +64,7 @@ class TeacherCache:
 
     def __init__(self, teacher: RecordedTeacher, name: str, num_images: int, example: Tensor) -> None:
         self.teacher, self.folder, self.num_images, self.seconds = teacher, CACHE / name, num_images, 0.0
-        batch = teacher(example)
-        self.shapes = [tensor.shape[1:] for tensor in (batch.logits, batch.pooled, *batch.features.values())]
+        self.shapes = [tensor.shape[1:] for tensor in teacher(example).tensors]
         self._epoch, self._rows, self._computed = -1, torch.empty(0), torch.empty(0)
 
     def batch(self, epoch: int, indices: Tensor, images: Tensor) -> TeacherBatch:
@@ -72,7 +76,7 @@ class TeacherCache:
         began = time.process_time()
         batch = self.teacher(images)
         self.seconds += time.process_time() - began
-        rows = torch.cat([tensor.flatten(1) for tensor in (batch.logits, batch.pooled, *batch.features.values())], 1)
+        rows = torch.cat([tensor.flatten(1) for tensor in batch.tensors], 1)
         if self._computed.numel():
             self._rows[indices] = rows.bfloat16()
             self._computed[indices] = True

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from benchmarks.common import results
-from benchmarks.common.augment import crops_and_flips
-from benchmarks.distill import bench_protocol
-from benchmarks.distill.bench_protocol import DeviceImages
-from benchmarks.distill.pairs import Pair, pooled
+from benchmarks.distill import bench_protocol, pairs
+from benchmarks.distill.pairs import Images, Pair, pooled
 from tests.benchmarks.test_distill_harness import SmallNetwork
 
 ARMS = ["kd", "kd+ours", "kd+fitnet,weight=1+srd"]
@@ -34,20 +32,23 @@ PAIR = Pair(
 
 @pytest.fixture(autouse=True)
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_protocol, "decoded_images", small_images)
+    monkeypatch.setattr(pairs, "decoded_images", small_images)
     monkeypatch.setitem(bench_protocol.PAIRS, "small", PAIR)
     monkeypatch.setattr(bench_protocol, "FOLDER", tmp_path / "checkpoints")
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
 
 
 def test_crops_equal_those_of_a_loop() -> None:
-    images = DeviceImages(PAIR, torch.device("cpu"))
+    images = Images(PAIR)
     indices = torch.tensor([5, 90, 0, 41])
     crops = images.augmented(2, indices)
-    corners, flips = images._crops[indices].split([2, 1], 1)
-    assert 0 < images._crops[:, 2].sum() < 96
-    assert set(images._crops[:, :2].unique().tolist()) == set(range(9))
-    assert torch.equal(crops, crops_and_flips(images.padded[indices].float(), 32, corners, flips[:, 0] == 1))
+    all_corners, all_flips = images._crops
+    assert 0 < all_flips.sum() < 96
+    assert set(all_corners.unique().tolist()) == set(range(9))
+    for crop, index in zip(crops, indices, strict=True):
+        top, left = all_corners[index].tolist()
+        expected = images.padded[index, :, top : top + 32, left : left + 32].float()
+        assert torch.equal(crop, expected.flip(-1) if all_flips[index] else expected)
 
 
 def test_interrupted_calls_equal_one_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
