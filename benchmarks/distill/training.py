@@ -201,7 +201,10 @@ class Student:
         figures |= {"steps": self.run.num_steps, "diverged": self.diverged}
         if self.iso is not None:
             log = self.iso.log()
-            figures["shares"] = {key.split("/")[1]: round(log[key], 3) for key in log if key.endswith("/share")}
+            prefix, suffix = "iso/train/", "/share"
+            figures["shares"] = {
+                key.removeprefix(prefix).removesuffix(suffix): round(log[key], 3) for key in log if key.endswith(suffix)
+            }
         return figures
 
 

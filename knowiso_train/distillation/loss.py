@@ -34,7 +34,7 @@ from knowiso_train.distillation.config import (
     Transform,
 )
 from knowiso_train.distillation.layer_selection import auto_layers
-from knowiso_train.errors import CaptureError, OptionError
+from knowiso_train.errors import CaptureError, FormatError, OptionError
 from knowiso_train.features.extractor import sides_of_networks
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.modules import LayerPair, pair_layers
@@ -311,6 +311,13 @@ class IsomorphismLoss(nn.Module):
             FormatError: The state of another object or of a loss with other options. The loss was not modified.
         """
         check_state(self, state_dict, strict)
+        given, present = state_dict.get("_extra_state"), self.get_extra_state()
+        # Versions before the detection of collapses saved at most the figures of the schedule
+        if isinstance(given, Tensor) and len(given) != len(present) and len(given) > 1 + len(self._schedule.state()):
+            raise FormatError(
+                f"expected the state of a loss with {len(self.pairs)} layer pairs, which has {len(present)} figures "
+                f"beside those of the maps, got {len(given)}. Create the loss with the layers of the saved one"
+            )
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:

@@ -60,6 +60,18 @@ def test_states_of_other_losses_are_refused_unloaded(form: str) -> None:
     fresh.load_state_dict(partial, strict=False)
 
 
+def test_state_of_another_number_of_pairs_is_refused_unless_it_is_older() -> None:
+    iso = IsomorphismLoss(built(1), built(2), ["1", "3"])
+    fresh = IsomorphismLoss(built(1), built(2), ["3"])
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    with pytest.raises(FormatError, match=r"a loss with 1 layer pairs, which has 9 figures .*, got 13"):
+        fresh.load_state_dict({"_extra_state": iso.state_dict()["_extra_state"]}, strict=False)
+    assert is_unchanged(fresh, before)
+    calls_and_active_calls = torch.tensor([7.0, 5.0], dtype=torch.float64)
+    fresh.load_state_dict(before | {"_extra_state": calls_and_active_calls})
+    assert fresh.state_dict()["_extra_state"].tolist() == [7, 5, *before["_extra_state"].tolist()[2:]]
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_another_order_in_checkpoints_of_accelerate_is_refused(swapped: bool, tmp_path: Path) -> None:
     def accelerator(iso: IsomorphismLoss, swap: bool) -> Any:
