@@ -38,6 +38,7 @@ METHOD_LABELS = {
     "dist": "DIST",
     "mlkd": "multi-level KD",
     "fitnet": "FitNet",
+    "fitnet3": "FitNet with 3×3 adapters",
     "at": "attention transfer",
     "review": "ReviewKD",
     "simkd": "SimKD",
@@ -202,7 +203,8 @@ def other_defaults(content: dict[str, Any], budget: str) -> str:
     ]
     if present is None or not recorded or present in recorded:
         return ""
-    changed = [f"{key}={value!r}" for key, value in recorded[-1].items() if value != present[key]]
+    former = {"kernel_size": 1} | recorded[-1]
+    changed = [f"{key}={value!r}" for key, value in former.items() if value != present[key]]
     return f" Recorded with other defaults: {', '.join(changed)}."
 
 

@@ -108,7 +108,10 @@ def train(arm: str, teacher: Any, layers: Pairs, data: Data, args: argparse.Name
     sampler = loader.sampler
     iso = None
     if "iso" in terms:
-        options = {name: getattr(args, name) for name in ("solver", "order", "kernel_size", "scale", "weight")}
+        options = {name: getattr(args, name) for name in ("solver", "order", "kernel_size", "scale")}
+        # Gradients inside a compiled student are not accessible, so that its weights cannot be balanced
+        default_weight = 100.0 if args.compile else "balanced"
+        options["weight"] = default_weight if args.weight is None else args.weight
         example = to_input(data[0][0][0][None].to(accelerator.device))
         iso = ki.IsomorphismLoss(network, teacher, layers, teacher_transform=to_teacher, example=example, **options)
         iso.to(accelerator.device)
@@ -275,10 +278,16 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     solver = "map of the loss: closed_form, from running moments; learned, the paper's network"
     add("--solver", "closed_form", help=solver, choices=("closed_form", "learned"))
     add("--order", 0, at_least(0), "non-linear steps of the learned solver")
-    add("--kernel-size", 1, at_least(1), "kernel size of the map, odd; 1 is the cheapest")
-    weight = "weight of each layer's isomorphism loss; balanced: its gradient as large as that of the other terms"
+    kernel = "kernel size of the map, odd; 1 is the cheapest; auto: 3 for layers of at most 64 channels"
+    add("--kernel-size", "auto", at_least(1, word="auto"), kernel)
     add("--scale", "log", help="loss: unexplained share, or its logarithm", choices=("log", "linear"))
-    add("--weight", 50.0, at_least(0, float, "balanced"), weight)
+    add(
+        "--weight",
+        None,
+        at_least(0, float, "balanced"),
+        "weight of each layer's isomorphism loss; balanced: its gradient as large as that of the other terms, which "
+        "suits short trainings too (default: balanced; 100 with --compile)",
+    )
     add("--kd-weight", 1.0, at_least(0, float), "weight of the logits' loss")
     add("--temperature", 4.0, at_least(0.01, float), "temperature of the logits; 4 as in most of the literature")
     add("--lr", 0.05, at_least(0, float), "peak learning rate of SGD; 0.05 suits 64 images a batch")

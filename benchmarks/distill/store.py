@@ -19,7 +19,7 @@ from knowiso_train.distillation.config import IsomorphismLossConfig
 REFERENCE_ARM = "kd+ours"
 COSTS = "costs"  # part of the rows with time and memory of a step
 # Defaults of `IsomorphismLoss` that identify a row: other defaults are another arm
-IDENTIFYING_DEFAULTS = ("scale", "weight", "schedule", "ridge")
+IDENTIFYING_DEFAULTS = ("scale", "weight", "schedule", "ridge", "kernel_size")
 
 
 def loss_defaults(arm: Arm) -> dict[str, Any] | None:

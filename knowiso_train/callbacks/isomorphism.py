@@ -168,8 +168,8 @@ class IsomorphismCallback:
         """Create a callback for the networks, layer pairs and options of a loss.
 
         Args:
-            iso: Loss that provides networks, pairs, kernel size, transform, teacher's forward, layout, `repeated` and
-                `at`.
+            iso: Loss that provides networks, pairs, the smallest kernel size of its maps, transform, teacher's forward,
+                layout, `repeated` and `at`.
             loader: Held-out images.
             **options: Options of `IsomorphismCallback`; they take precedence over those of the loss.
 
@@ -181,7 +181,7 @@ class IsomorphismCallback:
             True
         """
         loss_options: dict[str, Any] = {
-            "kernel_size": iso.config.kernel_size,
+            "kernel_size": min(iso.kernel_sizes.values()),
             "teacher_transform": iso.config.teacher_transform,
             "layout": iso.config.layout,
             "repeated": iso.config.repeated,

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from knowiso_train.distillation._maps import warn_once
-from knowiso_train.distillation.config import DEFAULT_WEIGHT
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import KeepPrecision
 from knowiso_train.utils.distributed import ProcessGroup
 
 # Decay of the running mean squares, per backward pass
 BALANCE_MOMENTUM = 0.9
-# Four times the default weight. A layer whose later layers have balanced losses too receives the ratio of their
-# gradients as well, so weights multiply from pair to pair; without a bound the features collapse
-MAX_BALANCED_WEIGHT = 4 * DEFAULT_WEIGHT
+# A layer whose later layers have balanced losses too receives the ratio of their gradients as well, so weights multiply
+# from pair to pair; without a bound the features collapse
+MAX_BALANCED_WEIGHT = 200.0
 # Key of the watched branches in the metadata of an autograd node; all losses share them
 METADATA_KEY = "knowiso balance"
 # Autograd nodes of a hook's capture: the captured tensor is a clone, view or alias of the layer's output

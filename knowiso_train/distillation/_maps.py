@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowiso_train.disentangle.paper import PaperMaps
-from knowiso_train.errors import FormatError, KnowisoWarning, NonFiniteError
+from knowiso_train.errors import KnowisoWarning, NonFiniteError
 from knowiso_train.features.modules import LayerPair
 from knowiso_train.features.state import KeepPrecision
 from knowiso_train.ops.im2col import conv_weight
@@ -69,38 +69,6 @@ def check_finite(pair: LayerPair, loss: Tensor, feature: Tensor, target: Tensor,
         f"NaN or Inf in the isomorphism loss at step {step} (counted from 0), not finite are {'; '.join(counts)}. "
         "The moments do not include that batch; check learning rate, images and the autocast dtype"
     )
-
-
-def check_state(module: nn.Module, state: Any, strict: bool = True) -> None:
-    """Check that a state is one of this module, before anything of it is loaded.
-
-    Args:
-        module: Module that is to load the state.
-        state: Mapping from names to tensors.
-        strict: Refuse missing and additional names too, and not only tensors of other shapes.
-
-    Raises:
-        FormatError: Other names or shapes.
-    """
-    expected, given = module.state_dict(), state if isinstance(state, Mapping) else {}
-    names = [name for name in {**expected, **given} if (name in expected and name in given) or strict]
-    # Extra states grow from version to version
-    wrong = [
-        name
-        for name in names
-        if _shape(expected.get(name)) != _shape(given.get(name))
-        and not (name.endswith("_extra_state") and isinstance(given.get(name), Tensor))
-    ]
-    if wrong or not isinstance(state, Mapping):
-        raise FormatError(
-            f"expected the state of this {type(module).__name__}, got {type(state).__name__} with other entries "
-            f"{wrong[:3]}. Create it with the options of the saved one; accelerate restores objects in the order of "
-            "register_for_checkpointing, which must be that of the saved run"
-        )
-
-
-def _shape(value: Any) -> Any:
-    return value.shape if isinstance(value, Tensor) else type(value)
 
 
 def updates_moments(call: int) -> bool:
@@ -334,6 +302,7 @@ class LearnedMap(FeatureMap):
         refresh: int = 10,
     ) -> None:
         super().__init__(name, refresh)
+        self.kernel_size = kernel_size
         self.maps = PaperMaps(source_channels, target_channels, order, kernel_size)
         self.penalty = penalty
         self.target = RunningMoments(1, target_channels)
@@ -430,6 +399,7 @@ class ConsensusMap(KeepPrecision):
         window: float | None = None,
     ) -> None:
         super().__init__()
+        self.kernel_size = kernel_size
         self.peers = ClosedFormMap(
             peer_channels,
             target_channels,

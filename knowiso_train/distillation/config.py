@@ -30,8 +30,10 @@ Repeated = Literal["error", "first", "last"]
 Schedule = Callable[[int], float] | Literal["learning_rate"] | None
 Transform = Callable[[Tensor], Tensor]
 
-# Weight per pair, chosen in a short training of ResNet-8 on CIFAR-10 (one seed), where weights of 5 were too small
-DEFAULT_WEIGHT = 50.0
+# Weight per pair, chosen on validation images of three pairs, see docs/benchmarks.md#distillation
+DEFAULT_WEIGHT = 100.0
+# Channels up to which maps are 3×3 by default; their moments have 81 times as many entries as those of 1×1 maps
+MAX_NEIGHBORHOOD_CHANNELS = 64
 # With a small ridge the map also follows directions of little variance, along which its gradient is large and changes
 # with every solve. Chosen on validation images, see docs/benchmarks.md#distillation
 DEFAULT_RIDGE = 0.3
@@ -56,7 +58,7 @@ class IsomorphismLossConfig:
     solver: Solver = "closed_form"
     target: Target = "teacher"
     order: NonNegativeInt = 0
-    kernel_size: PositiveInt = 1
+    kernel_size: PositiveInt | Literal["auto"] = "auto"
     scale: Scale = "log"
     weight: float | Mapping[str, float] | Literal["balanced"] = DEFAULT_WEIGHT
     ratio: PositiveFloat = 1.0
@@ -75,7 +77,7 @@ class IsomorphismLossConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self)
-        if self.kernel_size % 2 == 0:
+        if self.kernel_size != "auto" and self.kernel_size % 2 == 0:
             raise OptionError(f"kernel_size must be odd (1, 3, ...), got {self.kernel_size}")
         if self.order and self.solver != "learned":
             raise OptionError(f'solver="closed_form" fits maps of order 0; order={self.order} needs solver="learned"')
@@ -123,6 +125,25 @@ class IsomorphismLossConfig:
                 f"weight must name every student layer once: expected {sorted(names)}, got {sorted(self.weight)}"
             )
         return [float(self.weight[pair.source]) for pair in pairs]
+
+    def kernel_size_of(self, channels: int, grids: Sequence[tuple[int, int] | None]) -> int:
+        """Return the kernel size of the map of a layer pair.
+
+        Args:
+            channels: Channels of the student's layer.
+            grids: (height, width) of both layers; None for tokens and vectors.
+
+        Examples:
+            >>> config = IsomorphismLossConfig()
+            >>> [config.kernel_size_of(channels, [(8, 8), (8, 8)]) for channels in (64, 128)]
+            [3, 1]
+            >>> config.kernel_size_of(64, [(8, 8), None])
+            1
+        """
+        if self.kernel_size != "auto":
+            return self.kernel_size
+        wide = channels > MAX_NEIGHBORHOOD_CHANNELS or any(grid is None or min(grid) < 3 for grid in grids)
+        return 1 if wide or self.solver == "learned" or self.target == "consensus" else 3
 
     def peer_options(
         self, num_peers: int, teacher_layers: Sequence[str]

@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from knowiso_train.distillation._balancing import GradientBalance
 from knowiso_train.distillation._collapse import CollapseGuard
 from knowiso_train.distillation._diagnostics import InactivityDetector
-from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite, check_state
+from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
 from knowiso_train.distillation._pairs import map_inputs, pair_key, pair_label
 from knowiso_train.distillation._scale import joint_shares, log_share, map_reliability, separate_log_gradients
 from knowiso_train.distillation._schedule import FactorSchedule
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
+from knowiso_train.distillation._state import check_figures, check_state
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
     DEFAULT_RIDGE,
@@ -34,7 +35,7 @@ from knowiso_train.distillation.config import (
     Transform,
 )
 from knowiso_train.distillation.layer_selection import auto_layers
-from knowiso_train.errors import CaptureError, FormatError, OptionError
+from knowiso_train.errors import CaptureError, OptionError
 from knowiso_train.features.extractor import sides_of_networks
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.modules import LayerPair, pair_layers
@@ -67,14 +68,15 @@ class IsomorphismLoss(nn.Module):
         target: "teacher": x_T is the teacher's feature. "consensus": x_T is the part of it that `peers` reproduce, with
             `solver="closed_form"` only.
         order: Number K of non-linear steps of the learned g. Default: 0, linear.
-        kernel_size: Odd kernel size of g, in positions. Default: 1.
+        kernel_size: Odd kernel size of g, in positions. "auto" (default): 3 for closed-form maps to the teacher from at
+            most 64 channels on a grid, with which students are better, and 1 otherwise.
         scale: "log": the loss of a pair is `log(u + 1e-3)`, and 0 until the map is solved; a learned g trains on
             `u + λ Σ p_k²`, independently of weight and schedule. The gradient at the student falls to 0 as the
             explained share falls from 0.05 to 0, unless weights are balanced. "linear": the loss is u, whose gradient
             vanishes as u does, plus the penalty of a learned g.
         weight: Factor w of every pair, or {student layer: factor}. "balanced": the gradient at the student's feature is
             `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200; not with a
-            compiled student. Default: 50, which suits both scales; try 15 to 100.
+            compiled student. Default: 100, which suits both scales; try 30 to 200, or balanced weights.
         ratio: Gradient ratio of `weight="balanced"`. Default: 1.
         schedule: Factor of all weights. "learning_rate" (default): 1 while the learning rate of the student's optimizer
             is above half of its maximum, then down to 0.02 with it. A function from call to factor, such as
@@ -112,7 +114,7 @@ class IsomorphismLoss(nn.Module):
         >>> iso = IsomorphismLoss(student, teacher, {"1": "1"})
         >>> optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.1)
         >>> with iso:
-        ...     for _ in range(3):
+        ...     for _ in range(6):
         ...         loss = student(torch.randn(8, 3, 6, 6)).square().mean() + iso()
         ...         loss.backward()
         >>> log = iso.log()
@@ -129,7 +131,7 @@ class IsomorphismLoss(nn.Module):
         solver: Solver = "closed_form",
         target: Target = "teacher",
         order: int = 0,
-        kernel_size: int = 1,
+        kernel_size: int | Literal["auto"] = "auto",
         scale: Scale = "log",
         weight: float | Mapping[str, float] | Literal["balanced"] = DEFAULT_WEIGHT,
         ratio: float = 1.0,
@@ -191,6 +193,11 @@ class IsomorphismLoss(nn.Module):
     def teacher(self) -> nn.Module:
         """Frozen reference network."""
         return self._teacher.model
+
+    @property
+    def kernel_sizes(self) -> dict[LayerPair, int]:
+        """Kernel size of the map of every pair."""
+        return {pair: self._map_of(pair).kernel_size for pair in self.pairs}
 
     @property
     def attached(self) -> bool:
@@ -311,13 +318,8 @@ class IsomorphismLoss(nn.Module):
             FormatError: The state of another object or of a loss with other options. The loss was not modified.
         """
         check_state(self, state_dict, strict)
-        given, present = state_dict.get("_extra_state"), self.get_extra_state()
         # Versions before the detection of collapses saved at most the figures of the schedule
-        if isinstance(given, Tensor) and len(given) != len(present) and len(given) > 1 + len(self._schedule.state()):
-            raise FormatError(
-                f"expected the state of a loss with {len(self.pairs)} layer pairs, which has {len(present)} figures "
-                f"beside those of the maps, got {len(given)}. Create the loss with the layers of the saved one"
-            )
+        check_figures(state_dict.get("_extra_state"), self.get_extra_state(), 1 + len(self._schedule.state()))
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:
@@ -341,11 +343,8 @@ class IsomorphismLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return solver, target, order and pairs."""
         layers = ", ".join(f"{pair.source!r}: {pair.target!r}" for pair in self.pairs)
-        return (
-            f"solver={self.config.solver!r}, target={self.config.target!r}, order={self.config.order}, "
-            f"scale={self.config.scale!r}, "
-            f"layers={{{layers}}}"
-        )
+        options = ", ".join(f"{name}={getattr(self.config, name)!r}" for name in ("solver", "target", "order", "scale"))
+        return f"{options}, layers={{{layers}}}"
 
     def _teacher_features(
         self, batch: StudentBatch, output: Any, features: Mapping[str, Tensor] | None
@@ -375,7 +374,7 @@ class IsomorphismLoss(nn.Module):
             feature, target = batch.features[index], targets[pair.target]
             check_grids(pair, feature, target, self._student.reader, self._teacher.reader)
             inputs = map_inputs(
-                batch, pair, feature, [target, *(peer[pair.target] for peer in peers)], self.config.kernel_size
+                batch, pair, feature, [target, *(peer[pair.target] for peer in peers)], self._map_of(pair).kernel_size
             )
             map_loss = self._map_loss(pair, inputs, update)
             sources.append(inputs[0])
@@ -470,14 +469,16 @@ class IsomorphismLoss(nn.Module):
     def _make_map(self, pair: LayerPair) -> nn.Module:
         config = self.config
         channels = self._student.reader.channels[pair.source], self._teacher.reader.channels[pair.target]
+        grids = self._student.reader.grids.get(pair.source), self._teacher.reader.grids.get(pair.target)
+        kernel_size = config.kernel_size_of(channels[0], grids)
         options: dict[str, Any] = {"name": f"{pair.source} → {pair.target}", "refresh": config.refresh}
         if config.solver == "learned":
-            return LearnedMap(*channels, config.order, config.kernel_size, penalty=config.penalty, **options)
+            return LearnedMap(*channels, config.order, kernel_size, penalty=config.penalty, **options)
         options |= {"ridge": config.ridge, "window": config.window}
         if config.target == "teacher":
-            return ClosedFormMap(*channels, config.kernel_size, **options)
+            return ClosedFormMap(*channels, kernel_size, **options)
         peer_channels = sum(peer.num_channels(pair.target) for peer in self._peers)
-        return ConsensusMap(*channels, peer_channels, config.kernel_size, **options)
+        return ConsensusMap(*channels, peer_channels, kernel_size, **options)
 
     def _map_of(self, pair: LayerPair) -> Any:
         return self.maps[pair_key(pair)]

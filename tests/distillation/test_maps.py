@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import WeightSchedule, suggest_layers
 from knowiso_train.distillation._maps import MIN_SAMPLES_PER_FEATURE, ClosedFormMap, ConsensusMap, LearnedMap
+from knowiso_train.distillation.config import IsomorphismLossConfig
 from knowiso_train.errors import (
     CaptureError,
     InputTypeError,
@@ -335,8 +336,41 @@ class TestInALoop:
     def test_grids_and_channels_may_differ(self) -> None:
         student, teacher = built(1, 6, 1), built(2, 10, 2)
         iso = IsomorphismLoss(student, teacher, {"3": "3"}, **LINEAR)
-        train(iso, student, 5)
+        assert list(iso.kernel_sizes.values()) == [3]
+        train(iso, student, 12)
         assert 0 < iso.log()["iso/train/3/loss"] < 2
+
+    @pytest.mark.parametrize(
+        ("channels", "grids", "options", "size"),
+        [
+            (64, [(8, 8), (3, 4)], {}, 3),
+            (65, [(8, 8), (8, 8)], {}, 1),
+            (64, [(8, 8), (2, 8)], {}, 1),
+            (64, [None, (8, 8)], {}, 1),
+            (64, [(8, 8), (8, 8)], {"solver": "learned"}, 1),
+            (64, [(8, 8), (8, 8)], {"target": "consensus"}, 1),
+            (512, [None, None], {"kernel_size": 5}, 5),
+        ],
+    )
+    def test_kernel_size_of_a_pair(
+        self, channels: int, grids: list[tuple[int, int] | None], options: dict[str, Any], size: int
+    ) -> None:
+        assert IsomorphismLossConfig(**options).kernel_size_of(channels, grids) == size
+
+    def test_automatic_kernel_size_of_vectors_and_tokens_is_1(self) -> None:
+        class Tokens(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.flatten(2).mT
+
+        def network(seed: int) -> nn.Sequential:
+            torch.manual_seed(seed)
+            body = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), Tokens(), nn.LayerNorm(8), nn.Flatten(), nn.Linear(128, 6)
+            return nn.Sequential(*body)
+
+        iso = IsomorphismLoss(network(1), network(2), ["1", "3", "5"], example=torch.zeros(2, 3, 8, 8))
+        assert list(iso.kernel_sizes.values()) == [3, 1, 1]
+        train(iso, iso.student, 12)
+        assert all(iso.log()[f"iso/train/{layer}/ready"] for layer in ("1", "3", "5"))
 
     def test_log_gives_loss_share_weight_and_gradient_norm(self) -> None:
         student, teacher = built(1), built(2)

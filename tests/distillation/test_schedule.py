@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import _schedule
+from knowiso_train.distillation.config import DEFAULT_WEIGHT
 from knowiso_train.errors import KnowisoWarning, OptionError
 from tests.distillation.test_maps import built
 
@@ -32,7 +33,7 @@ def factors(iso: IsomorphismLoss, optimizers: Iterable[Any], rates: Iterable[flo
     for step, rate in enumerate(rates):
         loss = iso.student(images(step)).square().mean() + iso()
         loss.backward()
-        values.append(iso.log()["iso/train/3/weight"] / 50)
+        values.append(iso.log()["iso/train/3/weight"] / DEFAULT_WEIGHT)
         for optimizer, initial in zip(optimizers, first, strict=True):
             for group, lr in zip(optimizer.param_groups, initial, strict=True):
                 group["lr"] = lr * rate
@@ -112,7 +113,7 @@ def test_forms_of_optimizers(form: str) -> None:
                 scheduler.step()
             else:
                 optimizer.param_groups[0]["lr"] = 2.5e-4 * torch.ones(()) if form == "tensor" else 2.5e-4
-        assert iso.log()["iso/train/3/weight"] == pytest.approx(37.5)
+        assert iso.log()["iso/train/3/weight"] == pytest.approx(0.75 * DEFAULT_WEIGHT)
 
 
 def test_constant_and_own_schedules_do_not_follow() -> None:
@@ -151,7 +152,7 @@ def test_steps_after_the_block_are_not_observed() -> None:
     assert torch.equal(iso.get_extra_state(), before)
     with copy.deepcopy(iso) as copied:
         factors(copied, [torch.optim.SGD(copied.student.parameters(), lr=1e-5)], [1.0] * 2)
-        assert copied.log()["iso/train/3/weight"] == pytest.approx(50 * 4 * 0.01 * 0.99)
+        assert copied.log()["iso/train/3/weight"] == pytest.approx(DEFAULT_WEIGHT * 4 * 0.01 * 0.99)
     assert torch.equal(iso.get_extra_state(), before)
 
 

@@ -285,8 +285,9 @@ def test_the_callback_uses_the_capture_of_the_loss_for_repeated_layers() -> None
     student, teacher, held_out = Repeats(8), Repeats(16), [torch.randn(64, 3, 8, 8)] * 3
     iso = IsomorphismLoss(student, teacher, {"act": "act"}, repeated="last")
     found = ki.IsomorphismCallback.of(iso, held_out, every=1).measure()["act"]
-    plain = ki.measure(student, teacher, held_out, {"act": "act"}, repeated="last", order=0, progress=False)["act"]
-    first = ki.measure(student, teacher, held_out, {"act": "act"}, repeated="first", order=0, progress=False)["act"]
+    options: dict[str, Any] = {"layers": {"act": "act"}, "order": 0, "kernel_size": 3, "progress": False}
+    plain = ki.measure(student, teacher, held_out, repeated="last", **options)["act"]
+    first = ki.measure(student, teacher, held_out, repeated="first", **options)["act"]
     assert found.explained == pytest.approx(plain.explained)
     assert found.explained != pytest.approx(first.explained)
     with pytest.raises(OptionError, match="repeated must be"):

@@ -114,7 +114,8 @@ def test_log_has_every_step_a_falling_loss_and_rising_shares(whole: Path) -> Non
     for layer in ("layer1", "layer2"):
         shares = [entry[f"iso/train/{layer}/share"] for entry in steps]
         assert shares[0] == "NaN"  # no map yet
-        assert np.mean(shares[-4:]) > np.mean(shares[4:8])
+        solved = [share for share in shares if share != "NaN"]
+        assert np.mean(solved[-4:]) > np.mean(solved[:4])
         assert all(entry[f"iso/train/{layer}/grad_norm"] > 0 for entry in steps[-4:])
     assert all(
         entry["loss"] == pytest.approx(entry["cross_entropy"] + entry["isomorphism"] + entry["kd"]) for entry in steps
