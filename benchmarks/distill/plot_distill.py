@@ -36,12 +36,13 @@ def draw(part: Any) -> None:
         raise SystemExit(f"no {part} runs with measured costs in {RESULTS}: run bench_distill with --costs first")
     figure, panels = plt.subplots(len(measured), 2, figsize=(12, 4 * len(measured)), squeeze=False, sharey="row")
     arms = sorted({row["arm"] for rows in measured.values() for row in rows} - {REFERENCE_ARM})
-    colors = {REFERENCE_ARM: "red"} | {arm: plt.colormaps["tab20"](index % 20) for index, arm in enumerate(arms)}
+    colors = {REFERENCE_ARM: "black"} | {arm: plt.colormaps["tab20"](index % 20) for index, arm in enumerate(arms)}
     for (title, rows), row_panels in zip(measured.items(), panels, strict=True):
         for (column, label), panel in zip(AXES, row_panels, strict=True):
             for row in rows:
                 x, (y, error) = float(row[column]), (float(v) for v in row["top-1 %"].split(" ± "))
-                options = {"fmt": "o", "color": colors[row["arm"]], "label": row["arm"]}
+                options = {"color": colors[row["arm"]], "label": row["arm"]}
+                options |= {"fmt": "*", "ms": 18, "zorder": 1} if row["arm"] == REFERENCE_ARM else {"fmt": "o"}
                 panel.errorbar(x, y, yerr=error if error == error else None, **options)
             panel.set(xlabel=label)
             panel.grid(alpha=0.3)
