@@ -66,7 +66,7 @@ def test_a_distilled_student_is_loaded_by_transformers(
     folder: Path, tmp_path: Path, words: Callable[..., list[str]]
 ) -> None:
     networks = f"--teacher hf:{folder}/vit --teacher-epochs 1 --student hf:{folder}/resnet --student-pretrained"
-    layers = "--layers resnet.encoder.stages.1=vit.layers.1 --arms ours --epochs 2"
+    layers = "--layers resnet.encoder.stages.1=vit.layers.1 --arms ours --epochs 2 --weight 100"
     assert distill.main(words(*networks.split(), *layers.split())) == 0
     (card,) = json.loads((tmp_path / "run/summary.json").read_text())["arms"][1:]
     assert 0 < card["explained"]["resnet.encoder.stages.1 → vit.layers.1"] < 1
