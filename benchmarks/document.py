@@ -203,8 +203,7 @@ def other_defaults(content: dict[str, Any], budget: str) -> str:
     ]
     if present is None or not recorded or present in recorded:
         return ""
-    former = {"kernel_size": 1} | recorded[-1]
-    changed = [f"{key}={value!r}" for key, value in former.items() if value != present[key]]
+    changed = [f"{key}={value!r}" for key, value in recorded[-1].items() if value != present[key]]
     return f" Recorded with other defaults: {', '.join(changed)}."
 
 

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 import knowiso_train as ki
 from knowiso_train.distillation import kd_loss, suggest_layers
+from knowiso_train.distillation.config import DEFAULT_WEIGHT
 from knowiso_train.experiment import (
     RecipeParser,
     ResumableTraining,
@@ -110,7 +111,7 @@ def train(arm: str, teacher: Any, layers: Pairs, data: Data, args: argparse.Name
     if "iso" in terms:
         options = {name: getattr(args, name) for name in ("solver", "order", "kernel_size", "scale")}
         # Gradients inside a compiled student are not accessible, so that its weights cannot be balanced
-        default_weight = 100.0 if args.compile else "balanced"
+        default_weight = DEFAULT_WEIGHT if args.compile else "balanced"
         options["weight"] = default_weight if args.weight is None else args.weight
         example = to_input(data[0][0][0][None].to(accelerator.device))
         iso = ki.IsomorphismLoss(network, teacher, layers, teacher_transform=to_teacher, example=example, **options)
@@ -286,7 +287,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         None,
         at_least(0, float, "balanced"),
         "weight of each layer's isomorphism loss; balanced: its gradient as large as that of the other terms, which "
-        "suits short trainings too (default: balanced; 100 with --compile)",
+        "suits short trainings too (default: balanced; "
+        f"{DEFAULT_WEIGHT:g} with --compile)",
     )
     add("--kd-weight", 1.0, at_least(0, float), "weight of the logits' loss")
     add("--temperature", 4.0, at_least(0.01, float), "temperature of the logits; 4 as in most of the literature")

@@ -1,4 +1,4 @@
-"""Extreme settings of the loss: a student learns, or an error names its collapsed layer."""
+"""Extreme settings of the loss: a student learns, or a warning or an error names its collapsed layer."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def teacher() -> nn.Module:
 )
 def test_a_student_learns_or_its_layer_is_named(setting: dict[str, Any], teacher: nn.Module) -> None:
     """Only a student without normalization and with ten times the default weight is named in a warning or error."""
-    setting, extreme = dict(setting), "norm" in setting and "weight" in setting
+    unnormalized = "norm" in setting
+    setting, extreme = dict(setting), unnormalized and "weight" in setting
     lr, size, autocast = setting.pop("lr", LEARNING_RATE), setting.pop("batch", 64), setting.pop("autocast", False)
     torch.manual_seed(3)
     student = network(12, setting.pop("norm", nn.BatchNorm2d))
@@ -105,7 +106,8 @@ def test_a_student_learns_or_its_layer_is_named(setting: dict[str, Any], teacher
                 train()
         else:
             train()
-            assert accuracy(student) > 0.4, f"chance is {1 / CLASSES:.2f}"
+            # At the default weight the student without normalization learns, but less
+            assert accuracy(student) > (0.4 if unnormalized else 0.6), f"chance is {1 / CLASSES:.2f}"
 
 
 @pytest.mark.filterwarnings("ignore:5. the student's features have collapsed")
