@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader
 
 import knowiso_train as ki
 from knowiso_train.distillation import kd_loss, suggest_layers
-from knowiso_train.distillation.config import DEFAULT_WEIGHT
 from knowiso_train.experiment import (
     RecipeParser,
     ResumableTraining,
@@ -109,10 +108,7 @@ def train(arm: str, teacher: Any, layers: Pairs, data: Data, args: argparse.Name
     sampler = loader.sampler
     iso = None
     if "iso" in terms:
-        options = {name: getattr(args, name) for name in ("solver", "order", "kernel_size", "scale")}
-        # Gradients inside a compiled student are not accessible, so that its weights cannot be balanced
-        default_weight = DEFAULT_WEIGHT if args.compile else "balanced"
-        options["weight"] = default_weight if args.weight is None else args.weight
+        options = {name: getattr(args, name) for name in ("solver", "order", "kernel_size", "scale", "weight")}
         example = to_input(data[0][0][0][None].to(accelerator.device))
         iso = ki.IsomorphismLoss(network, teacher, layers, teacher_transform=to_teacher, example=example, **options)
         iso.to(accelerator.device)
@@ -282,14 +278,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     kernel = "kernel size of the map, odd; 1 is the cheapest; auto: 3 for layers of at most 64 channels"
     add("--kernel-size", "auto", at_least(1, word="auto"), kernel)
     add("--scale", "log", help="loss: unexplained share, or its logarithm", choices=("log", "linear"))
-    add(
-        "--weight",
-        None,
-        at_least(0, float, "balanced"),
-        "weight of each layer's isomorphism loss; balanced: its gradient as large as that of the other terms, which "
-        "suits short trainings too (default: balanced; "
-        f"{DEFAULT_WEIGHT:g} with --compile)",
-    )
+    weight = "weight of each layer's isomorphism loss; auto: its gradient as large as that of the other terms"
+    add("--weight", "auto", at_least(0, float, "auto"), weight)
     add("--kd-weight", 1.0, at_least(0, float), "weight of the logits' loss")
     add("--temperature", 4.0, at_least(0.01, float), "temperature of the logits; 4 as in most of the literature")
     add("--lr", 0.05, at_least(0, float), "peak learning rate of SGD; 0.05 suits 64 images a batch")

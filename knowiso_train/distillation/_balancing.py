@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +46,29 @@ class GradientBalance(KeepPrecision):
     `L_other` is the rest of the total loss that depends on x: task, logit distillation, pairs of later layers. Other
     balanced pairs of the same feature are excluded, since their weights would grow without bound. A loss scale
     (GradScaler) cancels. Norms are roots of running mean squares over backward passes and processes. Weights change at
-    refreshes only, are 1 before the first measurement, and at most `MAX_BALANCED_WEIGHT`.
+    refreshes only, and are at most `MAX_BALANCED_WEIGHT`.
 
     Args:
-        num_pairs: Number of layer pairs.
+        initial: Weight of every pair before the first measurement.
         ratio: Target ratio of the norms, positive.
+        required: Refuse a compiled student, and warn where no other loss has a gradient. Otherwise such pairs keep
+            their initial weight.
+
+    Attributes:
+        measured: Whether the weight of each pair is balanced; False before the first measurement.
     """
 
     weights: Tensor
     other_square: Tensor
     pair_square: Tensor
 
-    def __init__(self, num_pairs: int, ratio: float) -> None:
+    def __init__(self, initial: Sequence[float], ratio: float, required: bool = True) -> None:
         super().__init__()
-        self.ratio = ratio
-        self.register_buffer("weights", torch.ones(num_pairs))
-        self.register_buffer("other_square", torch.zeros(num_pairs))
-        self.register_buffer("pair_square", torch.zeros(num_pairs))
+        self.ratio, self.required = ratio, required
+        self.measured = [False] * len(initial)
+        self.register_buffer("weights", torch.tensor(initial))
+        self.register_buffer("other_square", torch.zeros(len(initial)))
+        self.register_buffer("pair_square", torch.zeros(len(initial)))
 
     def watch(self, pair: int, branch: Tensor, factor: Tensor, layer: str) -> None:
         """Measure the gradients at a feature in the coming backward pass: through this branch, and through the rest.
@@ -74,9 +80,9 @@ class GradientBalance(KeepPrecision):
             layer: Name of the student's layer, for messages.
 
         Raises:
-            OptionError: A compiled student, whose inner gradients are not accessible.
+            OptionError: A compiled student, whose inner gradients are not accessible, if balancing is required.
         """
-        node, output_index = _layer_node(branch, layer)
+        node, output_index = _layer_node(branch, layer, self.required)
         if node is None:
             return
         gradients: list[Tensor] = []
@@ -109,7 +115,7 @@ class GradientBalance(KeepPrecision):
         # Equal parts, so that the state of one process can be loaded into all
         self.other_square.copy_(other / group.size)
         self.pair_square.copy_(own / group.size)
-        if bool(((own > 0) & (other == 0)).any()):
+        if self.required and bool(((own > 0) & (other == 0)).any()):
             warn_once(
                 self,
                 'weight="balanced" has nothing to balance against: in its backward pass some paired layers get '
@@ -119,13 +125,23 @@ class GradientBalance(KeepPrecision):
         ratio = self.ratio * (other / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
         measured = (own > 0) & (other > 0)
         self.weights.copy_(torch.where(measured, ratio.clamp(max=MAX_BALANCED_WEIGHT), self.weights))
+        self._read_measured()
+
+    def _read_measured(self) -> None:
+        self.measured = ((self.other_square > 0) & (self.pair_square > 0)).tolist()
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        self._read_measured()
 
 
-def _layer_node(branch: Tensor, layer: str) -> tuple[Any, int]:
+def _layer_node(branch: Tensor, layer: str, required: bool) -> tuple[Any, int]:
     """Return the autograd node that computed a layer's output, and the index among the node's outputs.
 
+    The node is None where no operation computed the output, or in a compiled student whose node is not required.
+
     Raises:
-        OptionError: A compiled student.
+        OptionError: A compiled student, if its node is required.
     """
     # Three nodes lie on the way from the pair's loss back to the layer:
     #   branch.grad_fn   ViewBackward0, the branch of this pair alone
@@ -134,6 +150,8 @@ def _layer_node(branch: Tensor, layer: str) -> tuple[Any, int]:
     branch_node: Any = branch.grad_fn
     capture_node, _ = branch_node.next_functions[0]
     if capture_node is None or capture_node.name() not in CAPTURE_NODES:
+        if not required:
+            return None, 0
         raise OptionError(
             f'weight="balanced" measures the gradient at {layer!r}, which is not accessible in a compiled student. '
             "Give a fixed weight, or compile only parts of the student outside this layer."

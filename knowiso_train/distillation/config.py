@@ -29,9 +29,10 @@ Scale = Literal["log", "linear"]
 Repeated = Literal["error", "first", "last"]
 Schedule = Callable[[int], float] | Literal["learning_rate"] | None
 Transform = Callable[[Tensor], Tensor]
+Weight = float | Mapping[str, float] | Literal["auto", "balanced"]
 
-# Weight per pair, chosen on validation images of three pairs, see docs/benchmarks.md#distillation
-DEFAULT_WEIGHT = 100.0
+# Fixed weight of the pairs that cannot be balanced, chosen on validation images, see docs/benchmarks.md#distillation
+FALLBACK_WEIGHT = 100.0
 # Channels up to which maps are 3×3 by default; their moments have 81 times as many entries as those of 1×1 maps
 MAX_NEIGHBORHOOD_CHANNELS = 64
 # With a small ridge the map also follows directions of little variance, along which its gradient is large and changes
@@ -60,7 +61,7 @@ class IsomorphismLossConfig:
     order: NonNegativeInt = 0
     kernel_size: PositiveInt | Literal["auto"] = "auto"
     scale: Scale = "log"
-    weight: float | Mapping[str, float] | Literal["balanced"] = DEFAULT_WEIGHT
+    weight: Weight = "auto"
     ratio: PositiveFloat = 1.0
     schedule: Schedule = "learning_rate"
     teacher_transform: Transform | None = None
@@ -84,7 +85,7 @@ class IsomorphismLossConfig:
         if self.target == "consensus" and self.solver == "learned":
             raise OptionError('target="consensus" needs solver="closed_form"; solver="learned" needs target="teacher"')
         weights = list(self.weight.values()) if isinstance(self.weight, Mapping) else [self.weight]
-        if not all(weight == "balanced" or 0 <= weight < math.inf for weight in weights):
+        if not all(isinstance(weight, str) or 0 <= weight < math.inf for weight in weights):
             raise OptionError(f"weights must be finite and at least 0, got {self.weight!r}")
 
     def check_networks(self, student: nn.Module, teacher: nn.Module, peers: Sequence[nn.Module]) -> None:
@@ -110,15 +111,13 @@ class IsomorphismLossConfig:
             raise OptionError(f'peers= needs target="consensus", got target={self.target!r}')
 
     def pair_weights(self, pairs: Sequence[LayerPair]) -> list[float]:
-        """Return the fixed weight of every layer pair; 1 where the weights are balanced.
+        """Return the weight of every layer pair, which is that before the first measurement if weights are balanced.
 
         Raises:
             LayerNameError: Weights by student layer that do not name every layer once.
         """
-        if self.weight == "balanced":
-            return [1.0] * len(pairs)
         if not isinstance(self.weight, Mapping):
-            return [float(self.weight)] * len(pairs)
+            return [FALLBACK_WEIGHT if isinstance(self.weight, str) else float(self.weight)] * len(pairs)
         names = {pair.source for pair in pairs}
         if set(self.weight) != names:
             raise LayerNameError(

@@ -25,7 +25,6 @@ from knowiso_train.distillation._state import check_figures, check_state
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
     DEFAULT_RIDGE,
-    DEFAULT_WEIGHT,
     IsomorphismLossConfig,
     Repeated,
     Scale,
@@ -33,6 +32,7 @@ from knowiso_train.distillation.config import (
     Solver,
     Target,
     Transform,
+    Weight,
 )
 from knowiso_train.distillation.layer_selection import auto_layers
 from knowiso_train.errors import CaptureError, OptionError
@@ -74,10 +74,11 @@ class IsomorphismLoss(nn.Module):
             `u + λ Σ p_k²`, independently of weight and schedule. The gradient at the student falls to 0 as the
             explained share falls from 0.05 to 0, unless weights are balanced. "linear": the loss is u, whose gradient
             vanishes as u does, plus the penalty of a learned g.
-        weight: Factor w of every pair, or {student layer: factor}. "balanced": the gradient at the student's feature is
-            `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200; not with a
-            compiled student. Default: 100, which suits both scales; try 30 to 200, or balanced weights.
-        ratio: Gradient ratio of `weight="balanced"`. Default: 1.
+        weight: Factor w of every pair, or {student layer: factor}. "auto" (default): the gradient at the student's
+            feature is `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200.
+            Where that is not measured, w is 100: in the first steps, without another loss, in a compiled student.
+            "balanced": as "auto", but with an error for a compiled student and a warning without another loss.
+        ratio: Gradient ratio of balanced weights, positive. Default: 1.
         schedule: Factor of all weights. "learning_rate" (default): 1 while the learning rate of the student's optimizer
             is above half of its maximum, then down to 0.02 with it. A function from call to factor, such as
             `WeightSchedule(warmup=500)`; calls count from the first with a solved map. None: constant 1.
@@ -133,7 +134,7 @@ class IsomorphismLoss(nn.Module):
         order: int = 0,
         kernel_size: int | Literal["auto"] = "auto",
         scale: Scale = "log",
-        weight: float | Mapping[str, float] | Literal["balanced"] = DEFAULT_WEIGHT,
+        weight: Weight = "auto",
         ratio: float = 1.0,
         schedule: Schedule = "learning_rate",
         teacher_transform: Transform | None = None,
@@ -175,8 +176,10 @@ class IsomorphismLoss(nn.Module):
         infer_shapes(self._student, [self._teacher, *(peer.network for peer in self._peers)], example)
 
         self.maps = nn.ModuleDict({pair_key(pair): self._make_map(pair) for pair in self.pairs})
-        self.balance = GradientBalance(len(self.pairs), ratio) if weight == "balanced" else None
-        self._fixed_weights = self.config.pair_weights(self.pairs)
+        self._initial_weights = self.config.pair_weights(self.pairs)
+        self.balance: GradientBalance | None = None
+        if isinstance(weight, str):
+            self.balance = GradientBalance(self._initial_weights, ratio, required=weight == "balanced")
         self._handles: list[RemovableHandle] = []
         self._calls = 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
@@ -391,7 +394,7 @@ class IsomorphismLoss(nn.Module):
                     calls=self._calls,
                 )
         if update and refresh_due:
-            weights = self._fixed_weights if self.balance is None else self.balance.weights
+            weights = self._initial_weights if self.balance is None else self.balance.weights
             self._collapse.refresh(batch.features, [targets[pair.target] for pair in self.pairs], weights)
         shares = [self._unexplained(pair, loss) for pair, loss in zip(self.pairs, losses, strict=True)]
         if update and self.config.scale == "log":
@@ -428,7 +431,8 @@ class IsomorphismLoss(nn.Module):
         pair = self.pairs[index]
         map_ = self._map_of(pair)
         loss = map_loss if self.config.scale == "linear" else log_share(unexplained)
-        if self.config.scale == "log" and self.balance is None and source.requires_grad:
+        balanced = self.balance is not None and self.balance.measured[index]
+        if self.config.scale == "log" and not balanced and source.requires_grad:
             reliability = map_reliability(unexplained)
             source.register_hook(lambda gradient: gradient * reliability.to(gradient))  # type: ignore[no-untyped-call]
         if self.config.scale == "log" and _is_trained(map_):
@@ -449,7 +453,7 @@ class IsomorphismLoss(nn.Module):
     def _weight(self, index: int, like: Tensor, factor: float) -> Tensor:
         factor *= self._collapse.factor(index)
         if self.balance is None:
-            return like.new_full((), self._fixed_weights[index] * factor)
+            return like.new_full((), self._initial_weights[index] * factor)
         return self.balance.weights[index].to(like.device, like.dtype) * factor
 
     def _record_gradient(self, index: int, pair: LayerPair, branch: Tensor, weight: Tensor) -> None:

@@ -95,7 +95,7 @@ class RecipeParser(ConfigParser):
 
 
 def at_least(
-    minimum: float, kind: Callable[[str], Any] = int, word: Literal["auto", "balanced"] | None = None
+    minimum: float, kind: Callable[[str], Any] = int, word: Literal["auto"] | None = None
 ) -> Callable[[str], Any]:
     """Return the type of an option that is a finite number with a lower bound.
 
@@ -105,8 +105,8 @@ def at_least(
         word: Text that is also allowed. None: numbers only.
 
     Examples:
-        >>> at_least(0, float, "balanced")("0.5"), at_least(0, float, "balanced")("balanced")
-        (0.5, 'balanced')
+        >>> at_least(0, float, "auto")("0.5"), at_least(0, float, "auto")("auto")
+        (0.5, 'auto')
     """
 
     def number(text: str) -> Any:

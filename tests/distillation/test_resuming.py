@@ -20,7 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "kernel": {"kernel_size": 1},
     "learned": {"solver": "learned"},
     "order": {"solver": "learned", "order": 1},
-    "balanced": {"weight": "balanced"},
+    "fixed": {"weight": 100.0},
     "consensus": {"target": "consensus", "peers": [built(3)]},
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from knowiso_train import IsomorphismLoss
+from knowiso_train.distillation.config import FALLBACK_WEIGHT
 from knowiso_train.errors import CaptureError, LayerNameError, NonFiniteError, OptionError
 
 # With an early and a late layer, overwritten in place where there is such a one
@@ -215,7 +216,11 @@ def test_balancing_measures_the_gradients_at_the_layer(name: str) -> None:
             before = iso.balance.other_square[1].clone(), iso.balance.pair_square[1].clone()
             task = F.cross_entropy(student(batch(call)), torch.arange(IMAGES))
             own = iso()
-            squares = [torch.autograd.grad(part, emitted, retain_graph=True)[0].square().sum() for part in (task, own)]
+            # The gradient of the pair is measured without its weight
+            pair_loss = own / iso.balance.weights[1]
+            squares = [
+                torch.autograd.grad(part, emitted, retain_graph=True)[0].square().sum() for part in (task, pair_loss)
+            ]
             (512.0 * (task + own)).backward()
             for kept, old, square in zip(
                 (iso.balance.other_square[1], iso.balance.pair_square[1]), before, squares, strict=True
@@ -232,6 +237,18 @@ def test_balancing_a_compiled_student_raises() -> None:
         with pytest.raises(OptionError, match=r"layer2.*not accessible in a compiled student"):
             iso()
     torch.compiler.reset()
+
+
+def test_the_default_weight_of_a_compiled_student_is_fixed() -> None:
+    student = network("resnet18", 1)
+    iso = ready("moment", student, network("resnet18", 2), "layer2", refresh=1, weight="auto")
+    torch.compiler.reset()
+    compiled = torch.compile(student, backend="aot_eager")
+    with iso:
+        for call in range(2):
+            (F.cross_entropy(compiled(batch(call)), torch.arange(IMAGES)) + iso()).backward()
+    torch.compiler.reset()
+    assert iso.log()["iso/train/layer2/weight"] == FALLBACK_WEIGHT
 
 
 def test_attaching_after_the_first_compiled_call_raises() -> None:

@@ -15,7 +15,7 @@ from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.distillation import loss as loss_module
 from knowiso_train.distillation._balancing import MAX_BALANCED_WEIGHT
 from knowiso_train.distillation._collapse import COLLAPSED_CHANGE, COLLAPSED_REFRESHES
-from knowiso_train.distillation.config import DEFAULT_WEIGHT
+from knowiso_train.distillation.config import FALLBACK_WEIGHT
 from knowiso_train.errors import KnowisoWarning
 from tests.distillation.test_maps import built
 
@@ -103,7 +103,7 @@ def test_a_map_that_explains_nothing_has_no_gradient_at_the_student(options: dic
     assert any(bool(gradient.any()) for gradient in map_gradients.values()) == ("solver" in options)
 
 
-def test_the_default_is_the_logarithm_with_weight_100() -> None:
+def test_the_default_is_the_logarithm_with_weight_100_without_another_loss() -> None:
     iso = solved(built(1), {})
     assert iso.config.scale == "log"
     assert iso.log()["iso/train/3/weight"] == 100.0
@@ -175,13 +175,13 @@ def test_collapsed_features_are_named_within_a_few_refreshes(options: dict[str, 
     assert len(named) == 1
     assert issubclass(named[0].category, KnowisoWarning)
     assert str(named[0].message).startswith("3: the student's features have collapsed")
-    assert f"is lowered to {DEFAULT_WEIGHT * COLLAPSED_CHANGE:.3g}, " in str(named[0].message)
+    assert f"is lowered to {FALLBACK_WEIGHT * COLLAPSED_CHANGE:.3g}, " in str(named[0].message)
     weight = iso.log()["iso/train/3/weight"]
-    assert weight < DEFAULT_WEIGHT * COLLAPSED_CHANGE
+    assert weight < FALLBACK_WEIGHT * COLLAPSED_CHANGE
     # A training that resumes has the same weight, one from a state without the figures of the collapse has the whole
     state = iso.state_dict()
     old = state | {"_extra_state": state["_extra_state"][:2]}
-    for saved, expected in ((state, weight), (old, DEFAULT_WEIGHT)):
+    for saved, expected in ((state, weight), (old, FALLBACK_WEIGHT)):
         resumed = solved(iso.student, {**options, "refresh": 100})
         resumed.load_state_dict(saved)
         with resumed:

@@ -16,11 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import _schedule
-from knowiso_train.distillation.config import DEFAULT_WEIGHT
 from knowiso_train.errors import KnowisoWarning, OptionError
 from tests.distillation.test_maps import built
 
 STEPS = 24
+WEIGHT = 100.0
 
 
 def images(step: int) -> Tensor:
@@ -33,7 +33,7 @@ def factors(iso: IsomorphismLoss, optimizers: Iterable[Any], rates: Iterable[flo
     for step, rate in enumerate(rates):
         loss = iso.student(images(step)).square().mean() + iso()
         loss.backward()
-        values.append(iso.log()["iso/train/3/weight"] / DEFAULT_WEIGHT)
+        values.append(iso.log()["iso/train/3/weight"] / WEIGHT)
         for optimizer, initial in zip(optimizers, first, strict=True):
             for group, lr in zip(optimizer.param_groups, initial, strict=True):
                 group["lr"] = lr * rate
@@ -57,7 +57,7 @@ def test_weights_follow_the_learning_rate(kind: str) -> None:
         "constant": [1.0] * STEPS,
         "restart": [1 - (step % 8) / 8 for step in range(STEPS)],
     }[kind]
-    iso = IsomorphismLoss(built(1), built(2), ["3"])
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     optimizer = torch.optim.SGD([*iso.student.parameters(), *iso.parameters()], lr=1e-3)
     with iso:
         values = factors(iso, [optimizer], rates)
@@ -72,7 +72,7 @@ def test_weights_follow_the_learning_rate(kind: str) -> None:
 
 def test_the_optimizer_with_most_weights_of_the_student_counts() -> None:
     """Muon and AdamW have unlike learning rates; other networks have optimizers of their own."""
-    iso = IsomorphismLoss(built(1), built(2), ["3"])
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     tensors = sorted(iso.student.parameters(), key=Tensor.numel)
     other = nn.Linear(2, 2)
     optimizers = [
@@ -95,7 +95,7 @@ def test_the_optimizer_with_most_weights_of_the_student_counts() -> None:
 @pytest.mark.parametrize("form", ["tensor", "accelerate", "closure"])
 def test_forms_of_optimizers(form: str) -> None:
     student = built(1)
-    iso = IsomorphismLoss(student, built(2), ["3"])
+    iso = IsomorphismLoss(student, built(2), ["3"], weight=WEIGHT)
     if form == "closure":
         optimizer: Any = torch.optim.LBFGS(student.parameters(), lr=1e-3, max_iter=1)
     else:
@@ -113,7 +113,7 @@ def test_forms_of_optimizers(form: str) -> None:
                 scheduler.step()
             else:
                 optimizer.param_groups[0]["lr"] = 2.5e-4 * torch.ones(()) if form == "tensor" else 2.5e-4
-        assert iso.log()["iso/train/3/weight"] == pytest.approx(0.75 * DEFAULT_WEIGHT)
+        assert iso.log()["iso/train/3/weight"] == pytest.approx(0.75 * WEIGHT)
 
 
 def test_constant_and_own_schedules_do_not_follow() -> None:
@@ -127,13 +127,13 @@ def test_constant_and_own_schedules_do_not_follow() -> None:
 def test_resumed_training_continues_the_factor() -> None:
     """The maximum of the learning rate is in the state, and the factor of the first call after loading too."""
     rates = [1 - step / STEPS for step in range(STEPS)]
-    whole = IsomorphismLoss(built(1), built(2), ["3"])
+    whole = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     with whole:
         values = factors(whole, [torch.optim.SGD(whole.student.parameters(), lr=1e-3)], rates)
-    first = IsomorphismLoss(built(1), built(2), ["3"])
+    first = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     with first:
         factors(first, [torch.optim.SGD(first.student.parameters(), lr=1e-3)], rates[:18])
-    resumed = IsomorphismLoss(built(1), built(2), ["3"])
+    resumed = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     resumed.load_state_dict(first.state_dict())
     with resumed:
         rest = factors(resumed, [torch.optim.SGD(resumed.student.parameters(), lr=1e-3)], rates[18:])
@@ -142,7 +142,7 @@ def test_resumed_training_continues_the_factor() -> None:
 
 
 def test_steps_after_the_block_are_not_observed() -> None:
-    iso = IsomorphismLoss(built(1), built(2), ["3"])
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     optimizer = torch.optim.SGD(iso.student.parameters(), lr=1e-3)
     with pytest.raises(ZeroDivisionError), iso:
         factors(iso, [optimizer], (1 / (2 - step) for step in range(3)))
@@ -152,13 +152,13 @@ def test_steps_after_the_block_are_not_observed() -> None:
     assert torch.equal(iso.get_extra_state(), before)
     with copy.deepcopy(iso) as copied:
         factors(copied, [torch.optim.SGD(copied.student.parameters(), lr=1e-5)], [1.0] * 2)
-        assert copied.log()["iso/train/3/weight"] == pytest.approx(DEFAULT_WEIGHT * 4 * 0.01 * 0.99)
+        assert copied.log()["iso/train/3/weight"] == pytest.approx(WEIGHT * 4 * 0.01 * 0.99)
     assert torch.equal(iso.get_extra_state(), before)
 
 
 def test_a_training_without_an_observable_optimizer_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_schedule, "MAX_CALLS_WITHOUT_STEP", 5)
-    iso = IsomorphismLoss(built(1), built(2), ["3"])
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     with iso, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KnowisoWarning)
         for step in range(12):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from knowiso_train.distillation import IsomorphismLoss, kd_loss
+from knowiso_train.distillation.config import FALLBACK_WEIGHT
 from knowiso_train.errors import CaptureError, InputTypeError, KnowisoWarning, LayoutError, OptionError
 from knowiso_train.features import FeatureTaps
 from tests.distillation.test_maps import built
@@ -116,9 +118,10 @@ def test_balanced_weights_of_two_losses_stay_bounded() -> None:
     assert all(iso.log()["iso/train/3/weight"] < 20 for iso in losses)
 
 
-def test_balancing_in_a_separate_backward_warns() -> None:
+@pytest.mark.parametrize("weight", ["auto", "balanced"])
+def test_balancing_in_a_separate_backward_keeps_the_weight(weight: Any) -> None:
     student = built(1)
-    iso = IsomorphismLoss(student, built(2), ["3"], weight="balanced")
+    iso = IsomorphismLoss(student, built(2), ["3"], weight=weight)
 
     def apart() -> None:
         task = F.cross_entropy(student(torch.randn(16, 3, 8, 8)), torch.randint(5, (16,)))
@@ -129,10 +132,13 @@ def test_balancing_in_a_separate_backward_warns() -> None:
     with iso:
         for _ in range(10):
             apart()
-        with pytest.warns(KnowisoWarning, match="nothing to balance against"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", KnowisoWarning)
             apart()
         apart()
-    assert iso.log()["iso/train/3/weight"] == 1
+    messages = [str(warning.message) for warning in caught if "nothing to balance against" in str(warning.message)]
+    assert len(messages) == (weight == "balanced")
+    assert iso.log()["iso/train/3/weight"] == FALLBACK_WEIGHT
 
 
 def test_missing_logits_raise() -> None:

@@ -375,9 +375,9 @@ class TestRecipeParser:
             at_least(1)(text)
 
     def test_numbers_or_a_word(self) -> None:
-        kind = at_least(0, float, "balanced")
-        assert (kind("0"), kind("1e-3"), kind("balanced")) == (0.0, 1e-3, "balanced")
-        with pytest.raises(argparse.ArgumentTypeError, match="or balanced, got 'inf'"):
+        kind = at_least(0, float, "auto")
+        assert (kind("0"), kind("1e-3"), kind("auto")) == (0.0, 1e-3, "auto")
+        with pytest.raises(argparse.ArgumentTypeError, match="or auto, got 'inf'"):
             kind("inf")
 
     def test_keys_and_values(self) -> None:

@@ -230,7 +230,7 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(
     [
         "--arms kd",
         "--arms iso --solver learned --order 1",
-        "--arms ours --weight balanced --accumulate 3 --layers auto",
+        "--arms ours --weight auto --accumulate 3 --layers auto",
     ],
     ids=["kd", "learned", "balanced"],
 )
@@ -300,7 +300,7 @@ def test_arguments_that_cannot_work(
     [
         ("--epochs 0", "expected an integer of at least 1, got '0'"),
         ("--lr nan", "expected a number of at least 0, got 'nan'"),
-        ("--weight heavy", "or balanced, got 'heavy'"),
+        ("--weight heavy", "or auto, got 'heavy'"),
         ("--arms fitnet", "invalid choice: 'fitnet'"),
         ("--teacher-epochs 0", "a teacher needs --teacher-epochs"),
         ("--epoch 3", "unrecognized arguments"),
