@@ -46,13 +46,13 @@ class GradientBalance(KeepPrecision):
     `L_other` is the rest of the total loss that depends on x: task, logit distillation, pairs of later layers. Other
     balanced pairs of the same feature are excluded, since their weights would grow without bound. A loss scale
     (GradScaler) cancels. Norms are roots of running mean squares over backward passes and processes. Weights change at
-    refreshes only, and are at most `MAX_BALANCED_WEIGHT`.
+    refreshes only, are 1 before the first measurement, and at most `MAX_BALANCED_WEIGHT`.
 
     Args:
-        initial: Weight of every pair before the first measurement.
+        num_pairs: Number of layer pairs.
         ratio: Target ratio of the norms, positive.
-        required: Refuse a compiled student, and warn where no other loss has a gradient. Otherwise such pairs keep
-            their initial weight.
+        fallback: Weight of pairs in a compiled student, and of those without another loss. None: the former raise, the
+            latter issue a warning and keep their weight.
 
     Attributes:
         measured: Whether the weight of each pair is balanced; False before the first measurement.
@@ -62,13 +62,13 @@ class GradientBalance(KeepPrecision):
     other_square: Tensor
     pair_square: Tensor
 
-    def __init__(self, initial: Sequence[float], ratio: float, required: bool = True) -> None:
+    def __init__(self, num_pairs: int, ratio: float, fallback: float | None = None) -> None:
         super().__init__()
-        self.ratio, self.required = ratio, required
-        self.measured = [False] * len(initial)
-        self.register_buffer("weights", torch.tensor(initial))
-        self.register_buffer("other_square", torch.zeros(len(initial)))
-        self.register_buffer("pair_square", torch.zeros(len(initial)))
+        self.ratio, self.fallback = ratio, fallback
+        self.measured = [False] * num_pairs
+        self.register_buffer("weights", torch.ones(num_pairs))
+        self.register_buffer("other_square", torch.zeros(num_pairs))
+        self.register_buffer("pair_square", torch.zeros(num_pairs))
 
     def watch(self, pair: int, branch: Tensor, factor: Tensor, layer: str) -> None:
         """Measure the gradients at a feature in the coming backward pass: through this branch, and through the rest.
@@ -80,10 +80,16 @@ class GradientBalance(KeepPrecision):
             layer: Name of the student's layer, for messages.
 
         Raises:
-            OptionError: A compiled student, whose inner gradients are not accessible, if balancing is required.
+            OptionError: A compiled student, whose inner gradients are not accessible, without a fallback.
         """
-        node, output_index = _layer_node(branch, layer, self.required)
+        node, output_index = _layer_node(branch)
         if node is None:
+            if self.fallback is None:
+                raise OptionError(
+                    f'weight="balanced" measures the gradient at {layer!r}, which is not accessible in a compiled '
+                    "student. Give a fixed weight, or compile only parts of the student outside this layer."
+                )
+            self.weights[pair] = self.fallback
             return
         gradients: list[Tensor] = []
         branch.register_hook(lambda gradient: gradients.append(gradient.detach()))  # type: ignore[no-untyped-call]
@@ -115,7 +121,10 @@ class GradientBalance(KeepPrecision):
         # Equal parts, so that the state of one process can be loaded into all
         self.other_square.copy_(other / group.size)
         self.pair_square.copy_(own / group.size)
-        if self.required and bool(((own > 0) & (other == 0)).any()):
+        alone = (own > 0) & (other == 0)
+        if self.fallback is not None:
+            self.weights.masked_fill_(alone, self.fallback)
+        elif bool(alone.any()):
             warn_once(
                 self,
                 'weight="balanced" has nothing to balance against: in its backward pass some paired layers get '
@@ -135,13 +144,10 @@ class GradientBalance(KeepPrecision):
         self._read_measured()
 
 
-def _layer_node(branch: Tensor, layer: str, required: bool) -> tuple[Any, int]:
+def _layer_node(branch: Tensor) -> tuple[Any, int]:
     """Return the autograd node that computed a layer's output, and the index among the node's outputs.
 
-    The node is None where no operation computed the output, or in a compiled student whose node is not required.
-
-    Raises:
-        OptionError: A compiled student, if its node is required.
+    The node is None in a compiled student, whose nodes are not accessible.
     """
     # Three nodes lie on the way from the pair's loss back to the layer:
     #   branch.grad_fn   ViewBackward0, the branch of this pair alone
@@ -150,12 +156,7 @@ def _layer_node(branch: Tensor, layer: str, required: bool) -> tuple[Any, int]:
     branch_node: Any = branch.grad_fn
     capture_node, _ = branch_node.next_functions[0]
     if capture_node is None or capture_node.name() not in CAPTURE_NODES:
-        if not required:
-            return None, 0
-        raise OptionError(
-            f'weight="balanced" measures the gradient at {layer!r}, which is not accessible in a compiled student. '
-            "Give a fixed weight, or compile only parts of the student outside this layer."
-        )
+        return None, 0
     layer_node, output_index = capture_node.next_functions[0]
     return layer_node, output_index
 

@@ -111,7 +111,7 @@ class IsomorphismLossConfig:
             raise OptionError(f'peers= needs target="consensus", got target={self.target!r}')
 
     def pair_weights(self, pairs: Sequence[LayerPair]) -> list[float]:
-        """Return the weight of every layer pair, which is that before the first measurement if weights are balanced.
+        """Return the fixed weight of every layer pair, which is also that of pairs that cannot be balanced.
 
         Raises:
             LayerNameError: Weights by student layer that do not name every layer once.

@@ -25,6 +25,7 @@ from knowiso_train.distillation._state import check_figures, check_state
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
     DEFAULT_RIDGE,
+    FALLBACK_WEIGHT,
     IsomorphismLossConfig,
     Repeated,
     Scale,
@@ -76,8 +77,8 @@ class IsomorphismLoss(nn.Module):
             vanishes as u does, plus the penalty of a learned g.
         weight: Factor w of every pair, or {student layer: factor}. "auto" (default): the gradient at the student's
             feature is `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200.
-            Where that is not measured, w is 100: in the first steps, without another loss, in a compiled student.
-            "balanced": as "auto", but with an error for a compiled student and a warning without another loss.
+            It is 1 before the first measurement, and 100 without another loss or in a compiled student. "balanced":
+            the same, but with a warning without another loss and an error for a compiled student.
         ratio: Gradient ratio of balanced weights, positive. Default: 1.
         schedule: Factor of all weights. "learning_rate" (default): 1 while the learning rate of the student's optimizer
             is above half of its maximum, then down to 0.02 with it. A function from call to factor, such as
@@ -176,10 +177,10 @@ class IsomorphismLoss(nn.Module):
         infer_shapes(self._student, [self._teacher, *(peer.network for peer in self._peers)], example)
 
         self.maps = nn.ModuleDict({pair_key(pair): self._make_map(pair) for pair in self.pairs})
-        self._initial_weights = self.config.pair_weights(self.pairs)
+        self._fixed_weights = self.config.pair_weights(self.pairs)
         self.balance: GradientBalance | None = None
         if isinstance(weight, str):
-            self.balance = GradientBalance(self._initial_weights, ratio, required=weight == "balanced")
+            self.balance = GradientBalance(len(self.pairs), ratio, FALLBACK_WEIGHT if weight == "auto" else None)
         self._handles: list[RemovableHandle] = []
         self._calls = 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
@@ -394,7 +395,7 @@ class IsomorphismLoss(nn.Module):
                     calls=self._calls,
                 )
         if update and refresh_due:
-            weights = self._initial_weights if self.balance is None else self.balance.weights
+            weights = self._fixed_weights if self.balance is None else self.balance.weights
             self._collapse.refresh(batch.features, [targets[pair.target] for pair in self.pairs], weights)
         shares = [self._unexplained(pair, loss) for pair, loss in zip(self.pairs, losses, strict=True)]
         if update and self.config.scale == "log":
@@ -453,7 +454,7 @@ class IsomorphismLoss(nn.Module):
     def _weight(self, index: int, like: Tensor, factor: float) -> Tensor:
         factor *= self._collapse.factor(index)
         if self.balance is None:
-            return like.new_full((), self._initial_weights[index] * factor)
+            return like.new_full((), self._fixed_weights[index] * factor)
         return self.balance.weights[index].to(like.device, like.dtype) * factor
 
     def _record_gradient(self, index: int, pair: LayerPair, branch: Tensor, weight: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -81,7 +80,7 @@ def teacher() -> nn.Module:
     ids=lambda setting: ", ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in setting.items()),
 )
 def test_a_student_learns_or_its_layer_is_named(setting: dict[str, Any], teacher: nn.Module) -> None:
-    """Only a student without normalization and with ten times the default weight is named in a warning or error."""
+    """Only a student without normalization and with a fixed weight of 1,000 ends in the error."""
     unnormalized = "norm" in setting
     setting, extreme = dict(setting), unnormalized and "weight" in setting
     lr, size, autocast = setting.pop("lr", LEARNING_RATE), setting.pop("batch", 64), setting.pop("autocast", False)
@@ -101,20 +100,21 @@ def test_a_student_learns_or_its_layer_is_named(setting: dict[str, Any], teacher
 
     with iso:
         if extreme:
-            error = pytest.raises(CollapseError, match=r"[25]: ") if iso.config.kernel_size == 1 else nullcontext()
-            with pytest.warns(KnowisoWarning, match=r"[25]: the student's features have collapsed"), error:
+            with (
+                pytest.warns(KnowisoWarning, match=r"[25]: the student's features have collapsed"),
+                pytest.raises(CollapseError, match=r"[25]: "),
+            ):
                 train()
         else:
             train()
-            # At the default weight the student without normalization learns, but less
-            assert accuracy(student) > (0.4 if unnormalized else 0.6), f"chance is {1 / CLASSES:.2f}"
+            assert accuracy(student) > 0.6, f"chance is {1 / CLASSES:.2f}"
 
 
 @pytest.mark.filterwarnings("ignore:5. the student's features have collapsed")
 def test_a_student_with_dead_units_is_stopped(teacher: nn.Module) -> None:
     torch.manual_seed(3)
     student = network(12)
-    iso = IsomorphismLoss(student, teacher, ["2", "5"], refresh=1)
+    iso = IsomorphismLoss(student, teacher, ["2", "5"], refresh=1, weight=100.0)
     optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, momentum=0.9)
 
     def train() -> None:

@@ -216,11 +216,7 @@ def test_balancing_measures_the_gradients_at_the_layer(name: str) -> None:
             before = iso.balance.other_square[1].clone(), iso.balance.pair_square[1].clone()
             task = F.cross_entropy(student(batch(call)), torch.arange(IMAGES))
             own = iso()
-            # The gradient of the pair is measured without its weight
-            pair_loss = own / iso.balance.weights[1]
-            squares = [
-                torch.autograd.grad(part, emitted, retain_graph=True)[0].square().sum() for part in (task, pair_loss)
-            ]
+            squares = [torch.autograd.grad(part, emitted, retain_graph=True)[0].square().sum() for part in (task, own)]
             (512.0 * (task + own)).backward()
             for kept, old, square in zip(
                 (iso.balance.other_square[1], iso.balance.pair_square[1]), before, squares, strict=True

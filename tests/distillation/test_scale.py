@@ -104,7 +104,11 @@ def test_a_map_that_explains_nothing_has_no_gradient_at_the_student(options: dic
 
 
 def test_the_default_is_the_logarithm_with_weight_100_without_another_loss() -> None:
-    iso = solved(built(1), {})
+    iso = IsomorphismLoss(built(1), built(2), ["3"], refresh=2)
+    with iso:
+        for call in range(8):
+            iso.student(images(call))
+            iso().backward()
     assert iso.config.scale == "log"
     assert iso.log()["iso/train/3/weight"] == 100.0
 
@@ -156,6 +160,7 @@ def test_balanced_weights_are_bounded(scale: Any) -> None:
 @pytest.mark.parametrize("damage", ["variance", "rank"])
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_collapsed_features_are_named_within_a_few_refreshes(options: dict[str, Any], damage: str) -> None:
+    options = {"weight": FALLBACK_WEIGHT, **options}
     iso = solved(built(1), {**options, "refresh": 2})
     layer = iso.student[2]
     with torch.no_grad():

@@ -118,7 +118,7 @@ def test_forms_of_optimizers(form: str) -> None:
 
 def test_constant_and_own_schedules_do_not_follow() -> None:
     for schedule, factor in ((None, 1.0), (lambda _: 0.3, 0.3)):
-        iso = IsomorphismLoss(built(1), built(2), ["3"], schedule=schedule)
+        iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT, schedule=schedule)
         optimizer = torch.optim.SGD(iso.student.parameters(), lr=1e-3)
         with iso:
             assert factors(iso, [optimizer], [1.0, 0.1, 0.1]) == pytest.approx([factor] * 3)
