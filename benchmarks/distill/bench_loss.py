@@ -42,7 +42,7 @@ from benchmarks.common.profiling import CLOCKS, peak_allocated_bytes, quantile
 from benchmarks.common.results import record, table
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import kd_loss
-from knowiso_train.distillation._maps import updates_moments
+from knowiso_train.distillation._closed_form_map import updates_moments
 
 REFRESH_INTERVAL = 10  # the library's default
 STEPS_PER_RUN, NUM_RUNS = 2 * REFRESH_INTERVAL, 3

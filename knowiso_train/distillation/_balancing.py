@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knowiso_train.distillation._maps import warn_once
+from knowiso_train.distillation._feature_map import warn_once
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import KeepPrecision
 from knowiso_train.utils.distributed import ProcessGroup

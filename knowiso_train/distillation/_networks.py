@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from knowiso_train.distillation._maps import warn_once
+from knowiso_train.distillation._feature_map import warn_once
 from knowiso_train.distillation._outputs import OutputCapture
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError

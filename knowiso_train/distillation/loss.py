@@ -14,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from knowiso_train.distillation._balancing import GradientBalance
 from knowiso_train.distillation._collapse import CollapseGuard
 from knowiso_train.distillation._diagnostics import InactivityDetector
-from knowiso_train.distillation._maps import ClosedFormMap, ConsensusMap, LearnedMap, check_finite
+from knowiso_train.distillation._feature_map import check_finite
+from knowiso_train.distillation._learned_map import LearnedMap
+from knowiso_train.distillation._maps import make_map
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
 from knowiso_train.distillation._pairs import map_inputs, pair_key, pair_label
@@ -472,18 +474,11 @@ class IsomorphismLoss(nn.Module):
             self.balance.watch(index, branch, weight, pair.source)
 
     def _make_map(self, pair: LayerPair) -> nn.Module:
-        config = self.config
         channels = self._student.reader.channels[pair.source], self._teacher.reader.channels[pair.target]
         grids = self._student.reader.grids.get(pair.source), self._teacher.reader.grids.get(pair.target)
-        kernel_size = config.kernel_size_of(channels[0], grids)
-        options: dict[str, Any] = {"name": f"{pair.source} → {pair.target}", "refresh": config.refresh}
-        if config.solver == "learned":
-            return LearnedMap(*channels, config.order, kernel_size, penalty=config.penalty, **options)
-        options |= {"ridge": config.ridge, "window": config.window}
-        if config.target == "teacher":
-            return ClosedFormMap(*channels, kernel_size, **options)
         peer_channels = sum(peer.num_channels(pair.target) for peer in self._peers)
-        return ConsensusMap(*channels, peer_channels, kernel_size, **options)
+        kernel_size = self.config.kernel_size_of(channels[0], grids)
+        return make_map(self.config, pair, channels, kernel_size, peer_channels)
 
     def _map_of(self, pair: LayerPair) -> Any:
         return self.maps[pair_key(pair)]

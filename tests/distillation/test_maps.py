@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import WeightSchedule, suggest_layers
-from knowiso_train.distillation._maps import MIN_SAMPLES_PER_FEATURE, ClosedFormMap, ConsensusMap, LearnedMap
+from knowiso_train.distillation._closed_form_map import MIN_SAMPLES_PER_FEATURE, ClosedFormMap
+from knowiso_train.distillation._consensus_map import ConsensusMap
+from knowiso_train.distillation._learned_map import LearnedMap
 from knowiso_train.distillation.config import IsomorphismLossConfig
 from knowiso_train.errors import (
     CaptureError,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from knowiso_train.distillation._maps import ClosedFormMap
+from knowiso_train.distillation._closed_form_map import ClosedFormMap
 from knowiso_train.errors import ShapeError
 from knowiso_train.ops import gram_residual_energy, residual_energy
 
