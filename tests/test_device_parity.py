@@ -22,11 +22,11 @@ from knowiso_train.measurement import measure
 from knowiso_train.pruning import cutmix
 from knowiso_train.pruning.kept_indices import index_kept
 from knowiso_train.refinement import RefineFinetuneConfig
-from tests.distillation.test_maps import built
 from tests.helpers import fake_device
 from tests.helpers.prune_models import FAMILIES, chain, family, little
 from tests.helpers.refine_models import SignalNet, batches
 from tests.helpers.refine_models import images as labeled_images
+from tests.helpers.small_networks import built
 from tests.measurement.test_measure import network
 
 needs_fake_device = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import KnowisoWarning
-from tests.distillation.test_maps import built
+from tests.helpers.small_networks import built
 
 FORMS: list[dict[str, Any]] = [{}, {"solver": "learned"}, {"target": "consensus"}, {"weight": "balanced"}]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import FormatError
-from tests.distillation.test_maps import built
+from tests.helpers.small_networks import built
 
 FORMS: dict[str, dict[str, Any]] = {
     "closed_form": {},

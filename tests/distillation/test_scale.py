@@ -17,7 +17,7 @@ from knowiso_train.distillation._balancing import MAX_BALANCED_WEIGHT
 from knowiso_train.distillation._collapse import COLLAPSED_CHANGE, COLLAPSED_REFRESHES
 from knowiso_train.distillation.config import FALLBACK_WEIGHT
 from knowiso_train.errors import KnowisoWarning
-from tests.distillation.test_maps import built
+from tests.helpers.small_networks import built
 
 FORMS: list[dict[str, Any]] = [
     {},

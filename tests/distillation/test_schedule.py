@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import _schedule
 from knowiso_train.errors import KnowisoWarning, OptionError
-from tests.distillation.test_maps import built
+from tests.helpers.small_networks import built
 
 STEPS = 24
 WEIGHT = 100.0

@@ -18,7 +18,7 @@ from knowiso_train.distillation import IsomorphismLoss, kd_loss
 from knowiso_train.distillation.config import FALLBACK_WEIGHT
 from knowiso_train.errors import CaptureError, InputTypeError, KnowisoWarning, LayoutError, OptionError
 from knowiso_train.features import FeatureTaps
-from tests.distillation.test_maps import built
+from tests.helpers.small_networks import built
 
 FORMS: list[dict[str, Any]] = [{}, {"kernel_size": 3}, {"solver": "learned", "order": 1}, {"target": "consensus"}]
 
