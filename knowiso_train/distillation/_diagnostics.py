@@ -8,10 +8,14 @@ from knowiso_train.errors import KnowisoWarning
 from knowiso_train.features.modules import LayerPair
 
 MAX_UNSOLVED_CALLS = 200
+# Consecutive refreshes with a learned map that explains nothing, before the warning
+MAX_USELESS_REFRESHES = 20
 
 
 class InactivityDetector:
-    """Warnings of pairs without effect: in eval mode, behind frozen layers, or with too few samples; once per pair.
+    """Warnings of pairs without effect: in eval mode, behind frozen layers, too few samples, a map that diverges.
+
+    Each is issued once per pair.
 
     Examples:
         >>> detector, pair = InactivityDetector(), LayerPair("layer2", "layer3")
@@ -22,6 +26,7 @@ class InactivityDetector:
 
     def __init__(self) -> None:
         self.warned: set[tuple[LayerPair, str]] = set()
+        self.num_useless: dict[LayerPair, int] = {}
 
     def check(self, pair: LayerPair, *, training: bool, solved: bool, has_gradient: bool, calls: int) -> None:
         """Warn if the loss of a pair has no effect in a call with gradient.
@@ -51,6 +56,23 @@ class InactivityDetector:
                 (pair, "samples"),
                 f"{name}: the loss is still 0 after {calls} calls, since the batches hold too few samples for its map. "
                 "Use larger batches, a layer with fewer channels or more positions, or a longer window",
+            )
+
+    def check_learned_map(self, pair: LayerPair, unexplained: float) -> None:
+        """Warn if the learned map of a pair explains nothing, refresh after refresh.
+
+        Args:
+            pair: Layer pair.
+            unexplained: Unexplained share of the batch of a refresh.
+        """
+        self.num_useless[pair] = self.num_useless.get(pair, 0) + 1 if unexplained >= 1 else 0
+        if self.num_useless[pair] >= MAX_USELESS_REFRESHES:
+            self._warn(
+                (pair, "learned map"),
+                f"{pair.source} → {pair.target}: the learned map explains nothing, and the student gets no gradient: "
+                f"the unexplained share is at least 1 in {MAX_USELESS_REFRESHES} refreshes, now {unexplained:.3g}. "
+                "Give the parameters of the loss a lower learning rate, in a parameter group of their own, or use "
+                'solver="closed_form"',
             )
 
     def _warn(self, key: tuple[LayerPair, str], message: str) -> None:

@@ -14,6 +14,9 @@ LOG_SHARE_OFFSET = 1e-3
 # Explained share from which the student gets the whole gradient of a pair in log scale. Without this factor, weights of
 # 1,000, students without normalization and learned maps at the default weight left students with dead units
 FULL_GRADIENT_SHARE = 0.05
+# Unexplained share above which the gradient of a learned map is bounded. With 1 maps recovered more slowly from steps
+# that were too large, with 10 they moved further away
+LARGE_SHARE = 3.0
 
 
 def log_share(unexplained: Tensor) -> Tensor:
@@ -61,18 +64,26 @@ def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     return [share + (mean.to(share) - share).detach() for share, mean in zip(shares, means, strict=True)]
 
 
-def separate_log_gradients(map_loss: Tensor, unexplained: Tensor, weight: Tensor, source: Tensor) -> Tensor:
-    """Return `w log(u + ε)` with the gradient of its own loss for a learned map, and `w ∇u / (u + ε)` for the feature.
+def separate_log_gradients(map_loss: Tensor, unexplained: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `w log(u + ε)` with the gradient of a learned map's own loss, and the factor for that of the feature.
 
-    The factors w and 1 / u would change the learning rate of the map.
+    The factors w and 1 / u would change the learning rate of the map. Where u is above 3, the map's gradient is
+    multiplied by 3 / u, and thus that of 3 log u: a step that was too large is otherwise followed by larger ones
+    without end. Multiplied by the returned factor, the gradient of the feature is `w ∇u / (u + ε)`.
 
     Args:
         map_loss: Loss of the map, with gradient.
         unexplained: Unexplained share, without gradient.
         weight: Weight w of the pair.
-        source: Feature of the student, a tensor that only this pair uses.
+
+    Examples:
+        >>> u = torch.tensor(9.0, requires_grad=True)
+        >>> loss, factor = separate_log_gradients(u, u.detach(), torch.tensor(2.0))
+        >>> (own,) = torch.autograd.grad(loss, u)
+        >>> round(float(own), 4), round(float(factor * own), 4)
+        (0.3333, 0.2222)
     """
-    scale = weight / (unexplained + LOG_SHARE_OFFSET)
-    if source.requires_grad:
-        source.register_hook(lambda gradient: gradient * scale.to(gradient))  # type: ignore[no-untyped-call]
-    return map_loss + (weight * log_share(unexplained) - map_loss).detach()
+    divisor = (unexplained / LARGE_SHARE).clamp(min=1)
+    own_loss = map_loss / divisor
+    term = own_loss + (weight * log_share(unexplained) - own_loss).detach()
+    return term, weight * divisor / (unexplained + LOG_SHARE_OFFSET)

@@ -74,8 +74,8 @@ class IsomorphismLoss(nn.Module):
         kernel_size: Odd kernel size of g, in positions. "auto" (default): 3 for closed-form maps to the teacher from at
             most 64 channels on a grid, with which students are better, and 1 otherwise.
         scale: "log": the loss of a pair is `log(u + 1e-3)`, and 0 until the map is solved; a learned g trains on
-            `u + λ Σ p_k²`, independently of weight and schedule. The gradient at the student falls to 0 as the
-            explained share falls from 0.05 to 0, unless weights are balanced. "linear": the loss is u, whose gradient
+            `u + λ Σ p_k²`, independently of weight and schedule. With fixed weights or a learned g, the student's
+            gradient falls to 0 as the explained share falls from 0.05 to 0. "linear": the loss is u, whose gradient
             vanishes as u does, plus the penalty of a learned g.
         weight: Factor w of every pair, or {student layer: factor}. "auto" (default): the gradient at the student's
             feature is `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200.
@@ -388,6 +388,8 @@ class IsomorphismLoss(nn.Module):
             # Reading the loss in every step would stall a GPU; the moments leave a batch with NaN out in any case
             if refresh_due or map_loss.device.type == "cpu":
                 check_finite(pair, map_loss, feature, target, self._calls)
+            if update and refresh_due and self.config.solver == "learned":
+                self._inactivity.check_learned_map(pair, float(self._unexplained(pair, map_loss).detach()))
             if torch.is_grad_enabled():
                 self._inactivity.check(
                     pair,
@@ -434,14 +436,16 @@ class IsomorphismLoss(nn.Module):
         pair = self.pairs[index]
         map_ = self._map_of(pair)
         loss = map_loss if self.config.scale == "linear" else log_share(unexplained)
-        balanced = self.balance is not None and self.balance.measured[index]
-        if self.config.scale == "log" and not balanced and source.requires_grad:
-            reliability = map_reliability(unexplained)
-            source.register_hook(lambda gradient: gradient * reliability.to(gradient))  # type: ignore[no-untyped-call]
-        if self.config.scale == "log" and _is_trained(map_):
-            term = separate_log_gradients(map_loss, unexplained, weight, source)
-        else:
-            term = weight * loss
+        term = weight * loss
+        if self.config.scale == "log":
+            learned = _is_trained(map_)
+            balanced = self.balance is not None and self.balance.measured[index]
+            factor = torch.ones_like(weight) if balanced and not learned else map_reliability(unexplained)
+            if learned:
+                term, log_factor = separate_log_gradients(map_loss, unexplained, weight)
+                factor = factor * log_factor
+            if source.requires_grad:
+                source.register_hook(lambda gradient: gradient * factor.to(gradient))  # type: ignore[no-untyped-call]
         missing = torch.full_like(unexplained.detach(), 0.0 if map_.ready else math.nan)
         self._log[pair] = {
             "ready": torch.full_like(missing, float(map_.ready)),

@@ -53,6 +53,31 @@ def test_pairs_behind_frozen_layers_are_named_once(options: dict[str, Any]) -> N
     assert "1 → 1: the loss is a constant" in messages[0]
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_learned_map_that_diverges_is_bounded_and_named(order: int) -> None:
+    iso = IsomorphismLoss(built(1), built(2), ["3"], solver="learned", order=order, kernel_size=3, refresh=2)
+    optimizer = torch.optim.SGD(iso.parameters(), lr=1.0, momentum=0.9)
+
+    def train() -> list[float]:
+        shares = []
+        for call in range(50):
+            iso.student(images(call))
+            loss = iso()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            shares.append(iso.log()["iso/train/3/share"])
+        return shares
+
+    with iso, pytest.warns(KnowisoWarning, match="3 → 3: the learned map explains nothing") as caught:
+        assert min(train()) > -1e5
+    assert len(caught) == 1
+    optimizer.param_groups[0]["lr"] = 0.1
+    with iso:
+        train()
+        assert train()[-1] > 0.2
+
+
 def test_a_map_without_enough_samples_is_named_once() -> None:
     student, teacher = (nn.Sequential(nn.Conv2d(3, width, 8), nn.Flatten()) for width in (300, 4))
     iso = IsomorphismLoss(student, teacher, "0", example=images(0), window=10**6)
