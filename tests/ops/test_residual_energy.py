@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from knowiso_train.distillation._closed_form_map import ClosedFormMap
@@ -42,6 +43,25 @@ def test_equal_to_the_residual_in_float64(n: int, c: int, d: int, grid: tuple[in
     torch.testing.assert_close(energy.double(), residual.square().sum(), rtol=1e-5, atol=1e-6)
     scale = float(exact.grad.abs().max())
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=scale * {4: 1e-5, 2: 1e-2}[dtype.itemsize])
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize(("unexplained", "tolerance"), [(0.2, 0.02), (0.01, 0.08)])
+def test_products_in_bfloat16_keep_energy_and_gradient(offset: float, unexplained: float, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(16, 32, 8, 8) + offset).bfloat16(), torch.randn(24, 32, 3, 3) / 17
+    exact = x.double().requires_grad_()
+    prediction = F.conv2d(exact, weight.double(), padding=1)
+    bias = -prediction.detach().mean((0, 2, 3))
+    prediction = prediction + bias.view(-1, 1, 1)
+    noise = torch.randn_like(prediction) * prediction.detach().std() * unexplained**0.5
+    target = prediction.detach() + noise
+    (prediction - target).square().sum().backward()
+    energy = residual_energy(x.requires_grad_(), target.float(), weight, bias.float())
+    energy.backward()
+    assert float(energy.detach()) == pytest.approx(float(noise.square().sum()), rel=0.01)
+    difference = x.grad.double() - exact.grad
+    assert float(difference.norm()) < tolerance * float(exact.grad.norm())
 
 
 def test_gradcheck() -> None:
