@@ -11,6 +11,7 @@ from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import DataError, MissingDependencyError, OptionError
 from knowiso_train.features import unwrap_model
+from knowiso_train.features.state import device_of
 from knowiso_train.utils.serialization import read_json, read_tensors, write_json, write_tensors
 
 try:
@@ -46,7 +47,7 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
         self.folder: str | Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Restore the states of a resumed training, and register the hooks."""
+        """Restore the states of a resumed training, move a teacher on the CPU to the device, and register the hooks."""
         for part in (self.iso, self.monitor):
             if part is not None and model is not None and unwrap_model(model) is not unwrap_model(part.student):
                 raise OptionError(
@@ -56,6 +57,8 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
         if state.global_step > 0:
             default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._load(Path(self.folder or args.resume_from_checkpoint or default))
+        if self.iso is not None and device_of(self.iso.teacher) == torch.device("cpu"):  # not a submodule of the loss
+            self.iso.teacher.to(args.device)
         if self.iso is not None and not self.iso.attached:
             self.iso.attach()
 

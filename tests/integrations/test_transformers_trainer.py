@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,13 @@ class TestTransformers:
         with pytest.raises(ValueError, match="channel"):
             trainer.train()
         assert own_hooks(trainer.iso.student, trainer.iso.teacher) == 0
+
+    def test_the_teacher_moves_to_the_device_of_the_trainer(self, tmp_path: Path) -> None:
+        trainer = self.trainer(tmp_path)
+        callback = self.own.IsomorphismTrainerCallback(trainer.iso)
+        callback.on_train_begin(SimpleNamespace(device="meta"), SimpleNamespace(global_step=0), None)
+        trainer.iso.detach()
+        assert {p.device.type for p in trainer.iso.teacher.parameters()} == {"meta"}
 
     def test_messages(self, tmp_path: Path) -> None:
         trainer = self.trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
