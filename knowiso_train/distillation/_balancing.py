@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,6 @@ class GradientBalance(KeepPrecision):
         ratio: Target ratio of the norms, positive.
         fallback: Weight of pairs in a compiled student, and of those without another loss. None: the former raise, the
             latter issue a warning and keep their weight.
-
-    Attributes:
-        measured: Whether the weight of each pair is balanced; False before the first measurement.
     """
 
     weights: Tensor
@@ -65,7 +62,6 @@ class GradientBalance(KeepPrecision):
     def __init__(self, num_pairs: int, ratio: float, fallback: float | None = None) -> None:
         super().__init__()
         self.ratio, self.fallback = ratio, fallback
-        self.measured = [False] * num_pairs
         self.register_buffer("weights", torch.ones(num_pairs))
         self.register_buffer("other_square", torch.zeros(num_pairs))
         self.register_buffer("pair_square", torch.zeros(num_pairs))
@@ -76,7 +72,8 @@ class GradientBalance(KeepPrecision):
         Args:
             pair: Index of the pair.
             branch: View of the captured feature that only this pair's loss uses.
-            factor: Weight of the pair's loss in the total loss, a scalar.
+            factor: Weight of the pair's loss in the total loss, times further factors of its gradient, a scalar. A
+                pass with factor 0 is no measurement.
             layer: Name of the student's layer, for messages.
 
         Raises:
@@ -134,14 +131,6 @@ class GradientBalance(KeepPrecision):
         ratio = self.ratio * (other / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
         measured = (own > 0) & (other > 0)
         self.weights.copy_(torch.where(measured, ratio.clamp(max=MAX_BALANCED_WEIGHT), self.weights))
-        self._read_measured()
-
-    def _read_measured(self) -> None:
-        self.measured = ((self.other_square > 0) & (self.pair_square > 0)).tolist()
-
-    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state, prefix, *rest)
-        self._read_measured()
 
 
 def _layer_node(branch: Tensor) -> tuple[Any, int]:

@@ -74,8 +74,8 @@ class IsomorphismLoss(nn.Module):
         kernel_size: Odd kernel size of g, in positions. "auto" (default): 3 for closed-form maps to the teacher from at
             most 64 channels on a grid, with which students are better, and 1 otherwise.
         scale: "log": the loss of a pair is `log(u + 1e-3)`, and 0 until the map is solved; a learned g trains on
-            `u + λ Σ p_k²`, independently of weight and schedule. With fixed weights or a learned g, the student's
-            gradient falls to 0 as the explained share falls from 0.05 to 0. "linear": the loss is u, whose gradient
+            `u + λ Σ p_k²`, independently of weight and schedule. The gradient at the student falls to 0 as the
+            explained share falls from 0.05 to 0. "linear": the loss is u, whose gradient
             vanishes as u does, plus the penalty of a learned g.
         weight: Factor w of every pair, or {student layer: factor}. "auto" (default): the gradient at the student's
             feature is `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200.
@@ -436,14 +436,12 @@ class IsomorphismLoss(nn.Module):
         pair = self.pairs[index]
         map_ = self._map_of(pair)
         loss = map_loss if self.config.scale == "linear" else log_share(unexplained)
-        term = weight * loss
+        term, reliability = weight * loss, torch.ones_like(weight)
         if self.config.scale == "log":
-            learned = _is_trained(map_)
-            balanced = self.balance is not None and self.balance.measured[index]
-            factor = torch.ones_like(weight) if balanced and not learned else map_reliability(unexplained)
-            if learned:
+            factor = reliability = map_reliability(unexplained)
+            if _is_trained(map_):
                 term, log_factor = separate_log_gradients(map_loss, unexplained, weight)
-                factor = factor * log_factor
+                factor = reliability * log_factor
             if source.requires_grad:
                 source.register_hook(lambda gradient: gradient * factor.to(gradient))  # type: ignore[no-untyped-call]
         missing = torch.full_like(unexplained.detach(), 0.0 if map_.ready else math.nan)
@@ -454,7 +452,7 @@ class IsomorphismLoss(nn.Module):
             "weight": weight.detach(),
         }
         if branch is not None and branch.requires_grad:
-            self._record_gradient(index, pair, branch, weight.detach())
+            self._record_gradient(index, pair, branch, weight.detach() * reliability)
         return term
 
     def _weight(self, index: int, like: Tensor, factor: float) -> Tensor:
@@ -463,8 +461,15 @@ class IsomorphismLoss(nn.Module):
             return like.new_full((), self._fixed_weights[index] * factor)
         return self.balance.weights[index].to(like.device, like.dtype) * factor
 
-    def _record_gradient(self, index: int, pair: LayerPair, branch: Tensor, weight: Tensor) -> None:
-        """Measure the gradient at the branch of a pair in the coming backward pass, for `log` and the balancing."""
+    def _record_gradient(self, index: int, pair: LayerPair, branch: Tensor, factor: Tensor) -> None:
+        """Measure the gradient at the branch of a pair in the coming backward pass, for `log` and the balancing.
+
+        Args:
+            index: Index of the pair.
+            pair: Layer pair.
+            branch: View of the captured feature that only this pair's loss uses.
+            factor: Factor of the gradient of the pair's loss, which balanced weights do not compensate.
+        """
         figures = self._log[pair]
 
         def record_norm(gradient: Tensor) -> None:
@@ -475,7 +480,7 @@ class IsomorphismLoss(nn.Module):
         if self.balance is not None and self._map_of(pair).ready:
             if self.balance.weights.device != branch.device:
                 self.balance.to(branch.device)
-            self.balance.watch(index, branch, weight, pair.source)
+            self.balance.watch(index, branch, factor, pair.source)
 
     def _make_map(self, pair: LayerPair) -> nn.Module:
         channels = self._student.reader.channels[pair.source], self._teacher.reader.channels[pair.target]
