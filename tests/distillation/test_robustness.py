@@ -463,7 +463,7 @@ def _collected() -> Iterator[None]:
 @pytest.mark.parametrize(
     "options", [{}, {"solver": "learned", "order": 1}, {"weight": "balanced"}], ids=["moment", "learned", "balanced"]
 )
-def test_memory_is_flat_over_a_thousand_steps(options: dict[str, Any]) -> None:
+def test_memory_is_flat_over_hundreds_of_steps(options: dict[str, Any]) -> None:
     def tiny() -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(3, 6, 3, 2), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
@@ -479,7 +479,7 @@ def test_memory_is_flat_over_a_thousand_steps(options: dict[str, Any]) -> None:
     iso = IsomorphismLoss(student, teacher, "1", example=torch.zeros(1, 3, 9, 9), **options)
     optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.01)
     with iso:
-        for step in range(1001):
+        for step in range(301):
             optimizer.zero_grad()
             (student(torch.randn(4, 3, 9, 9)).square().mean() + iso()).backward()
             optimizer.step()
