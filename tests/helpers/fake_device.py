@@ -237,11 +237,17 @@ def activate() -> Iterator[None]:
         yield
 
 
-def run_on_fake_device(file: str) -> None:
-    """Run the tests of a file that use the fake device, in a process of their own; fail if one fails or is skipped."""
+def run_on_fake_device(file: str, without: str = "") -> None:
+    """Run the tests of a file that use the fake device, in a process of their own; fail if one fails or is skipped.
+
+    Args:
+        file: Test file.
+        without: Expression of pytest for tests to leave out. Default: none.
+    """
     if not AVAILABLE:
         pytest.skip("this PyTorch version cannot register a device in Python")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", NAME, file]
+    expression = f"{NAME} and not ({without})" if without else NAME
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", expression, file]
     process = subprocess.run(
         command,
         cwd=Path(file).parent,
