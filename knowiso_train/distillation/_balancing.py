@@ -102,8 +102,8 @@ class GradientBalance(KeepPrecision):
             node.register_prehook(lambda output_gradients: _separate_gradients(output_gradients, branches))
 
     def _record(self, pair: int, other_square: Tensor, pair_square: Tensor) -> None:
-        # A GradScaler's overflowed step has infinite gradients, and a pair with factor 0 an undefined square. Both means
-        # include the same passes, so that their ratio is right from the first on
+        # Infinite in an overflowed step of a GradScaler, undefined for a pair with factor 0. Both means include the
+        # same passes, so that their ratio is right from the first on
         finite = other_square.isfinite() & pair_square.to(other_square).isfinite()
         for mean, square in ((self.other_square, other_square), (self.pair_square, pair_square)):
             average = mean[pair] * BALANCE_MOMENTUM + square.to(mean) * (1 - BALANCE_MOMENTUM)
