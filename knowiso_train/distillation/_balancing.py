@@ -16,8 +16,8 @@ from knowiso_train.utils.distributed import ProcessGroup
 
 # Decay of the running mean squares, per backward pass
 BALANCE_MOMENTUM = 0.9
-# A layer whose later layers have balanced losses too receives the ratio of their gradients as well, so weights multiply
-# from pair to pair; without a bound the features collapse
+# An early layer is balanced against the losses of later layers too, so that weights multiply from pair to pair. Without
+# a bound the features collapse
 MAX_BALANCED_WEIGHT = 200.0
 # Key of the watched branches in the metadata of an autograd node; all losses share them
 METADATA_KEY = "knowiso balance"
@@ -46,18 +46,20 @@ class GradientBalance(KeepPrecision):
     `L_other` is the rest of the total loss that depends on x: task, logit distillation, pairs of later layers. Other
     balanced pairs of the same feature are excluded, since their weights would grow without bound. A loss scale
     (GradScaler) cancels. Norms are roots of running mean squares over backward passes and processes. Weights change at
-    refreshes only, are 1 before the first measurement, and at most `MAX_BALANCED_WEIGHT`.
+    refreshes, and in a compiled student in the first call with a solved map. They are 1 before, and at most
+    `MAX_BALANCED_WEIGHT`.
 
     Args:
         num_pairs: Number of layer pairs.
         ratio: Target ratio of the norms, positive.
-        fallback: Weight of pairs in a compiled student, and of those without another loss. None: the former raise, the
-            latter issue a warning and keep their weight.
+        fallback: Weight of pairs that cannot be balanced: in a compiled student, and without another loss. None: a
+            compiled student raises an error; without another loss the weight stays, with a warning.
     """
 
     weights: Tensor
     other_square: Tensor
     pair_square: Tensor
+    alone: Tensor
 
     def __init__(self, num_pairs: int, ratio: float, fallback: float | None = None) -> None:
         super().__init__()
@@ -65,6 +67,8 @@ class GradientBalance(KeepPrecision):
         self.register_buffer("weights", torch.ones(num_pairs))
         self.register_buffer("other_square", torch.zeros(num_pairs))
         self.register_buffer("pair_square", torch.zeros(num_pairs))
+        # 1 where no other loss had a gradient in the last backward pass with one of the pair
+        self.register_buffer("alone", torch.zeros(num_pairs), persistent=False)
 
     def watch(self, pair: int, branch: Tensor, factor: Tensor, layer: str) -> None:
         """Measure the gradients at a feature in the coming backward pass: through this branch, and through the rest.
@@ -84,9 +88,11 @@ class GradientBalance(KeepPrecision):
             if self.fallback is None:
                 raise OptionError(
                     f'weight="balanced" measures the gradient at {layer!r}, which is not accessible in a compiled '
-                    "student. Give a fixed weight, or compile only parts of the student outside this layer."
+                    'student. Use weight="auto", which is 100 there, or a number, or compile only parts of the student '
+                    "without this layer."
                 )
             self.weights[pair] = self.fallback
+            self.other_square[pair] = self.pair_square[pair] = self.alone[pair] = 0
             return
         gradients: list[Tensor] = []
         branch.register_hook(lambda gradient: gradients.append(gradient.detach()))  # type: ignore[no-untyped-call]
@@ -102,37 +108,38 @@ class GradientBalance(KeepPrecision):
             node.register_prehook(lambda output_gradients: _separate_gradients(output_gradients, branches))
 
     def _record(self, pair: int, other_square: Tensor, pair_square: Tensor) -> None:
-        # Infinite in an overflowed step of a GradScaler, undefined for a pair with factor 0. Both means include the
-        # same passes, so that their ratio is right from the first on
-        finite = other_square.isfinite() & pair_square.to(other_square).isfinite()
-        for mean, square in ((self.other_square, other_square), (self.pair_square, pair_square)):
-            average = mean[pair] * BALANCE_MOMENTUM + square.to(mean) * (1 - BALANCE_MOMENTUM)
-            mean[pair] = torch.where(finite.to(mean.device), average, mean[pair])
+        other, own = other_square.to(self.other_square), pair_square.to(self.pair_square)
+        # Infinite in an overflowed step of a GradScaler, undefined for a pair with factor 0
+        usable = other.isfinite() & own.isfinite() & (own > 0)
+        self.alone[pair] = torch.where(usable, (other == 0).to(self.alone), self.alone[pair])
+        # Both means include the same passes, so that their ratio is right from the first on
+        for mean, square in ((self.other_square, other), (self.pair_square, own)):
+            average = mean[pair] * BALANCE_MOMENTUM + square * (1 - BALANCE_MOMENTUM)
+            mean[pair] = torch.where(usable & (other > 0), average, mean[pair])
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute the weights from the measurements of all processes. Collective."""
         group = ProcessGroup()
         device = group.device if group.size > 1 else self.weights.device
-        squares = torch.stack([self.other_square, self.pair_square]).to(device)
-        group.sum_(squares)
-        other, own = squares.to(self.weights.device)
+        sums = torch.stack([self.other_square, self.pair_square, self.alone]).to(device)
+        group.sum_(sums)
         # Equal parts, so that the state of one process can be loaded into all
-        self.other_square.copy_(other / group.size)
-        self.pair_square.copy_(own / group.size)
-        alone = (own > 0) & (other == 0)
+        other, own, alone = sums.to(self.weights.device) / group.size
+        self.other_square.copy_(other)
+        self.pair_square.copy_(own)
+        ratio = self.ratio * (other / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
+        measured = (own > 0) & (other > 0) & (alone < 1)
+        self.weights.copy_(torch.where(measured, ratio.clamp(max=MAX_BALANCED_WEIGHT), self.weights))
         if self.fallback is not None:
-            self.weights.masked_fill_(alone, self.fallback)
-        elif bool(alone.any()):
+            self.weights.masked_fill_(alone == 1, self.fallback)
+        elif bool((alone == 1).any()):
             warn_once(
                 self,
                 'weight="balanced" has nothing to balance against: in its backward pass some paired layers get '
-                "gradients from this loss alone, so their weights do not change. Call backward() once, on the sum of "
-                "all losses, or give a fixed weight",
+                "gradients from this loss alone, so their weights do not change. Call backward() once on the sum of "
+                'all losses, or use weight="auto" or a number',
             )
-        ratio = self.ratio * (other / own.clamp(min=torch.finfo(own.dtype).tiny)).sqrt()
-        measured = (own > 0) & (other > 0)
-        self.weights.copy_(torch.where(measured, ratio.clamp(max=MAX_BALANCED_WEIGHT), self.weights))
 
 
 def _layer_node(branch: Tensor) -> tuple[Any, int]:
@@ -159,7 +166,11 @@ def _separate_gradients(output_gradients: Sequence[Tensor | None], branches: lis
         other = output_gradients[branch.output_index]
         if other is None:
             continue
-        for sibling, gradient in arrived:
-            if sibling.output_index == branch.output_index:
-                other = other - gradient
+        siblings = [gradient for sibling, gradient in arrived if sibling.output_index == branch.output_index]
+        for gradient in siblings:
+            other = other - gradient
+        if len(siblings) > 1:
+            # The sum of several gradients is rounded: a difference of that size is no gradient of another loss
+            rounding = torch.finfo(own.dtype).eps * sum(gradient.float().norm() for gradient in siblings)
+            other = torch.where(other.float().norm() > rounding, other, torch.zeros_like(other))
         branch.record(other, own)

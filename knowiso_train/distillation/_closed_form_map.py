@@ -20,8 +20,8 @@ from knowiso_train.utils.distributed import ProcessGroup
 
 # Effective samples per regressor before a closed form is used; fewer would overfit
 MIN_SAMPLES_PER_FEATURE = 10
-# Samples per regressor drawn from one batch, for 1×1 maps and for larger ones, whose moments take most of the time of
-# the loss. With half of these samples students were less accurate after one epoch, with twice as many not better
+# Samples per regressor from one batch: for 1×1 maps, and for larger maps. The moments of larger maps take most of the
+# time of the loss. Half as many samples made students less accurate after one epoch, twice as many did not help
 BATCH_SAMPLES_PER_FEATURE, BATCH_SAMPLES_PER_PATCH_FEATURE = 4, 2
 # After warm-up, one randomly chosen call in every 2 updates the moments; consecutive batches are redundant
 UPDATE_INTERVAL = 2

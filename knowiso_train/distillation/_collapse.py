@@ -130,15 +130,15 @@ class CollapseGuard:
         if state.num_collapsed >= MAX_COLLAPSED_REFRESHES:
             raise CollapseError(
                 f"{pair.source}: the student's features stay collapsed, although the weight of their loss was lowered "
-                f"to {weight:.2g}: {figures}. Restart from a checkpoint before the collapse, with a tenth of a "
-                "fixed weight= or of ratio=, or a lower learning rate"
+                f"to {weight:.2g}: {figures}. Restart from a checkpoint before the collapse, with a tenth of "
+                "weight= if it is a number, else of ratio=, or with a lower learning rate"
             )
         if pair not in self._warned:
             self._warned.add(pair)
             warnings.warn(
                 f"{pair.source}: the student's features have collapsed since the loss began: {figures}. The weight of "
-                f"their loss is lowered to {weight:.3g}, and further until they recover; restart with a lower fixed "
-                "weight= or ratio=, or a lower learning rate",
+                f"their loss is lowered to {weight:.3g}, and further until they recover; restart with a lower "
+                "weight= if it is a number, else a lower ratio=, or with a lower learning rate",
                 KnowisoWarning,
                 stacklevel=2,
             )

@@ -7,15 +7,14 @@ import warnings
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.features.modules import LayerPair
 
-MAX_UNSOLVED_CALLS = 200
-# Consecutive refreshes with a learned map that explains nothing, before the warning
-MAX_USELESS_REFRESHES = 20
+# Calls without a solved map, and calls with a learned map that explains nothing, before the warning
+MAX_UNSOLVED_CALLS = MAX_USELESS_CALLS = 200
 
 
 class InactivityDetector:
-    """Warnings of pairs without effect: in eval mode, behind frozen layers, too few samples, a map that diverges.
+    """Warnings of pairs without effect, once per pair.
 
-    Each is issued once per pair.
+    The reasons are eval mode, frozen layers, too few samples, or a learned map that explains nothing.
 
     Examples:
         >>> detector, pair = InactivityDetector(), LayerPair("layer2", "layer3")
@@ -26,7 +25,7 @@ class InactivityDetector:
 
     def __init__(self) -> None:
         self.warned: set[tuple[LayerPair, str]] = set()
-        self.num_useless: dict[LayerPair, int] = {}
+        self.useless_since: dict[LayerPair, int] = {}
 
     def check(self, pair: LayerPair, *, training: bool, solved: bool, has_gradient: bool, calls: int) -> None:
         """Warn if the loss of a pair has no effect in a call with gradient.
@@ -58,21 +57,23 @@ class InactivityDetector:
                 "Use larger batches, a layer with fewer channels or more positions, or a longer window",
             )
 
-    def check_learned_map(self, pair: LayerPair, unexplained: float) -> None:
-        """Warn if the learned map of a pair explains nothing, refresh after refresh.
+    def check_learned_map(self, pair: LayerPair, unexplained: float, calls: int) -> None:
+        """Warn if the learned map of a pair explains nothing for many calls.
 
         Args:
             pair: Layer pair.
-            unexplained: Unexplained share of the batch of a refresh.
+            unexplained: Unexplained share of the batch of this call.
+            calls: Calls in training mode so far.
         """
-        self.num_useless[pair] = self.num_useless.get(pair, 0) + 1 if unexplained >= 1 else 0
-        if self.num_useless[pair] >= MAX_USELESS_REFRESHES:
+        if unexplained < 1:
+            self.useless_since.pop(pair, None)
+        elif calls - self.useless_since.setdefault(pair, calls) >= MAX_USELESS_CALLS:
             self._warn(
                 (pair, "learned map"),
-                f"{pair.source} → {pair.target}: the learned map explains nothing, and the student gets no gradient: "
-                f"the unexplained share is at least 1 in {MAX_USELESS_REFRESHES} refreshes, now {unexplained:.3g}. "
-                "Give the parameters of the loss a lower learning rate, in a parameter group of their own, or use "
-                'solver="closed_form"',
+                f"{pair.source} → {pair.target}: the learned map explains nothing: its unexplained share is at least 1 "
+                f"since {MAX_USELESS_CALLS} calls, and is now {unexplained:.3g}. In log scale the student gets no "
+                "gradient from this pair. Put iso.parameters() into a parameter group with a lower learning rate, or "
+                'use solver="closed_form"',
             )
 
     def _warn(self, key: tuple[LayerPair, str], message: str) -> None:

@@ -11,8 +11,8 @@ from knowiso_train.utils.distributed import ProcessGroup
 
 # Summand of the share in log scale; bounds the gradient of a pair that is nearly explained
 LOG_SHARE_OFFSET = 1e-3
-# Explained share from which the student gets the whole gradient of a pair in log scale. Without this factor, weights of
-# 1,000, students without normalization and learned maps at the default weight left students with dead units
+# Explained share from which the student gets the whole gradient of a pair in log scale. Without this factor students
+# had dead units with weights of 1,000, and at a weight of 50 without normalization or with learned maps
 FULL_GRADIENT_SHARE = 0.05
 # Unexplained share above which the gradient of a learned map is bounded. With 1 maps recovered more slowly from steps
 # that were too large, with 10 they moved further away
@@ -32,14 +32,25 @@ def log_share(unexplained: Tensor) -> Tensor:
 def map_reliability(unexplained: Tensor) -> Tensor:
     """Return the factor `min(1, (1 - u) / 0.05)` of a pair's gradient, 0 where its map explains nothing.
 
-    The gradient through a map that fits the present features worse than a constant has no meaning. A student that moves
-    faster than its maps, or a map that is still untrained, thus stops the loss until the map explains something.
+    Through a map that fits the present features worse than a constant, the gradient has no meaning. The factor is 0
+    until the map explains something.
 
     Examples:
         >>> map_reliability(torch.tensor([0.0, 0.9, 0.96, 1.2]))
         tensor([1.0000, 1.0000, 0.8000, 0.0000])
     """
     return ((1 - unexplained.detach()) / FULL_GRADIENT_SHARE).clamp(0, 1)
+
+
+def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return the product with a factor that float16 may not hold, in the precision of the gradient.
+
+    Examples:
+        >>> scaled_gradient(torch.full((1,), 1e-4, dtype=torch.float16), torch.tensor(1e5)).round()
+        tensor([10.], dtype=torch.float16)
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(dtype) * factor.to(gradient.device, dtype)).to(gradient.dtype)
 
 
 def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
@@ -68,8 +79,8 @@ def separate_log_gradients(map_loss: Tensor, unexplained: Tensor, weight: Tensor
     """Return `w log(u + ε)` with the gradient of a learned map's own loss, and the factor for that of the feature.
 
     The factors w and 1 / u would change the learning rate of the map. Where u is above 3, the map's gradient is
-    multiplied by 3 / u, and thus that of 3 log u: a step that was too large is otherwise followed by larger ones
-    without end. Multiplied by the returned factor, the gradient of the feature is `w ∇u / (u + ε)`.
+    multiplied by 3 / u and equals that of 3 log u. Otherwise each step that is too large leads to a larger one.
+    Multiplied by the returned factor, the gradient of the feature is `w ∇u / (u + ε)`.
 
     Args:
         map_loss: Loss of the map, with gradient.
@@ -87,3 +98,28 @@ def separate_log_gradients(map_loss: Tensor, unexplained: Tensor, weight: Tensor
     own_loss = map_loss / divisor
     term = own_loss + (weight * log_share(unexplained) - own_loss).detach()
     return term, weight * divisor / (unexplained + LOG_SHARE_OFFSET)
+
+
+def log_term(
+    map_loss: Tensor, unexplained: Tensor, weight: Tensor, source: Tensor, learned: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted loss of a pair in log scale, and the factor of its gradient beside the weight.
+
+    The gradient of the feature is `w f ∇u / (u + ε)` with the returned factor f, see `map_reliability`.
+
+    Args:
+        map_loss: Loss of the map, with gradient.
+        unexplained: Unexplained share; without gradient if the map is learned.
+        weight: Weight w of the pair.
+        source: Feature of the student, a tensor that only this pair uses.
+        learned: Whether the map is trained by the gradient of its own loss.
+    """
+    reliability = factor = map_reliability(unexplained)
+    if learned:
+        term, log_factor = separate_log_gradients(map_loss, unexplained, weight)
+        factor = reliability * log_factor
+    else:
+        term = weight * log_share(unexplained)
+    if source.requires_grad:
+        source.register_hook(lambda gradient: scaled_gradient(gradient, factor))  # type: ignore[no-untyped-call]
+    return term, reliability

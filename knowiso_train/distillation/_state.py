@@ -31,10 +31,12 @@ def check_state(module: nn.Module, state: Any, strict: bool = True) -> None:
         and not (name.endswith("_extra_state") and isinstance(given.get(name), Tensor))
     ]
     if wrong or not isinstance(state, Mapping):
+        fixed = any(name.startswith("balance.") and name not in given for name in wrong)
+        hint = ". A state without balanced weights was saved with a fixed one: give that as weight=" if fixed else ""
         raise FormatError(
             f"expected the state of this {type(module).__name__}, got {type(state).__name__} with other entries "
             f"{wrong[:3]}. Create it with the options of the saved one; accelerate restores objects in the order of "
-            "register_for_checkpointing, which must be that of the saved run"
+            f"register_for_checkpointing, which must be that of the saved run{hint}"
         )
 
 

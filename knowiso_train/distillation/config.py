@@ -87,6 +87,11 @@ class IsomorphismLossConfig:
         weights = list(self.weight.values()) if isinstance(self.weight, Mapping) else [self.weight]
         if not all(isinstance(weight, str) or 0 <= weight < math.inf for weight in weights):
             raise OptionError(f"weights must be finite and at least 0, got {self.weight!r}")
+        if self.ratio != 1 and not isinstance(self.weight, str):
+            raise OptionError(
+                f"ratio= has no effect with weight={self.weight!r}, only with balanced weights. Multiply the weight by "
+                f"{self.ratio:g}, or leave weight= out"
+            )
 
     def check_networks(self, student: nn.Module, teacher: nn.Module, peers: Sequence[nn.Module]) -> None:
         """Check the networks of a loss.
@@ -111,13 +116,15 @@ class IsomorphismLossConfig:
             raise OptionError(f'peers= needs target="consensus", got target={self.target!r}')
 
     def pair_weights(self, pairs: Sequence[LayerPair]) -> list[float]:
-        """Return the fixed weight of every layer pair, which is also that of pairs that cannot be balanced.
+        """Return the fixed weight of every layer pair; none if the weights are balanced.
 
         Raises:
             LayerNameError: Weights by student layer that do not name every layer once.
         """
+        if isinstance(self.weight, str):
+            return []
         if not isinstance(self.weight, Mapping):
-            return [FALLBACK_WEIGHT if isinstance(self.weight, str) else float(self.weight)] * len(pairs)
+            return [float(self.weight)] * len(pairs)
         names = {pair.source for pair in pairs}
         if set(self.weight) != names:
             raise LayerNameError(

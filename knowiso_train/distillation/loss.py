@@ -20,7 +20,7 @@ from knowiso_train.distillation._maps import make_map
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
 from knowiso_train.distillation._pairs import map_inputs, pair_key, pair_label
-from knowiso_train.distillation._scale import joint_shares, log_share, map_reliability, separate_log_gradients
+from knowiso_train.distillation._scale import joint_shares, log_share, log_term
 from knowiso_train.distillation._schedule import FactorSchedule
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
 from knowiso_train.distillation._state import check_figures, check_state
@@ -71,16 +71,18 @@ class IsomorphismLoss(nn.Module):
         target: "teacher": x_T is the teacher's feature. "consensus": x_T is the part of it that `peers` reproduce, with
             `solver="closed_form"` only.
         order: Number K of non-linear steps of the learned g. Default: 0, linear.
-        kernel_size: Odd kernel size of g, in positions. "auto" (default): 3 for closed-form maps to the teacher from at
-            most 64 channels on a grid, with which students are better, and 1 otherwise.
-        scale: "log": the loss of a pair is `log(u + 1e-3)`, and 0 until the map is solved; a learned g trains on
-            `u + λ Σ p_k²`, independently of weight and schedule. The gradient at the student falls to 0 as the
-            explained share falls from 0.05 to 0. "linear": the loss is u, whose gradient
-            vanishes as u does, plus the penalty of a learned g.
+        kernel_size: Odd kernel size of g, in positions. "auto" (default): 3 for closed-form maps to the teacher if the
+            student's layer has a grid and at most 64 channels, otherwise 1. Students are better with 3.
+        scale: "log": the loss of a pair is `log(u + 1e-3)`, and 0 until the map is solved. The gradient at the student
+            falls to 0 as the explained share falls from 0.05 to 0. A learned g trains on `u + λ Σ p_k²`, independently
+            of weight and schedule, with the factor 3 / u where u > 3. "linear": the loss is u, plus the penalty of a
+            learned g. The gradient of u vanishes as u does.
         weight: Factor w of every pair, or {student layer: factor}. "auto" (default): the gradient at the student's
-            feature is `ratio` times that of the remaining loss in the same backward pass, with weights of at most 200.
-            It is 1 before the first measurement, and 100 without another loss or in a compiled student. "balanced":
-            the same, but with a warning without another loss and an error for a compiled student.
+            feature has `ratio` times the norm of that of the other losses in the same backward pass, before the factor
+            of `schedule`. Weights are at most 200, and 1 before the first measurement. In a compiled student, and for
+            pairs without another loss, w is `100 · ratio`. "balanced": a compiled student raises an error; a pair
+            without another loss keeps its weight, and a warning says so. A factor in front of the loss has no effect
+            on balanced weights.
         ratio: Gradient ratio of balanced weights, positive. Default: 1.
         schedule: Factor of all weights. "learning_rate" (default): 1 while the learning rate of the student's optimizer
             is above half of its maximum, then down to 0.02 with it. A function from call to factor, such as
@@ -182,7 +184,9 @@ class IsomorphismLoss(nn.Module):
         self._fixed_weights = self.config.pair_weights(self.pairs)
         self.balance: GradientBalance | None = None
         if isinstance(weight, str):
-            self.balance = GradientBalance(len(self.pairs), ratio, FALLBACK_WEIGHT if weight == "auto" else None)
+            self.balance = GradientBalance(
+                len(self.pairs), ratio, FALLBACK_WEIGHT * ratio if weight == "auto" else None
+            )
         self._handles: list[RemovableHandle] = []
         self._calls = 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
@@ -389,7 +393,7 @@ class IsomorphismLoss(nn.Module):
             if refresh_due or map_loss.device.type == "cpu":
                 check_finite(pair, map_loss, feature, target, self._calls)
             if update and refresh_due and self.config.solver == "learned":
-                self._inactivity.check_learned_map(pair, float(self._unexplained(pair, map_loss).detach()))
+                self._inactivity.check_learned_map(pair, float(self._unexplained(pair, map_loss).detach()), self._calls)
             if torch.is_grad_enabled():
                 self._inactivity.check(
                     pair,
@@ -435,15 +439,11 @@ class IsomorphismLoss(nn.Module):
         """Return the weighted loss of one pair in the scale of the options, and keep its figures for `log`."""
         pair = self.pairs[index]
         map_ = self._map_of(pair)
-        loss = map_loss if self.config.scale == "linear" else log_share(unexplained)
-        term, reliability = weight * loss, torch.ones_like(weight)
         if self.config.scale == "log":
-            factor = reliability = map_reliability(unexplained)
-            if _is_trained(map_):
-                term, log_factor = separate_log_gradients(map_loss, unexplained, weight)
-                factor = reliability * log_factor
-            if source.requires_grad:
-                source.register_hook(lambda gradient: gradient * factor.to(gradient))  # type: ignore[no-untyped-call]
+            loss = log_share(unexplained)
+            term, factor = log_term(map_loss, unexplained, weight, source, _is_trained(map_))
+        else:
+            loss, term, factor = map_loss, weight * map_loss, torch.ones_like(weight)
         missing = torch.full_like(unexplained.detach(), 0.0 if map_.ready else math.nan)
         self._log[pair] = {
             "ready": torch.full_like(missing, float(map_.ready)),
@@ -452,7 +452,7 @@ class IsomorphismLoss(nn.Module):
             "weight": weight.detach(),
         }
         if branch is not None and branch.requires_grad:
-            self._record_gradient(index, pair, branch, weight.detach() * reliability)
+            self._record_gradient(index, pair, branch, weight.detach() * factor)
         return term
 
     def _weight(self, index: int, like: Tensor, factor: float) -> Tensor:

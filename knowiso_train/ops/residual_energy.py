@@ -27,8 +27,9 @@ def residual_energy(
     """Return `Σ w_c (y - conv(x, weight) - bias)²` over images, channels and positions.
 
     The residual is computed in chunks, and the gradients with it in the forward pass. The tensors kept for the backward
-    pass are therefore as large as x, weight and bias, not as the residual. Half precision is summed in float32; a
-    bfloat16 source is multiplied in bfloat16 if the map has no gradient. y and the channel weights get no gradient.
+    pass are therefore as large as x, weight and bias, not as the residual. Half precision is summed in float32. A
+    bfloat16 source is multiplied in bfloat16 by a map over neighbors without gradient. y and the channel weights get no
+    gradient.
 
     Args:
         x: Source, (N, C, H, W).
@@ -105,9 +106,11 @@ def _energy_in_chunks(
     of_bias: bool,
 ) -> EnergyTerms:
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    # A map without gradient is rounded as a bfloat16 source is, since products are then two to three times as fast on a
-    # CPU. The error of the gradient is of the size of that by the rounding of the source
+    # If a map over neighbors needs no gradient, it is rounded to bfloat16 as the source is. Products are then two to
+    # three times as fast on a CPU with bfloat16 units. The additional error is of the size of that from rounding the
+    # source. Maps of one position are not rounded, since their bias belongs to the exact map
     rounded = x.dtype == torch.bfloat16 and dtype == torch.float32 and not (of_weight or of_bias)
+    rounded = rounded and weight.shape[-1] > 1
     product_dtype = torch.bfloat16 if rounded else dtype
     kernel, shift = weight.to(product_dtype), None if bias is None else bias.to(product_dtype)
     total = torch.zeros((), dtype=dtype, device=x.device)

@@ -38,6 +38,11 @@ def trained(form: str, layer: str = "3") -> IsomorphismLoss:
     return iso
 
 
+def test_the_state_of_a_fixed_weight_names_the_option() -> None:
+    with pytest.raises(FormatError, match=r"saved with a fixed one: give that as weight="):
+        trained("closed_form").load_state_dict(trained("fixed").state_dict())
+
+
 def is_unchanged(iso: IsomorphismLoss, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in iso.state_dict().items())
 

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.distillation import IsomorphismLoss
-from knowiso_train.distillation import loss as loss_module
+from knowiso_train.distillation import IsomorphismLoss, _scale
 from knowiso_train.distillation._balancing import MAX_BALANCED_WEIGHT
 from knowiso_train.distillation._collapse import COLLAPSED_CHANGE, COLLAPSED_REFRESHES
 from knowiso_train.distillation.config import FALLBACK_WEIGHT
@@ -64,7 +63,7 @@ def test_the_log_gradient_is_that_of_the_share_divided_by_the_share(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The learned map is untrained here and explains nothing
-    monkeypatch.setattr(loss_module, "map_reliability", torch.ones_like)
+    monkeypatch.setattr(_scale, "map_reliability", torch.ones_like)
     student = built(1)
     linear, log = (
         solved(student, {**options, "scale": scale, "weight": weight})

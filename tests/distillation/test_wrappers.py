@@ -141,6 +141,31 @@ def test_balancing_in_a_separate_backward_keeps_the_weight(weight: Any) -> None:
     assert iso.log()["iso/train/3/weight"] == (FALLBACK_WEIGHT if weight == "auto" else 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pairs_of_one_layer_without_another_loss_keep_the_fixed_weight(dtype: torch.dtype) -> None:
+    student = built(1)
+    iso = IsomorphismLoss(student, built(2), [("3", "3"), ("3", "1")], refresh=2)
+    with iso:
+        for _ in range(12):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                student(torch.randn(16, 3, 8, 8))
+            iso().backward()
+    assert [value for name, value in iso.log().items() if "weight" in name] == [FALLBACK_WEIGHT] * 2
+
+
+def test_a_loss_that_becomes_the_only_one_has_the_fixed_weight() -> None:
+    student = built(1)
+    iso = IsomorphismLoss(student, built(2), ["3"], refresh=2, ratio=0.5)
+    weights = []
+    with iso:
+        for step in range(30):
+            output = student(torch.randn(16, 3, 8, 8))
+            loss = iso() + (F.cross_entropy(output, torch.randint(5, (16,))) if step < 15 else 0)
+            loss.backward()
+            weights.append(iso.log()["iso/train/3/weight"])
+    assert weights[14] != weights[-1] == 0.5 * FALLBACK_WEIGHT
+
+
 def test_missing_logits_raise() -> None:
     with pytest.raises(InputTypeError, match="teacher_logits must be a tensor"):
         kd_loss(torch.zeros(2, 3), None)  # type: ignore[arg-type]
