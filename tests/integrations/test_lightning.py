@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train import IsomorphismCallback, IsomorphismLoss, measure
 from knowiso_train.errors import FormatError
-from tests.helpers.hooks import own_hooks
+from tests.helpers.training import count_hooks
 
 SHARE = "iso/val/{0}-to-{0}/share"
 LINEAR: dict[str, Any] = {"scale": "linear", "weight": 1.0}
@@ -109,7 +109,7 @@ class TestLightning:
             module, tmp_path, 5, accumulate_grad_batches=1, limit_val_batches=2, num_sanity_val_steps=1
         )
         trainer.fit(module, self.images(), self.images())
-        assert own_hooks(module.student, module.held[0].teacher) == 0
+        assert count_hooks(module.student, module.held[0].teacher) == 0
         assert [measured.step for measured in monitor.history] == [2, 4, 5]
 
         student, teacher = self.network(1), self.network(2)
@@ -183,7 +183,7 @@ class TestLightning:
         trainer, _ = self.trainer(module, tmp_path, 5)
         with pytest.raises(ZeroDivisionError, match="third step"):
             trainer.fit(module, self.images())
-        assert own_hooks(module.student, module.held[0].teacher) == 0
+        assert count_hooks(module.student, module.held[0].teacher) == 0
 
     def test_ddp_leaves_a_registered_loss_alone(self, tmp_path: Path) -> None:
         module = self.module("learned", registered=True)
@@ -225,7 +225,7 @@ class TestLightning:
         trainer.fit(module)
         assert trainer.global_step == 4
         assert [measured.step for measured in monitor.history] == [2, 4]
-        assert own_hooks(module.student, module.held[0].teacher) == 0
+        assert count_hooks(module.student, module.held[0].teacher) == 0
 
     def test_the_teacher_moves_to_the_device_of_the_module(self) -> None:
         module = self.module("closed_form", registered=True)
@@ -238,4 +238,4 @@ class TestLightning:
         module.held[0].attach()
         trainer, _ = self.trainer(module, tmp_path, 2)
         trainer.fit(module, self.images())
-        assert own_hooks(module.student, module.held[0].teacher) == 0
+        assert count_hooks(module.student, module.held[0].teacher) == 0

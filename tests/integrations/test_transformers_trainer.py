@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train import IsomorphismCallback, IsomorphismLoss, measure
 from knowiso_train.errors import DataError, OptionError
-from tests.helpers.hooks import own_hooks
+from tests.helpers.training import count_hooks
 
 SHARE = "iso/val/{0}-to-{0}/share"
 LINEAR: dict[str, Any] = {"scale": "linear", "weight": 1.0}
@@ -107,7 +107,7 @@ class TestTransformers:
         )
         trainer.train()
         handle.remove()
-        assert own_hooks(trainer.iso.student, trainer.iso.teacher) == 0
+        assert count_hooks(trainer.iso.student, trainer.iso.teacher) == 0
 
         by_first = {float(entry["pixel_values"].flatten()[0]): entry for entry in self.images()}
         student, teacher = self.network(1), self.network(2)
@@ -191,7 +191,7 @@ class TestTransformers:
             Mine(model=student, args=args, train_dataset=self.images(), callbacks=callbacks).train(
                 resume_from_checkpoint=resumed
             )
-            assert own_hooks(student, teacher) == 0
+            assert count_hooks(student, teacher) == 0
             assert monitor.steps == steps
         assert [measured.metrics for measured in monitor.history] == [
             measured.metrics for measured in self.monitor(first).history
@@ -212,7 +212,7 @@ class TestTransformers:
         ]
         with pytest.raises(ValueError, match="channel"):
             trainer.train()
-        assert own_hooks(trainer.iso.student, trainer.iso.teacher) == 0
+        assert count_hooks(trainer.iso.student, trainer.iso.teacher) == 0
 
     def test_the_teacher_moves_to_the_device_of_the_trainer(self, tmp_path: Path) -> None:
         trainer = self.trainer(tmp_path)
