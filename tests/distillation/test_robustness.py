@@ -240,11 +240,15 @@ def test_the_default_weight_of_a_compiled_student_is_fixed() -> None:
     iso = ready("moment", student, network("resnet18", 2), "layer2", refresh=1, weight="auto")
     torch.compiler.reset()
     compiled = torch.compile(student, backend="aot_eager")
+    weights = []
     with iso:
-        for call in range(2):
-            (F.cross_entropy(compiled(batch(call)), torch.arange(IMAGES)) + iso()).backward()
+        for call in range(6):
+            run = compiled if call > 2 else student
+            (F.cross_entropy(run(batch(call)), torch.arange(IMAGES)) + iso()).backward()
+            weights.append(iso.log()["iso/train/layer2/weight"])
     torch.compiler.reset()
-    assert iso.log()["iso/train/layer2/weight"] == FALLBACK_WEIGHT
+    assert 0 < weights[2] < FALLBACK_WEIGHT  # balanced
+    assert weights[4:] == [FALLBACK_WEIGHT] * 2
 
 
 def test_attaching_after_the_first_compiled_call_raises() -> None:
