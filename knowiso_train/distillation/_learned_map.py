@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowiso_train.disentangle.paper import PaperMaps
 from knowiso_train.distillation._feature_map import MIN_RELATIVE_STD, FeatureMap, warn_once
@@ -119,3 +119,8 @@ class LearnedMap(FeatureMap):
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
         self.ready = bool(0 < self.spread < math.inf)
+
+
+def is_trained(map_: nn.Module) -> bool:
+    """Return whether a map is learned and its scales are known; before, it returns 0 without its penalty."""
+    return isinstance(map_, LearnedMap) and map_.ready

@@ -15,7 +15,7 @@ from knowiso_train.distillation._balancing import GradientBalance
 from knowiso_train.distillation._collapse import CollapseGuard
 from knowiso_train.distillation._diagnostics import InactivityDetector
 from knowiso_train.distillation._feature_map import check_finite
-from knowiso_train.distillation._learned_map import LearnedMap
+from knowiso_train.distillation._learned_map import is_trained
 from knowiso_train.distillation._maps import make_map
 from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
@@ -431,7 +431,7 @@ class IsomorphismLoss(nn.Module):
     def _unexplained(self, pair: LayerPair, map_loss: Tensor) -> Tensor:
         """Return the unexplained share of a pair: its loss, without the penalty and the gradient of a learned map."""
         map_ = self._map_of(pair)
-        return map_loss.detach() - map_.gate_penalty().to(map_loss) if _is_trained(map_) else map_loss
+        return map_loss.detach() - map_.gate_penalty().to(map_loss) if is_trained(map_) else map_loss
 
     def _term(
         self, index: int, source: Tensor, map_loss: Tensor, unexplained: Tensor, weight: Tensor, branch: Tensor | None
@@ -441,7 +441,7 @@ class IsomorphismLoss(nn.Module):
         map_ = self._map_of(pair)
         if self.config.scale == "log":
             loss = log_share(unexplained)
-            term, factor = log_term(map_loss, unexplained, weight, source, _is_trained(map_))
+            term, factor = log_term(map_loss, unexplained, weight, source, is_trained(map_))
         else:
             loss, term, factor = map_loss, weight * map_loss, torch.ones_like(weight)
         missing = torch.full_like(unexplained.detach(), 0.0 if map_.ready else math.nan)
@@ -499,8 +499,3 @@ class IsomorphismLoss(nn.Module):
         self._student.clear()
         for taps in self._all_taps():
             taps.clear()
-
-
-def _is_trained(map_: nn.Module) -> bool:
-    """Return whether a map is learned and its scales are known; before, it returns 0 without its penalty."""
-    return isinstance(map_, LearnedMap) and map_.ready
