@@ -171,8 +171,8 @@ class IsomorphismLoss(nn.Module):
         teacher_layers = list(dict.fromkeys(pair.target for pair in self.pairs))
         self.teacher_output: Any = None
         # Plain objects in place of submodules: student, teacher and peers are not registered
-        networks = (student, [pair.source for pair in self.pairs]), (teacher, teacher_layers)
-        student_sides, teacher_sides = sides_of_networks(at, networks)
+        sources = [pair.source for pair in self.pairs]
+        student_sides, teacher_sides = sides_of_networks(at, ((student, sources), (teacher, teacher_layers)))
         self._student = StudentCapture(student, self.pairs, layout, repeated, student_sides)
         self._teacher = FrozenModel(
             teacher, teacher_layers, "teacher", teacher_transform, teacher_forward, layout, repeated, teacher_sides
@@ -316,10 +316,8 @@ class IsomorphismLoss(nn.Module):
             for pair, values in self._log.items()
             for name, value in values.items()
         }
-        if not figures:
-            return {}
-        values = torch.stack([value.detach().float().cpu() for value in figures.values()]).tolist()
-        return dict(zip(figures, values, strict=True))
+        values = [value.detach().float().cpu() for value in figures.values()]
+        return dict(zip(figures, torch.stack(values).tolist(), strict=True)) if values else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore the state of `state_dict`, with which a training resumes.
