@@ -31,8 +31,10 @@ class ConsensusMap(KeepPrecision):
         target_channels: Channels C_T of the teacher.
         peer_channels: Channels C_P of all peers together.
         kernel_size: Odd kernel size k of both maps.
-        name, ridge, refresh, window: As for `ClosedFormMap`. The peers' map has a small ridge, and moments without a
-            window.
+        name: Layer pair, for messages.
+        refresh: Calls between solves of both maps.
+        **options: Ridge and window of the student's map, see `ClosedFormMap`. The peers' map has a small ridge, and
+            moments without a window.
 
     Shape:
         x (N, C_S, H, W), y (N, C_T, H, W), peers (N, C_P, H, W) → scalar.
@@ -46,9 +48,8 @@ class ConsensusMap(KeepPrecision):
         kernel_size: int = 1,
         *,
         name: str = "",
-        ridge: float = 1e-3,
         refresh: int = 10,
-        window: float | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.kernel_size = kernel_size
@@ -62,7 +63,7 @@ class ConsensusMap(KeepPrecision):
             window=math.inf,
         )
         self.student = ClosedFormMap(
-            source_channels, target_channels, kernel_size, name=name, ridge=ridge, refresh=refresh, window=window
+            source_channels, target_channels, kernel_size, name=name, refresh=refresh, **options
         )
         self.frozen = False
 
