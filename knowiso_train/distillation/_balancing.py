@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from knowiso_train.distillation._feature_map import warn_once
+from knowiso_train.distillation._scale import gradient_norm
+from knowiso_train.distillation.config import DEFAULT_RATIO, FALLBACK_WEIGHT, IsomorphismLossConfig
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import KeepPrecision
 from knowiso_train.utils.distributed import ProcessGroup
@@ -88,8 +90,8 @@ class GradientBalance(KeepPrecision):
             if self.fallback is None:
                 raise OptionError(
                     f'weight="balanced" measures the gradient at {layer!r}, which is not accessible in a compiled '
-                    'student. Use weight="auto", which is 100 there, or a number, or compile only parts of the student '
-                    "without this layer."
+                    'student. Use weight="auto", which is fixed there, or a number, or compile only parts of the '
+                    "student without this layer."
                 )
             self.weights[pair] = self.fallback
             self.other_square[pair] = self.pair_square[pair] = self.alone[pair] = 0
@@ -99,8 +101,8 @@ class GradientBalance(KeepPrecision):
 
         def record(other: Tensor, own: Tensor) -> None:
             # `own` is the gradient of factor · L_pair
-            pair_square = own.float().square().sum() / factor.to(own.device).square()
-            self._record(pair, other.float().square().sum(), pair_square)
+            pair_norm = gradient_norm(own).float() / factor.to(own.device)
+            self._record(pair, gradient_norm(other).float().square(), pair_norm.square())
 
         branches: list[_Branch] = node.metadata.setdefault(METADATA_KEY, [])
         branches.append(_Branch(output_index, gradients, record))
@@ -142,6 +144,14 @@ class GradientBalance(KeepPrecision):
             )
 
 
+def make_balance(config: IsomorphismLossConfig, num_pairs: int) -> GradientBalance | None:
+    """Return the balance of the options' weights; None: fixed weights."""
+    if not isinstance(config.weight, str):
+        return None
+    fallback = FALLBACK_WEIGHT * config.ratio / DEFAULT_RATIO if config.weight == "auto" else None
+    return GradientBalance(num_pairs, config.ratio, fallback)
+
+
 def _layer_node(branch: Tensor) -> tuple[Any, int]:
     """Return the autograd node that computed a layer's output, and the index among the node's outputs.
 
@@ -171,6 +181,6 @@ def _separate_gradients(output_gradients: Sequence[Tensor | None], branches: lis
             other = other - gradient
         if len(siblings) > 1:
             # The sum of several gradients is rounded: a difference of that size is no gradient of another loss
-            rounding = torch.finfo(own.dtype).eps * sum(gradient.float().norm() for gradient in siblings)
-            other = torch.where(other.float().norm() > rounding, other, torch.zeros_like(other))
+            rounding = torch.finfo(own.dtype).eps * sum(gradient_norm(gradient) for gradient in siblings)
+            other = torch.where(gradient_norm(other) > rounding, other, torch.zeros_like(other))
         branch.record(other, own)

@@ -1,4 +1,4 @@
-"""Names of layer pairs, and the inputs of their maps."""
+"""Layer pairs: names, checks of their grids, and the inputs of their maps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from knowiso_train.distillation._networks import StudentBatch
-from knowiso_train.features.extractor import align
+from knowiso_train.distillation._student import StudentBatch
+from knowiso_train.features.extractor import FeatureReader, align, check_line
 from knowiso_train.features.modules import LayerPair, metric_name
 
 
@@ -49,3 +49,17 @@ def map_inputs(
         raise batch.padding.misfit_error({pair.source: source_grid, pair.target: grid})
     # (N, C, H, W) → (1, C, 1, P) of the P valid positions
     return [batch.padding.rows(part).T[None, :, None] for part in inputs]
+
+
+def check_grids(
+    pair: LayerPair, feature: Tensor, target: Tensor, student: FeatureReader, teacher: FeatureReader
+) -> None:
+    """Check that both features of a pair have a grid, or both are lines, or one of them is a single position.
+
+    Raises:
+        LayoutError: A line on one side, a feature map on the other.
+    """
+    sides = (("student", student, pair.source, feature, target), ("teacher", teacher, pair.target, target, feature))
+    for role, reader, name, line, other in sides:
+        if name in reader.lines:
+            check_line(line, other, f"{role}: layer {name!r}")

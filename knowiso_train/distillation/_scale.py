@@ -53,6 +53,18 @@ def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient.to(dtype) * factor.to(gradient.device, dtype)).to(gradient.dtype)
 
 
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """Return the norm of a gradient in at least float32.
+
+    Examples:
+        >>> gradient_norm(torch.full((4,), 300.0, dtype=torch.float16))
+        tensor(600.)
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
+    return norm
+
+
 def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """Return the mean shares of all processes, each with the gradient of this process's own share. Collective.
 

@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.distillation._networks import FrozenModel, StudentCapture
+from knowiso_train.distillation._frozen_networks import FrozenModel
+from knowiso_train.distillation._student import StudentCapture
 from knowiso_train.errors import CaptureError, KnowisoError, OptionError, OptionTypeError
 from knowiso_train.features.modules import is_sharded, runnable_model
 from knowiso_train.features.state import device_of, preserve_state

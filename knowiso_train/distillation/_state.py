@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from knowiso_train.errors import FormatError
 
 
-def check_state(module: nn.Module, state: Any, strict: bool = True) -> None:
+def check_state(module: nn.Module, state: Any, strict: bool, num_old_figures: int) -> None:
     """Check that a state is one of this module, before anything of it is loaded.
 
     Args:
-        module: Module that is to load the state.
+        module: Module that is to load the state, whose extra state is a vector of figures.
         state: Mapping from names to tensors.
         strict: Refuse missing and additional names too, and not only tensors of other shapes.
+        num_old_figures: Largest number of figures of older versions.
 
     Raises:
-        FormatError: Other names or shapes.
+        FormatError: Other names or shapes, or figures of another number of layer pairs.
     """
     expected, given = module.state_dict(), state if isinstance(state, Mapping) else {}
     names = [name for name in {**expected, **given} if (name in expected and name in given) or strict]
@@ -38,23 +39,11 @@ def check_state(module: nn.Module, state: Any, strict: bool = True) -> None:
             f"{wrong[:3]}. Create it with the options of the saved one; accelerate restores objects in the order of "
             f"register_for_checkpointing, which must be that of the saved run{hint}"
         )
-
-
-def check_figures(given: Any, present: Tensor, num_old: int) -> None:
-    """Check the number of figures that a loss saves beside its maps, before anything of the state is loaded.
-
-    Args:
-        given: Figures of the state. None: it has none.
-        present: Figures of the loss that is to load them.
-        num_old: Largest number of figures of older versions.
-
-    Raises:
-        FormatError: Figures of another number of layer pairs.
-    """
-    if isinstance(given, Tensor) and num_old < len(given) != len(present):
+    figures, num_figures = given.get("_extra_state"), len(expected["_extra_state"])
+    if isinstance(figures, Tensor) and num_old_figures < len(figures) != num_figures:
         raise FormatError(
-            f"expected the state of a loss with the same layer pairs, which has {len(present)} figures beside those of "
-            f"the maps, got {len(given)}. Create the loss with the layers of the saved one"
+            f"expected the state of a loss with the same layer pairs, which has {num_figures} figures beside those of "
+            f"the maps, got {len(figures)}. Create the loss with the layers of the saved one"
         )
 
 

@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from knowiso_train.distillation._balancing import GradientBalance
+from knowiso_train.distillation._balancing import make_balance
 from knowiso_train.distillation._collapse import CollapseGuard
 from knowiso_train.distillation._diagnostics import InactivityDetector
 from knowiso_train.distillation._feature_map import check_finite
+from knowiso_train.distillation._frozen_networks import FrozenModel, freeze_peers
 from knowiso_train.distillation._learned_map import is_trained
 from knowiso_train.distillation._maps import make_map
-from knowiso_train.distillation._networks import FrozenModel, StudentBatch, StudentCapture, check_grids, freeze_peers
 from knowiso_train.distillation._outputs import connect_outputs
-from knowiso_train.distillation._pairs import map_inputs, pair_key, pair_label
-from knowiso_train.distillation._scale import joint_shares, log_share, log_term
+from knowiso_train.distillation._pairs import check_grids, map_inputs, pair_key, pair_label
+from knowiso_train.distillation._scale import gradient_norm, joint_shares, log_share, log_term
 from knowiso_train.distillation._schedule import FactorSchedule
 from knowiso_train.distillation._shape_inference import Example, infer_shapes
-from knowiso_train.distillation._state import check_figures, check_state
+from knowiso_train.distillation._state import check_state
+from knowiso_train.distillation._student import StudentBatch, StudentCapture
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
+    DEFAULT_RATIO,
     DEFAULT_RIDGE,
-    FALLBACK_WEIGHT,
     IsomorphismLossConfig,
     Repeated,
     Scale,
@@ -140,7 +141,7 @@ class IsomorphismLoss(nn.Module):
         kernel_size: int | Literal["auto"] = "auto",
         scale: Scale = "log",
         weight: Weight = "auto",
-        ratio: float = 1.0,
+        ratio: float = DEFAULT_RATIO,
         schedule: Schedule = "learning_rate",
         teacher_transform: Transform | None = None,
         teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
@@ -182,11 +183,7 @@ class IsomorphismLoss(nn.Module):
 
         self.maps = nn.ModuleDict({pair_key(pair): self._make_map(pair) for pair in self.pairs})
         self._fixed_weights = self.config.pair_weights(self.pairs)
-        self.balance: GradientBalance | None = None
-        if isinstance(weight, str):
-            self.balance = GradientBalance(
-                len(self.pairs), ratio, FALLBACK_WEIGHT * ratio if weight == "auto" else None
-            )
+        self.balance = make_balance(self.config, len(self.pairs))
         self._handles: list[RemovableHandle] = []
         self._calls = 0
         self._log: dict[LayerPair, dict[str, Tensor]] = {}
@@ -203,6 +200,11 @@ class IsomorphismLoss(nn.Module):
     def teacher(self) -> nn.Module:
         """Frozen reference network."""
         return self._teacher.model
+
+    @property
+    def peers(self) -> tuple[nn.Module, ...]:
+        """Frozen peers of `target="consensus"`."""
+        return tuple(peer.network.model for peer in self._peers)
 
     @property
     def kernel_sizes(self) -> dict[LayerPair, int]:
@@ -325,9 +327,8 @@ class IsomorphismLoss(nn.Module):
         Raises:
             FormatError: The state of another object or of a loss with other options. The loss was not modified.
         """
-        check_state(self, state_dict, strict)
         # Versions before the detection of collapses saved at most the figures of the schedule
-        check_figures(state_dict.get("_extra_state"), self.get_extra_state(), 1 + len(self._schedule.state()))
+        check_state(self, state_dict, strict, num_old_figures=1 + len(self._schedule.state()))
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:
@@ -372,18 +373,17 @@ class IsomorphismLoss(nn.Module):
         """Return the weighted sum of the pairs' losses, and count the call."""
         update = self.training and torch.is_grad_enabled()
         refresh_due = self._calls % self.config.refresh == 0
-        if update and refresh_due and self.balance is not None:
-            self.balance.refresh()
         if update and refresh_due:
             self.input_moments.add(batch.input.images)
+            if self.balance is not None:
+                self.balance.refresh()
         sources: list[Tensor] = []
         losses: list[Tensor] = []
         for index, pair in enumerate(self.pairs):
-            feature, target = batch.features[index], targets[pair.target]
+            map_, feature, target = self._map_of(pair), batch.features[index], targets[pair.target]
             check_grids(pair, feature, target, self._student.reader, self._teacher.reader)
-            inputs = map_inputs(
-                batch, pair, feature, [target, *(peer[pair.target] for peer in peers)], self._map_of(pair).kernel_size
-            )
+            others = [target, *(peer[pair.target] for peer in peers)]
+            inputs = map_inputs(batch, pair, feature, others, map_.kernel_size)
             map_loss = self._map_loss(pair, inputs, update)
             sources.append(inputs[0])
             losses.append(map_loss)
@@ -396,7 +396,7 @@ class IsomorphismLoss(nn.Module):
                 self._inactivity.check(
                     pair,
                     training=self.training,
-                    solved=self._map_of(pair).ready,
+                    solved=map_.ready,
                     has_gradient=feature.requires_grad,
                     calls=self._calls,
                 )
@@ -471,8 +471,7 @@ class IsomorphismLoss(nn.Module):
         figures = self._log[pair]
 
         def record_norm(gradient: Tensor) -> None:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            figures["grad_norm"] = torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
+            figures["grad_norm"] = gradient_norm(gradient)
 
         branch.register_hook(record_norm)  # type: ignore[no-untyped-call]
         if self.balance is not None and self._map_of(pair).ready:

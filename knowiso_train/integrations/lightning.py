@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import FormatError, MissingDependencyError
-from knowiso_train.features.state import device_of
+from knowiso_train.integrations._placement import move_frozen_networks
 
 try:
     from lightning.pytorch import Callback
@@ -80,8 +78,7 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         if self.iso is not None and stage == "fit" and not self.iso.attached:
             device = trainer.strategy.root_device
             self.iso.to(device).attach()
-            if device_of(self.iso.teacher) == torch.device("cpu"):  # the teacher is not a submodule
-                self.iso.teacher.to(device)
+            move_frozen_networks(self.iso, device)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Connect the measurements to the loggers."""

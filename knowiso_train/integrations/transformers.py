@@ -11,7 +11,7 @@ from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
 from knowiso_train.errors import DataError, MissingDependencyError, OptionError
 from knowiso_train.features import unwrap_model
-from knowiso_train.features.state import device_of
+from knowiso_train.integrations._placement import move_frozen_networks
 from knowiso_train.utils.serialization import read_json, read_tensors, write_json, write_tensors
 
 try:
@@ -47,7 +47,7 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
         self.folder: str | Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Restore the states of a resumed training, move a teacher on the CPU to the device, and register the hooks."""
+        """Restore the states of a resumed training, move teacher and peers off the CPU, and register the hooks."""
         for part in (self.iso, self.monitor):
             if part is not None and model is not None and unwrap_model(model) is not unwrap_model(part.student):
                 raise OptionError(
@@ -57,10 +57,10 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
         if state.global_step > 0:
             default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._load(Path(self.folder or args.resume_from_checkpoint or default))
-        if self.iso is not None and device_of(self.iso.teacher) == torch.device("cpu"):  # not a submodule of the loss
-            self.iso.teacher.to(args.device)
-        if self.iso is not None and not self.iso.attached:
-            self.iso.attach()
+        if self.iso is not None:
+            move_frozen_networks(self.iso, args.device)
+            if not self.iso.attached:
+                self.iso.attach()
 
     def on_step_begin(self, *events: Any, **more: Any) -> None:
         """Clear the gradients of the loss's parameters; the Trainer clears only those of its model."""

@@ -34,6 +34,8 @@ def patch_rows(x: Tensor, kernel_size: int, positions: Tensor | None = None) -> 
     """
     _, _, height, width = x.shape
     rows = x.permute(0, 2, 3, 1)
+    if positions is not None:
+        return _rows_at(rows, kernel_size, positions)
     if kernel_size > 1:
         margin = kernel_size // 2
         rows = F.pad(rows, (0, 0, margin, margin, margin, margin)).contiguous()
@@ -41,10 +43,22 @@ def patch_rows(x: Tensor, kernel_size: int, positions: Tensor | None = None) -> 
         rows = torch.cat(
             [rows[:, i : i + height, j : j + width] for i in range(kernel_size) for j in range(kernel_size)], dim=-1
         )
-    rows = rows.flatten(1, 2)
-    if positions is not None:
-        rows = rows.gather(1, positions.unsqueeze(2).expand(-1, -1, rows.shape[2]))
-    return rows.reshape(-1, rows.shape[2])
+    return rows.reshape(-1, rows.shape[3])
+
+
+def _rows_at(x: Tensor, kernel_size: int, positions: Tensor) -> Tensor:
+    """Return the patches of (N, H, W, C) at positions (N, P), without those of other positions."""
+    height, width, margin = x.shape[1], x.shape[2], kernel_size // 2
+    if margin:
+        x = F.pad(x, (0, 0, margin, margin, margin, margin))
+    # Index of the first cell of each patch in the padded grids of all images, one after another
+    padded_width = width + 2 * margin
+    image = torch.arange(len(x), device=x.device)[:, None] * ((height + 2 * margin) * padded_width)
+    first = image + positions // width * padded_width + positions % width
+    side = torch.arange(kernel_size, device=x.device)
+    cells = (side[:, None] * padded_width + side).flatten()
+    rows = x.reshape(-1, x.shape[3]).index_select(0, (first[..., None] + cells).flatten())
+    return rows.view(-1, len(cells) * x.shape[3])
 
 
 def gather_patches(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:

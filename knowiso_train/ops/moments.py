@@ -30,7 +30,9 @@ from knowiso_train.ops.linalg import chunk_slices, mirror_triangle, triangle_ban
 
 # Bytes of samples in memory at once on a CPU, about the cache of a core; at least as much as the sums they are added to
 MOMENTS_CHUNK_BYTES = 2**20
-MIN_GPU_BAND_COLUMNS, MAX_GPU_BANDS = 512, 4  # of the upper triangle of a symmetric product
+# Bands of the upper triangle of a symmetric product: narrower ones save products, wider ones keep the device busy
+MIN_CPU_BAND_COLUMNS, MAX_CPU_BANDS = 128, 8
+MIN_GPU_BAND_COLUMNS, MAX_GPU_BANDS = 512, 4
 MomentTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Window = tuple[slice, slice]
 
@@ -119,9 +121,10 @@ def _explicit_moments(x: Tensor, y: Tensor, kernel_size: int) -> MomentTensors:
 
 
 def _bands(columns: int, device: torch.device) -> list[slice]:
-    """Return the bands of a symmetric product: one on a CPU, more on a GPU if they are wide enough to keep it busy."""
-    band = columns if device.type == "cpu" else max(MIN_GPU_BAND_COLUMNS, -(-columns // MAX_GPU_BANDS))
-    return triangle_bands(columns, band)
+    """Return the bands of a symmetric product, which need about half of the products of all columns."""
+    cpu = device.type == "cpu"
+    min_columns, max_bands = (MIN_CPU_BAND_COLUMNS, MAX_CPU_BANDS) if cpu else (MIN_GPU_BAND_COLUMNS, MAX_GPU_BANDS)
+    return triangle_bands(columns, max(min_columns, -(-columns // max_bands)))
 
 
 class _ImplicitPatches:

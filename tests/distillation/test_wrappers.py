@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from knowiso_train.distillation import IsomorphismLoss, kd_loss
-from knowiso_train.distillation.config import FALLBACK_WEIGHT
+from knowiso_train.distillation.config import DEFAULT_RATIO, FALLBACK_WEIGHT
 from knowiso_train.errors import CaptureError, InputTypeError, KnowisoWarning, LayoutError, OptionError
 from knowiso_train.features import FeatureTaps
 from tests.helpers.small_networks import built
@@ -163,7 +163,7 @@ def test_a_loss_that_becomes_the_only_one_has_the_fixed_weight() -> None:
             loss = iso() + (F.cross_entropy(output, torch.randint(5, (16,))) if step < 15 else 0)
             loss.backward()
             weights.append(iso.log()["iso/train/3/weight"])
-    assert weights[14] != weights[-1] == 0.5 * FALLBACK_WEIGHT
+    assert weights[14] != weights[-1] == FALLBACK_WEIGHT * 0.5 / DEFAULT_RATIO
 
 
 def test_missing_logits_raise() -> None:

@@ -138,7 +138,7 @@ def test_implicit_patches_equal_the_reference_to_rounding(grid: tuple[int, int],
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_explicit_patches_in_bands_equal_the_reference(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
-    """GPUs use this form."""
+    """GPUs, and maps of one position, use this form."""
     module = sys.modules["knowiso_train.ops.moments"]
     x, y = normal(4, 3, 5, 6, dtype=torch.float64, offset=2), normal(4, 7, 5, 6, dtype=torch.float64, seed=1, offset=-1)
     monkeypatch.setattr(
@@ -149,11 +149,18 @@ def test_explicit_patches_in_bands_equal_the_reference(monkeypatch: pytest.Monke
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-11)
 
 
-@pytest.mark.parametrize("columns", [1, 64, 512, 513, 2304, 4609])
-def test_bands_are_all_of_the_columns_once(columns: int) -> None:
-    bands = sys.modules["knowiso_train.ops.moments"]._bands(columns, torch.device("cuda"))
+@pytest.mark.parametrize(("device", "max_bands"), [("cuda", 4), ("cpu", 8)])
+@pytest.mark.parametrize("columns", [1, 64, 129, 512, 513, 2304, 4609])
+def test_bands_are_all_of_the_columns_once(columns: int, device: str, max_bands: int) -> None:
+    bands = sys.modules["knowiso_train.ops.moments"]._bands(columns, torch.device(device))
     assert [at for band in bands for at in range(band.start, band.stop)] == list(range(columns))
-    assert len(bands) <= 4
+    assert len(bands) <= max_bands
+
+
+def test_a_wide_source_equals_the_reference() -> None:
+    x, y = normal(3, 259, 2, 3, dtype=torch.float64, offset=5), normal(3, 5, 2, 3, dtype=torch.float64, seed=1)
+    for found, wanted in zip(moments(x, y), plain_moments(x, y), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-11)
 
 
 def test_many_chunks_are_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:

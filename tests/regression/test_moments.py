@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError, ShapeError
 from knowiso_train.ops import conv_weight, patch_rows
@@ -87,14 +88,20 @@ def test_small_variance_on_a_large_mean_survives_float32() -> None:
     torch.testing.assert_close(stream.value.xx[0, 0], expected, rtol=1e-3, atol=0)
 
 
-def test_positions_select_rows() -> None:
-    x, y = features(4)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_positions_select_rows(k: int) -> None:
+    x, y = (feature.requires_grad_() for feature in features(4))
     positions = torch.tensor([[0, 7], [3, 19], [1, 2], [5, 6]])
-    m = batch_moments(x, y, 3, positions)
-    rows = patch_rows(x, 3).view(4, 20, 27)
-    chosen = torch.cat([rows[i, p] for i, p in enumerate(positions)])
-    torch.testing.assert_close(m.mean_x, chosen.mean(0))
-    assert int(m.count) == 8
+
+    def chosen(feature: Tensor, k: int) -> Tensor:
+        return torch.cat([rows[p] for rows, p in zip(patch_rows(feature, k).chunk(4), positions, strict=True)])
+
+    assert torch.equal(patch_rows(x, k, positions), chosen(x, k))
+    upstream = torch.randn(8, 3 * k * k, dtype=x.dtype)
+    by_index, by_rows = (torch.autograd.grad(rows, x, upstream) for rows in (patch_rows(x, k, positions), chosen(x, k)))
+    torch.testing.assert_close(by_index, by_rows)
+    expected = batch_moments(chosen(x, k)[:, :, None, None], chosen(y, 1)[:, :, None, None])
+    assert_same(batch_moments(x, y, k, positions), expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
