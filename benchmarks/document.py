@@ -75,12 +75,6 @@ TABLES = {
     "functional_time": Table("measure.bench_functional", ("functional",), measurement.functional_time),
     "scale": Table("measure.bench_measure", ("measure",), measurement.scale),
     "ranking": Table("measure.bench_ranking", ("ranking",), measurement.ranking),
-    "short_training": Table("distill.bench_distill", ("bench_distill",), training.short_training),
-    "earlier_defaults": Table(
-        "distill.bench_distill",
-        ("bench_distill_defaults", "bench_distill_defaults_resnet20"),
-        training.earlier_defaults,
-    ),
     "step_costs": Table("distill.bench_loss", ("bench_loss", "bench_loss_gpu"), training.step_costs),
     "recipe": Table("distill.bench_recipe", ("recipe_distill",), training.recipe),
     "pruned": Table("prune.bench_prune", ("bench_prune",), pruning.pruned),

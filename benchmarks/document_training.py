@@ -9,8 +9,11 @@ from benchmarks.common.markdown import best_in_bold, number, optional
 
 Row = dict[str, Any]
 
-LOSS_LABELS = {"kd": "KD", "fitnet": "FitNet", "at": "attention transfer", "moment": "ours", "defaults": "ours"}
-CONTENDERS = {"+ ours, moment": "ours (default)", "+ ours, consensus, one peer": "ours, consensus of one peer"}
+CONTENDERS = {
+    "+ ours": "ours (default)",
+    "+ ours, moment": "ours, 1×1 maps",
+    "+ ours, consensus, one peer": "ours, consensus of one peer",
+}
 RECIPE_ARMS = {"teacher": "teacher", "student": "student alone", "kd": "+ KD", "ours": "+ KD and ours"}
 HEAD_LABELS = {
     "raw features": "raw features",
@@ -39,40 +42,6 @@ COMPARED_METHODS = {
     "ensemble": "ensemble distillation",
     "self-training": "ours without peers",
 }
-
-
-def short_training(figures: Row) -> list[Row]:
-    """Return the accuracies after 160 steps."""
-    rows = [
-        {
-            "loss": _loss_label(entry["method"]),
-            "weights": entry["weights"],
-            "top-1, %": number(entry["top-1 %"], digits=1),
-            "over cross-entropy": entry["over cross-entropy"],
-        }
-        for entry in figures["table"]
-    ]
-    best_in_bold(rows, ["top-1, %"])
-    return rows
-
-
-def _loss_label(method: str) -> str:
-    return " + ".join(LOSS_LABELS.get(term, term) for term in method.split(" + "))
-
-
-def earlier_defaults(small: Row, large: Row) -> list[Row]:
-    """Return the accuracies of two students at the defaults of that time."""
-    rows = [
-        {
-            "loss": _loss_label(first["method"]),
-            "weights": first["weights"],
-            "ResNet-8, 10 epochs: top-1, %": number(first["top-1 %"]),
-            "ResNet-20, 8 epochs: top-1, %": number(second["top-1 %"]),
-        }
-        for first, second in zip(small["table"], large["table"], strict=True)
-    ]
-    best_in_bold(rows, list(rows[0])[2:])
-    return rows
 
 
 def step_costs(cpu: Row, gpu: Row) -> list[Row]:

@@ -46,7 +46,7 @@ from knowiso_train.distillation._closed_form_map import updates_moments
 
 REFRESH_INTERVAL = 10  # the library's default
 STEPS_PER_RUN, NUM_RUNS = 2 * REFRESH_INTERVAL, 3
-BASE, HINTS, OURS = "teacher + KD", "+ FitNet", "+ ours, moment"
+BASE, HINTS, OURS = "teacher + KD", "+ FitNet", "+ ours"
 BASELINES: dict[str, Callable[[list[int], list[int]], nn.Module]] = {
     HINTS: FitNet,
     "+ attention transfer": lambda *_: AttentionTransfer(),
@@ -54,6 +54,7 @@ BASELINES: dict[str, Callable[[list[int], list[int]], nn.Module]] = {
 }
 LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     OURS: {},
+    "+ ours, 1×1 maps": {"kernel_size": 1},
     "+ ours, learned, order 0": {"solver": "learned", "order": 0},
     "+ ours, learned, order 1": {"solver": "learned", "order": 1},
     "+ ours, consensus, one peer": {"target": "consensus"},
@@ -113,8 +114,6 @@ class Contender:
                 self.student,
                 self.teacher,
                 case.layers,
-                scale="linear",
-                weight=1.0,
                 refresh=REFRESH_INTERVAL,
                 peers=self.frozen[1:],
                 **LOSS_OPTIONS[kind],
