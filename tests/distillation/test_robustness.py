@@ -1,11 +1,8 @@
-"""The loss on timm networks with random weights under checkpointing, compilation, autocast, wrappers and errors."""
+"""The loss on timm networks with random weights under checkpointing, autocast, accumulation and errors."""
 
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import timm
@@ -15,68 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from knowiso_train import IsomorphismLoss
-from knowiso_train.distillation.config import FALLBACK_WEIGHT
-from knowiso_train.errors import CaptureError, LayerNameError, NonFiniteError, OptionError
-
-# With an early and a late layer, overwritten in place where there is such a one
-NETWORKS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "resnet18": ({}, ["bn1", "layer3"]),
-    "mobilenetv3_small_050": ({}, ["bn1", "blocks.4"]),
-    "vit_tiny_patch16_224": ({"img_size": 64}, ["blocks.2", "blocks.9"]),
-    "convnext_atto": ({}, ["stages.0", "stages.2"]),
-    "swin_tiny_patch4_window7_224": ({"img_size": 64, "window_size": 4}, ["layers.0", "layers.2"]),
-}
-SIDE, IMAGES = 64, 2
-FORMS: dict[str, dict[str, Any]] = {"moment": {}, "learned": {"solver": "learned", "order": 1}}
-
-_made: dict[tuple[str, int], nn.Module] = {}
-
-
-def network(name: str, seed: int) -> nn.Module:
-    if (name, seed) not in _made:
-        torch.manual_seed(seed)
-        _made[name, seed] = timm.create_model(name, num_classes=10, **NETWORKS[name][0])
-    return copy.deepcopy(_made[name, seed])
-
-
-def batch(seed: int = 0) -> Tensor:
-    return torch.randn(IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
-
-
-def hooks_of(*models: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for model in models for module in model.modules() for kind in kinds)
-
-
-def stepped(
-    student: nn.Module, iso: IsomorphismLoss, call: int = 0, run: Callable[[Tensor], Any] | None = None
-) -> dict[str, Tensor]:
-    """One training step without the update: the gradients of cross-entropy plus loss, by parameter."""
-    torch.manual_seed(call)  # drop path
-    student.zero_grad()
-    loss = F.cross_entropy((student if run is None else run)(batch(call)).float(), torch.arange(IMAGES)) + iso()
-    loss.backward()
-    return {"loss": loss.detach()} | {
-        name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None
-    }
-
-
-def ready(form: str, student: nn.Module, teacher: nn.Module, layers: Any, **more: Any) -> IsomorphismLoss:
-    """A loss whose maps stand, whatever the number of rows that one batch has."""
-    iso = IsomorphismLoss(student, teacher, layers, **({"scale": "linear", "weight": 1.0} | FORMS[form] | more))
-    for map_ in iso.maps.values():
-        if form == "moment":
-            torch.nn.init.normal_(map_.weight, std=0.05)
-            map_.variance.fill_(10.0)
-            map_.ready = True
-            map_.refresh = 10**6
-    return iso
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance: float) -> None:
-    assert set(first) == set(second)
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+from knowiso_train.errors import CaptureError, LayerNameError, NonFiniteError
+from tests.helpers.timm_networks import FORMS, IMAGES, NETWORKS, batch, hooks_of, network, ready, same, stepped
 
 
 @pytest.fixture(params=list(NETWORKS))
@@ -164,101 +101,6 @@ def test_reentrant_checkpointing_raises() -> None:
         student(batch())
         with pytest.raises(CaptureError, match="re-entrant"):
             iso()
-
-
-def test_a_compiled_student_has_the_same_gradients(name: str) -> None:
-    student, teacher = network(name, 1), network(name, 2)
-    torch.manual_seed(0)
-    iso = ready("moment", student, teacher, NETWORKS[name][1])
-    with iso:
-        plain = stepped(student, iso)
-    torch.compiler.reset()
-    compiled = torch.compile(student, backend="eager", fullgraph=True)
-    torch.manual_seed(0)
-    iso = ready("moment", compiled, teacher, NETWORKS[name][1])
-    with iso:
-        same(plain, stepped(student, iso, run=compiled), rtol=1e-3, atol=1e-4)
-    torch.compiler.reset()
-
-
-def test_a_compiled_step_works() -> None:
-    student, teacher = network("resnet18", 1), network("resnet18", 2)
-    iso = ready("moment", student, teacher, "layer2")
-    weight = iso.maps["layer2→layer2"].weight.clone()
-    with iso:
-        plain = stepped(student, iso)
-    torch.compiler.reset()
-    iso = ready("moment", student, teacher, "layer2")
-    iso.maps["layer2→layer2"].weight.copy_(weight)
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(student(images), labels) + iso()
-
-    with iso:
-        student.zero_grad()
-        loss = torch.compile(step, backend="aot_eager")(batch(), torch.arange(IMAGES))
-        loss.backward()
-        found = {"loss": loss.detach()} | {
-            name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None
-        }
-    same(plain, found, rtol=1e-3, atol=1e-4)
-    torch.compiler.reset()
-
-
-def test_balancing_measures_the_gradients_at_the_layer(name: str) -> None:
-    student, teacher, late = network(name, 1), network(name, 2), NETWORKS[name][1][1]
-    iso = ready("moment", student, teacher, NETWORKS[name][1], weight="balanced")
-    emitted: list[Tensor] = []
-    student.get_submodule(late).register_forward_hook(lambda module, args, out: emitted.append(out))
-    with iso:
-        for call in range(2):  # the first forward is captured in another way
-            emitted.clear()
-            before = iso.balance.other_square[1].clone(), iso.balance.pair_square[1].clone()
-            task = F.cross_entropy(student(batch(call)), torch.arange(IMAGES))
-            own = iso()
-            squares = [torch.autograd.grad(part, emitted, retain_graph=True)[0].square().sum() for part in (task, own)]
-            (512.0 * (task + own)).backward()
-            for kept, old, square in zip(
-                (iso.balance.other_square[1], iso.balance.pair_square[1]), before, squares, strict=True
-            ):
-                assert float(kept) == pytest.approx(0.9 * float(old) + 0.1 * 512**2 * float(square), rel=1e-3)
-
-
-def test_balancing_a_compiled_student_raises() -> None:
-    student = network("resnet18", 1)
-    iso = ready("moment", student, network("resnet18", 2), "layer2", weight="balanced")
-    torch.compiler.reset()
-    with iso:
-        torch.compile(student, backend="aot_eager")(batch())
-        with pytest.raises(OptionError, match=r"layer2.*not accessible in a compiled student"):
-            iso()
-    torch.compiler.reset()
-
-
-def test_the_default_weight_of_a_compiled_student_is_fixed() -> None:
-    student = network("resnet18", 1)
-    iso = ready("moment", student, network("resnet18", 2), "layer2", refresh=1, weight="auto")
-    torch.compiler.reset()
-    compiled = torch.compile(student, backend="aot_eager")
-    weights = []
-    with iso:
-        for call in range(6):
-            run = compiled if call > 2 else student
-            (F.cross_entropy(run(batch(call)), torch.arange(IMAGES)) + iso()).backward()
-            weights.append(iso.log()["iso/train/layer2/weight"])
-    torch.compiler.reset()
-    assert 0 < weights[2] < FALLBACK_WEIGHT  # balanced
-    assert weights[4:] == [FALLBACK_WEIGHT] * 2
-
-
-def test_attaching_after_the_first_compiled_call_raises() -> None:
-    student = torch.compile(network("resnet18", 1), backend="eager")
-    student(batch())
-    with IsomorphismLoss(student, network("resnet18", 2), "layer2") as iso:
-        student(batch())
-        with pytest.raises(CaptureError, match="hooks attached after its first call"):
-            iso()
-    torch.compiler.reset()
 
 
 def test_layer_names_are_those_of_the_unwrapped_network() -> None:
@@ -452,42 +294,3 @@ def test_the_saved_student_is_the_plain_one(name: str, form: str) -> None:
         with pytest.raises(CaptureError, match="has not run"):
             iso()  # a copy of the student is not the student
     timm.create_model(name, num_classes=10, **NETWORKS[name][0]).load_state_dict(student.state_dict())
-
-
-@pytest.fixture
-def _collected() -> Iterator[None]:
-    gc.collect()
-    yield
-    gc.collect()
-
-
-# Without another loss four images a step leave few directions of six channels
-@pytest.mark.filterwarnings("ignore:1. the student's features have collapsed")
-@pytest.mark.usefixtures("_collected")
-@pytest.mark.parametrize(
-    "options", [{}, {"solver": "learned", "order": 1}, {"weight": "balanced"}], ids=["moment", "learned", "balanced"]
-)
-def test_memory_is_flat_over_hundreds_of_steps(options: dict[str, Any]) -> None:
-    def tiny() -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3, 2), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
-        )
-
-    def alive() -> tuple[int, int]:
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-        return len(tensors), sum(tensor.numel() for tensor in tensors)
-
-    torch.manual_seed(0)
-    student, teacher = tiny(), tiny()
-    iso = IsomorphismLoss(student, teacher, "1", example=torch.zeros(1, 3, 9, 9), **options)
-    optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.01)
-    with iso:
-        for step in range(301):
-            optimizer.zero_grad()
-            (student(torch.randn(4, 3, 9, 9)).square().mean() + iso()).backward()
-            optimizer.step()
-            if step == 100:
-                early = alive()
-        assert alive() == early
-    assert hooks_of(student, teacher) == 0
