@@ -109,6 +109,8 @@ def train(arm: str, teacher: Any, layers: Pairs, data: Data, args: argparse.Name
     iso = None
     if "iso" in terms:
         options = {name: getattr(args, name) for name in ("solver", "order", "kernel_size", "scale", "weight")}
+        if args.compile and args.weight == "auto":
+            options["weight"] = 100.0  # as "auto" chooses, since gradients inside a compiled network are not accessible
         example = to_input(data[0][0][0][None].to(accelerator.device))
         iso = ki.IsomorphismLoss(network, teacher, layers, teacher_transform=to_teacher, example=example, **options)
         iso.to(accelerator.device)

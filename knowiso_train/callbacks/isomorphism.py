@@ -16,7 +16,7 @@ from knowiso_train.callbacks._curves import plot_curves
 from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, to_rows, without_maps
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss
-from knowiso_train.errors import FormatError, KnowisoWarning, MissingDependencyError, OptionError
+from knowiso_train.errors import FormatError, InputTypeError, KnowisoWarning, MissingDependencyError, OptionError
 from knowiso_train.features.modules import forward_override, pair_layers, runnable_model, unwrap_model
 from knowiso_train.features.state import isolated_eval
 from knowiso_train.measurement.config import MeasureConfig
@@ -171,7 +171,12 @@ class IsomorphismCallback:
             iso: Loss that provides networks, pairs, the smallest kernel size of its maps, transform, teacher's forward,
                 layout, `repeated` and `at`.
             loader: Held-out images.
-            **options: Options of `IsomorphismCallback`; they take precedence over those of the loss.
+            **options: Options of `IsomorphismCallback`; they take precedence over those of the loss. A student that is
+                called with whole batches needs `forward=`.
+
+        Raises:
+            InputTypeError: Another object than a loss.
+            OptionError: Layers beside those of the loss.
 
         Examples:
             >>> student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
@@ -180,6 +185,13 @@ class IsomorphismCallback:
             >>> 0 < callback.measure()["1"].explained < 1
             True
         """
+        if not isinstance(iso, IsomorphismLoss):
+            raise InputTypeError(
+                f"IsomorphismCallback.of takes an IsomorphismLoss, got {type(iso).__name__}. Without a loss use "
+                "IsomorphismCallback(student, teacher, loader, layers)"
+            )
+        if "layers" in options:
+            raise OptionError("IsomorphismCallback.of measures the layer pairs of the loss. Leave layers= out")
         loss_options: dict[str, Any] = {
             "kernel_size": min(iso.kernel_sizes.values()),
             "teacher_transform": iso.config.teacher_transform,

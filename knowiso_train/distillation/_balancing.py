@@ -11,7 +11,7 @@ from torch import Tensor
 
 from knowiso_train.distillation._feature_map import warn_once
 from knowiso_train.distillation._scale import gradient_norm
-from knowiso_train.distillation.config import DEFAULT_RATIO, FALLBACK_WEIGHT, IsomorphismLossConfig
+from knowiso_train.distillation.config import FALLBACK_WEIGHT, IsomorphismLossConfig
 from knowiso_train.errors import OptionError
 from knowiso_train.features.state import KeepPrecision
 from knowiso_train.utils.distributed import ProcessGroup
@@ -54,8 +54,8 @@ class GradientBalance(KeepPrecision):
     Args:
         num_pairs: Number of layer pairs.
         ratio: Target ratio of the norms, positive.
-        fallback: Weight of pairs that cannot be balanced: in a compiled student, and without another loss. None: a
-            compiled student raises an error; without another loss the weight stays, with a warning.
+        fallback: Weight of pairs that cannot be balanced: in a compiled student, and without another loss, with a
+            warning. None: a compiled student raises an error; without another loss the weight stays, with a warning.
     """
 
     weights: Tensor
@@ -66,6 +66,7 @@ class GradientBalance(KeepPrecision):
     def __init__(self, num_pairs: int, ratio: float, fallback: float | None = None) -> None:
         super().__init__()
         self.ratio, self.fallback = ratio, fallback
+        self.issued_warnings: set[str] = set()
         self.register_buffer("weights", torch.ones(num_pairs))
         self.register_buffer("other_square", torch.zeros(num_pairs))
         self.register_buffer("pair_square", torch.zeros(num_pairs))
@@ -93,6 +94,11 @@ class GradientBalance(KeepPrecision):
                     'student. Use weight="auto", which is fixed there, or a number, or compile only parts of the '
                     "student without this layer."
                 )
+            warn_once(
+                self,
+                f'weight="auto" is {self.fallback:g} at {layer!r}: the gradients inside a compiled student are not '
+                f"accessible. Pass weight={self.fallback:g}, or another number",
+            )
             self.weights[pair] = self.fallback
             self.other_square[pair] = self.pair_square[pair] = self.alone[pair] = 0
             return
@@ -135,12 +141,17 @@ class GradientBalance(KeepPrecision):
         self.weights.copy_(torch.where(measured, ratio.clamp(max=MAX_BALANCED_WEIGHT), self.weights))
         if self.fallback is not None:
             self.weights.masked_fill_(alone == 1, self.fallback)
-        elif bool((alone == 1).any()):
+        if not self.issued_warnings and bool((alone == 1).any()):
+            kind, result, options = (
+                ("balanced", "do not change", 'use weight="auto" or a number')
+                if self.fallback is None
+                else ("auto", f"are {self.fallback:g}", f"pass weight={self.fallback:g} or another number")
+            )
             warn_once(
                 self,
-                'weight="balanced" has nothing to balance against: in its backward pass some paired layers get '
-                "gradients from this loss alone, so their weights do not change. Call backward() once on the sum of "
-                'all losses, or use weight="auto" or a number',
+                f'weight="{kind}" has nothing to balance against: in its backward pass some paired layers get '
+                f"gradients from this loss alone, so their weights {result}. Call backward() once on the sum of all "
+                f"losses, or {options}",
             )
 
 
@@ -148,7 +159,7 @@ def make_balance(config: IsomorphismLossConfig, num_pairs: int) -> GradientBalan
     """Return the balance of the options' weights; None: fixed weights."""
     if not isinstance(config.weight, str):
         return None
-    fallback = FALLBACK_WEIGHT * config.ratio / DEFAULT_RATIO if config.weight == "auto" else None
+    fallback = min(MAX_BALANCED_WEIGHT, FALLBACK_WEIGHT * config.ratio) if config.weight == "auto" else None
     return GradientBalance(num_pairs, config.ratio, fallback)
 
 

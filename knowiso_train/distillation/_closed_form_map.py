@@ -96,7 +96,7 @@ class ClosedFormMap(FeatureMap):
         self.register_buffer("gram", torch.zeros([source_channels if self.use_gram else 0] * 2), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor, update: bool = True) -> Tensor:
-        """Return the loss of a batch under the map of earlier batches; 0 until the map is solved.
+        """Return the loss of a batch under the map of earlier batches; 0 until the map is solved, and of no image.
 
         Args:
             x: Student feature, with gradient.
@@ -106,7 +106,7 @@ class ClosedFormMap(FeatureMap):
         """
         if update and self.solve_due:
             self.solve()
-        loss = self.unexplained(x, y) if self.ready else 0 * x.float().sum()
+        loss = self.unexplained(x, y) if self.ready and y.numel() else 0 * x.float().sum()
         if update:
             if not self.ready or updates_moments(self.calls):
                 self.update(x, y)

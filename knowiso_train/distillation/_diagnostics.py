@@ -72,8 +72,8 @@ class InactivityDetector:
                 (pair, "learned map"),
                 f"{pair.source} → {pair.target}: the learned map explains nothing: its unexplained share is at least 1 "
                 f"since {MAX_USELESS_CALLS} calls, and is now {unexplained:.3g}. In log scale the student gets no "
-                "gradient from this pair. Put iso.parameters() into a parameter group with a lower learning rate, or "
-                'use solver="closed_form"',
+                "gradient from this pair. Check that the optimizer holds iso.parameters(), lower their learning rate "
+                'in a parameter group of their own, or use solver="closed_form"',
             )
 
     def _warn(self, key: tuple[LayerPair, str], message: str) -> None:

@@ -15,11 +15,12 @@ from knowiso_train.features.state import KeepPrecision
 MIN_RELATIVE_STD = 1e-6
 
 
-def warn_once(part: Any, message: str) -> None:
-    """Issue a KnowisoWarning the first time that a part of the loss calls this."""
-    if not getattr(part, "warned", False):
+def warn_once(part: Any, message: str, kind: str = "") -> None:
+    """Issue a KnowisoWarning the first time that a part of the loss calls this with a kind of message."""
+    issued: set[str] = vars(part).setdefault("issued_warnings", set())
+    if kind not in issued:
         warnings.warn(message, KnowisoWarning, stacklevel=2)
-    part.warned = True
+    issued.add(kind)
 
 
 def check_finite(pair: LayerPair, loss: Tensor, feature: Tensor, target: Tensor, step: int) -> None:

@@ -80,7 +80,7 @@ class FrozenModel:
         self.taps.clear()
         images = self.transform(student_input.images)
         precision = nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
-        with torch.no_grad(), self._eval_mode(), precision:
+        with torch.no_grad(), self._eval_mode(), precision, self._explained_dtype(images):
             output = self._call(student_input, images)
         mark_as_teacher(unwrap_model(self.model))
         return images, output
@@ -95,6 +95,7 @@ class FrozenModel:
                     self,
                     f"the {self.role} is on the CPU and the student's images are on {images.device}, so it runs on the "
                     f"CPU in every step. Move it: {self.role.split()[0]}.to({str(images.device)!r})",
+                    "device",
                 )
             images = images.to(device)
         with torch.no_grad():
@@ -108,6 +109,19 @@ class FrozenModel:
         features = self.reader.read(self.taps.collect(), len(images), image_size(images))
         return {name: feature.detach() for name, feature in features.items()}
 
+    def collect_called(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features of a forward that the caller made on the student's images."""
+        # In mutual learning the teacher is in training too
+        trains = any(feature.requires_grad for feature in self.taps.features.values())
+        if not trains and any(module.training and _depends_on_mode(module) for module in self._modules):
+            warn_once(
+                self,
+                f"the {self.role} was called in training mode, in which batch normalization and dropout depend on the "
+                f"batch. Call {self.role}.eval() before",
+                "mode",
+            )
+        return self.collect(self.transform(images))
+
     def from_cache(self, features: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         """Return features that the caller computed before, as (N, C, H, W) on this network's device.
 
@@ -117,9 +131,13 @@ class FrozenModel:
 
         Raises:
             CaptureError: A layer that is missing.
-            InputTypeError: A feature that is not a tensor.
+            InputTypeError: No mapping, or a feature that is not a tensor.
             ShapeError: Another number of images than the student's batch.
         """
+        if not isinstance(features, Mapping):
+            raise InputTypeError(
+                f"{self.role}: expected features as a mapping from layer names, got {type(features).__name__}"
+            )
         names = self.reader.names
         missing = [name for name in names if name not in features]
         if missing:
@@ -165,6 +183,25 @@ class FrozenModel:
         return self.model(*args, **kwargs)
 
     @contextmanager
+    def _explained_dtype(self, images: Tensor) -> Iterator[None]:
+        """Name the dtypes of images and weights in the place of an error that another dtype of the images causes.
+
+        Raises:
+            InputTypeError: An error in the block, with images of another dtype than the weights.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), images.dtype)
+            if dtype == images.dtype or torch.is_autocast_enabled(images.device.type):
+                raise
+            option = "peer_transforms" if self.role.startswith("peer") else "teacher_transform"
+            raise InputTypeError(
+                f"the {self.role} has weights of {dtype}, and the student's images are {images.dtype}. Pass "
+                f"{option}=lambda images: images.to({dtype})"
+            ) from error
+
+    @contextmanager
     def _eval_mode(self) -> Iterator[None]:
         """Set the flags of all modules; `.eval()` may be overridden, and the list of modules is cached for speed."""
         training = [module for module in self._modules if module.training]
@@ -175,6 +212,12 @@ class FrozenModel:
         finally:
             for module in training:
                 module.training = True
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Return whether a module is a batch normalization, a dropout or a stochastic depth."""
+    layers = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    return isinstance(module, layers) or hasattr(module, "drop_prob")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class LearnedMap(FeatureMap):
         self.register_buffer("source_scale", torch.zeros(()))  # mean σ of the source at the last update
 
     def forward(self, x: Tensor, y: Tensor, update: bool = True) -> Tensor:
-        """Return the loss of a batch; 0 for a constant target.
+        """Return the loss of a batch; 0 for a constant target and for no image.
 
         Args:
             x: Student feature, with gradient.
@@ -76,7 +76,7 @@ class LearnedMap(FeatureMap):
             if self.solve_due:
                 self._update_scales(x, y)
             self.calls += 1
-        if not self.ready:
+        if not (self.ready and y.numel()):
             return 0 * x.float().sum()
         dtype = torch.promote_types(self.maps.gates.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -101,13 +101,18 @@ class LearnedMap(FeatureMap):
     def _update_scales(self, x: Tensor, y: Tensor) -> None:
         """Add a batch to the target's moments and recompute μ, s and the source's mean σ over all processes."""
         group = ProcessGroup()
-        one = torch.ones((), dtype=torch.float64, device=x.device)
-        scale_sum = torch.stack([channel_scale(x).double().mean(), one]).to(group.device)
+        # A process without images adds nothing
+        scale_sum = torch.zeros(2, dtype=torch.float64, device=x.device)
+        if y.numel():
+            scale_sum[0], scale_sum[1] = channel_scale(x).double().mean(), 1
+            self.target.update(y[:, :1], y)
+        scale_sum = scale_sum.to(group.device)
         group.sum_(scale_sum)
-        if bool(scale_sum.isfinite().all()):
+        if bool(scale_sum.isfinite().all() & (scale_sum[1] > 0)):
             self.source_scale.copy_(scale_sum[0] / scale_sum[1])
-        self.target.update(y[:, :1], y)
         moments = self.target.all_reduce(group)
+        if not float(moments.count):
+            return
         variance = float(moments.yy.mean() / moments.count)
         if not variance > MIN_RELATIVE_STD**2 * float(moments.mean_y.square().mean()):
             warn_once(self, f"{self.name}: the teacher's feature is constant: the loss of this pair is 0")

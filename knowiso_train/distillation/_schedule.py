@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.distillation.config import Schedule
-from knowiso_train.errors import KnowisoWarning
+from knowiso_train.errors import KnowisoWarning, OptionError
 
 # Factor at learning rate 0, with which the student still follows the teacher
 MIN_FACTOR = 0.02
@@ -35,8 +37,9 @@ class FactorSchedule:
     """Factor of the loss by call, from a function or from the learning rate of the student's optimizer.
 
     The learning rate is that of the last step of the optimizer with most of the student's weights, and the largest of
-    its parameter groups with such weights. It is compared with its maximum so far, so that the factor is 1 while the
-    learning rate rises or is constant.
+    its parameter groups with such weights. It is compared with the maximum so far of the same optimizer, so that the
+    factor is 1 while the learning rate rises or is constant. The first optimizer after a restored state continues the
+    saved maximum if it trains as many weights.
 
     Args:
         schedule: "learning_rate", a function from call to factor, or None for a constant 1.
@@ -60,6 +63,9 @@ class FactorSchedule:
         self.active_calls, self.num_weights, self.peak, self.ratio = 0, 0, 0.0, 1.0
         self._student_ids: set[int] = set()
         self._warned = False
+        # Maximum of the learning rate by optimizer, and whether the next new optimizer continues `peak`
+        self._peaks: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
+        self._continues = False
 
     def attach(self) -> list[RemovableHandle]:
         """Observe the steps of all optimizers, if the schedule needs it, until the returned handles are removed."""
@@ -67,10 +73,17 @@ class FactorSchedule:
         return [register_optimizer_step_post_hook(self._record)] if self.schedule == "learning_rate" else []
 
     def factor(self) -> float:
-        """Return the factor of the coming call."""
+        """Return the factor of the coming call.
+
+        Raises:
+            OptionError: A schedule that returns NaN or Inf.
+        """
         if self.schedule == "learning_rate":
             return learning_rate_factor(self.ratio)
-        return 1.0 if self.schedule is None else float(self.schedule(self.active_calls))
+        factor = 1.0 if self.schedule is None else float(self.schedule(self.active_calls))
+        if not math.isfinite(factor):
+            raise OptionError(f"schedule= must return a finite factor, got {factor} at call {self.active_calls}")
+        return factor
 
     def count_call(self) -> None:
         """Count a call in training mode with a solved map; warn once if no optimizer of the student makes steps."""
@@ -94,6 +107,15 @@ class FactorSchedule:
     def set_state(self, active_calls: float, num_weights: float, peak: float, ratio: float) -> None:
         """Restore the figures of `state`."""
         self.active_calls, self.num_weights, self.peak, self.ratio = int(active_calls), int(num_weights), peak, ratio
+        self._continues = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, whose first optimizer continues the maximum."""
+        return {name: value for name, value in vars(self).items() if name != "_peaks"} | {"_continues": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._peaks = WeakKeyDictionary()
 
     # An optimizer step may be compiled
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -110,6 +132,7 @@ class FactorSchedule:
                 rates.append(float(group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]))
         if not rates or num_weights < self.num_weights:
             return
-        self.num_weights = num_weights
-        self.peak = max(self.peak, *rates)
+        continued = self.peak if self._continues and num_weights == self.num_weights else 0.0
+        self.num_weights, self._continues = num_weights, False
+        self.peak = self._peaks[optimizer] = max(self._peaks.get(optimizer, continued), *rates)
         self.ratio = max(rates) / self.peak if self.peak > 0 else 1.0

@@ -31,9 +31,7 @@ Schedule = Callable[[int], float] | Literal["learning_rate"] | None
 Transform = Callable[[Tensor], Tensor]
 Weight = float | Mapping[str, float] | Literal["auto", "balanced"]
 
-# Ratio of the gradient norms of balanced weights
-DEFAULT_RATIO = 1.0
-# Fixed weight of the pairs that cannot be balanced, at the default ratio. Both chosen on validation images
+# Fixed weight of the pairs that cannot be balanced, chosen on validation images, see docs/benchmarks.md#distillation
 FALLBACK_WEIGHT = 100.0
 # Channels up to which maps are 3×3 by default; their moments have 81 times as many entries as those of 1×1 maps
 MAX_NEIGHBORHOOD_CHANNELS = 64
@@ -64,7 +62,7 @@ class IsomorphismLossConfig:
     kernel_size: PositiveInt | Literal["auto"] = "auto"
     scale: Scale = "log"
     weight: Weight = "auto"
-    ratio: PositiveFloat = DEFAULT_RATIO
+    ratio: PositiveFloat = 1.0
     schedule: Schedule = "learning_rate"
     teacher_transform: Transform | None = None
     teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None
@@ -89,7 +87,7 @@ class IsomorphismLossConfig:
         weights = list(self.weight.values()) if isinstance(self.weight, Mapping) else [self.weight]
         if not all(isinstance(weight, str) or 0 <= weight < math.inf for weight in weights):
             raise OptionError(f"weights must be finite and at least 0, got {self.weight!r}")
-        if self.ratio != DEFAULT_RATIO and not isinstance(self.weight, str):
+        if self.ratio != 1 and not isinstance(self.weight, str):
             raise OptionError(
                 f"ratio= has no effect with weight={self.weight!r}, only with balanced weights. Multiply the weight by "
                 f"{self.ratio:g}, or leave weight= out"

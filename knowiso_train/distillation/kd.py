@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
-from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, UnitFloat, validate_fields
+from knowiso_train.utils.validation import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UnitFloat,
+    checked_value,
+    validate_fields,
+)
 
 # Standard deviation of an image's logits below which they are constant
 MIN_LOGIT_DEVIATION = 1e-7
@@ -25,13 +32,13 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
     Args:
         student_logits: Logits (N, classes).
-        teacher_logits: Logits (N, classes), detached from the graph.
+        teacher_logits: Logits (N, classes), which get no gradient.
         temperature: Temperature T > 0. Default: 4.
 
     Raises:
         InputTypeError: Logits that are not tensors.
-        ShapeError: Logits of different shapes.
-        OptionError: A temperature that is not positive.
+        ShapeError: Logits of different shapes, or of no image.
+        OptionError: A temperature that is not positive, or logits that seem to be in the wrong order.
 
     Examples:
         >>> logits = torch.randn(4, 10)
@@ -59,7 +66,7 @@ def dkd_loss(
 
     Args:
         student_logits: Logits (N, classes).
-        teacher_logits: Logits (N, classes), detached from the graph.
+        teacher_logits: Logits (N, classes), which get no gradient.
         target: Labels (N,).
         alpha: Weight α of the target class. Default: 1.
         beta: Weight β of the other classes. Default: 8.
@@ -67,8 +74,9 @@ def dkd_loss(
 
     Raises:
         InputTypeError: Logits that are not tensors.
-        ShapeError: Logits or labels of shapes that do not match.
-        OptionError: A temperature that is not positive.
+        ShapeError: Logits or labels of shapes that do not match, no image, or a single class.
+        OptionError: A temperature that is not positive, labels out of range, or logits that seem to be in the wrong
+            order.
 
     Examples:
         >>> logits = torch.randn(4, 10)
@@ -76,11 +84,7 @@ def dkd_loss(
         True
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    if target.shape != student_logits.shape[:1]:
-        raise ShapeError(
-            f"target must hold one label per image, (N,) = ({len(student_logits)},); got {tuple(target.shape)}"
-        )
-    is_target = F.one_hot(target, student.shape[1]).bool()
+    is_target = F.one_hot(_labels(target, *student.shape), student.shape[1]).bool()
 
     def decouple(log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Return log (p_target, 1 - p_target), and the log-probabilities of the others given not the target."""
@@ -103,13 +107,13 @@ def standardized_kd_loss(student_logits: Tensor, teacher_logits: Tensor, tempera
 
     Args:
         student_logits: Logits (N, classes).
-        teacher_logits: Logits (N, classes), detached from the graph.
+        teacher_logits: Logits (N, classes), which get no gradient.
         temperature: Temperature T > 0 of the standardized logits. Default: 2.
 
     Raises:
         InputTypeError: Logits that are not tensors.
-        ShapeError: Logits of different shapes.
-        OptionError: A temperature that is not positive.
+        ShapeError: Logits of different shapes, or of no image.
+        OptionError: A temperature that is not positive, or logits that seem to be in the wrong order.
 
     Examples:
         >>> logits = torch.randn(4, 10)
@@ -129,13 +133,13 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
     Args:
         student_logits: Logits (N, classes).
-        teacher_logits: Logits (N, classes), detached from the graph.
+        teacher_logits: Logits (N, classes), which get no gradient.
         temperature: Temperature T > 0. Default: 4.
 
     Raises:
         InputTypeError: Logits that are not tensors.
-        ShapeError: Logits of different shapes.
-        OptionError: A temperature that is not positive.
+        ShapeError: Logits of different shapes, or of no image.
+        OptionError: A temperature that is not positive, or logits that seem to be in the wrong order.
 
     Examples:
         >>> logits = torch.randn(4, 10)
@@ -159,22 +163,23 @@ def mlkd_loss(
 
     Args:
         student_logits: Logits (N, classes).
-        teacher_logits: Logits (N, classes), detached from the graph.
+        teacher_logits: Logits (N, classes), which get no gradient.
         temperatures: Temperatures, positive. Default: 2, 3, 4, 5, 6.
 
     Raises:
         InputTypeError: Logits that are not tensors.
-        ShapeError: Logits of different shapes.
-        OptionError: No temperature, or one that is not positive.
+        ShapeError: Logits of different shapes, or of no image.
+        OptionError: No temperature, one that is not positive, or logits that seem to be in the wrong order.
 
     Examples:
         >>> logits = torch.randn(4, 10)
         >>> mlkd_loss(logits, logits).abs().item() < 1e-5
         True
     """
+    temperatures = checked_value("temperatures", temperatures, Sequence[PositiveFloat])
     if not temperatures:
         raise OptionError("temperatures must hold at least one temperature, got none")
-    total = student_logits.new_zeros(())
+    total = _logits(student_logits, teacher_logits)[0].new_zeros(())
     for temperature in temperatures:
         student, teacher = (log_p.exp() for log_p in _log_probabilities(student_logits, teacher_logits, temperature))
         # Products of probabilities lose the small ones in half precision
@@ -198,18 +203,27 @@ def _row_correlations(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
 
 
-def _logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+def _logits(student_logits: Any, teacher_logits: Any) -> tuple[Tensor, Tensor]:
     """Check the logits and return both in float32 or better, the teacher's detached."""
     for role, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if not isinstance(logits, Tensor):
-            raise InputTypeError(
-                f"{role}_logits must be a tensor (N, classes), got {type(logits).__name__}. "
+            hint = (
                 "IsomorphismLoss.teacher_output is None after a call with teacher_features="
+                if logits is None
+                else 'Pass the logits of the output, such as output["logits"]'
             )
+            raise InputTypeError(f"{role}_logits must be a tensor (N, classes), got {type(logits).__name__}. {hint}")
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ShapeError(
             "expected student and teacher logits of one shape (N, classes), "
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    if not len(student_logits):
+        raise ShapeError(f"expected logits of at least one image, got shape {tuple(student_logits.shape)}")
+    if torch.is_grad_enabled() and teacher_logits.requires_grad and not student_logits.requires_grad:
+        raise OptionError(
+            "expected (student_logits, teacher_logits), and the second have a gradient while the first have none. "
+            "Swap them, or compute the loss under torch.no_grad()"
         )
     student, teacher = (
         logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (student_logits, teacher_logits)
@@ -217,11 +231,30 @@ def _logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Ten
     return student, teacher.detach()
 
 
+def _labels(target: Any, num_images: int, num_classes: int) -> Tensor:
+    """Check the labels and return them as int64."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise InputTypeError(f"target must be a tensor of integer labels (N,), got {kind}")
+    if target.shape != (num_images,):
+        raise ShapeError(f"target must hold one label per image, (N,) = ({num_images},); got {tuple(target.shape)}")
+    if num_classes < 2:
+        raise ShapeError("expected logits of at least 2 classes, got 1")
+    # On a GPU, reading the labels would stall the step; `one_hot` stops there with a device-side assertion
+    readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and (int(target.min()) < 0 or int(target.max()) >= num_classes):
+        raise OptionError(
+            f"target must hold labels from 0 to {num_classes - 1}, got labels from {int(target.min())} to "
+            f"{int(target.max())}. Leave images without a label out"
+        )
+    labels: Tensor = target.long()
+    return labels
+
+
 def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Check the logits and return `log_softmax(logits / T)` of both, in float32 or better."""
     student, teacher = _logits(student_logits, teacher_logits)
-    if not temperature > 0:
-        raise OptionError(f"temperature must be positive, got {temperature}")
+    temperature = checked_value("temperature", temperature, PositiveFloat)
     return F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1)
 
 

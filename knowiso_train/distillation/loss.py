@@ -27,7 +27,6 @@ from knowiso_train.distillation._state import check_state
 from knowiso_train.distillation._student import StudentBatch, StudentCapture
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
-    DEFAULT_RATIO,
     DEFAULT_RIDGE,
     IsomorphismLossConfig,
     Repeated,
@@ -81,9 +80,9 @@ class IsomorphismLoss(nn.Module):
         weight: Factor w of every pair, or {student layer: factor}. "auto" (default): the gradient at the student's
             feature has `ratio` times the norm of that of the other losses in the same backward pass, before the factor
             of `schedule`. Weights are at most 200, and 1 before the first measurement. In a compiled student, and for
-            pairs without another loss, w is `100 · ratio`. "balanced": a compiled student raises an error; a pair
-            without another loss keeps its weight, and a warning says so. A factor in front of the loss has no effect
-            on balanced weights.
+            pairs without another loss, w is `100 · ratio`, with a warning. "balanced": a compiled student raises an
+            error; a pair without another loss keeps its weight, with a warning. A factor in front of the loss does not
+            change balanced gradients.
         ratio: Gradient ratio of balanced weights, positive. Default: 1.
         schedule: Factor of all weights. "learning_rate" (default): 1 while the learning rate of the student's optimizer
             is above half of its maximum, then down to 0.02 with it. A function from call to factor, such as
@@ -107,7 +106,7 @@ class IsomorphismLoss(nn.Module):
             For tokens it can state prefix tokens, grid and suffix tokens, such as "nlc:1+14x14+100" or "nlc:line".
         repeated: Capture to use of layers that fire more than once in a forward: "first", "last", or "error" (default).
         at: Side of the layers: "output", "input" (the feature before an activation), or a mapping from student or
-            teacher layer to side. Peers have the teacher's. Default: "output".
+            teacher layer to side. Peers use the sides of the teacher's layers. Default: "output".
         loader: Batches of student images for `layers="auto"`.
 
     Raises:
@@ -119,11 +118,13 @@ class IsomorphismLoss(nn.Module):
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         >>> teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> iso = IsomorphismLoss(student, teacher, {"1": "1"})
-        >>> optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.1)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
         >>> with iso:
         ...     for _ in range(6):
         ...         loss = student(torch.randn(8, 3, 6, 6)).square().mean() + iso()
+        ...         optimizer.zero_grad()
         ...         loss.backward()
+        ...         optimizer.step()
         >>> log = iso.log()
         >>> 0 < log["iso/train/1/share"] < 1, log["iso/train/1/loss"] < 0
         (True, True)
@@ -141,7 +142,7 @@ class IsomorphismLoss(nn.Module):
         kernel_size: int | Literal["auto"] = "auto",
         scale: Scale = "log",
         weight: Weight = "auto",
-        ratio: float = DEFAULT_RATIO,
+        ratio: float = 1.0,
         schedule: Schedule = "learning_rate",
         teacher_transform: Transform | None = None,
         teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None,
@@ -168,6 +169,8 @@ class IsomorphismLoss(nn.Module):
         self.config.check_networks(student, teacher, peers)
         if layers == "auto":
             layers = auto_layers(student, teacher, loader, self.config)
+        elif loader is not None:
+            raise OptionError('loader= has no effect with layers by name, only with layers="auto". Leave it out')
         self.pairs: tuple[LayerPair, ...] = tuple(pair_layers(student, teacher, layers))
         teacher_layers = list(dict.fromkeys(pair.target for pair in self.pairs))
         self.teacher_output: Any = None
@@ -365,7 +368,7 @@ class IsomorphismLoss(nn.Module):
             return self._teacher.from_cache(features, batch.input.images)
         if output is not None:
             self.teacher_output = output
-            return self._teacher.collect(self._teacher.transform(batch.input.images))
+            return self._teacher.collect_called(batch.input.images)
         targets, self.teacher_output = self._teacher.features(batch.input, batch.autocast_dtype)
         return targets
 

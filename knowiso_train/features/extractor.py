@@ -388,7 +388,7 @@ class FeatureReader:
             if spec.channels != self.channels.setdefault(name, spec.channels):
                 raise ShapeError(
                     f"{self.role}: layer {name!r} emitted {spec.channels} channels, {self.channels[name]} before. "
-                    "Make a new IsomorphismLoss after the network's layers have changed."
+                    "Pass features of the same layer. Make a new IsomorphismLoss after a change of the network."
                 )
             self._specs[key], self._layouts[name, tensor.ndim] = spec, spec.layout
         spec = self._specs[key]

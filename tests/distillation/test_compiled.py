@@ -84,6 +84,7 @@ def test_balancing_a_compiled_student_raises() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:weight=.auto. is 100 at .layer2.")
 def test_the_default_weight_of_a_compiled_student_is_fixed() -> None:
     student = network("resnet18", 1)
     iso = ready("moment", student, network("resnet18", 2), "layer2", refresh=1, weight="auto")

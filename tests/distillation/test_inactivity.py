@@ -56,7 +56,8 @@ def test_pairs_behind_frozen_layers_are_named_once(options: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_learned_map_that_diverges_is_bounded_and_named(order: int) -> None:
-    iso = IsomorphismLoss(built(1), built(2), ["3"], solver="learned", order=order, kernel_size=3, refresh=2)
+    options = {"solver": "learned", "order": order, "kernel_size": 3, "weight": 100.0}
+    iso = IsomorphismLoss(built(1), built(2), ["3"], refresh=2, **options)
     optimizer = torch.optim.SGD(iso.parameters(), lr=1.0, momentum=0.9)
 
     def train(steps: int) -> list[float]:

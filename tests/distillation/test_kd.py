@@ -16,7 +16,7 @@ from knowiso_train.distillation import (
     mlkd_loss,
     standardized_kd_loss,
 )
-from knowiso_train.errors import OptionError, ShapeError
+from knowiso_train.errors import InputTypeError, OptionError, OptionTypeError, ShapeError
 
 
 class TestLogitLosses:
@@ -101,7 +101,37 @@ class TestLogitLosses:
             with pytest.raises(OptionError, match="temperature"):
                 mlkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperatures)
         with pytest.raises(ShapeError, match="one label per image"):
-            dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+            dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
+
+    @pytest.mark.parametrize("loss", [kd_loss, standardized_kd_loss, dist_loss, mlkd_loss])
+    def test_logits_that_cannot_be_used_raise(self, loss: Any) -> None:
+        s, t = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+        for temperature in ("4", None):
+            with pytest.raises(OptionTypeError, match="temperature"):
+                loss(s, t, temperature)
+        with pytest.raises(InputTypeError, match=r"student_logits must be a tensor.*, got NoneType"):
+            loss(None, t)
+        with pytest.raises(InputTypeError, match=r'got dict. Pass the logits of .*, such as output\["logits"\]'):
+            loss(s, {"logits": t})
+        with pytest.raises(ShapeError, match=r"at least one image, got shape \(0, 3\)"):
+            loss(s[:0], t[:0])
+        with pytest.raises(OptionError, match="Swap them"):
+            loss(t, s)
+        with torch.no_grad():
+            assert float(loss(t, s)) == float(loss(s, t))
+
+    def test_labels_that_cannot_be_used_raise(self) -> None:
+        s, t = torch.randn(2, 3), torch.randn(2, 3)
+        expected = dkd_loss(s, t, torch.tensor([0, 2]))
+        assert torch.equal(dkd_loss(s, t, torch.tensor([0, 2], dtype=torch.int32)), expected)
+        for wrong in (-100, 3):
+            with pytest.raises(OptionError, match=r"labels from 0 to 2, got labels from"):
+                dkd_loss(s, t, torch.tensor([0, wrong]))
+        for target, kind in (([0, 2], "list"), (torch.zeros(2), "torch.float32")):
+            with pytest.raises(InputTypeError, match=f"integer labels .*, got {kind}"):
+                dkd_loss(s, t, target)
+        with pytest.raises(ShapeError, match="at least 2 classes"):
+            dkd_loss(s[:, :1], t[:, :1], torch.zeros(2, dtype=torch.long))
 
 
 class TestSchedule:

@@ -148,7 +148,7 @@ class TestInALoop:
             body = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), Tokens(), nn.LayerNorm(8), nn.Flatten(), nn.Linear(128, 6)
             return nn.Sequential(*body)
 
-        iso = IsomorphismLoss(network(1), network(2), ["1", "3", "5"], example=torch.zeros(2, 3, 8, 8))
+        iso = IsomorphismLoss(network(1), network(2), ["1", "3", "5"], weight=1.0, example=torch.zeros(2, 3, 8, 8))
         assert list(iso.kernel_sizes.values()) == [3, 1, 1]
         train(iso, iso.student, 12)
         assert all(iso.log()[f"iso/train/{layer}/ready"] for layer in ("1", "3", "5"))

@@ -102,6 +102,7 @@ def test_a_map_that_explains_nothing_has_no_gradient_at_the_student(options: dic
     assert any(bool(gradient.any()) for gradient in map_gradients.values()) == ("solver" in options)
 
 
+@pytest.mark.filterwarnings("ignore:weight=.auto. has nothing to balance against")
 def test_the_default_is_the_logarithm_with_weight_100_without_another_loss() -> None:
     iso = IsomorphismLoss(built(1), built(2), ["3"], refresh=2)
     with iso:

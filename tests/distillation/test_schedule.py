@@ -92,6 +92,53 @@ def test_the_optimizer_with_most_weights_of_the_student_counts() -> None:
     assert values == pytest.approx([1.0, 1.0, 1.0, 0.75])
 
 
+def test_the_maximum_is_that_of_the_same_optimizer() -> None:
+    """A new head is trained first, at a larger learning rate, or beside the whole network."""
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
+    head, *body = reversed(list(iso.student.parameters()))
+    small, all_at_once = torch.optim.SGD([head], lr=1.0), torch.optim.AdamW(iso.student.parameters(), lr=1e-4)
+    rest = torch.optim.SGD(body, lr=1e-3)
+    with iso:
+        assert factors(iso, [small], [1.0] * 3) == [1.0] * 3
+        assert factors(iso, [small, rest], [1.0] * 3) == [1.0] * 3
+        assert factors(iso, [all_at_once], [1.0, 0.25, 0.25]) == pytest.approx([1.0, 1.0, 0.75])
+        # Another stage of the training with as many weights
+        assert factors(iso, [torch.optim.SGD(iso.student.parameters(), lr=1e-5)], [1.0] * 3)[1:] == [1.0] * 2
+
+
+def test_an_optimizer_that_gets_more_weights_keeps_its_maximum() -> None:
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
+    first, *others = iso.student.parameters()
+    optimizer = torch.optim.SGD([first], lr=1e-3)
+    with iso:
+        factors(iso, [optimizer], [1.0] * 2)
+        optimizer.add_param_group({"params": others, "lr": 1e-3})
+        assert factors(iso, [optimizer], [0.25] * 2)[1] == pytest.approx(0.75)
+
+
+def test_optimizers_with_equally_many_weights_have_their_own_maximum() -> None:
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    iso = IsomorphismLoss(student, copy.deepcopy(student), ["2"], weight=WEIGHT)
+    weights = [conv.weight for conv in (student[0], student[3])]
+    optimizers = [torch.optim.SGD([weight], lr=lr) for weight, lr in zip(weights, (1e-3, 1e-5), strict=True)]
+    with iso:
+        for step, rate in enumerate([1.0, 1.0, 0.25, 0.25]):
+            (student(images(step)).square().mean() + iso()).backward()
+            for optimizer, lr in zip(optimizers, (1e-3, 1e-5), strict=True):
+                optimizer.param_groups[0]["lr"] = lr * rate
+                optimizer.step()
+        assert iso.log()["iso/train/2/weight"] == pytest.approx(0.75 * WEIGHT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_schedule_that_is_not_finite_raises(value: float) -> None:
+    iso = IsomorphismLoss(built(1), built(2), ["3"], schedule=lambda _: value)
+    with iso:
+        iso.student(images(0))
+        with pytest.raises(OptionError, match=r"finite factor, got (nan|inf) at call 0"):
+            iso()
+
+
 @pytest.mark.parametrize("form", ["tensor", "accelerate", "closure"])
 def test_forms_of_optimizers(form: str) -> None:
     student = built(1)
