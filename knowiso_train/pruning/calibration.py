@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from knowiso_train.errors import DataError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import DataError, NonFiniteError, OptionError
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import call_model
 from knowiso_train.features.state import device_of, preserve_random_state, preserve_state
 from knowiso_train.ops.im2col import SampledPositions, grouped_weight, input_rows, num_input_features
 from knowiso_train.pruning._tracing import Epilogue, Forward, OpRecorder
 from knowiso_train.regression.moments import Moments, RowSums
-from knowiso_train.utils.batch import batch_size, check_loader, get_inputs, index_batch, to_device
+from knowiso_train.utils.batch import batch_size, check_loader, concatenate_batches, get_inputs, index_batch, to_device
 from knowiso_train.utils.validation import checked_value
 
 SAMPLES_PER_FEATURE = 20  # samples of a ranking; more samples of the same images change no ranking
@@ -141,27 +141,7 @@ class Calibration:
 
     def concatenate(self) -> Any:
         """Return all images as one batch."""
-        return _concatenate(self._batches)
-
-
-def _concatenate(batches: list[Any]) -> Any:
-    first = batches[0]
-    if len(batches) == 1:
-        return first
-    if isinstance(first, Tensor):
-        if not first.ndim:
-            return first
-        sizes = sorted({tuple(batch.shape[1:]) for batch in batches})
-        if len(sizes) > 1:
-            raise ShapeError(
-                f"expected images of one size, got {' and '.join(map(str, sizes))}; resize or crop them in the loader"
-            )
-        return torch.cat(batches)
-    if isinstance(first, Mapping):
-        return {key: _concatenate([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return [_concatenate(list(items)) for items in zip(*batches, strict=True)]
-    return first
+        return concatenate_batches(self._batches)
 
 
 @dataclass(frozen=True)

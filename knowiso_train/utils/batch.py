@@ -192,11 +192,79 @@ def _select(batch: Any, index: Tensor, size: int, *, top: bool = False) -> Any:
         return _rebuild_mapping(batch, {key: _select(value, index, size) for key, value in batch.items()})
     if not isinstance(batch, (tuple, list)):
         return batch
-    # [images, labels] of a batch of two samples is a list of columns, not of samples.
-    columns = all(isinstance(item, Tensor) and item.ndim and len(item) == size for item in batch)
-    if not top and not columns and len(batch) == size:
+    if not top and not _has_columns(batch, size) and len(batch) == size:
         return _rebuild_sequence(batch, [batch[i] for i in index.tolist()])
     return _rebuild_sequence(batch, [_select(item, index, size) for item in batch])
+
+
+def _has_columns(batch: Sequence[Any], size: int) -> bool:
+    """Return True for a list such as [images, labels], which holds columns also if it is as long as the batch."""
+    return all(isinstance(item, Tensor) and item.ndim and len(item) == size for item in batch)
+
+
+def concatenate_batches(batches: Sequence[Any]) -> Any:
+    """Join batches of one form into one batch, which `index_batch` can split again.
+
+    Tensors with one row per sample are concatenated, and nested lists and tuples with one item per sample joined.
+    Containers keep their classes; of other values, the first one is kept.
+
+    Args:
+        batches: One or more batches in a form that `index_batch` accepts.
+
+    Raises:
+        ShapeError: Images of different sizes, or other tensors that differ and have no row for each sample.
+        InputTypeError: Batches of different forms, or without tensors.
+
+    Examples:
+        >>> batches = [{"image": torch.zeros(n, 1), "name": list("abc"[:n])} for n in (3, 1)]
+        >>> concatenate_batches(batches)["name"]
+        ['a', 'b', 'c', 'a']
+    """
+    return batches[0] if len(batches) == 1 else _join(batches, [batch_size(batch) for batch in batches], top=True)
+
+
+def _join(values: Sequence[Any], sizes: Sequence[int], *, top: bool = False) -> Any:
+    first = values[0]
+    form = next((form for form in (Tensor, Mapping, (tuple, list)) if isinstance(first, form)), object)
+    if not all(isinstance(value, form) for value in values):
+        names = sorted({type(value).__name__ for value in values})
+        raise InputTypeError(f"expected batches of one form, got {' and '.join(names)} at one place; check the loader")
+    if isinstance(first, Tensor):
+        return _join_tensors(values, sizes)
+    if isinstance(first, Mapping):
+        if any(value.keys() != first.keys() for value in values):
+            raise InputTypeError(
+                f"expected batches with the same keys, got {' and '.join(str(list(value)) for value in values[:2])}"
+            )
+        return _rebuild_mapping(first, {key: _join([value[key] for value in values], sizes) for key in first})
+    if not isinstance(first, (tuple, list)):
+        return first
+    is_column = [_has_columns(value, size) for value, size in zip(values, sizes, strict=True)]
+    if not top and not all(is_column) and [len(value) for value in values] == list(sizes):
+        return _rebuild_sequence(first, [item for value in values for item in value])
+    if any(len(value) != len(first) for value in values):
+        raise InputTypeError(
+            f"expected lists with one item per image in batches of {list(sizes)} images, or of one length; got "
+            f"{[len(value) for value in values]} items"
+        )
+    return _rebuild_sequence(first, [_join(items, sizes) for items in zip(*values, strict=True)])
+
+
+def _join_tensors(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    first = values[0]
+    if not first.ndim or not all(value.ndim and len(value) == size for value, size in zip(values, sizes, strict=True)):
+        if not first.ndim or all(torch.equal(first, value) for value in values):
+            return first
+        raise ShapeError(
+            f"expected tensors with one row per image in batches of {list(sizes)} images, or equal ones; got shapes "
+            f"{[tuple(value.shape) for value in values]}. Pass one batch, or a list with one tensor per image"
+        )
+    shapes = sorted({tuple(value.shape[1:]) for value in values})
+    if len(shapes) > 1:
+        raise ShapeError(
+            f"expected images of one size, got {' and '.join(map(str, shapes))}; resize or crop them in the loader"
+        )
+    return torch.cat(list(values))
 
 
 def _input_key(batch: Any) -> Any:

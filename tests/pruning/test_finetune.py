@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -247,6 +248,24 @@ def test_modes_gradients_random_state_and_frozen_weights_are_restored(
         for model in (original, perturbed)
         for module in model.modules()
     )
+
+
+@pytest.mark.parametrize("sizes", [48, 40])
+def test_file_names_stay_with_their_images(
+    sizes: int, original: nn.Module, perturbed: nn.Module, images: Tensor
+) -> None:
+    names = {tuple(image.flatten()[:3].tolist()): f"{i}.png" for i, image in enumerate(images)}
+    Named = namedtuple("Named", "image path")
+    seen = set()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        assert list(batch.path) == [names[tuple(image.flatten()[:3].tolist())] for image in batch.image]
+        seen.update(batch.path)
+        return model(batch.image)
+
+    loader = [Named(part, [names[tuple(x.flatten()[:3].tolist())] for x in part]) for part in images.split(sizes)]
+    finetune(perturbed, original, loader, **QUIET, forward=forward)
+    assert len(seen) == len(images)
 
 
 def test_comparable_blocks_are_those_of_unchanged_shape(original: nn.Module, images: Tensor) -> None:

@@ -20,6 +20,7 @@ from knowiso_train.utils.batch import (
     LABEL_KEYS,
     batch_size,
     check_loader,
+    concatenate_batches,
     get_inputs,
     index_batch,
     labels_of,
@@ -186,6 +187,49 @@ def test_select_refuses_what_cannot_index() -> None:
         index_batch(IMAGES, torch.tensor([True]))
     with pytest.raises(ShapeError, match="1-D"):
         index_batch(IMAGES, torch.tensor(1))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_joined_batches_can_be_split_again(count: int) -> None:
+    whole = {
+        "image": IMAGES,
+        "name": ["a", "b", "c", "d"],
+        "views": [IMAGES, 2 * IMAGES],
+        "nested": Pair(LABELS, ("w", "x", "y", "z")),
+        "classes": ["cat", "dog", "owl", "bat", "elk"],
+        "anchors": torch.ones(5, 2),
+        "scale": torch.tensor(2.0),
+    }
+    parts = [index_batch(whole, index) for index in torch.arange(4).split(3 if count == 2 else 1)]
+    joined = concatenate_batches(parts)
+    assert [joined[key] for key in ("name", "classes")] == [whole["name"], whole["classes"]]
+    assert isinstance(joined["nested"], Pair)
+    assert joined["nested"].label == whole["nested"].label  # type: ignore[attr-defined]
+    assert torch.equal(joined["nested"].image, LABELS)
+    assert torch.equal(joined["views"][1], 2 * IMAGES)
+    assert [joined[key].shape for key in ("anchors", "scale")] == [(5, 2), ()]
+    assert isinstance(concatenate_batches([UserDict(img=IMAGES)] * 2), UserDict)
+
+
+def test_two_columns_of_two_samples_are_joined_as_columns() -> None:
+    images, labels = concatenate_batches([[torch.zeros(2, 3), torch.tensor([5, 6])]] * 2)
+    assert images.shape == (4, 3)
+    assert labels.tolist() == [5, 6, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ({"x": IMAGES}, {"x": IMAGES[:, :2]}, "images of one size"),
+        ({"x": IMAGES, "boxes": torch.zeros(5, 4)}, {"x": IMAGES, "boxes": torch.zeros(6, 4)}, "one row per image"),
+        ({"x": IMAGES, "names": ["a"]}, {"x": IMAGES, "names": ["a", "b"]}, "one item per image"),
+        ({"x": IMAGES}, {"x": IMAGES, "names": ["a"]}, "the same keys"),
+        ((IMAGES, LABELS), IMAGES, "Tensor and tuple"),
+    ],
+)
+def test_batches_of_different_forms_are_not_joined(first: Any, second: Any, says: str) -> None:
+    with pytest.raises((ShapeError, InputTypeError), match=says):
+        concatenate_batches([first, second])
 
 
 def drawn() -> tuple[float, float, float]:
