@@ -180,6 +180,7 @@ def train_after(
 
     Raises:
         DataError: A loader without images.
+        OptionError: All parameters after the layer are frozen.
     """
     parameters = _parameters_after(model, layer, next(iter(labeled), None))
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
@@ -201,15 +202,18 @@ def train_after(
 
 
 def _parameters_after(model: nn.Module, layer: str, batch: Any) -> Sequence[nn.Parameter]:
-    """Find the parameters that still have a gradient when the layer's output is detached."""
+    """Find the parameters that still have a gradient when the layer's output is detached, without frozen ones."""
     if batch is None:
         raise DataError("the loader of labeled images gave no images")
     images = get_inputs(batch)[:GRADIENT_PROBE_IMAGES].to(device_of(model) or "cpu")
     detach: Any = model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: output.detach())
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with preserve_state(model), torch.enable_grad():
-            gradients = torch.autograd.grad(model(images).sum(), parameters, allow_unused=True)
+            total = model(images).sum()
+            if not total.requires_grad:
+                raise OptionError(f"expected trainable layers after {layer!r}, got frozen ones; unfreeze the last ones")
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     finally:
         detach.remove()
     return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]

@@ -82,7 +82,7 @@ def refine(
     `recipes/refine.py` does.
 
     Args:
-        model: Network to refine. It is not modified.
+        model: Network to refine. It is not modified. Fine-tuning keeps its frozen layers, except for the classifier.
         peers: One or several networks: other seeds, other architectures, older versions. They were trained on the same
             kind of images, for any task.
         loader: Images; labels are not read. Some hundred at least, thousands are better. It is read once, and
@@ -185,6 +185,7 @@ def run_refinement(
         model, peers, config.head, config.peer_heads, config.transform, config.peer_transforms, config.names
     )
     config.check_bias(models[0])
+    config.check_trainable(models[0])
     notes = NoteLog()
     with ExitStack() as stack:
         modules = [model.module for model in models]

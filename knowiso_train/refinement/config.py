@@ -147,6 +147,21 @@ class RefineConfig:
                 "network one with a bias"
             )
 
+    def check_trainable(self, model: ClassifierModel) -> None:
+        """Check that a fine-tuning towards the consensus has layers to train before the classifier.
+
+        Raises:
+            OptionError: All of them are frozen.
+        """
+        classifier = {id(parameter) for parameter in model.classifier.parameters()}
+        trained = (p for p in model.module.parameters() if p.requires_grad and id(p) not in classifier)
+        if self.finetunes and self.finetuning.uses_peers and next(trained, None) is None:
+            raise OptionError(
+                f"fine-tuning towards the consensus trains layers before the classifier, but all those of {model.name} "
+                "are frozen; unfreeze some with requires_grad_(True), or train the classifier on the labels alone: "
+                "consensus_weight=0, kd_weight=0"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that determine the result, for the report."""
         return {

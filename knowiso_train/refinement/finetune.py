@@ -63,6 +63,8 @@ class RefineTrainer:
 
         L = CE(labels) + w_c · L_consensus + w_kd · T² KL(mean_m softmax(z_m / T) ‖ softmax(z / T))
 
+    Frozen parameters stay frozen, except for the classifier, whose flags the end of the context restores.
+
     The context registers hooks and removes them. `state_dict` and `load_state_dict` continue a run to the same bits;
     the batches of a run are the caller's, see `BatchCycle`.
 
@@ -112,7 +114,10 @@ class RefineTrainer:
         if config.uses_peers and not peers:
             raise OptionError("no useful peer is left; there is no consensus to train towards")
         self.config, self.num_steps = config, 0
-        self.student = student.requires_grad_(True)
+        self.student = student
+        classifier = replace(model, module=student).classifier
+        self._classifier_flags = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
+        classifier.requires_grad_(True)
         self._transform, self._accelerator = model.transform, accelerator
         set_training_mode(student, config.freeze_batch_norm)
         self.consensus: IsomorphismLoss | None = None
@@ -137,6 +142,8 @@ class RefineTrainer:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        for parameter, needed in self._classifier_flags:
+            parameter.requires_grad_(needed)
 
     def step(self, unlabeled: Any, labeled: Any) -> dict[str, Tensor]:
         """Update the network on one batch of unlabeled and one of labeled images.
@@ -320,7 +327,8 @@ def finetune_classifier(
         progress: Show a progress bar.
 
     Returns:
-        Network in eval mode.
+        Network in eval mode, with the `requires_grad` of `start`. Frozen parameters other than the classifier's did
+        not change.
 
     Raises:
         OptionError: No peers where a loss needs them, or no layer that could be compared.

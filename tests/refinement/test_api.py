@@ -126,6 +126,16 @@ def test_weights_modes_hooks_and_random_state_are_restored() -> None:
     )
 
 
+def test_a_network_that_is_frozen_before_its_classifier_is_not_trained_to_the_consensus() -> None:
+    model = SignalNet(0).requires_grad_(False)
+    labels_alone = RefineFinetuneConfig(steps=2, consensus_weight=0.0, kd_weight=0.0)
+    result = refine(model, SignalNet(1), POOL, method="consensus", finetune_config=labels_alone, **SETS)
+    assert torch.equal(result.model.trunk.weight, model.trunk.weight)
+    assert not any(parameter.requires_grad for parameter in result.model.parameters())
+    with pytest.raises(OptionError, match="all those of network are frozen; unfreeze some"):
+        refine(model, SignalNet(1), POOL, method="consensus", **SETS)
+
+
 def test_consensus_training_raises_the_explained_share() -> None:
     """The trunk mixes in noise that the peers do not share; fine-tuning reduces it."""
     result = refined(

@@ -33,6 +33,18 @@ def test_only_what_comes_after_the_layer_is_trained() -> None:
     assert not net.training
 
 
+def test_frozen_layers_are_not_trained() -> None:
+    net = network()
+    net[3].requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    train_after(net, net, "2", [(X, Y)], steps=2, lr=0.1)
+    assert torch.equal(net[3].weight, before["3.weight"])
+    assert not torch.equal(net[5].weight, before["5.weight"])
+    net[3:].requires_grad_(False)
+    with pytest.raises(OptionError, match="expected trainable layers after '2', got frozen ones"):
+        train_after(net, net, "2", [(X, Y)], steps=2, lr=0.1)
+
+
 def test_training_after_a_layer_decreases_the_cross_entropy() -> None:
     net = network().eval()
     before = nn.functional.cross_entropy(net(X), Y)

@@ -152,6 +152,19 @@ def test_options_out_of_bounds_raise(options: dict[str, Any], name: str) -> None
         RefineFinetuneConfig(**options)
 
 
+@pytest.mark.parametrize("frozen", ["trunk", "fc"])
+def test_frozen_layers_stay_frozen_and_the_classifier_is_trained(frozen: str) -> None:
+    start = SignalNet(0)
+    start.get_submodule(frozen).requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in start.named_parameters()}
+    config = RefineFinetuneConfig(steps=2, lr=0.1, consensus_weight=0.0, kd_weight=0.0)
+    tuned = finetune_classifier(start, classifier_model(start, "own"), [], batches(X), batches(X, Y), config)
+    assert {name: parameter.requires_grad for name, parameter in tuned.named_parameters()} == flags
+    before = start.state_dict()
+    changed = [name for name, value in tuned.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == (["fc.weight", "fc.bias"] if frozen == "trunk" else list(flags))
+
+
 def test_the_start_is_not_modified() -> None:
     model, peers = model_and_peer()
     before = copy.deepcopy(model.module.state_dict())
