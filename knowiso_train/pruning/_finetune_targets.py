@@ -237,6 +237,7 @@ class Validator:
 
     Raises:
         OptionError: Labels are given and the outputs are not logits.
+        ShapeError: A label without a logit.
 
     Examples:
         >>> model, images = nn.Linear(3, 2), Calibration([torch.randn(8, 3)])
@@ -259,6 +260,11 @@ class Validator:
             raise OptionError(
                 f"label_weight needs logits (images, classes), and the output has shape {tuple(self.expected.shape)}. "
                 "Leave it at 0"
+            )
+        if labels is not None and int(labels.max()) >= self.expected.shape[1]:
+            raise ShapeError(
+                f"label_weight: expected labels below {self.expected.shape[1]}, the number of logits, got "
+                f"{int(labels.max())}. Map the labels to the classes of the model"
             )
         self.labels = None if labels is None else labels[index.to(labels.device)].to(self.expected.device)
 

@@ -166,9 +166,10 @@ def finetune(
 
     Raises:
         OptionError: An option out of bounds, or a model without trainable parameters.
-        ShapeError: A layer or an output has another shape in the pruned model.
-        DataError: Too few images.
-        InputTypeError: Not a model, not a loader, missing labels, or an output that is not one tensor.
+        ShapeError: A layer or an output has another shape in the pruned model, a parameter of it is larger than the
+            original's, or labels do not fit the logits.
+        DataError: Too few images, or missing labels.
+        InputTypeError: Not a model, not a loader, an output that is not one tensor, or a `transform` without tensor.
         NonFiniteError: NaN or Inf in the loss. The model was not modified.
 
     Examples:
@@ -221,7 +222,8 @@ def check_model_pair(pruned: Any, original: Any) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         InputTypeError: One of them is not a module.
-        OptionError: They are the same module.
+        OptionError: They are the same module, or have no parameter name in common.
+        ShapeError: A parameter of the pruned model is larger than the original's, as with swapped arguments.
     """
     for role, model in (("pruned", pruned), ("original", original)):
         if not isinstance(model, nn.Module):
@@ -229,6 +231,21 @@ def check_model_pair(pruned: Any, original: Any) -> tuple[nn.Module, nn.Module]:
     pruned, original = unwrap_model(pruned), unwrap_model(original)
     if pruned is original:
         raise OptionError("pruned and original are the same model; pass a copy as one of them")
+    after, before = (dict(model.named_parameters()) for model in (pruned, original))
+    shared = [name for name in after if name in before]
+    if not shared:
+        raise OptionError(
+            f"expected the model that {type(pruned).__name__} was pruned from as the original, got "
+            f"{type(original).__name__}, which has none of its parameter names. Train other pairs with IsomorphismLoss"
+        )
+    for name in shared:
+        # Axes of different numbers are left to the check of the outputs
+        if any(size > full for size, full in zip(after[name].shape, before[name].shape, strict=False)):
+            raise ShapeError(
+                f"expected a pruned model with parameters at most as large as the original's, got {name!r} of shape "
+                f"{tuple(after[name].shape)} and {tuple(before[name].shape)} in the original. Pass the pruned model "
+                "first and the original second"
+            )
     return pruned, original
 
 
@@ -362,7 +379,18 @@ class _FinetuneRun:
         references, augmented = self.references, None
         batch = references.select(index)
         if self.transform is not None:
-            batch = augmented = replace_inputs(batch, self.transform(get_inputs(batch)))
+            inputs = self.transform(get_inputs(batch))
+            if not isinstance(inputs, Tensor):
+                raise InputTypeError(
+                    "transform: expected a function that returns a tensor, got one that returns "
+                    f"{type(inputs).__name__}. Return the augmented images"
+                )
+            if self.labels is not None and len(inputs) != len(index):
+                raise ShapeError(
+                    f"transform: expected one image for each of {len(index)} labels, got {len(inputs)}. Return all "
+                    "images, or leave label_weight at 0"
+                )
+            batch = augmented = replace_inputs(batch, inputs)
         reference = references.get(index, augmented)
         _set_training(self.model, not self.config.frozen_statistics)
         outputs = forward_with_features(references.images, self.model, references.layers, batch)

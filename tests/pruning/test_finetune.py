@@ -310,6 +310,8 @@ def head_alone(model: nn.Module) -> nn.Module:
         (frozen, {}, OptionError, "frozen"),
         (head_alone, {}, OptionError, "has an effect on the compared outputs"),
         (widened, {"layers": ()}, ShapeError, r"\(12, 7\).*\(12, 5\)"),
+        (lambda model: network(9), {}, ShapeError, r"'1.0.conv1.weight' of shape \(9, .*Pass the pruned model first"),
+        (lambda model: nn.Sequential(nn.Flatten(), nn.Linear(108, 5)), {}, OptionError, "none of its parameter names"),
         (lambda model: network(3), {"layers": ["1.0.conv1"]}, ShapeError, r"'1.0.conv1' has shape \(2, 3, 6, 6\)"),
         (lambda model: "model", {}, InputTypeError, "pruned: expected"),
         (copy.deepcopy, {"epochs": 1}, OptionError, "not both"),
@@ -321,6 +323,12 @@ def head_alone(model: nn.Module) -> nn.Module:
         (copy.deepcopy, {"validation_fraction": 1.0}, OptionError, "validation_fraction must be below 1"),
         (copy.deepcopy, {"batch_size": 90}, DataError, "12 of them held out"),
         (copy.deepcopy, {"label_weight": 1.0}, DataError, "label_weight: expected a tensor of labels"),
+        (
+            copy.deepcopy,
+            {"transform": lambda x: None},
+            InputTypeError,
+            "returns a tensor, got one that returns NoneType",
+        ),
     ],
 )
 def test_invalid_arguments_raise(
@@ -333,6 +341,21 @@ def test_invalid_arguments_raise(
 ) -> None:
     with pytest.raises(error, match=message):
         finetune(pruned(original), original, [images], **QUIET | more)
+
+
+def test_labels_that_do_not_fit_the_logits_raise(original: nn.Module, perturbed: nn.Module, images: Tensor) -> None:
+    labels = torch.zeros(96, dtype=torch.long)
+    with pytest.raises(ShapeError, match="one image for each of 16 labels, got 15"):
+        finetune(perturbed, original, [(images, labels)], **QUIET, label_weight=0.1, transform=lambda x: x[1:])
+    labels[50] = 5
+    with pytest.raises(ShapeError, match="labels below 5, the number of logits, got 5"):
+        finetune(perturbed, original, [(images, labels)], **QUIET, label_weight=0.1)
+
+
+def test_biases_that_a_refit_adds_are_no_larger_parameters(original: nn.Module, images: Tensor) -> None:
+    plain, pruned = (copy.deepcopy(original) for _ in range(2))
+    plain[6].bias = None  # type: ignore[assignment]
+    assert finetune(pruned, plain, [images], **QUIET | {"steps": 1}).losses
 
 
 def test_biases_take_a_twentieth_of_the_learning_rate(original: nn.Module, images: Tensor) -> None:
