@@ -274,20 +274,31 @@ def ignored_layers(model: nn.Module, patterns: str | Collection[str]) -> list[st
     """Return the names of the modules that names or globs match.
 
     Raises:
-        OptionError: A pattern without a match.
+        OptionError: A pattern without a match, or without a layer that has a width of its own.
 
     Examples:
         >>> ignored_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["?"])
         ['0', '1']
     """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     try:
-        matches = [
-            [pattern] if pattern == "" else resolve_layers(model, pattern)
-            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-        ]
+        matches = [[pattern] if pattern == "" else resolve_layers(model, pattern) for pattern in patterns]
     except LayerNameError as error:
         raise OptionError(f"ignored: no modules of such names in {type(model).__name__}: {error}") from error
+    for pattern, names in zip(patterns, matches, strict=True):
+        if not any(_has_width(module) for name in names for module in model.get_submodule(name).modules()):
+            kinds = sorted({type(model.get_submodule(name)).__name__ for name in names})
+            raise OptionError(
+                f"ignored: {pattern!r} has no effect, since {', '.join(kinds)} has the width of the layer before. Name "
+                "that convolution or linear layer"
+            )
     return [name for names in matches for name in names]
+
+
+def _has_width(module: nn.Module) -> bool:
+    """Return whether a module has a weight matrix, whose rows are its width."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim > 1
 
 
 def _within(name: str, modules: Collection[str]) -> bool:

@@ -391,7 +391,7 @@ def fold_bias(layer: nn.Module, norm: nn.Module | None, bias: Tensor, moments: A
     module: Any = layer
     if norm is None:
         if module.bias is None:
-            module.bias = nn.Parameter(bias.to(module.weight))
+            module.bias = nn.Parameter(bias.to(module.weight), requires_grad=module.weight.requires_grad)
         else:
             module.bias.copy_(bias)
         return

@@ -36,8 +36,9 @@ from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Seed, 
 class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
     """Score channels by the unexplained variance of their consumers when the channel is removed and they are refitted.
 
-    The first scored group triggers one unlabeled pass over the images. It is repeated when widths or weights of the
-    network change, as in iterative pruning or after training. `global_pruning` compares scores of different layers
+    The first scored group triggers one unlabeled pass over the images. It is repeated when widths, weights or buffers
+    of the network change, as in iterative pruning or after training; changes in place of `parameter.data` have no
+    trace. `global_pruning` compares scores of different layers
     without regard to their cost, so scores are per million multiply-adds by default.
 
     In layers of more than 6,000 input features, such as the first linear layer of a VGG, the features of a channel
@@ -101,7 +102,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         self._inputs: dict[str, LayerInput] = {}
         self._merged: dict[str, tuple[Tensor, Moments]] = {}  # features (J, m) and moments of J channels of wide layers
         self._positions: dict[str, float] = {}  # of layers that run
-        self._versions: list[tuple[nn.Parameter, int]] = []
+        self._versions: list[tuple[Tensor, int, int]] = []  # tensors of the network with version and address
 
     def __call__(self, group: Any) -> Tensor | None:
         """Return the scores (J,) of the group's channels, float32; None without consumers, which skips the group."""
@@ -184,7 +185,7 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
         )
         if stale or (layers and not self._versions) or self._weights_changed():
             self._compute_inputs()
-            self._versions = [(parameter, parameter._version) for parameter in self.model.parameters()]
+            self._versions = [(value, value._version, value.data_ptr()) for value in self._state()]
 
     def _compute_inputs(self) -> None:
         """Compute the moments of the inputs of all layers that run, except wide ones."""
@@ -224,12 +225,19 @@ class IsomorphismImportance(tp.importance.Importance):  # type: ignore[misc]
             warnings.warn(message, KnowisoWarning, stacklevel=5)
 
     def _weights_changed(self) -> bool:
-        """Return whether weights were changed in place since the pass, as training does.
+        """Return whether weights or buffers were changed since the pass, as training does.
 
-        torch-pruning replaces parameters, which is no change of the remaining weights.
+        torch-pruning replaces tensors, which is no change of the remaining channels.
         """
-        present = set(map(id, self.model.parameters()))
-        return any(parameter._version != version for parameter, version in self._versions if id(parameter) in present)
+        present = {id(value) for value in self._state()}
+        return any(
+            (value._version, value.data_ptr()) != (version, address)
+            for value, version, address in self._versions
+            if id(value) in present
+        )
+
+    def _state(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
 
 
 def _is_wide(layer: nn.Module) -> bool:

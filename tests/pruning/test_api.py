@@ -177,6 +177,9 @@ def test_budgets_minimum_widths_and_rounding_hold() -> None:
     assert all(width.after >= 0.5 * width.before for width in pruned.report.widths)
     only = ki.prune(model, [images], macs=0.6, ignored=["conv2"], progress=False)
     assert [(width.name, width.before) for width in only.report.widths] == [("conv1", 12)]
+    for wrong in ("bn1", ["bn*"]):
+        with pytest.raises(OptionError, match=r"'bn.' has no effect, since BatchNorm2d has"):
+            ki.prune(model, [images], macs=0.6, ignored=wrong, progress=False)
 
 
 def test_copies_go_first_and_cost_nothing() -> None:

@@ -156,6 +156,33 @@ def test_every_way_to_prune(options: dict[str, Any]) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def change_statistics(model: nn.Module) -> None:
+    model[1].running_mean += torch.linspace(-1, 1, 8)
+
+
+def replace_data(model: nn.Module) -> None:
+    model[0].weight.data = model[0].weight.data.flip(0)
+
+
+def change_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[0].weight[:4] *= 3
+
+
+@pytest.mark.parametrize("change", [change_statistics, replace_data, change_in_place])
+def test_scores_follow_changes_of_the_network(change: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    importance = ki.IsomorphismImportance(model, pictures(), progress=False)
+    before = importance(group_of(model, model[0]))
+    assert torch.equal(importance(group_of(model, model[0])), before)
+    change(model)
+    after = importance(group_of(model, model[0]))
+    fresh = ki.IsomorphismImportance(model, pictures(), progress=False)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(group_of(model, model[0])))
+
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},

@@ -212,8 +212,10 @@ def test_a_bias_is_added_where_no_norm_takes_it() -> None:
     small.load_state_dict(
         {"0.weight": state["0.weight"][:4], "2.weight": state["2.weight"][:, :4], "5.weight": state["5.weight"]}
     )
+    small[2].requires_grad_(False)
     ki.refit(small, model, [pictures(200)], progress=False)
     assert isinstance(small[2].bias, nn.Parameter)
+    assert not small[2].bias.requires_grad
     assert small[0].bias is None  # nothing to mend there
 
 
