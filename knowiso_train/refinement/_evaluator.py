@@ -85,6 +85,18 @@ class FeatureSets:
         sets = [with_labels(x, w) for x, w in ((labeled, "labeled"), (validation, "validation"), (test, "test"))]
         return cls(unlabeled, unlabeled if sets[0] is None else unlabeled.exclude(sets[0]), *sets)
 
+    def overlap_notes(self) -> list[str]:
+        """Return a note for the user where labeled images are among the validation images."""
+        if self.labeled is None or self.validation is None:
+            return []
+        count = len(self.validation) - len(self.validation.exclude(self.labeled))
+        if not count:
+            return []
+        return [
+            f"{count} of {len(self.validation)} validation images are among the labeled images that classifiers are "
+            "fitted to, so the choice is biased and its score too high; pass other images in validation="
+        ]
+
     def counts(self) -> dict[str, int]:
         """Return the number of images of each set."""
         names = ("unlabeled", "labeled", "validation", "test")

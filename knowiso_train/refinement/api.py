@@ -97,9 +97,9 @@ def refine(
             best on `validation`, the original included. With labels it fine-tunes twice: towards the consensus, and on
             the labels alone.
             "paper": rebuild a layer from a peer's layer (arXiv 1908.01581), a composite of two networks, for study.
-        labeled: Batches with labels. Few are enough; the images may be in `loader` too.
-        validation: Batches with labels to choose and calibrate on; required by "auto". Their class frequencies are
-            tried as the prior of pseudo-labels, unless `head_config` gives one.
+        labeled: Batches with labels, not for "fold". Few are enough; the images may be in `loader` too.
+        validation: Batches with labels to choose and calibrate on, not of the images in `labeled`; required by "auto".
+            Their class frequencies are tried as the prior of pseudo-labels, unless `head_config` gives one.
         test: Batches with labels for the report alone.
         head: Name of the classifier, a Linear. None: timm's classifier, or the last Linear.
         peer_heads: Name of each peer's classifier.
@@ -127,8 +127,8 @@ def refine(
         Result with `.model`, `.report` (print it, or `.to_json(path)`) and `.save(folder)`.
 
     Raises:
-        OptionError: An option out of bounds, a method without the images that it needs, or no useful peer for
-            "consensus" and "paper".
+        OptionError: An option out of bounds, a method without the images that it needs or with options of another
+            method, the network as its own peer, or no useful peer for "consensus" and "paper".
         LayoutError: The network's output is not the output of one classifier.
         DataError: Too few images, or images without labels where these are needed.
         KnowisoError: See its subclasses. Modes, `requires_grad`, devices and random state are restored also then.
@@ -187,6 +187,7 @@ def run_refinement(
     config.check_bias(models[0])
     config.check_trainable(models[0])
     notes = NoteLog()
+    notes.add(config.notes)
     with ExitStack() as stack:
         modules = [model.module for model in models]
         check_materialized(*modules)
@@ -195,6 +196,7 @@ def run_refinement(
         stack.enter_context(on_device(config.device, *modules))
         sample = subsample_loader(loader, config.max_images, config.seed)
         models, images = prepare_features(models, sample, config)
+        notes.add(images.overlap_notes())
         selection = select_peers(models, images, config, notes)
         run = RefinementRun(config, loader, sample, images, selection, notes)
         outcome = refine_by_composite(run) if config.method == "paper" else refine_by_candidates(run)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train.distillation.kd import kd_loss
-from knowiso_train.errors import DataError, LayoutError, ShapeError
+from knowiso_train.errors import DataError, LayoutError, OptionError, ShapeError
+from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import check_materialized, checked_device, device_of, on_device, preserve_state
 from knowiso_train.refinement._candidates import Candidate, replace_classifier
 from knowiso_train.refinement.config import RidgeOption
@@ -161,7 +162,7 @@ def fold_classifier(
         LayoutError: The output of a network is not that of its classifier.
         ShapeError: Classifiers of different numbers of classes, or features that are not pooled.
         DataError: Too few images.
-        OptionError: A student's classifier without bias.
+        OptionError: A student's classifier without bias, or the same network twice.
 
     References:
         Chen et al., *Knowledge Distillation with the Reused Teacher Classifier* (CVPR 2022), which trains the map.
@@ -177,6 +178,8 @@ def fold_classifier(
         >>> torch.allclose(folded.model(images), teacher(images), atol=1e-4)
         True
     """
+    if unwrap_model(student) is unwrap_model(teacher):
+        raise OptionError("expected two networks, got the same one as student and teacher; pass the teacher itself")
     target_device = device_of(student)
     models = [
         classifier_model(student, "the student", head, transform),

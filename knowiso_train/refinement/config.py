@@ -25,6 +25,8 @@ from knowiso_train.utils.validation import (
 RefineMethod = Literal["auto", "fold", "head", "consensus", "paper"]
 RidgeOption = NonNegativeFloat | Literal["search"]
 
+PAPER_OPTIONS = ("layer", "peer_layer", "order", "max_order")  # that no other method uses
+
 
 @dataclass(frozen=True)
 class RefineFinetuneConfig:
@@ -82,7 +84,8 @@ class RefineConfig:
     """Options of `refine`, with the same names and meanings.
 
     Raises:
-        OptionError: An option out of bounds, or a method without the images or the layer that it needs.
+        OptionError: An option out of bounds, a method without the images or the layer that it needs, or with labels or
+            layers that it does not use.
         InputTypeError: Labeled images that can be read only once.
     """
 
@@ -120,9 +123,27 @@ class RefineConfig:
             raise OptionError(f"method={self.method!r} needs a few labeled images: pass labeled=")
         if self.method == "paper" and self.layer is None:
             raise OptionError('method="paper" needs layer=, the layer of the network that the peer\'s layer replaces')
+        if self.method == "fold" and self.labeled is not None:
+            raise OptionError(
+                'method="fold" uses no labels to fit to, got labeled=; leave it out, pass the images in validation= or '
+                'test= for the report, or choose method="auto"'
+            )
+        unused = next((name for name in PAPER_OPTIONS if getattr(self, name) not in (None, 0)), None)
+        if self.method != "paper" and unused is not None:
+            raise OptionError(
+                f'{unused}= is for method="paper" alone, got it with method={self.method!r}; leave it out. Layers to '
+                "fine-tune to the consensus are RefineFinetuneConfig(layers=[...], peer_layers=...)"
+            )
         for name in ("labeled", "validation", "test"):
             if getattr(self, name) is not None:
                 check_loader(getattr(self, name), name)
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user on options that the method does not use."""
+        if self.finetune_config is None or self.method not in ("fold", "head"):
+            return []
+        return [f'method="{self.method}" does not fine-tune, so finetune_config= is not used; leave it out']
 
     @property
     def finetunes(self) -> bool:

@@ -139,6 +139,7 @@ def classifier_models(
 
     Raises:
         InputTypeError: No peers, options of another length than the peers, or equal names.
+        OptionError: The network as its own peer.
         LayerNameError, LayoutError: As `classifier_model`.
     """
     modules = [peers] if isinstance(peers, nn.Module) and not isinstance(peers, nn.ModuleList) else list(peers)
@@ -146,6 +147,11 @@ def classifier_models(
         raise InputTypeError(
             "expected at least one peer: a network that was trained on the same kind of images "
             "(another seed, another architecture)"
+        )
+    if any(unwrap_model(peer) is unwrap_model(model) for peer in modules):
+        raise OptionError(
+            "expected peers other than the network, got the network itself, which confirms all of its features; pass a "
+            "network of another seed, architecture or version"
         )
     per_peer = peer_transforms if callable(peer_transforms) else None
     transforms = [per_peer] * len(modules) if callable(peer_transforms) or peer_transforms is None else peer_transforms
@@ -259,7 +265,7 @@ class PooledFeatures:
         rank = torch.searchsorted((other_rows @ line)[order], rows @ line)
         neighbors = [order[position.clamp(0, len(other_rows) - 1)] for position in (rank - 1, rank)]
         distance = torch.stack([(rows - other_rows[index]).norm(dim=1) for index in neighbors]).amin(0)
-        mask = distance > MAX_BATCH_DEPENDENCE * rows.std(0).norm().clamp_min(1e-12)
+        mask = distance > MAX_BATCH_DEPENDENCE * torch.cat([rows, other_rows]).std(0).norm().clamp_min(1e-12)
         labels = None if self.labels is None else self.labels[mask]
         return PooledFeatures(tuple(feature[mask] for feature in self.features), labels)
 

@@ -55,6 +55,20 @@ def test_auto_is_better_than_every_part_alone_and_reports_all() -> None:
     assert json.loads(report.to_json())["chosen"] == report.chosen
 
 
+def test_validation_on_the_labeled_images_warns() -> None:
+    with pytest.warns(KnowisoWarning, match="12 of 12 validation images are among the labeled images") as caught:
+        result = refined(SignalNet(1), validation=SETS["labeled"])
+    assert caught[0].filename == __file__
+    assert "validation images are among the labeled images" in str(result.report)
+
+
+def test_one_image_raises_and_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="1 unlabeled images are too few"):
+            refine(SignalNet(0), SignalNet(1), batches(X[:1]), method="head", labeled=SETS["labeled"], progress=False)
+
+
 def test_the_model_reproduces_the_reported_accuracy() -> None:
     result = refined(SignalNet(1), method="head")
     x, y = images(600, seed=3)
@@ -68,7 +82,8 @@ def test_the_original_is_kept_where_nothing_is_better() -> None:
     """Labels of validation are the network's own predictions, so no candidate can be better."""
     model = with_best_classifier(SignalNet(0), X, Y, logit_scale=20)
     # Judged by its own guesses
-    result = refine(model, SignalNet(1), POOL, **{**SETS, "validation": batches(X, model(X).argmax(1))})
+    x = images(1500, seed=2)[0]
+    result = refine(model, SignalNet(1), POOL, **{**SETS, "validation": batches(x, model(x).argmax(1))})
     assert result.report.chosen == "original"
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), result.model.state_dict().values(), strict=True)
@@ -222,6 +237,11 @@ def test_batches_as_dictionaries_and_transforms() -> None:
         ({"method": "head", "labeled": None}, OptionError, "pass labeled="),
         ({"method": "paper"}, OptionError, "needs layer="),
         ({"method": "best"}, OptionError, "method must be"),
+        ({"method": "fold"}, OptionError, 'method="fold" uses no labels'),
+        ({"layer": "fc"}, OptionError, "layer= is for method=\"paper\" alone, got it with method='auto'"),
+        ({"method": "head", "peer_layer": "fc"}, OptionError, "peer_layer= is for"),
+        ({"method": "consensus", "order": 1}, OptionError, "order= is for"),
+        ({"max_order": 1}, OptionError, "max_order= is for"),
         ({"labeled": batches(X[:20])}, DataError, "expected a tensor of labels"),
         ({"labeled": batches(X[:20], torch.full((20,), 7))}, ShapeError, "reset_classifier"),
         ({"head": "nothing"}, LayerNameError, "no layer 'nothing'"),
@@ -233,6 +253,19 @@ def test_batches_as_dictionaries_and_transforms() -> None:
 def test_invalid_arguments_raise(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         refined(SignalNet(1), **options)
+
+
+@pytest.mark.parametrize("method", ["fold", "head"])
+def test_a_finetune_config_without_a_fine_tuning_warns(method: str) -> None:
+    sets = {**SETS, "labeled": None if method == "fold" else SETS["labeled"]}
+    with pytest.warns(KnowisoWarning, match=f'method="{method}" does not fine-tune, so finetune_config= is not used'):
+        refine(SignalNet(0), SignalNet(1), POOL, method=method, finetune_config=RefineFinetuneConfig(), **sets)
+
+
+def test_the_network_as_its_own_peer_raises() -> None:
+    model = SignalNet(0)
+    with pytest.raises(OptionError, match="expected peers other than the network"):
+        refine(model, [SignalNet(1), nn.DataParallel(model)], POOL, method="fold", progress=False)
 
 
 def test_no_peers_raise() -> None:

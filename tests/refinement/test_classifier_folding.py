@@ -125,6 +125,12 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
         folded(**options)
 
 
+def test_the_student_as_its_own_teacher_raises() -> None:
+    student = Network(MIX, 1)
+    with pytest.raises(OptionError, match="got the same one as student and teacher"):
+        folded(student, student)
+
+
 def test_a_loader_without_images_raises() -> None:
     with pytest.raises(DataError, match="expected images in loader=, got none"):
         fold_classifier(Network(MIX, 1), Network(MIX, 2), [], progress=False)

@@ -126,6 +126,14 @@ def test_labeled_images_are_taken_out_of_the_unlabeled_ones() -> None:
     assert evaluator(labeled=False).images.unlabeled_only is not None
 
 
+def test_labeled_images_among_the_validation_images_are_noted() -> None:
+    assert evaluator().images.overlap_notes() == evaluator(validation=False).images.overlap_notes() == []
+    labeled = torch.cat([X[:60], VALIDATION[0][:7]]), torch.cat([Y[:60], VALIDATION[1][:7]])
+    validation = batches(*VALIDATION, size=50)  # other batches, in which features differ by rounding
+    sets = FeatureSets.extract(models(), batches(X), batches(*labeled), validation, None, None, False)
+    assert [note[:27] for note in sets.overlap_notes()] == ["7 of 300 validation images "]
+
+
 def test_images_without_labels_or_with_unknown_classes_raise() -> None:
     networks = models()
     with pytest.raises(DataError, match="validation"):
