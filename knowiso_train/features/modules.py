@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
@@ -54,7 +55,7 @@ def call_model(model: nn.Module, images: Any) -> Any:
     """Run a network on images, and name images of another dtype than the weights if it fails.
 
     Raises:
-        InputTypeError: A network that fails on images of another floating dtype than its weights.
+        InputTypeError: A network that fails on images of another dtype than its weights.
 
     Examples:
         >>> call_model(nn.Linear(2, 3).bfloat16(), torch.zeros(4, 2))
@@ -65,12 +66,17 @@ def call_model(model: nn.Module, images: Any) -> Any:
         return model(images)
     except RuntimeError as error:
         weights = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
-        if not isinstance(images, Tensor) or not images.is_floating_point() or weights in (None, images.dtype):
+        # Other integers may be tokens
+        is_images = isinstance(images, Tensor) and (
+            images.is_floating_point() or images.dtype == torch.uint8 or images.ndim == 4
+        )
+        # Not of a subclass: memory ran out, or an error of a hook
+        if not is_images or weights in (None, images.dtype) or type(error) not in (RuntimeError, NotImplementedError):
             raise
         names = [str(dtype).removeprefix("torch.") for dtype in (weights, images.dtype)]
         raise InputTypeError(
             f"{type(unwrap_model(model)).__name__} has weights of {names[0]} and fails on images of {names[1]} "
-            f"({error}). Convert the images in the loader, or in forward="
+            f"({error}). Convert the images to {names[0]} in the loader, or in forward="
         ) from error
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from knowiso_train.distillation.kd import WeightSchedule
 from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError, ShapeError
-from knowiso_train.features.modules import resolve_layers, unwrap_model
+from knowiso_train.features.modules import call_model, resolve_layers, unwrap_model
 from knowiso_train.features.state import device_of, preserve_state, restore_on_error
 from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers, check_trainable_precision
 from knowiso_train.pruning._finetune_targets import (
@@ -430,7 +430,7 @@ def _clone_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _forward_images(model: nn.Module, batch: Any) -> Any:
-    return model(get_inputs(batch))
+    return call_model(model, get_inputs(batch))
 
 
 def _set_training(model: nn.Module, training: bool) -> None:

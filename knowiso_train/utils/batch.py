@@ -32,7 +32,13 @@ def check_loader(loader: Any, what: str = "loader", *, again: bool = True) -> No
         >>> check_loader([torch.zeros(2, 3, 8, 8)])
         >>> check_loader(iter([torch.zeros(2, 3, 8, 8)]), again=False)
     """
-    if isinstance(loader, (Tensor, nn.Module)) or not hasattr(loader, "__iter__"):
+    # (images, labels), whereas batches of one loader have the same number of axes
+    is_batch = isinstance(loader, (Tensor, Mapping)) or (
+        isinstance(loader, (tuple, list))
+        and all(isinstance(item, Tensor) for item in loader)
+        and len({item.ndim for item in loader}) > 1
+    )
+    if is_batch or isinstance(loader, nn.Module) or not hasattr(loader, "__iter__"):
         raise InputTypeError(
             f"{what}: expected a DataLoader or another iterable of batches, got {type(loader).__name__}; "
             "put a single batch into a list"

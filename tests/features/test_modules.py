@@ -12,6 +12,7 @@ from torch import nn
 
 from knowiso_train.errors import InputTypeError, LayerNameError
 from knowiso_train.features import LayerPair, named_layers, pair_layers, resolve_layers, unwrap_model
+from knowiso_train.features.modules import call_model
 
 
 class Block(nn.Module):
@@ -94,6 +95,26 @@ def test_an_attribute_that_is_called_module_is_no_wrapper() -> None:
     net.layer1 = nn.Linear(2, 2)
     # Bare names come first
     assert resolve_layers(nn.DataParallel(net), ["module.layer1", "layer1"]) == ["module.layer1", "layer1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_integer_images_are_named(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 1))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(InputTypeError, match=f"images of {name} .*Convert the images to float32"):
+        call_model(net, torch.zeros(1, 3, 2, 2, dtype=dtype))
+
+
+def test_other_errors_of_a_network_are_unchanged() -> None:
+    class Full(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        call_model(Full(2, 2), torch.zeros(1, 2, dtype=torch.uint8))
+    tokens = nn.Sequential(nn.Embedding(4, 3), nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        call_model(tokens, torch.zeros(1, 2, dtype=torch.int64))
 
 
 def test_a_shared_module_has_both_names() -> None:

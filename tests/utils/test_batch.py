@@ -291,7 +291,10 @@ def test_on_device_moves_there_and_back() -> None:
         pass
 
 
-@pytest.mark.parametrize("loader", [IMAGES, torch.nn.Identity(), 3, None])
+@pytest.mark.parametrize(
+    "loader",
+    [IMAGES, (IMAGES, LABELS), [IMAGES, LABELS], {"image": IMAGES}, torch.nn.Identity(), 3, None],
+)
 @pytest.mark.parametrize("again", [True, False])
 def test_what_is_no_loader_is_refused(loader: Any, again: bool) -> None:
     with pytest.raises(InputTypeError, match=f"peers.*got {type(loader).__name__}.*into a list"):
@@ -301,5 +304,6 @@ def test_what_is_no_loader_is_refused(loader: Any, again: bool) -> None:
 def test_an_iterator_can_be_read_once() -> None:
     check_loader(iter([IMAGES]), again=False)
     check_loader([IMAGES])
+    check_loader((IMAGES, IMAGES[:2]))
     with pytest.raises(InputTypeError, match="more than once; got an iterator"):
         check_loader(iter([IMAGES]))
