@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import ShapeError
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.refinement._candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_classifier
 from knowiso_train.refinement._metrics import Score, best_temperature, classification_score
@@ -74,12 +73,7 @@ class FeatureSets:
             if images is None:
                 return None
             pooled = extract_pooled_features(models, images, labels=True, progress=progress, what=what)
-            highest = int(pooled.require_labels().max())
-            if highest >= models[0].num_classes:
-                raise ShapeError(
-                    f"{what} images have labels up to {highest}, but the network has {models[0].num_classes} classes; "
-                    "give it a classifier for these classes first (timm: model.reset_classifier(classes))"
-                )
+            pooled.check_classes(models[0].num_classes, what)
             return pooled
 
         sets = [with_labels(x, w) for x, w in ((labeled, "labeled"), (validation, "validation"), (test, "test"))]

@@ -30,7 +30,7 @@ from knowiso_train.refinement.models import (
 )
 from knowiso_train.refinement.peers import MIN_SPLIT_IMAGES, row_moments
 from knowiso_train.regression.ridge import solve_ridge
-from knowiso_train.utils.batch import subsample_loader
+from knowiso_train.utils.batch import check_loader, subsample_loader
 from knowiso_train.utils.hashing import split_by_hash
 from knowiso_train.utils.serialization import dump_json, write_if_given
 from knowiso_train.utils.text_table import format_table
@@ -160,7 +160,9 @@ def fold_classifier(
     Raises:
         LayerNameError: No linear classifier.
         LayoutError: The output of a network is not that of its classifier.
-        ShapeError: Classifiers of different numbers of classes, or features that are not pooled.
+        ShapeError: Classifiers of different numbers of classes, labels that these have no output for, or features that
+            are not pooled.
+        InputTypeError: Images of a dtype that a network fails on, or `validation` without batches.
         DataError: Too few images.
         OptionError: A student's classifier without bias, or the same network twice.
 
@@ -180,10 +182,12 @@ def fold_classifier(
     """
     if unwrap_model(student) is unwrap_model(teacher):
         raise OptionError("expected two networks, got the same one as student and teacher; pass the teacher itself")
+    if validation is not None:
+        check_loader(validation, "validation", again=False)
     target_device = device_of(student)
     models = [
-        classifier_model(student, "the student", head, transform),
-        classifier_model(teacher, "the teacher", teacher_head, teacher_transform),
+        classifier_model(student, "the student", head, transform, "head="),
+        classifier_model(teacher, "the teacher", teacher_head, teacher_transform, "teacher_head="),
     ]
     if models[0].num_classes != models[1].num_classes:
         raise ShapeError(
@@ -202,6 +206,7 @@ def fold_classifier(
         held_out = None
         if validation is not None:
             held_out = extract_pooled_features(models, validation, labels=True, progress=progress, what="validation")
+            held_out.check_classes(models[0].num_classes, "validation")
         folded, report = choose_classifier(models[0], models[1], images, held_out, ridge=ridge, seed=seed)
         module = replace_classifier(student, models[0].head, folded)
     return FoldResult(module if target_device is None else module.to(target_device), report)

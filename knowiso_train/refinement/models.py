@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, OptionError, ShapeError
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import call_input
-from knowiso_train.features.modules import named_layers, unwrap_model
+from knowiso_train.features.modules import call_model, named_layers, unwrap_model
 from knowiso_train.features.recording import record_outputs, remove_afterwards
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import batch_size, get_inputs, labels_of
@@ -83,13 +83,21 @@ class ClassifierModel:
         return scores if layer.bias is None else scores + layer.bias.detach().cpu().double()
 
     def forward_batch(self, batch: Any, max_images: int) -> Any:
-        """Run the network on the first images of a batch, on its own device, and return its output."""
+        """Run the network on the first images of a batch, on its own device, and return its output.
+
+        Raises:
+            InputTypeError: Images of a dtype that the network fails on.
+        """
         images = get_inputs(batch)[:max_images].to(device_of(self.module) or "cpu")
-        return self.module(images if self.transform is None else self.transform(images))
+        return call_model(self.module, images if self.transform is None else self.transform(images))
 
 
 def classifier_model(
-    module: nn.Module, name: str, head: str | None = None, transform: Transform | None = None
+    module: nn.Module,
+    name: str,
+    head: str | None = None,
+    transform: Transform | None = None,
+    option: str = "head= or peer_heads=",
 ) -> ClassifierModel:
     """Locate the classifier of a network: the named layer, timm's `get_classifier()`, or the last linear layer.
 
@@ -98,6 +106,7 @@ def classifier_model(
         name: Name of the network in reports and messages.
         head: Name of the classifier. None: search for it.
         transform: Function from the loader's images to the network's inputs.
+        option: The caller's argument that names the classifier, for messages.
 
     Raises:
         InputTypeError: Not a module.
@@ -117,7 +126,7 @@ def classifier_model(
         head = next((key for key, layer in reversed(layers.items()) if isinstance(layer, nn.Linear)), None)
     if head is None or head not in layers:
         problem = "no linear layer that could be its classifier" if head is None else f"no layer {head!r}"
-        raise LayerNameError(f"{name} has {problem}; name it with head= or peer_heads=")
+        raise LayerNameError(f"{name} has {problem}; name it with {option}")
     model = ClassifierModel(module, head, name, transform)
     _ = model.classifier  # raises where the layer is not linear
     return model
@@ -244,6 +253,24 @@ class PooledFeatures:
         if self.labels is None:
             raise DataError("expected labeled images, got images without labels")
         return self.labels
+
+    def check_classes(self, num_classes: int, what: str) -> None:
+        """Check that the network has an output for every label.
+
+        Args:
+            num_classes: Number of its classes.
+            what: Kind of the images, for messages.
+
+        Raises:
+            ShapeError: A label at or above this number.
+            DataError: The labels were not read.
+        """
+        highest = int(self.require_labels().max())
+        if highest >= num_classes:
+            raise ShapeError(
+                f"{what} images have labels up to {highest}, but the network has {num_classes} classes; "
+                "give it a classifier for these classes first (timm: model.reset_classifier(classes))"
+            )
 
     def exclude(self, others: PooledFeatures) -> PooledFeatures:
         """Drop the images that are also among others, by the features of the first network.

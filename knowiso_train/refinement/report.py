@@ -207,10 +207,17 @@ class RefineResult:
             folder,
             f"{name}, refined",
             f"{name} refined by the features that other networks confirm (knowiso_train). It runs without them.",
-            f"import timm\n\nmodel = {card['load']}",
+            _loading_code(card["load"]),
             tags=["refined"],
             figures={"parameters": f"{card['parameters']:,}", **scores},
         )
+
+
+def _loading_code(load: str) -> str:
+    """Return a block of Python code from the snippet of `loading_snippet`: an expression of timm, code, or words."""
+    if load.startswith("timm."):
+        return f"import timm\n\nmodel = {load}"
+    return load if "\n" in load else f"# {load}"
 
 
 def _score_cells(score: Score | None) -> list[str]:

@@ -218,6 +218,19 @@ def test_saved_result_loads_with_timm_alone(tmp_path: Path) -> None:
     assert "timm.create_model('test_resnet', num_classes=3" in card["load"]
 
 
+def test_model_card_of_a_network_outside_timm_holds_python_code(tmp_path: Path) -> None:
+    refined(SignalNet(1), method="head").save(tmp_path)
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert code.startswith("# build the network as it was built, then model.load_state_dict(")
+    assert "timm" not in code
+
+
+def test_a_peer_of_another_dtype_raises() -> None:
+    with pytest.raises(InputTypeError, match="weights of float64 and fails on images of float32"):
+        refined(SignalNet(1).double())
+
+
 def test_batches_as_dictionaries_and_transforms() -> None:
     pool = [{"image": x} for x in POOL]
     few = [{"image": x, "label": y} for x, y in SETS["labeled"]]

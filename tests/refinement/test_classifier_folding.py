@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.errors import DataError, LayerNameError, LayoutError, OptionError, ShapeError
+from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, OptionError, ShapeError
 from knowiso_train.refinement import FoldResult, fold_classifier
 from knowiso_train.utils.hashing import split_by_hash
 
@@ -113,9 +113,13 @@ def test_a_student_that_is_better_keeps_its_classifier() -> None:
         ({"student": Network(MIX, 1, bias=False)}, OptionError, "has no bias"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(108, 7))}, ShapeError, "4 of the student's 'fc' and 7"),
         ({"teacher": nn.Sequential(Network(MIX, 1), nn.Softmax(1))}, LayoutError, "not that of its classifier"),
-        ({"teacher_head": "nothing"}, LayerNameError, "no layer 'nothing'"),
+        ({"teacher_head": "nothing"}, LayerNameError, "no layer 'nothing'; name it with teacher_head="),
+        ({"head": "nothing"}, LayerNameError, "no layer 'nothing'; name it with head=$"),
         ({"ridge": -1.0}, OptionError, "ridge"),
         ({"validation": [(IMAGES[:4], torch.zeros(4).long())]}, DataError, "got 400 and 4"),
+        ({"validation": [(IMAGES, torch.full((400,), 50))]}, ShapeError, "validation images have labels up to 50"),
+        ({"validation": IMAGES}, InputTypeError, "validation: expected a DataLoader or another iterable of batches"),
+        ({"teacher": Network(MIX, 2).double()}, InputTypeError, "weights of float64 and fails on images of float32"),
     ],
     ids=lambda value: "",
 )
