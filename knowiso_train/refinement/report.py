@@ -186,10 +186,11 @@ class RefineResult:
             options = {} if num_classes is None else {"num_classes": num_classes}
         name = architecture or network_name(module)
         config = input_config(module)
+        load = loading_snippet(name, options, state, REFINED_WEIGHTS_FILE)
         card = {
             "architecture": name,
             "options": dict(options),
-            "load": loading_snippet(name, options, state, REFINED_WEIGHTS_FILE),
+            "load": load,
             "input": {} if config is None else config._asdict(),
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "report": self.report.to_dict(),
@@ -207,7 +208,7 @@ class RefineResult:
             folder,
             f"{name}, refined",
             f"{name} refined by the features that other networks confirm (knowiso_train). It runs without them.",
-            _loading_code(card["load"]),
+            _loading_code(load),
             tags=["refined"],
             figures={"parameters": f"{card['parameters']:,}", **scores},
         )
