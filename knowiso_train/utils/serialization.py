@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knowiso_train.errors import FormatError, InputTypeError
+from knowiso_train.errors import DataError, FormatError, InputTypeError
 
 NON_FINITE_NAMES = ("NaN", "Infinity", "-Infinity")
 # Bounds of what is read and written, far above everything that this library writes
@@ -234,6 +234,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: The file cannot be written.
+        DataError: The path of its folder is, or goes through, a file.
 
     Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -247,7 +248,12 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(
+            f"expected a folder at {path.parent}, to write {path.name} into, got a file on this path. Pass another path"
+        ) from error
     # The same folder, hence the same file system: only there is os.replace atomic.
     prefix = f".{path.name}.partial-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:

@@ -93,3 +93,14 @@ def test_outputs_are_inferred_from_the_norm_after_the_weights_were_trained() -> 
     assert infer_kept_outputs(original, pruned, {"conv": Epilogue(norm="norm")}, kept)["conv"].tolist() == outputs
     with pytest.raises(ShapeError, match="3 output channels, but kept has 2 indices"):
         infer_kept_outputs(original, pruned, {"conv": Epilogue()}, {"conv.weight": [[1, 2], None]})
+
+
+@pytest.mark.parametrize("channel", [4, -1])
+@pytest.mark.parametrize("flat", [True, False])
+def test_kept_outputs_outside_the_layer_raise(channel: int, flat: bool) -> None:
+    original, pruned = (nn.ModuleDict({"a": nn.Linear(3, size)}) for size in (4, 2))
+    indices = [1, channel]
+    flat_kept = torch.tensor([[3 * index + column for column in range(3)] for index in indices])
+    kept = {"a.weight": flat_kept if flat else [indices, None]}
+    with pytest.raises(ShapeError, match=f"'a': expected kept output channels from 0 to 3, got {channel}"):
+        infer_kept_outputs(original, pruned, {"a": Epilogue()}, kept)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from knowiso_train.errors import InputTypeError
+from knowiso_train.errors import DataError, InputTypeError
 from knowiso_train.utils import serialization
 from knowiso_train.utils.serialization import dump_json, parse_json, replace_file, write_file, write_json
 
@@ -115,3 +115,11 @@ def test_new_files_get_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("")
     write_file(tmp_path / "atomic.txt", "")
     assert (tmp_path / "atomic.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("folder", ["report", "report/deeper"])
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "report").write_text("kept")
+    with pytest.raises(DataError, match=f"a folder at .*{folder}, to write card.json into, got a file"):
+        write_file(tmp_path / folder / "card.json", "{}")
+    assert (tmp_path / "report").read_text() == "kept"
