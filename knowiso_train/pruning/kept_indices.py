@@ -224,8 +224,8 @@ def infer_kept_outputs(
         outside = [channel for channel in outputs[name].tolist() if not 0 <= channel < len(weight)]
         if outside:
             raise ShapeError(
-                f"layer {name!r}: expected kept output channels from 0 to {len(weight) - 1}, got {outside[0]}. Pass the "
-                "indices of this model"
+                f"layer {name!r}: expected kept output channels from 0 to {len(weight) - 1}, got {outside[0]}. Pass "
+                "the indices of this model"
             )
     return outputs
 
