@@ -228,6 +228,8 @@ def stability(
     layers_by_name = _layers_by_name(by_name, layers)
     config = _config(order, functional, options)
     images = SplitImageLoader(loader, config.split, config.seed, config.max_images)
+    if isinstance(transforms, Mapping) and (unknown := [name for name in transforms if name not in by_name]):
+        raise OptionError(f"transforms= names {', '.join(map(repr, unknown))}, which is none of the networks {names}")
     transform_of = transforms.get if isinstance(transforms, Mapping) else lambda name: transforms
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     entries, counts = [], {}

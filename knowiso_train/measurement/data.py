@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -155,7 +156,12 @@ class SplitImageLoader:
             multiprocessing_context=base.multiprocessing_context,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        for indices, batch in zip(batches, loader, strict=True):
+        iterator = iter(loader)
+        for number, indices in enumerate(batches):
+            # Augmentation in this process gives equal images in every pass, whatever is drawn between the batches
+            with preserve_random_state():
+                _seed_augmentation((self.seed % 2**64, report, number, self.group.rank))
+                batch = next(iterator)
             index = np.asarray(indices, dtype=np.int64)
             yield IndexedBatch(batch, index, self.parts(index))
 
@@ -289,3 +295,11 @@ class PermutedTargets:
                 permuted[images] = self._last_target[value].to(y)
             self._last_target[value] = y[images[-1:]].clone()
         return permuted
+
+
+def _seed_augmentation(key: tuple[int, ...]) -> None:
+    """Seed the generators of Python, NumPy and torch on the CPU."""
+    first, second, third = map(int, np.random.SeedSequence(key).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)  # noqa: NPY002
+    torch.default_generator.manual_seed(third)

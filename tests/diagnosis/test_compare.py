@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -271,6 +273,63 @@ def test_bad_input_is_named() -> None:
         compare(reference, {"a": network}, loader, "fourth")
     with pytest.raises(OptionError, match="no entry for stage 'a'"):
         compare(reference, {"a": network}, loader, {"b": ["second"]})
+
+
+class Noisy(torch.utils.data.Dataset[Tensor]):
+    """Images with another noise whenever they are read."""
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> Tensor:
+        noise = torch.randn(16, 2, 2) + random.random() + np.random.rand()  # noqa: NPY002
+        return noise + torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(index))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_augmented_images_are_the_same_for_all_stages(workers: int) -> None:
+    """The cached features of the reference belong to the images that a stage built later receives."""
+    reference = orthogonal_network()
+
+    def same() -> nn.Module:
+        torch.rand(7), random.random(), np.random.rand()  # noqa: NPY002
+        return copy.deepcopy(reference)
+
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=50, num_workers=workers)
+    state = torch.get_rng_state()
+    comparison = compare(reference, {"first": same, "second": same}, loader, LAYERS, functional=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    for layer in LAYERS:
+        assert comparison.curve(layer) == pytest.approx([0, 0], abs=1e-3)
+
+
+def test_files_of_other_functions_are_refused(tmp_path: Path) -> None:
+    reference, stage, images = orthogonal_network(), orthogonal_network(), gaussian_images(2)
+
+    def power(x: Tensor, p: float) -> Tensor:
+        return x.sign() * x.abs() ** p
+
+    def run(**options: Any) -> StageComparison:
+        return compare(reference, {"a": stage}, images, LAYERS, functional=False, path=tmp_path, **options)
+
+    run(stage_transform=partial(power, p=1.0)).to_json(tmp_path / "comparison.json")
+    run(stage_transform=partial(power, p=1.0))  # the file beside those of the stages is not read
+    for options in ({"stage_transform": partial(power, p=3.0)}, {"stage_transform": lambda x: x}):
+        with pytest.raises(OptionError, match="stage_transform is "):
+            run(**options)
+    with pytest.raises(OptionError, match="reference_transform is "):
+        run(stage_transform=partial(power, p=1.0), reference_transform=lambda x: 2 * x)
+
+
+def test_names_that_no_stage_has_raise() -> None:
+    reference, images = orthogonal_network(), gaussian_images(2)
+    for option, value in (("stage_transform", {"b": lambda x: x}), ("layers", {"a": LAYERS, "b": LAYERS})):
+        options = {"layers": LAYERS} | {option: value}
+        with pytest.raises(OptionError, match=f"{option}= names 'b', which is none of the stages .'a'."):
+            compare(reference, {"a": orthogonal_network()}, images, **options)
+    networks = {"a": reference, "b": orthogonal_network()}
+    with pytest.raises(OptionError, match=r"transforms= names 'c', which is none of the networks \['a', 'b'\]"):
+        ki.stability(networks, images, LAYERS, transforms={"c": lambda x: x}, progress=False)
 
 
 def test_layers_may_differ_between_stages() -> None:

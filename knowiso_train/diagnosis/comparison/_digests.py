@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,18 +22,58 @@ READ_BYTES = 2**20
 
 
 def network_digest(network: nn.Module) -> str:
-    """Return a digest of the names and values of a network's state.
+    """Return a digest of a network's modules, and of the names and values of its state.
 
     Examples:
         >>> network = nn.Linear(2, 2)
         >>> network_digest(network) == network_digest(nn.Linear(2, 2))
         False
     """
-    return hexadecimal_digest(
-        part
-        for name, value in unwrap_model(network).state_dict().items()
-        for part in (name.encode(), *map(_tensor_bytes, tensor_leaves(value)))
-    )
+    plain = unwrap_model(network)
+    state = plain.state_dict().items()
+    parts = (part for name, value in state for part in (name.encode(), *map(_tensor_bytes, tensor_leaves(value))))
+    return hexadecimal_digest(chain([repr(plain).encode()], parts))
+
+
+def function_identity(function: Any) -> str:
+    """Return the name of a function and a digest of its code, arguments and closure.
+
+    Objects in them that are no plain values, functions, tensors or networks count by their class.
+
+    Examples:
+        >>> function_identity(lambda x: x) == function_identity(lambda x: 2 * x)
+        False
+        >>> function_identity(partial(pow, 2)) == function_identity(partial(pow, 3))
+        False
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{name} {hexadecimal_digest([_described(function).encode()])[:8]}"
+
+
+def _described(value: Any) -> str:
+    """Return a text that is equal in another process for an equal value."""
+    if isinstance(value, partial):
+        return _described((value.func, value.args, value.keywords))
+    if isinstance(value, MethodType):
+        return _described((value.__func__, type(value.__self__).__name__))
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell.cell_contents is not value]
+        return _described((value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells))
+    if isinstance(value, CodeType):
+        return _described((value.co_code.hex(), value.co_names, value.co_consts))
+    if isinstance(value, nn.Module):
+        return f"{value!r} {network_digest(value)}"
+    if isinstance(value, Tensor):
+        return batch_digest(value)
+    if isinstance(value, dict):
+        return str([(str(key), _described(item)) for key, item in value.items()])
+    if isinstance(value, (set, frozenset)):
+        return str(sorted(map(_described, value)))
+    if isinstance(value, (tuple, list)):
+        return str([_described(item) for item in value])
+    # The default text of an object holds its address
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def batch_digest(batch: Any) -> str:

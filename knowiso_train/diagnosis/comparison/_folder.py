@@ -48,7 +48,7 @@ class StageFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OptionError(f"path= must be a folder, got the file {self.path}; choose another name")
         self._files: dict[str, _StageFile] = {}
-        for file in sorted(self.path.glob("*.json")):
+        for file in sorted(self.path.glob("*-????????.json")):
             saved = _StageFile.from_json(file)
             _check_equal(file, saved.settings, self.settings)
             self._files[saved.result.name] = saved

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from knowiso_train.diagnosis.comparison._digests import batch_digest, network_digest
+from knowiso_train.diagnosis.comparison._digests import batch_digest, function_identity, network_digest
 from knowiso_train.diagnosis.comparison._folder import StageFolder
 from knowiso_train.diagnosis.comparison.checkpoints import CheckpointStage
 from knowiso_train.diagnosis.comparison.report import StageComparison, StageLayer, StageResult
@@ -23,7 +22,7 @@ from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import hook_target
 from knowiso_train.features.modules import has_collective_forward, named_layers, network_name, unwrap_model
 from knowiso_train.features.recording import record_outputs
-from knowiso_train.features.state import checked_device, on_device, preserve_state
+from knowiso_train.features.state import checked_device, on_device, preserve_random_state, preserve_state
 from knowiso_train.measurement._shared_network import SharedNetwork
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
@@ -83,7 +82,8 @@ def compare_stages(
         stage_transform: Transform of the images for all stages, or for some by name. None: no transform.
         reference_name: Name of the reference in the results. None: its architecture or class.
         path: Folder for one file per finished stage. A later call with the same settings goes on where this one ended.
-            A stage that is given as a function is then identified by its name alone. None: no files.
+            A stage that is given as a function is then identified by its name alone, and the images by their number
+            and the first batch. None: no files.
         cache_gib: Largest size of the reference's features in memory in GiB. Above it, they are computed for each
             stage.
         progress: Show a progress bar.
@@ -170,6 +170,8 @@ class _ComparisonRun:
     def compare(self, stages: Stages, *, progress: bool) -> StageComparison:
         """Return the results of all stages."""
         results: list[StageResult] = []
+        if isinstance(stages, Mapping | Sequence):  # an iterator has no names yet
+            self._check_names([entry.name for entry in _entries(stages)])
         entries = _entries(stages)
         total = len(stages) if isinstance(stages, Mapping | Sequence) else None
         show = progress and self.group.rank == 0
@@ -194,6 +196,18 @@ class _ComparisonRun:
             seconds=time.perf_counter() - self.start,
             versions=library_versions(),
         )
+
+    def _check_names(self, stages: Sequence[str]) -> None:
+        """Check that options by stage name no other stage, and layers all of them."""
+        for name in stages:
+            self._layers_of(name)
+        transforms = self.stage_transform if isinstance(self.stage_transform, Mapping) else {}
+        layers: Any = self.layers if _is_by_stage(self.layers) else {}
+        for option, names in (("stage_transform", transforms), ("layers", layers)):
+            if unknown := [name for name in names if name not in stages]:
+                raise OptionError(
+                    f"{option}= names {', '.join(map(repr, unknown))}, which is none of the stages {list(stages)}"
+                )
 
     def _finished(self, entry: _Entry) -> StageResult | None:
         """Return the result of a stage that an earlier call finished."""
@@ -229,7 +243,7 @@ class _ComparisonRun:
         return {
             "network": entry.digest(),
             "layers": self._layers_of(entry.name),
-            "stage_transform": None if transform is None else _function_name(transform),
+            "stage_transform": None if transform is None else function_identity(transform),
         }
 
     def _transform(self, name: str) -> Transform | None:
@@ -288,7 +302,9 @@ class _Entry:
     step: int | None = None
 
     def build(self) -> nn.Module:
-        network = self.network if isinstance(self.network, nn.Module) else self.network()
+        # New weights draw random numbers, on which the images of an augmenting dataset may depend
+        with preserve_random_state():
+            network = self.network if isinstance(self.network, nn.Module) else self.network()
         if not isinstance(network, nn.Module):
             raise InputTypeError(
                 f"stage {self.name!r}: expected a network or a function that returns one, got a function that returns "
@@ -344,18 +360,10 @@ def _config(settings: Mapping[str, Any], options: Mapping[str, Any]) -> MeasureC
 
 
 def _further_settings(config: MeasureConfig) -> dict[str, Any]:
-    """Return options that determine the figures beside those of the report, with functions by their names."""
+    """Return options that determine the figures beside those of the report, with functions by their code."""
     values = {name: getattr(config, name) for name in FURTHER_SETTINGS}
     values["reference_transform"] = config.source_transform
-    return {name: _function_name(value) if callable(value) else value for name, value in values.items()}
-
-
-def _function_name(function: Any) -> str:
-    if isinstance(function, nn.Module):
-        return repr(function)
-    if isinstance(function, partial):
-        return _function_name(function.func)
-    return str(getattr(function, "__qualname__", type(function).__name__))
+    return {name: function_identity(value) if callable(value) else value for name, value in values.items()}
 
 
 def _is_by_stage(layers: Any) -> bool:
