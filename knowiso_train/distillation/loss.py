@@ -125,9 +125,8 @@ class IsomorphismLoss(nn.Module):
         ...         optimizer.zero_grad()
         ...         loss.backward()
         ...         optimizer.step()
-        >>> log = iso.log()
-        >>> 0 < log["iso/train/1/share"] < 1, log["iso/train/1/loss"] < 0
-        (True, True)
+        >>> 0 < iso.log()["iso/train/1/share"] < 1
+        True
     """
 
     def __init__(
