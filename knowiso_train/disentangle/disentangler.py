@@ -16,7 +16,7 @@ from knowiso_train.disentangle._closed_form import ClosedFormMaps
 from knowiso_train.disentangle._closed_form_fit import ClosedFormFitter
 from knowiso_train.disentangle.config import DisentangleConfig, FitSpec, Fitter, Solver, solve_bar
 from knowiso_train.disentangle.paper import PaperFitter, PaperMaps
-from knowiso_train.errors import FormatError, KnowisoError, OptionError, ShapeError
+from knowiso_train.errors import FormatError, InputTypeError, KnowisoError, OptionError, ShapeError
 from knowiso_train.features.extractor import align
 from knowiso_train.regression.ridge import Ridge
 from knowiso_train.utils.distributed import ProcessGroup
@@ -115,6 +115,7 @@ class Disentangler(nn.Module):
             This disentangler.
 
         Raises:
+            InputTypeError: Features that are not tensors.
             ShapeError: Different numbers of images, or features that are neither (N, C, H, W) nor (N, C).
             OptionError: `select=0` with `ridge="search"`.
             NonFiniteError: NaN or Inf in the features.
@@ -139,11 +140,13 @@ class Disentangler(nn.Module):
 
     def forward(self, x_source: Tensor) -> Tensor:
         """Return g(x), the part of the target that the source reproduces; (N, C_B, H, W), or (N, C_B) for vectors."""
-        return _shaped_like(self._maps()(_grid(x_source)), x_source)
+        maps = self._maps()
+        return _shaped_like(maps(_to_maps(_grid(x_source), maps)), x_source)
 
     def components(self, x_source: Tensor) -> list[Tensor]:
         """Return x^(0), …, x^(K), which sum to g(x)."""
-        return [_shaped_like(part, x_source) for part in self._maps().components(_grid(x_source))]
+        maps = self._maps()
+        return [_shaped_like(part, x_source) for part in maps.components(_to_maps(_grid(x_source), maps))]
 
     def split(self, x_source: Tensor, x_target: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return components and residual, which sum to the target up to rounding.
@@ -162,7 +165,7 @@ class Disentangler(nn.Module):
         maps = self._maps()
         if y.shape[1] != maps.target_channels:
             raise ShapeError(f"expected a target with {maps.target_channels} channels, got {tuple(x_target.shape)}")
-        parts = maps.components(x)
+        parts = maps.components(_to_maps(x, maps))
         residual = y - torch.stack(parts).sum(0)
         return [_shaped_like(part, x_target) for part in parts], _shaped_like(residual, x_target)
 
@@ -226,14 +229,22 @@ def _shaped_like(part: Tensor, feature: Tensor) -> Tensor:
     return part.flatten(1) if feature.ndim == 2 else part
 
 
-def _grid(x: Tensor) -> Tensor:
+def _to_maps(x: Tensor, maps: nn.Module) -> Tensor:
+    """Return a source in the precision of the maps, which are float32 for half precision."""
+    return x.to(next(maps.parameters()).dtype)
+
+
+def _grid(x: Any) -> Tensor:
     """Return vectors as a grid of one position."""
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"expected a feature as a tensor, got {type(x).__name__}; torch.as_tensor converts arrays")
     if x.ndim not in (2, 4):
         raise ShapeError(
             f"expected a feature of shape (N, C, H, W) or (N, C), got {tuple(x.shape)}; "
             "knowiso_train.features.to_nchw converts other layouts"
         )
-    return x[:, :, None, None] if x.ndim == 2 else x
+    grid: Tensor = x[:, :, None, None] if x.ndim == 2 else x
+    return grid
 
 
 def _pair(x_source: Tensor, x_target: Tensor) -> tuple[Tensor, Tensor]:

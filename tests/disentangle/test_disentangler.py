@@ -14,7 +14,7 @@ from knowiso_train import Disentangler
 from knowiso_train.disentangle import _closed_form_fit as closed_form_fit
 from knowiso_train.disentangle._closed_form import MAX_SOURCE_DEVIATIONS, ClosedFormMaps
 from knowiso_train.disentangle.config import DisentangleConfig
-from knowiso_train.errors import FormatError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import FormatError, InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.measurement import measure
 from knowiso_train.regression import batch_moments
 from knowiso_train.regression.ridge import RIDGE_GRID, Spectrum, solve_ridge
@@ -57,6 +57,21 @@ def test_same_seed_same_maps() -> None:
     states = [Disentangler(order=1, seed=s, solver_options=FAST).fit(x, y).state_dict() for s in (0, 0, 1)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_half_precision_features_are_split_in_the_precision_of_the_maps(order: int) -> None:
+    x, y = torch.randn(64, 3, 4, 4).bfloat16(), torch.randn(64, 2, 4, 4).bfloat16()
+    fitted = Disentangler(order=order, ridge=1e-3).fit(x, y)
+    for half, full in zip(fitted.split(x, y)[0], fitted.split(x.float(), y.float())[0], strict=True):
+        assert torch.equal(half, full)
+    assert torch.equal(fitted(x), fitted(x.float()))
+    assert torch.equal(fitted.components(x)[-1], fitted.components(x.float())[-1])
+
+
+def test_arrays_raise() -> None:
+    with pytest.raises(InputTypeError, match=r"expected a feature as a tensor, got ndarray; torch.as_tensor converts"):
+        Disentangler(order=0).fit(np.zeros((8, 3)), torch.zeros(8, 2))  # type: ignore[arg-type]
 
 
 def test_global_random_state_is_left_alone() -> None:
