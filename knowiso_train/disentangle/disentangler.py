@@ -235,7 +235,7 @@ def _to_maps(x: Tensor, maps: nn.Module) -> Tensor:
 
 
 def _grid(x: Any) -> Tensor:
-    """Return vectors as a grid of one position."""
+    """Return a feature in float32 or better, vectors as a grid of one position."""
     if not isinstance(x, Tensor):
         raise InputTypeError(f"expected a feature as a tensor, got {type(x).__name__}; torch.as_tensor converts arrays")
     if x.ndim not in (2, 4):
@@ -243,8 +243,8 @@ def _grid(x: Any) -> Tensor:
             f"expected a feature of shape (N, C, H, W) or (N, C), got {tuple(x.shape)}; "
             "knowiso_train.features.to_nchw converts other layouts"
         )
-    grid: Tensor = x[:, :, None, None] if x.ndim == 2 else x
-    return grid
+    feature: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
+    return feature[:, :, None, None] if feature.ndim == 2 else feature
 
 
 def _pair(x_source: Tensor, x_target: Tensor) -> tuple[Tensor, Tensor]:
