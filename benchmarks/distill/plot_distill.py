@@ -16,13 +16,12 @@ AXES = (("ms over kd", "added CPU time of a step over KD, ms"), ("peak MiB", "pe
 
 
 def tables(part: Any) -> dict[str, list[dict[str, Any]]]:
-    """Return the tables of all pairs at their largest budget with rows of the part."""
+    """Return the tables of all pairs and budgets with rows of the part."""
     by_pair = {}
     for name in PAIRS:
         store = ResultsStore(name)
-        budgets = [row["budget"] for row in store.rows if row["part"] == part]
-        if budgets:
-            by_pair[f"{name}, {max(budgets)} epochs"] = store.table(part, max(budgets))
+        for budget in sorted({row["budget"] for row in store.rows if row["part"] == part}):
+            by_pair[f"{name}, {budget} {'epoch' if budget == 1 else 'epochs'}"] = store.table(part, budget)
     return by_pair
 
 
