@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation.config import FALLBACK_WEIGHT
-from knowiso_train.errors import CaptureError, OptionError
+from knowiso_train.errors import CaptureError, KnowisoWarning, OptionError
 from tests.helpers.timm_networks import IMAGES, NETWORKS, batch, network, ready, same, stepped
 
 
@@ -84,14 +86,14 @@ def test_balancing_a_compiled_student_raises() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.filterwarnings("ignore:weight=.auto. is 100 at .layer2.")
 def test_the_default_weight_of_a_compiled_student_is_fixed() -> None:
     student = network("resnet18", 1)
     iso = ready("moment", student, network("resnet18", 2), "layer2", refresh=1, weight="auto")
     torch.compiler.reset()
     compiled = torch.compile(student, backend="aot_eager")
     weights = []
-    with iso:
+    with iso, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KnowisoWarning)
         for call in range(6):
             run = compiled if call > 2 else student
             (F.cross_entropy(run(batch(call)), torch.arange(IMAGES)) + iso()).backward()
@@ -99,6 +101,8 @@ def test_the_default_weight_of_a_compiled_student_is_fixed() -> None:
     torch.compiler.reset()
     assert 0 < weights[2] < FALLBACK_WEIGHT  # balanced
     assert weights[4:] == [FALLBACK_WEIGHT] * 2
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, KnowisoWarning)]
+    assert ["is 100 at 'layer2': the gradients inside a compiled" in message for message in messages] == [True]
 
 
 def test_attaching_after_the_first_compiled_call_raises() -> None:
