@@ -30,7 +30,7 @@ from knowiso_train.utils.memory import usable_bytes
 from knowiso_train.utils.saved_report import SavedReport
 from knowiso_train.utils.serialization import write_if_given
 from knowiso_train.utils.text_table import format_table
-from knowiso_train.utils.validation import NonNegativeFloat, validate_arguments
+from knowiso_train.utils.validation import NonNegativeFloat, check_known_names, validate_arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,8 +228,8 @@ def stability(
     layers_by_name = _layers_by_name(by_name, layers)
     config = _config(order, functional, options)
     images = SplitImageLoader(loader, config.split, config.seed, config.max_images)
-    if isinstance(transforms, Mapping) and (unknown := [name for name in transforms if name not in by_name]):
-        raise OptionError(f"transforms= names {', '.join(map(repr, unknown))}, which is none of the networks {names}")
+    if isinstance(transforms, Mapping):
+        check_known_names("transforms", transforms, names, "networks")
     transform_of = transforms.get if isinstance(transforms, Mapping) else lambda name: transforms
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     entries, counts = [], {}

@@ -107,8 +107,8 @@ class GradientBalance(KeepPrecision):
 
         def record(other: Tensor, own: Tensor) -> None:
             # `own` is the gradient of factor · L_pair
-            pair_norm = gradient_norm(own).float() / factor.to(own.device)
-            self._record(pair, gradient_norm(other).float().square(), pair_norm.square())
+            pair_norm = gradient_norm(own) / factor.to(own.device)
+            self._record(pair, gradient_norm(other).square(), pair_norm.square())
 
         branches: list[_Branch] = node.metadata.setdefault(METADATA_KEY, [])
         branches.append(_Branch(output_index, gradients, record))

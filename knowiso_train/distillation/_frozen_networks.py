@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -17,7 +17,7 @@ from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, T
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
 from knowiso_train.features.extractor import FeatureReader
 from knowiso_train.features.hooks import FeatureTaps, Side
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.modules import explain_dtype_errors, unwrap_model
 from knowiso_train.features.state import device_of
 from knowiso_train.utils.batch import image_size
 
@@ -80,7 +80,7 @@ class FrozenModel:
         self.taps.clear()
         images = self.transform(student_input.images)
         precision = nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
-        with torch.no_grad(), self._eval_mode(), precision, self._explained_dtype(images):
+        with torch.no_grad(), self._eval_mode(), precision, self._explain_dtype_errors(images):
             output = self._call(student_input, images)
         mark_as_teacher(unwrap_model(self.model))
         return images, output
@@ -182,24 +182,19 @@ class FrozenModel:
                 ) from None
         return self.model(*args, **kwargs)
 
-    @contextmanager
-    def _explained_dtype(self, images: Tensor) -> Iterator[None]:
-        """Name the dtypes of images and weights in the place of an error that another dtype of the images causes.
-
-        Raises:
-            InputTypeError: An error in the block, with images of another dtype than the weights.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), images.dtype)
-            if dtype == images.dtype or torch.is_autocast_enabled(images.device.type):
-                raise
-            option = "peer_transforms" if self.role.startswith("peer") else "teacher_transform"
-            raise InputTypeError(
-                f"the {self.role} has weights of {dtype}, and the student's images are {images.dtype}. Pass "
-                f"{option}=lambda images: images.to({dtype})"
-            ) from error
+    def _explain_dtype_errors(self, images: Tensor) -> AbstractContextManager[None]:
+        # Autocast converts both
+        if torch.is_autocast_enabled(images.device.type):
+            return nullcontext()
+        option = "peer_transforms" if self.role.startswith("peer") else "teacher_transform"
+        return explain_dtype_errors(
+            self.model,
+            images,
+            lambda weights, given, _: (
+                f"the {self.role} has weights of {weights}, and the student's images are {given}. Pass "
+                f"{option}=lambda images: images.to({weights})"
+            ),
+        )
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

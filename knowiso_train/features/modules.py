@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -62,8 +63,34 @@ def call_model(model: nn.Module, images: Any) -> Any:
         Traceback (most recent call last):
         knowiso_train.errors.InputTypeError: Linear has weights of bfloat16 and fails on images of float32 ...
     """
-    try:
+
+    def message(weights: torch.dtype, given: torch.dtype, error: Exception) -> str:
+        names = [str(dtype).removeprefix("torch.") for dtype in (weights, given)]
+        return (
+            f"{type(unwrap_model(model)).__name__} has weights of {names[0]} and fails on images of {names[1]} "
+            f"({error}). Convert the images to {names[0]} in the loader, or in forward="
+        )
+
+    with explain_dtype_errors(model, images, message):
         return model(images)
+
+
+@contextmanager
+def explain_dtype_errors(
+    model: nn.Module, images: Any, message: Callable[[torch.dtype, torch.dtype, Exception], str]
+) -> Iterator[None]:
+    """Name the dtypes of images and weights in the place of an error that another dtype of the images causes.
+
+    Args:
+        model: Network that runs in the context.
+        images: Its images.
+        message: Function from the dtypes of weights and images, and the error, to the new message.
+
+    Raises:
+        InputTypeError: An error in the context, with images of another dtype than the weights.
+    """
+    try:
+        yield
     except RuntimeError as error:
         weights = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
         # Other integers may be tokens
@@ -73,11 +100,7 @@ def call_model(model: nn.Module, images: Any) -> Any:
         # Not of a subclass: memory ran out, or an error of a hook
         if not is_images or weights in (None, images.dtype) or type(error) not in (RuntimeError, NotImplementedError):
             raise
-        names = [str(dtype).removeprefix("torch.") for dtype in (weights, images.dtype)]
-        raise InputTypeError(
-            f"{type(unwrap_model(model)).__name__} has weights of {names[0]} and fails on images of {names[1]} "
-            f"({error}). Convert the images to {names[0]} in the loader, or in forward="
-        ) from error
+        raise InputTypeError(message(weights, images.dtype, error)) from error
 
 
 def runnable_model(model: nn.Module) -> nn.Module:

@@ -47,18 +47,33 @@ def patch_rows(x: Tensor, kernel_size: int, positions: Tensor | None = None) -> 
 
 
 def _rows_at(x: Tensor, kernel_size: int, positions: Tensor) -> Tensor:
-    """Return the patches of (N, H, W, C) at positions (N, P), without those of other positions."""
-    height, width, margin = x.shape[1], x.shape[2], kernel_size // 2
-    if margin:
-        x = F.pad(x, (0, 0, margin, margin, margin, margin))
-    # Index of the first cell of each patch in the padded grids of all images, one after another
-    padded_width = width + 2 * margin
-    image = torch.arange(len(x), device=x.device)[:, None] * ((height + 2 * margin) * padded_width)
-    first = image + positions // width * padded_width + positions % width
-    side = torch.arange(kernel_size, device=x.device)
-    cells = (side[:, None] * padded_width + side).flatten()
-    rows = x.reshape(-1, x.shape[3]).index_select(0, (first[..., None] + cells).flatten())
-    return rows.view(-1, len(cells) * x.shape[3])
+    """Return the zero-padded patches of (N, H, W, C) at positions (N, P), without those of other positions."""
+    width, margin = x.shape[2], kernel_size // 2
+    x = F.pad(x, (0, 0, margin, margin, margin, margin))
+    image = torch.arange(len(x), device=x.device)[:, None]
+    patches = _patches_at(x, image, positions // width, positions % width, (kernel_size, kernel_size), (1, 1))
+    return patches.flatten(0, 1).flatten(1)
+
+
+def _patches_at(
+    x: Tensor, image: Tensor, row: Tensor, column: Tensor, kernel_size: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """Return the cells of patches whose first cells are at given images, rows and columns.
+
+    Args:
+        x: Padded input, (N, H, W, C).
+        image: Indices of images, broadcast with `row` and `column`.
+        row: Rows of the first cells, (N, P).
+        column: Columns of the first cells, (N, P).
+        kernel_size: (k_h, k_w).
+        dilation: Distance of neighboring cells, vertical and horizontal.
+
+    Returns:
+        (N, P, k_h · k_w, C).
+    """
+    offsets = (torch.arange(size, device=x.device) * step for size, step in zip(kernel_size, dilation, strict=True))
+    down, right = torch.cartesian_prod(*offsets).T
+    return x[image[..., None], row[..., None] + down, column[..., None] + right]
 
 
 def gather_patches(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
@@ -87,13 +102,11 @@ def gather_patches(layer: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     channels_last = x.permute(0, 2, 3, 1)
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1  # of the output
-    # Output (r, c) takes the padded input at (r · s + i · dilation, c · s + j · dilation) for each cell (i, j) of the
-    # kernel
+    # The patch of output (r, c) begins at (r · s, c · s) of the padded input
     windows, area = len(x) // len(positions), width * ((x.shape[2] - dh * (kh - 1) - 1) // sh + 1)
     image = torch.arange(len(positions), device=x.device)[:, None] * windows + positions // area
     row, column = positions % area // width * sh, positions % width * sw
-    cells = [channels_last[image, row + i * dh, column + j * dw] for i in range(kh) for j in range(kw)]
-    patches = torch.stack(cells, 2)  # (N, P, kh · kw, C)
+    patches = _patches_at(channels_last, image, row, column, layer.kernel_size, layer.dilation)
     num_images, count, area, channels = patches.shape
     grouped = patches.view(num_images * count, area, layer.groups, channels // layer.groups)
     return grouped.transpose(1, 2).flatten(2)

@@ -8,7 +8,7 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -145,6 +145,25 @@ def checked_value(name: str, value: Any, hint: Any) -> Any:
     # A value of the right type and out of bounds is an OptionError alone
     error = OptionError if _match(value, _without_bounds(hint))[0] else OptionTypeError
     raise error(f"{name} must be {_describe(hint)}, got {_shown(value)}")
+
+
+def check_known_names(option: str, names: Iterable[str], known: Sequence[str], kind: str) -> None:
+    """Check that an option by name has no other names.
+
+    Args:
+        option: Name of the option.
+        names: Its names.
+        known: Names that exist.
+        kind: Their kind, such as "stages".
+
+    Raises:
+        OptionError: Another name.
+
+    Examples:
+        >>> check_known_names("transforms", {"a": None}, ["a", "b"], "networks")
+    """
+    if unknown := [name for name in names if name not in known]:
+        raise OptionError(f"{option}= names {', '.join(map(repr, unknown))}, which is none of the {kind} {list(known)}")
 
 
 def _match(value: Any, hint: Any) -> tuple[bool, Any]:

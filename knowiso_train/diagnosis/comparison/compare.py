@@ -31,7 +31,7 @@ from knowiso_train.measurement.measure import Layers, run_measurement
 from knowiso_train.measurement.report import PairResult, Report
 from knowiso_train.utils.environment import library_versions
 from knowiso_train.utils.memory import usable_bytes
-from knowiso_train.utils.validation import NonNegativeFloat, validate_arguments
+from knowiso_train.utils.validation import NonNegativeFloat, check_known_names, validate_arguments
 
 # Options of MeasureConfig that `compare_stages` sets itself
 STAGE_OPTIONS = ("directions", "source_transform", "target_transform", "names", "progress")
@@ -203,11 +203,8 @@ class _ComparisonRun:
             self._layers_of(name)
         transforms = self.stage_transform if isinstance(self.stage_transform, Mapping) else {}
         layers: Any = self.layers if _is_by_stage(self.layers) else {}
-        for option, names in (("stage_transform", transforms), ("layers", layers)):
-            if unknown := [name for name in names if name not in stages]:
-                raise OptionError(
-                    f"{option}= names {', '.join(map(repr, unknown))}, which is none of the stages {list(stages)}"
-                )
+        check_known_names("stage_transform", transforms, stages, "stages")
+        check_known_names("layers", layers, stages, "stages")
 
     def _finished(self, entry: _Entry) -> StageResult | None:
         """Return the result of a stage that an earlier call finished."""
