@@ -17,6 +17,7 @@ from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, t
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, InputTypeError, KnowisoWarning, MissingDependencyError, OptionError
+from knowiso_train.features.extractor import matching_entries
 from knowiso_train.features.modules import forward_override, pair_layers, runnable_model, unwrap_model
 from knowiso_train.features.state import isolated_eval
 from knowiso_train.measurement.config import MeasureConfig
@@ -192,10 +193,15 @@ class IsomorphismCallback:
             )
         if "layers" in options:
             raise OptionError("IsomorphismCallback.of measures the layer pairs of the loss. Leave layers= out")
+        networks = [
+            (iso.student, [pair.source for pair in iso.pairs]),
+            (iso.teacher, [pair.target for pair in iso.pairs]),
+        ]
         loss_options: dict[str, Any] = {
             "kernel_size": min(iso.kernel_sizes.values()),
             "teacher_transform": iso.config.teacher_transform,
-            "layout": iso.config.layout,
+            # The layouts of a loss with layers="auto" may name layers that were not selected
+            "layout": matching_entries(iso.config.layout, networks),
             "repeated": iso.config.repeated,
             "at": iso.config.at,
         }

@@ -273,7 +273,9 @@ def _config(order: int, functional: bool, options: Mapping[str, Any]) -> Measure
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise OptionError(f"stability has no option {', '.join(unknown)}; expected some of {', '.join(allowed)}")
-    return MeasureConfig(order=order, functional=functional, directions="both", progress=False, **options)
+    config = MeasureConfig(order=order, functional=functional, directions="both", progress=False, **options)
+    config.check_functional_options()
+    return config
 
 
 def _layers_by_name(

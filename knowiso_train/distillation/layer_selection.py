@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from knowiso_train.distillation._shape_inference import EXAMPLE_IMAGES
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated
 from knowiso_train.errors import LayerNameError, OptionError
-from knowiso_train.features.modules import forward_override, runnable_model
+from knowiso_train.features.modules import LayerPair, forward_override, pair_layers, runnable_model
 from knowiso_train.features.state import device_of, preserve_random_state
 from knowiso_train.features.summary import stage_grids
 from knowiso_train.measurement.measure import measure
@@ -123,15 +123,19 @@ def suggest_layers(
     return suggestion
 
 
-def auto_layers(
-    student: nn.Module, teacher: nn.Module, loader: Iterable[Any] | None, config: IsomorphismLossConfig
-) -> tuple[tuple[str, str], ...]:
-    """Return the pairs of `layers="auto"`.
+def selected_pairs(
+    student: nn.Module, teacher: nn.Module, layers: Any, loader: Iterable[Any] | None, config: IsomorphismLossConfig
+) -> tuple[LayerPair, ...]:
+    """Return the pairs of layers by name, or those that `layers="auto"` selects.
 
     Raises:
-        OptionError: No loader, or another side than the outputs.
-        LayerNameError: As `suggest_layers`.
+        OptionError: "auto" without a loader or with another side than the outputs, or a loader beside names.
+        LayerNameError: As `pair_layers` and `suggest_layers`.
     """
+    if layers != "auto":
+        if loader is not None:
+            raise OptionError('loader= has no effect with layers by name, only with layers="auto". Leave it out')
+        return tuple(pair_layers(student, teacher, layers))
     if loader is None:
         raise OptionError('layers="auto" measures unexplained shares: pass loader=, batches of student images')
     if config.at != "output":
@@ -145,7 +149,7 @@ def auto_layers(
         layout=config.layout,
         repeated=config.repeated,
     )
-    return suggestion.layers
+    return tuple(pair_layers(student, teacher, suggestion.layers))
 
 
 def pair_stages(

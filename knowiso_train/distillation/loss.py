@@ -37,11 +37,11 @@ from knowiso_train.distillation.config import (
     Transform,
     Weight,
 )
-from knowiso_train.distillation.layer_selection import auto_layers
+from knowiso_train.distillation.layer_selection import selected_pairs
 from knowiso_train.errors import CaptureError, OptionError
-from knowiso_train.features.extractor import sides_of_networks
+from knowiso_train.features.extractor import check_named_layers, sides_of_networks
 from knowiso_train.features.hooks import FeatureTaps, Side
-from knowiso_train.features.modules import LayerPair, pair_layers
+from knowiso_train.features.modules import LayerPair
 from knowiso_train.utils.distributed import ProcessGroup, all_reduce_gradients
 
 
@@ -166,11 +166,7 @@ class IsomorphismLoss(nn.Module):
             penalty=penalty, layout=layout, repeated=repeated, at=at,
         )  # fmt: skip
         self.config.check_networks(student, teacher, peers)
-        if layers == "auto":
-            layers = auto_layers(student, teacher, loader, self.config)
-        elif loader is not None:
-            raise OptionError('loader= has no effect with layers by name, only with layers="auto". Leave it out')
-        self.pairs: tuple[LayerPair, ...] = tuple(pair_layers(student, teacher, layers))
+        self.pairs = selected_pairs(student, teacher, layers, loader, self.config)
         teacher_layers = list(dict.fromkeys(pair.target for pair in self.pairs))
         self.teacher_output: Any = None
         # Plain objects in place of submodules: student, teacher and peers are not registered
@@ -181,6 +177,9 @@ class IsomorphismLoss(nn.Module):
             teacher, teacher_layers, "teacher", teacher_transform, teacher_forward, layout, repeated, teacher_sides
         )
         self._peers = freeze_peers(peers, teacher_layers, self.config, teacher_sides)
+        if layers != "auto":  # the others were checked against all candidates
+            readers = [self._student.reader, self._teacher.reader, *(peer.network.reader for peer in self._peers)]
+            check_named_layers("layout", layout, [(reader.model, reader.names) for reader in readers])
         infer_shapes(self._student, [self._teacher, *(peer.network for peer in self._peers)], example)
 
         self.maps = nn.ModuleDict({pair_key(pair): self._make_map(pair) for pair in self.pairs})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from knowiso_train.features.layout import FeatureSpec, describe_feature
 from knowiso_train.features.modules import call_model, resolve_layers
 from knowiso_train.features.state import check_materialized, device_of
 from knowiso_train.utils.batch import get_inputs, image_size, replace_inputs, to_device
+
+OptionT = TypeVar("OptionT")
 
 
 class Extractor:
@@ -32,7 +34,7 @@ class Extractor:
         layers: Names or globs.
         name: Role of the network in error messages, such as "source".
         at: "output", "input", or a mapping by layer name, as in `FeatureTaps`.
-        layout: Layout of all layers, or a mapping by layer name. None: inferred.
+        layout: Layout of all layers, or a mapping by name or glob. None: inferred.
         transform: Function of the images (resolution, normalization), applied on the network's device.
         forward: Function `forward(model, batch)` that replaces `model(inputs)`, with the transformed batch.
         repeated: "error", "first" or "last" for layers that run more than once.
@@ -73,7 +75,7 @@ class Extractor:
         self.specs: dict[str, FeatureSpec] = {}
         self.steps = 0
         self._taps: FeatureTaps[Tensor] = FeatureTaps(model, layers, at=at, repeated=cast(Literal["error"], repeated))
-        self._layout = layout
+        self._layouts = options_of_layers(layout, model, self._taps.names)
         self._transform = transform
         self._forward = forward
         self._autocast = autocast
@@ -198,7 +200,7 @@ class Extractor:
                 "the first axis must be the images. Tap a layer around it, such as the whole attention block."
             )
         if name not in self.specs:
-            layout = self._layout.get(name) if isinstance(self._layout, Mapping) else self._layout
+            layout = self._layouts.get(name)
             self.specs[name] = describe_feature(
                 name, self.model, tensor, layout, at=self._taps.side(name), input_size=size
             )
@@ -225,6 +227,93 @@ class Extractor:
             )
 
 
+def named_options(
+    value: Mapping[str, OptionT], networks: Sequence[tuple[nn.Module, Sequence[str]]]
+) -> list[dict[str, dict[str, OptionT]]]:
+    """Return what each entry of an option by layer means for each network, as {name or glob: {layer: value}}.
+
+    Args:
+        value: Value by name or glob.
+        networks: Networks with the names of their layers.
+
+    Examples:
+        >>> network = nn.Sequential(nn.ReLU(), nn.ReLU())
+        >>> named_options({"*": "nc", "2": "nlc"}, [(network, ["1"])])
+        [{'*': {'1': 'nc'}}]
+    """
+    found: list[dict[str, dict[str, OptionT]]] = []
+    for model, layers in networks:
+        found.append({})
+        for pattern, setting in value.items():
+            with suppress(LayerNameError):
+                if names := [name for name in resolve_layers(model, pattern) if name in layers]:
+                    found[-1][pattern] = dict.fromkeys(names, setting)
+    return found
+
+
+def options_of_layers(
+    value: OptionT | Mapping[str, OptionT], model: nn.Module, layers: Sequence[str]
+) -> dict[str, OptionT]:
+    """Return an option's value for those layers of one network that it is given for.
+
+    Args:
+        value: Value for all layers, or by name or glob. Later entries replace earlier ones; others are left out.
+        model: Network.
+        layers: Names of its layers.
+
+    Examples:
+        >>> network = nn.Sequential(nn.ReLU(), nn.ReLU())
+        >>> options_of_layers({"*": "nc", "1": "nlc"}, network, ["0", "1"])
+        {'0': 'nc', '1': 'nlc'}
+    """
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(layers, value)
+    options: dict[str, OptionT] = {}
+    for settings in named_options(value, [(model, layers)])[0].values():
+        options |= settings
+    return options
+
+
+def check_named_layers(option: str, value: Any, networks: Sequence[tuple[nn.Module, Sequence[str]]]) -> None:
+    """Check that each entry of an option by layer is a layer, or a glob for layers, of one of the networks.
+
+    Args:
+        option: Name of the option.
+        value: Its value; only mappings are checked.
+        networks: Networks with the names of their layers.
+
+    Raises:
+        LayerNameError: A name or glob of none of these layers.
+
+    Examples:
+        >>> check_named_layers("layout", {"0": "nchw"}, [(nn.Sequential(nn.ReLU()), ["0"])])
+    """
+    if not isinstance(value, Mapping):
+        return
+    found = set().union(*named_options(value, networks))
+    for pattern in value:
+        if pattern not in found:
+            layers = [list(names) for _, names in networks]
+            raise LayerNameError(f"{option}= names {pattern!r}, which is none of the layers; these are {layers}")
+
+
+def matching_entries(value: Any, networks: Sequence[tuple[nn.Module, Sequence[str]]]) -> Any:
+    """Return an option by layer without the entries for layers of other networks.
+
+    Args:
+        value: Value for all layers, or by name or glob.
+        networks: Networks with the names of their layers.
+
+    Examples:
+        >>> matching_entries({"0": "nc", "1": "nlc"}, [(nn.Sequential(nn.ReLU()), ["0"])])
+        {'0': 'nc'}
+    """
+    if not isinstance(value, Mapping):
+        return value
+    found = set().union(*named_options(value, networks))
+    return {pattern: setting for pattern, setting in value.items() if pattern in found}
+
+
 def sides_of_networks(
     at: Side | Mapping[str, Side], networks: Sequence[tuple[nn.Module, Sequence[str]]]
 ) -> list[dict[str, Side]]:
@@ -242,20 +331,9 @@ def sides_of_networks(
         >>> sides_of_networks({"1": "input"}, [(a, ["0"]), (b, ["1"])])
         [{'0': 'output'}, {'1': 'input'}]
     """
-    if not isinstance(at, Mapping):
-        return [dict.fromkeys(layers, at) for _, layers in networks]
-    sides: list[dict[str, Side]] = [dict.fromkeys(layers, "output") for _, layers in networks]
-    for pattern, side in at.items():
-        matched = False
-        for (model, layers), sides_of_network in zip(networks, sides, strict=True):
-            with suppress(LayerNameError):
-                names = [name for name in resolve_layers(model, pattern) if name in layers]
-                sides_of_network.update(dict.fromkeys(names, side))
-                matched = matched or bool(names)
-        if not matched:
-            tapped = [list(layers) for _, layers in networks]
-            raise LayerNameError(f"at= names {pattern!r}, which is none of the layers; these are {tapped}")
-    return sides
+    check_named_layers("at", at, networks)
+    default: Side = "output"
+    return [dict.fromkeys(layers, default) | options_of_layers(at, model, layers) for model, layers in networks]
 
 
 def align(source: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -326,7 +404,7 @@ class FeatureReader:
         model: Network.
         names: Names of its hooked layers without wrapper prefixes.
         role: Role of the network in error messages.
-        layout: Layout of all layers, or a mapping by layer name. None: inferred.
+        layout: Layout of all layers, or a mapping by name or glob. None: inferred.
         sides: Side of each layer that its tensors are captured at. Default: all outputs.
     """
 
@@ -344,7 +422,8 @@ class FeatureReader:
         self.grids: dict[str, tuple[int, int]] = {}
         # Layers whose positions were a line in the last batch.
         self.lines: set[str] = set()
-        self._model, self.layout, self._sides = model, layout, sides or {}
+        self.model, self._sides = model, sides or {}
+        self._stated_layouts = options_of_layers(layout, model, self.names)
         self._layouts: dict[tuple[str, int], str] = {}
         self._specs: dict[tuple[str, torch.Size, tuple[int, int] | None], FeatureSpec] = {}
 
@@ -380,11 +459,10 @@ class FeatureReader:
             )
         key = (name, tensor.shape[1:], size)
         if key not in self._specs:
-            layout = self.layout.get(name) if isinstance(self.layout, Mapping) else self.layout
             # The layout of a layer does not change, but some shapes alone do not determine it.
-            layout = layout or self._layouts.get((name, tensor.ndim))
+            layout = self._stated_layouts.get(name) or self._layouts.get((name, tensor.ndim))
             at = self._sides.get(name, "output")
-            spec = describe_feature(name, self._model, tensor, layout, at=at, input_size=size)
+            spec = describe_feature(name, self.model, tensor, layout, at=at, input_size=size)
             if spec.channels != self.channels.setdefault(name, spec.channels):
                 raise ShapeError(
                     f"{self.role}: layer {name!r} emitted {spec.channels} channels, {self.channels[name]} before. "

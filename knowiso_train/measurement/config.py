@@ -90,6 +90,18 @@ class MeasureConfig:
         """Directions to measure, in the order of the report."""
         return DIRECTIONS if self.directions == "both" else (self.directions,)
 
+    def check_functional_options(self) -> None:
+        """Check that options of the functional shares are given only with `functional=True`.
+
+        Raises:
+            OptionError: `labels` or `output` without functional shares.
+        """
+        if self.functional:
+            return
+        for option, given in (("labels", self.labels not in (AUTO_LABELS, None)), ("output", self.output is not None)):
+            if given:
+                raise OptionError(f"{option}= has an effect only with functional=True, got functional=False")
+
     def disentangle_config(self) -> DisentangleConfig:
         """Return the options that concern the maps."""
         return DisentangleConfig(

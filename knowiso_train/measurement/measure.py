@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from knowiso_train.disentangle.config import Solver, solve_bar
-from knowiso_train.errors import DataError
-from knowiso_train.features.extractor import Extractor, check_line, sides_of_networks
+from knowiso_train.errors import DataError, OptionError
+from knowiso_train.features.extractor import Extractor, check_line, check_named_layers, sides_of_networks
 from knowiso_train.features.hooks import Side
 from knowiso_train.features.modules import (
     LayerPair,
@@ -111,8 +111,8 @@ def measure(
         source_transform: Transform of the images for the source network (resolution, normalization).
         target_transform: Transform of the images for the target network.
         forward: `forward(model, batch)`, replaces `model(images)` for networks with other inputs.
-        layout: "nchw", "nhwc", "nlc", "ncl" or "nc", for all layers or by layer name. None: inferred. For tokens it can
-            state prefix tokens, grid and suffix tokens: "nlc:1+14x14", "nlc:1+14x14+100", or "nlc:line" for a sequence.
+        layout: "nchw", "nhwc", "nlc", "ncl" or "nc", for all layers or by name or glob. None: inferred. It can state
+            prefix tokens, grid and suffix tokens: "nlc:1+14x14", "nlc:1+14x14+100", or "nlc:line" for a sequence.
         repeated: "error", "first" or "last": treatment of layers that are called more than once in one forward pass.
         functional: Also replace each explained feature by a part of it, and compare the output of its network with the
             unchanged output on the report images. Each pair then has `functional[k]` (orders 0…k), `residual_only`
@@ -179,6 +179,9 @@ def measure(
         progress=progress,
         solver_options=solver_options,
     )
+    config.check_functional_options()
+    if names is not None and names[0] == names[1]:
+        raise OptionError(f"names= must be different for source and target, got {names}")
     return run_measurement(source, target, loader, layers, config)
 
 
@@ -236,7 +239,9 @@ def _extractors(
 ) -> list[Extractor]:
     networks = (("source", source, config.source_transform), ("target", target, config.target_transform))
     layers = [sorted({getattr(pair, role) for pair in pairs}) for role, _, _ in networks]
-    sides = sides_of_networks(config.at, list(zip((source, target), layers, strict=True)))
+    layers_of_networks = list(zip((source, target), layers, strict=True))
+    sides = sides_of_networks(config.at, layers_of_networks)
+    check_named_layers("layout", config.layout, layers_of_networks)
     return [
         Extractor(
             model,
