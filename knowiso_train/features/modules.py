@@ -68,7 +68,7 @@ def call_model(model: nn.Module, images: Any) -> Any:
         names = [str(dtype).removeprefix("torch.") for dtype in (weights, given)]
         return (
             f"{type(unwrap_model(model)).__name__} has weights of {names[0]} and fails on images of {names[1]} "
-            f"({error}). Convert the images to {names[0]} in the loader, or in forward="
+            f"({error}). Convert the images to {names[0]} in the loader, or in a transform"
         )
 
     with explain_dtype_errors(model, images, message):

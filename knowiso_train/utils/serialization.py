@@ -234,7 +234,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: The file cannot be written.
-        DataError: The path of its folder is, or goes through, a file.
+        DataError: The path is a folder, or that of its folder is, or goes through, a file.
 
     Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -245,6 +245,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """
     # The target of a symbolic link is replaced, not the link itself.
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise DataError(f"expected the name of a file, got the folder {path}. Add a file name to the path")
     if path.exists() and not path.is_file():
         yield path
         return

@@ -123,3 +123,9 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, folder: str) -
     with pytest.raises(DataError, match=f"a folder at .*{folder}, to write card.json into, got a file"):
         write_file(tmp_path / folder / "card.json", "{}")
     assert (tmp_path / "report").read_text() == "kept"
+
+
+def test_a_folder_in_place_of_a_file_raises(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected the name of a file, got the folder .*Add a file name"):
+        write_json(tmp_path, {"epochs": 3})
+    assert not list(tmp_path.iterdir())
