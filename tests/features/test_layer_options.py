@@ -67,9 +67,9 @@ def test_diagnose_takes_options_for_the_layers_of_any_network(images: Tensor) ->
 
     result = run({f"blocks.{name}": "nlc:line" for name in "ab"}, {"blocks.a": "output"})
     assert all(layer.pair.unexplained < 1e-6 for layer in result)
-    with pytest.raises(LayerNameError, match="layout= names 'blocks.d'"):
+    with pytest.raises(LayerNameError, match=r"layout= names 'blocks.d'"):
         run({"blocks.d": "nlc:line"}, {})
-    with pytest.raises(LayerNameError, match="at= names 'blocks.d'"):
+    with pytest.raises(LayerNameError, match=r"at= names 'blocks.d'"):
         run({"blocks.*": "nlc:line"}, {"blocks.d": "input"})
 
 
@@ -91,7 +91,7 @@ def test_the_loss_and_its_monitor_take_layouts_by_glob(images: Tensor) -> None:
     }
     names = dict.fromkeys(("blocks.a", "blocks.b", "blocks.p"), "nlc:line")
     IsomorphismLoss(student, teacher, pair, layout=names, **consensus)
-    with pytest.raises(LayerNameError, match="layout= names 'blocks.q'"):
+    with pytest.raises(LayerNameError, match=r"layout= names 'blocks.q'"):
         IsomorphismLoss(student, teacher, pair, layout={**names, "blocks.q": "nlc:line"}, **consensus)
 
 
@@ -107,7 +107,7 @@ def test_layouts_may_name_candidates_that_auto_does_not_select() -> None:
     iso = IsomorphismLoss(student, teacher, "auto", loader=[images], layout=layout)
     assert [pair.source for pair in iso.pairs] == ["3"]
     assert IsomorphismCallback.of(iso, [images]).measure().pairs[0].unexplained > 0
-    with pytest.raises(LayerNameError, match="layout= names '5'"):
+    with pytest.raises(LayerNameError, match=r"layout= names '5'"):
         IsomorphismLoss(student, teacher, "auto", loader=[images], layout={"5": "nchw"})
 
 
