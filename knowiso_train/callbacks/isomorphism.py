@@ -17,9 +17,11 @@ from knowiso_train.callbacks.history import Measurement, from_plain, to_plain, t
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, InputTypeError, KnowisoWarning, MissingDependencyError, OptionError
+from knowiso_train.features.calls import forward_override
 from knowiso_train.features.extractor import matching_entries
-from knowiso_train.features.modules import forward_override, pair_layers, runnable_model, unwrap_model
+from knowiso_train.features.modules import pair_layers
 from knowiso_train.features.state import isolated_eval
+from knowiso_train.features.wrappers import runnable_model, unwrap_model
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
 from knowiso_train.measurement.measure import Layers, run_measurement

@@ -18,8 +18,9 @@ from knowiso_train.diagnosis.config import DiagnoseConfig
 from knowiso_train.diagnosis.report import Diagnosis
 from knowiso_train.errors import CapacityError, OptionError
 from knowiso_train.features.extractor import Extractor, check_named_layers, matching_entries, sides_of_networks
-from knowiso_train.features.modules import LayerPair, has_collective_forward, is_sharded, pair_layers, unwrap_model
+from knowiso_train.features.modules import LayerPair, pair_layers
 from knowiso_train.features.state import checked_device, on_device, preserve_state
+from knowiso_train.features.wrappers import has_collective_forward, is_sharded, unwrap_model
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import IndexedBatch, SplitImageLoader
 from knowiso_train.measurement.functional import ExplainedNetwork, find_labels

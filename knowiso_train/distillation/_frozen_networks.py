@@ -15,10 +15,11 @@ from knowiso_train.distillation._feature_map import warn_once
 from knowiso_train.distillation._student import StudentInput, mark_as_teacher
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated, Transform
 from knowiso_train.errors import CaptureError, InputTypeError, ShapeError
+from knowiso_train.features.calls import explain_dtype_errors
 from knowiso_train.features.extractor import FeatureReader
 from knowiso_train.features.hooks import FeatureTaps, Side
-from knowiso_train.features.modules import explain_dtype_errors, unwrap_model
 from knowiso_train.features.state import device_of
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.utils.batch import image_size
 
 

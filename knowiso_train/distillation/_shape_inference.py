@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from knowiso_train.distillation._frozen_networks import FrozenModel
 from knowiso_train.distillation._student import StudentCapture
 from knowiso_train.errors import CaptureError, KnowisoError, OptionError, OptionTypeError
-from knowiso_train.features.modules import is_sharded, runnable_model
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.features.wrappers import is_sharded, runnable_model
 from knowiso_train.loading.timm import input_config
 from knowiso_train.utils.batch import image_size
 

@@ -15,8 +15,9 @@ from knowiso_train.distillation.config import Repeated
 from knowiso_train.errors import CaptureError
 from knowiso_train.features.extractor import FeatureReader
 from knowiso_train.features.hooks import DetachedOnCopyHook, FeatureTaps, Side, is_recomputing
-from knowiso_train.features.modules import LayerPair, unwrap_model
+from knowiso_train.features.modules import LayerPair
 from knowiso_train.features.padding import ValidPositions, find_padding
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.utils.batch import INPUT_KEYS, get_inputs, image_size, replace_inputs
 from knowiso_train.utils.distributed import ProcessGroup
 

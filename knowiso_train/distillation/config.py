@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
 from knowiso_train.features.hooks import Side
-from knowiso_train.features.modules import LayerPair, unwrap_model
+from knowiso_train.features.modules import LayerPair
 from knowiso_train.features.state import check_materialized
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.utils.validation import (
     NonNegativeFloat,
     NonNegativeInt,

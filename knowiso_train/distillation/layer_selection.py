@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from knowiso_train.distillation._shape_inference import EXAMPLE_IMAGES
 from knowiso_train.distillation.config import IsomorphismLossConfig, Repeated
 from knowiso_train.errors import LayerNameError, OptionError
-from knowiso_train.features.modules import LayerPair, forward_override, pair_layers, runnable_model
+from knowiso_train.features.calls import forward_override
+from knowiso_train.features.modules import LayerPair, pair_layers
 from knowiso_train.features.state import device_of, preserve_random_state
 from knowiso_train.features.summary import stage_grids
+from knowiso_train.features.wrappers import runnable_model
 from knowiso_train.measurement.measure import measure
 from knowiso_train.measurement.report import Report
 from knowiso_train.utils.batch import get_inputs, image_size, to_device

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.utils.text_table import format_table
 

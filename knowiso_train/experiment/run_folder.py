@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from knowiso_train.errors import DataError, FormatError, OptionError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.loading.model_card import loading_code, write_model_card
 from knowiso_train.utils.serialization import dump_json, parse_json, read_json, write_file, write_json, write_tensors
 

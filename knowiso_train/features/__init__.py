@@ -3,10 +3,11 @@
 from knowiso_train.features.extractor import Extractor, align
 from knowiso_train.features.hooks import FeatureTaps, call_input
 from knowiso_train.features.layout import FeatureSpec, Layout, describe_feature, infer_layout, to_nchw
-from knowiso_train.features.modules import LayerPair, named_layers, pair_layers, resolve_layers, unwrap_model
+from knowiso_train.features.modules import LayerPair, named_layers, pair_layers, resolve_layers
 from knowiso_train.features.state import checked_device, device_of, on_device, preserve_state
 from knowiso_train.features.substitution import Substitution
 from knowiso_train.features.summary import named_stages, stage_grids
+from knowiso_train.features.wrappers import unwrap_model
 
 __all__ = [
     "Extractor",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from knowiso_train.errors import LayoutError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 
 _PREFIX_PARAMETERS = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
 # A vector for one token (CLIP of transformers and of open_clip)

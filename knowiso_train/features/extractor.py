@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import CaptureError, LayerNameError, LayoutError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features._memory import ActivationMemory
+from knowiso_train.features.calls import call_model
 from knowiso_train.features.hooks import FeatureTaps, Side
 from knowiso_train.features.layout import FeatureSpec, describe_feature
-from knowiso_train.features.modules import call_model, resolve_layers
+from knowiso_train.features.modules import resolve_layers
 from knowiso_train.features.state import check_materialized, device_of
 from knowiso_train.utils.batch import get_inputs, image_size, replace_inputs, to_device
 

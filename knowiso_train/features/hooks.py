@@ -14,7 +14,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from knowiso_train.errors import CaptureError, InputTypeError, LayerNameError, OptionError, ScriptError
-from knowiso_train.features.modules import named_layers, resolve_layers, unwrap_model, wrapped_attribute
+from knowiso_train.features.modules import named_layers, resolve_layers
+from knowiso_train.features.wrappers import unwrap_model, wrapped_attribute
 from knowiso_train.utils.batch import tensor_leaves
 from knowiso_train.utils.validation import validate_arguments
 

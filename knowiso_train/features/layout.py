@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from knowiso_train.errors import LayoutError, ShapeError
 from knowiso_train.features._tokens import TokenGrid, parse_tokens, token_grid
-from knowiso_train.features.modules import named_layers, plain_class, resolve_layers, unwrap_model
+from knowiso_train.features.modules import named_layers, resolve_layers
+from knowiso_train.features.wrappers import plain_class, unwrap_model
 
 Layout = Literal["nchw", "nhwc", "nlc", "ncl", "nc"]
 _NDIM: dict[Layout, int] = {"nchw": 4, "nhwc": 4, "nlc": 3, "ncl": 3, "nc": 2}

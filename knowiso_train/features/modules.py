@@ -1,172 +1,18 @@
-"""Modules by name: unwrapping, resolving and pairing of layers."""
+"""Layers by name: resolving and pairing."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from knowiso_train.errors import InputTypeError, LayerNameError, OptionError
-from knowiso_train.utils.batch import get_inputs
+from knowiso_train.errors import InputTypeError, LayerNameError
+from knowiso_train.features.wrappers import plain_class, unwrap_model, wrapped_attribute
 from knowiso_train.utils.validation import checked_value
-
-# (module, class, attribute of the wrapped network). The class is looked up only in modules that are imported already:
-# without its module no instance can exist, and importing FSDP or deepspeed is slow.
-_WRAPPERS = (
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
-    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
-    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
-    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
-)
-# Attribute of the wrapper FSDP1, whose forward gathers the weights
-_FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the network inside wrappers, in any nesting.
-
-    Wrappers are DDP, DataParallel, FSDP, `torch.compile`, DeepSpeed and activation checkpointing; `accelerator.prepare`
-    returns one of these or the network itself.
-
-    Raises:
-        InputTypeError: Not a module.
-
-    Examples:
-        >>> inner = nn.Linear(2, 2)
-        >>> unwrap_model(nn.DataParallel(torch.compile(inner))) is inner
-        True
-    """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    while attribute := wrapped_attribute(model):
-        model = getattr(model, attribute)
-    return model
-
-
-def call_model(model: nn.Module, images: Any) -> Any:
-    """Run a network on images, and name images of another dtype than the weights if it fails.
-
-    Raises:
-        InputTypeError: A network that fails on images of another dtype than its weights.
-
-    Examples:
-        >>> call_model(nn.Linear(2, 3).bfloat16(), torch.zeros(4, 2))
-        Traceback (most recent call last):
-        knowiso_train.errors.InputTypeError: Linear has weights of bfloat16 and fails on images of float32 ...
-    """
-
-    def message(weights: torch.dtype, given: torch.dtype, error: Exception) -> str:
-        names = [str(dtype).removeprefix("torch.") for dtype in (weights, given)]
-        return (
-            f"{type(unwrap_model(model)).__name__} has weights of {names[0]} and fails on images of {names[1]} "
-            f"({error}). Convert the images to {names[0]} in the loader, or in a transform"
-        )
-
-    with explain_dtype_errors(model, images, message):
-        return model(images)
-
-
-@contextmanager
-def explain_dtype_errors(
-    model: nn.Module, images: Any, message: Callable[[torch.dtype, torch.dtype, Exception], str]
-) -> Iterator[None]:
-    """Name the dtypes of images and weights in the place of an error that another dtype of the images causes.
-
-    Args:
-        model: Network that runs in the context.
-        images: Its images.
-        message: Function from the dtypes of weights and images, and the error, to the new message.
-
-    Raises:
-        InputTypeError: An error in the context, with images of another dtype than the weights.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        weights = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
-        # Other integers may be tokens
-        is_images = isinstance(images, Tensor) and (
-            images.is_floating_point() or images.dtype == torch.uint8 or images.ndim == 4
-        )
-        # Not of a subclass: memory ran out, or an error of a hook
-        if not is_images or weights in (None, images.dtype) or type(error) not in (RuntimeError, NotImplementedError):
-            raise
-        raise InputTypeError(message(weights, images.dtype, error)) from error
-
-
-def runnable_model(model: nn.Module) -> nn.Module:
-    """Return the network inside wrappers, except for FSDP, without which it has no weights to run with.
-
-    Raises:
-        OptionError: A module inside a network that FSDP shards.
-
-    Examples:
-        >>> inner = nn.Linear(2, 2)
-        >>> runnable_model(nn.DataParallel(torch.compile(inner))) is inner
-        True
-    """
-    while (attribute := wrapped_attribute(model)) and attribute != _FSDP1_ATTRIBUTE:
-        model = getattr(model, attribute)
-    # FSDP1 and FSDP2 mark all modules inside
-    inside = getattr(model, "_is_fsdp_managed_module", False) and attribute is None
-    if inside and not isinstance(model, sharded_classes()):
-        raise OptionError(
-            f"{type(model).__name__} is inside a network that FSDP shards, so it cannot be run alone. Pass the sharded "
-            "network, after FSDP or fully_shard was applied to it"
-        )
-    return model
-
-
-def sharded_classes() -> tuple[type[Any], ...]:
-    """Return the class of the modules of FSDP2, if it is imported."""
-    return _imported_classes(("torch.distributed.fsdp", "FSDPModule"))
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, which FSDP2 replaces by a subclass.
-
-    Examples:
-        >>> plain_class(nn.Linear(2, 2)).__name__
-        'Linear'
-    """
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, sharded_classes()))
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP shards the weights of the network or of a part of it.
-
-    Examples:
-        >>> is_sharded(nn.Linear(2, 2))
-        False
-    """
-    classes = (*_imported_classes(("torch.distributed.fsdp", "FullyShardedDataParallel")), *sharded_classes())
-    return any(isinstance(module, classes) for module in model.modules())
-
-
-def has_collective_forward(model: nn.Module) -> bool:
-    """Return whether a forward of the network waits for the other processes, as that of DDP and FSDP.
-
-    Examples:
-        >>> has_collective_forward(nn.Linear(2, 2))
-        False
-    """
-    ddp = _imported_classes(("torch.nn.parallel.distributed", "DistributedDataParallel"))
-    return is_sharded(model) or any(isinstance(module, ddp) for module in model.modules())
-
-
-def _imported_classes(*names: tuple[str, str]) -> tuple[type[Any], ...]:
-    """Return classes by module and name, without those whose module is not imported and that have no instances."""
-    classes = (getattr(sys.modules.get(home), name, None) for home, name in names)
-    return tuple(cls for cls in classes if cls is not None)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -219,15 +65,6 @@ def resolve_layers(model: nn.Module, patterns: str | Sequence[str]) -> list[str]
             raise LayerNameError(_no_match(pattern, [name for name, _ in layers], unwrap_model(model)))
         found.update(dict.fromkeys(matches))
     return list(found)
-
-
-def wrapped_attribute(model: nn.Module) -> str | None:
-    """Return the attribute that holds the wrapped network; None for other modules."""
-    for home, name, attribute in _WRAPPERS:
-        wrapper = getattr(sys.modules.get(home), name, None)
-        if wrapper is not None and isinstance(model, wrapper):
-            return attribute
-    return None
 
 
 def _walk(model: nn.Module, prefix: str = "", written: str = "") -> Iterator[tuple[str, str, nn.Module]]:
@@ -410,26 +247,6 @@ def _zipped(source: nn.Module, target: nn.Module, patterns: Iterable[tuple[str, 
     if not pairs:
         raise LayerNameError("expected at least one pair of layers, got none")
     return list(pairs)
-
-
-def forward_override(
-    network: nn.Module, forward: Callable[[nn.Module, Tensor], Any]
-) -> Callable[[nn.Module, Any], Any]:
-    """Return a `forward=` for two networks that applies a function to one of them and calls the other plainly.
-
-    Examples:
-        >>> teacher, student = nn.Linear(2, 3), nn.Linear(2, 3)
-        >>> run = forward_override(teacher, lambda model, images: 2 * model(images))
-        >>> batch = torch.ones(1, 2)
-        >>> torch.equal(run(teacher, batch), 2 * teacher(batch)), torch.equal(run(student, batch), student(batch))
-        (True, True)
-    """
-
-    def run(model: nn.Module, batch: Any) -> Any:
-        images = get_inputs(batch)
-        return forward(model, images) if unwrap_model(model) is unwrap_model(network) else model(images)
-
-    return run
 
 
 def network_name(model: nn.Module) -> str:

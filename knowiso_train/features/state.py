@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from knowiso_train.errors import InputTypeError, OptionError, OptionTypeError
 from knowiso_train.features.hooks import DetachedOnCopyHook
-from knowiso_train.features.modules import sharded_classes, unwrap_model
+from knowiso_train.features.wrappers import sharded_classes, unwrap_model
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from knowiso_train.errors import CaptureError, LayerNameError, OptionError
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import hook_target
-from knowiso_train.features.modules import named_layers, unwrap_model, wrapped_attribute
+from knowiso_train.features.modules import named_layers
 from knowiso_train.features.recording import remove_afterwards
+from knowiso_train.features.wrappers import unwrap_model, wrapped_attribute
 from knowiso_train.utils.batch import map_tensors, tensor_leaves
 
 # Wrappers that hold only a part of the weights: the network inside cannot run alone

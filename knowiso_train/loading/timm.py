@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, OptionError, ShapeError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.loading.checkpoints import CHECKPOINT_SUFFIXES, load_checkpoint
 from knowiso_train.loading.hub import PREFIX, hub_snippet, is_hub_name, load_hub_model
 

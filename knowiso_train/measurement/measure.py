@@ -15,14 +15,9 @@ from knowiso_train.disentangle.config import Solver, solve_bar
 from knowiso_train.errors import DataError, OptionError
 from knowiso_train.features.extractor import Extractor, check_line, check_named_layers, sides_of_networks
 from knowiso_train.features.hooks import Side
-from knowiso_train.features.modules import (
-    LayerPair,
-    distinct_names,
-    has_collective_forward,
-    network_name,
-    pair_layers,
-)
+from knowiso_train.features.modules import LayerPair, distinct_names, network_name, pair_layers
 from knowiso_train.features.state import checked_device, on_device, preserve_state
+from knowiso_train.features.wrappers import has_collective_forward
 from knowiso_train.measurement._pair import Features, PairMeasurement, check_activations, check_capacity
 from knowiso_train.measurement._shared_network import SharedNetwork
 from knowiso_train.measurement.config import MIN_REPORT_IMAGES, Direction, Directions, Mask, MeasureConfig, Repeated

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import FormatError, InputTypeError, NonFiniteError, OptionError, ShapeError
-from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import preserve_state
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.utils.batch import tensor_leaves
 from knowiso_train.utils.hashing import hash_unit
 

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from knowiso_train.errors import InputTypeError, OptionError
-from knowiso_train.features.modules import network_name, unwrap_model
+from knowiso_train.features.modules import network_name
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.loading.model_card import write_model_card
 from knowiso_train.pruning._blocks import finetunable_blocks
 from knowiso_train.pruning._builder import PrunedModelBuilder, copy_model

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
+from knowiso_train.features.calls import call_model
 from knowiso_train.features.hooks import call_input
-from knowiso_train.features.modules import call_model
 from knowiso_train.features.state import device_of, preserve_random_state, preserve_state
 from knowiso_train.ops.im2col import SampledPositions, grouped_weight, input_rows, num_input_features
 from knowiso_train.pruning._tracing import Epilogue, Forward, OpRecorder

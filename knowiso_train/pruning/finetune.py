@@ -13,8 +13,10 @@ from tqdm.auto import tqdm
 
 from knowiso_train.distillation.kd import WeightSchedule
 from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError, ShapeError
-from knowiso_train.features.modules import call_model, resolve_layers, unwrap_model
+from knowiso_train.features.calls import call_model
+from knowiso_train.features.modules import resolve_layers
 from knowiso_train.features.state import device_of, preserve_state, restore_on_error
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers, check_trainable_precision
 from knowiso_train.pruning._finetune_targets import (
     Objective,

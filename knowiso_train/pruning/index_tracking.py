@@ -37,7 +37,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from knowiso_train.errors import CaptureError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.pruning.kept_indices import (
     KeptIndices,
     axis_lists,

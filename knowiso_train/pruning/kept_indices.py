@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import ShapeError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.pruning._tracing import Epilogue
 
 # Kept entries of one tensor: flat indices in the pruned tensor's shape, or one list of indices per axis, with None for

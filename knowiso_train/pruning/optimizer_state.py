@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError, ShapeError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.kept_indices import KeptIndices, index_kept
 

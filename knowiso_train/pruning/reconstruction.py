@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from knowiso_train.errors import InputTypeError, KnowisoWarning, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import call_input
-from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import check_materialized, device_of, preserve_state, restore_on_error
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.ops.im2col import grouped_weight, num_groups, ungrouped_weight
 from knowiso_train.pruning._blocks import BlockFinetuner
 from knowiso_train.pruning._layer_regression import (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import DataError, FormatError, InputTypeError, NonFiniteError, OptionError, ShapeError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.pruning._model_factory import (
     Factory,
     build_model,

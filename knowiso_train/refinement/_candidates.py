@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.refinement._metrics import best_temperature, consensus_vs_labels_cv, own_vs_labels_cv
 from knowiso_train.refinement.folding import fit_peer_projection, fold_input_map
 from knowiso_train.refinement.heads import ConsensusFeatures, Head, HeadConfig, estimate_class_prior, ridge_head

@@ -16,8 +16,8 @@ from knowiso_train.disentangle.disentangler import Disentangler
 from knowiso_train.errors import DataError, OptionError, ShapeError
 from knowiso_train.features.extractor import align
 from knowiso_train.features.hooks import FeatureTaps
-from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.measurement.measure import measure
 from knowiso_train.refinement.finetune import BatchCycle
 from knowiso_train.refinement.models import ClassifierModel

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from knowiso_train.distillation.kd import kd_loss
 from knowiso_train.errors import DataError, LayoutError, OptionError, ShapeError
-from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import check_materialized, checked_device, device_of, on_device, preserve_state
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.refinement._candidates import Candidate, replace_classifier
 from knowiso_train.refinement.config import RidgeOption
 from knowiso_train.refinement.folding import SELECT_FRACTION

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from knowiso_train.distillation.kd import WeightSchedule, kd_loss
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
-from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.state import device_of, preserve_state
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.refinement.config import RefineFinetuneConfig
 from knowiso_train.refinement.models import ClassifierModel, Transform, pooled_layer
 from knowiso_train.refinement.peers import PeerEnsemble, PeerHead

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from knowiso_train.errors import LayerNameError, LayoutError, OptionError, ShapeError
 from knowiso_train.features.layout import infer_layout
-from knowiso_train.features.modules import unwrap_model
 from knowiso_train.features.recording import record_outputs, remove_afterwards
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.refinement.heads import FeatureScaling
 from knowiso_train.refinement.peers import row_moments
 from knowiso_train.regression.ridge import LinearMap, solve_ridge

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, OptionError, ShapeError
+from knowiso_train.features.calls import call_model
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import call_input
-from knowiso_train.features.modules import call_model, named_layers, unwrap_model
+from knowiso_train.features.modules import named_layers
 from knowiso_train.features.recording import record_outputs, remove_afterwards
 from knowiso_train.features.state import device_of
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.utils.batch import batch_size, get_inputs, labels_of
 
 TIMM_POOL_NAME = "global_pool"  # name of the pooling layer in most timm networks

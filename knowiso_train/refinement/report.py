@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch import nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.features.modules import network_name, unwrap_model
+from knowiso_train.features.modules import network_name
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.loading.model_card import write_model_card
 from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.refinement._metrics import Score

@@ -12,7 +12,7 @@ from torch import nn
 
 from knowiso_train.errors import InputTypeError, LayerNameError
 from knowiso_train.features import LayerPair, named_layers, pair_layers, resolve_layers, unwrap_model
-from knowiso_train.features.modules import call_model
+from knowiso_train.features.calls import call_model
 
 
 class Block(nn.Module):

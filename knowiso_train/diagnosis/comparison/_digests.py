@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.errors import FormatError
-from knowiso_train.features.modules import unwrap_model
+from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.utils.batch import tensor_leaves
 
 DIGEST_SIZE_BYTES = 16

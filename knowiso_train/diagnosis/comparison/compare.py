@@ -20,9 +20,10 @@ from knowiso_train.diagnosis.comparison.report import StageComparison, StageLaye
 from knowiso_train.errors import DataError, InputTypeError, OptionError
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import hook_target
-from knowiso_train.features.modules import has_collective_forward, named_layers, network_name, unwrap_model
+from knowiso_train.features.modules import named_layers, network_name
 from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import checked_device, on_device, preserve_random_state, preserve_state
+from knowiso_train.features.wrappers import has_collective_forward, unwrap_model
 from knowiso_train.measurement._shared_network import SharedNetwork
 from knowiso_train.measurement.config import MeasureConfig
 from knowiso_train.measurement.data import SplitImageLoader
