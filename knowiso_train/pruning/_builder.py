@@ -22,9 +22,10 @@ from knowiso_train.pruning._report import BlockResult, LayerFit
 from knowiso_train.pruning._structure import restore_memory_format
 from knowiso_train.pruning._tracing import Epilogue
 from knowiso_train.pruning.allocation import affordable_images, count_macs
-from knowiso_train.pruning.calibration import Calibration, ReferenceOutputs, record_reference_outputs
+from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
+from knowiso_train.pruning.layer_samples import ReferenceOutputs, record_reference_outputs
 from knowiso_train.pruning.reconstruction import reconstruct
 
 Quality = Literal["fast", "full"]

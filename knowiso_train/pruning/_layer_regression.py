@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.pruning._tracing import batch_norm_affine
-from knowiso_train.pruning.calibration import WIDE_LAYER_FEATURES
+from knowiso_train.pruning.layer_samples import WIDE_LAYER_FEATURES
 from knowiso_train.regression.ridge import ROW_CHUNK_SIZE, KernelMoments, PrimalMoments
 
 SELECTION_FRACTION = 0.1  # fraction of the images that select the ridge and measure the unexplained variance

@@ -30,10 +30,10 @@ from knowiso_train.pruning.allocation import (
     count_macs,
     total_cost,
 )
-from knowiso_train.pruning.calibration import (
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.layer_samples import (
     SAMPLES_PER_FEATURE,
     WIDE_LAYER_FEATURES,
-    Calibration,
     InputMoments,
     LayerInput,
     ReferenceOutputs,

@@ -21,13 +21,8 @@ from knowiso_train.pruning._dependencies import CONSUMER_PRUNERS, PRODUCER_PRUNE
 from knowiso_train.pruning._elimination import ABSENT_FEATURE, BackwardElimination, Consumer, removal_costs
 from knowiso_train.pruning._ranking import ChannelRanking
 from knowiso_train.pruning._tracing import Forward
-from knowiso_train.pruning.calibration import (
-    SAMPLES_PER_FEATURE,
-    WIDE_LAYER_FEATURES,
-    Calibration,
-    LayerInput,
-    input_moments,
-)
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.layer_samples import SAMPLES_PER_FEATURE, WIDE_LAYER_FEATURES, LayerInput, input_moments
 from knowiso_train.regression.moments import Moments
 from knowiso_train.utils.batch import check_loader, to_device
 from knowiso_train.utils.validation import NonNegativeFloat, PositiveInt, Seed, validate_arguments

@@ -38,13 +38,9 @@ from knowiso_train.pruning._tracing import (
     count_operations,
     trace_model,
 )
-from knowiso_train.pruning.calibration import (
-    Calibration,
-    ReferenceOutputs,
-    check_counts,
-    record_reference_outputs,
-)
+from knowiso_train.pruning.calibration import Calibration, check_counts
 from knowiso_train.pruning.kept_indices import KeptIndices, infer_kept_outputs
+from knowiso_train.pruning.layer_samples import ReferenceOutputs, record_reference_outputs
 from knowiso_train.regression.ridge import PrimalMoments
 from knowiso_train.utils.validation import validate_arguments
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from knowiso_train.pruning._channel_groups import channel_groups
 from knowiso_train.pruning._ranking import eliminate_channels, output_sensitivities
 from knowiso_train.pruning._tracing import ActivationCache, trace_model
-from knowiso_train.pruning.calibration import Calibration, input_moments
+from knowiso_train.pruning.calibration import Calibration
+from knowiso_train.pruning.layer_samples import input_moments
 from tests.helpers.prune_models import family
 
 

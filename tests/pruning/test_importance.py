@@ -16,7 +16,7 @@ import knowiso_train as ki
 from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError
 from knowiso_train.ops.im2col import input_rows, regression_weight
 from knowiso_train.pruning._elimination import BackwardElimination, removal_costs
-from knowiso_train.pruning.calibration import input_moments
+from knowiso_train.pruning.layer_samples import input_moments
 
 # A few images are enough to tell how channels are scored
 pytestmark = pytest.mark.filterwarnings("ignore:fewer samples than features")
