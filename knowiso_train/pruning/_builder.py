@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from knowiso_train.errors import OptionError
 from knowiso_train.pruning._blocks import BlockFinetuner
-from knowiso_train.pruning._channel_groups import ChannelGroup, remove_channels
+from knowiso_train.pruning._channel_group import ChannelGroup
+from knowiso_train.pruning._channel_groups import remove_channels
 from knowiso_train.pruning._group_trial import input_masks, mask_weights, output_failure
 from knowiso_train.pruning._ranking import ChannelRanking, output_tensor
 from knowiso_train.pruning._report import BlockResult, LayerFit

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from knowiso_train.errors import InputTypeError, KnowisoWarning, LayerNameError, OptionError
 from knowiso_train.features.modules import resolve_layers
 from knowiso_train.ops.im2col import is_plain_linear_op
+from knowiso_train.pruning._attention_heads import head_groups, remove_heads
+from knowiso_train.pruning._channel_group import ChannelGroup
 from knowiso_train.pruning._dependencies import (
     CONSUMER_PRUNERS,
     CONV_PRUNER,
@@ -23,50 +24,7 @@ from knowiso_train.pruning._dependencies import (
 )
 from knowiso_train.pruning._tracing import Epilogue, Forward
 
-# Functions of torch-pruning that remove input and output channels
 CROSS_CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)  # removing a channel changes the other channels of their output
-
-# Children of an attention with parameters whose shapes do not depend on the number of heads
-HEAD_AGNOSTIC_CHILDREN = {"qkv", "proj", "q_norm", "k_norm"}
-# Names in attentions of transformers: projections of the input, of the heads, and attributes
-SEPARATE_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj")
-NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads")
-HEAD_WIDTH_ATTRIBUTES = ("head_dim", "attention_head_size")
-TOTAL_WIDTH_ATTRIBUTES = ("attn_dim", "all_head_size", "embed_dim", "inner_dim")
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Group of J units: channels, channels at the same place of every convolution group, or attention heads.
-
-    Attributes:
-        name: Name of the layer that produces the group.
-        size: J.
-        consumers: For each layer that consumes the group (J, m), the input channels of each unit. A flatten repeats
-            a channel.
-        producers: For each layer that produces the group (J, m), the output channels of each unit.
-        kind: "channels" or "heads".
-
-    Examples:
-        >>> units = torch.tensor([[0], [1], [2]])
-        >>> ChannelGroup("0", 3, {"2": units}, {"0": units}).input_masks({"2": 4}, [1])["2"].tolist()
-        [True, False, True, True]
-    """
-
-    name: str
-    size: int
-    consumers: Mapping[str, Tensor]
-    producers: Mapping[str, Tensor] = field(default_factory=dict)
-    kind: Literal["channels", "heads"] = "channels"
-
-    def input_masks(self, num_inputs: Mapping[str, int], removed: Sequence[int]) -> dict[str, Tensor]:
-        """Return the mask of remaining input channels of each consumer, for its number of input channels."""
-        masks = {}
-        for name, channels in self.consumers.items():
-            masks[name] = torch.ones(num_inputs[name], dtype=torch.bool)
-            masks[name][channels[list(removed)].flatten()] = False
-        return masks
 
 
 def unit_columns(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -303,101 +261,3 @@ def _has_width(module: nn.Module) -> bool:
 
 def _within(name: str, modules: Collection[str]) -> bool:
     return any(name == module or name.startswith(module + ".") or module == "" for module in modules)
-
-
-def head_groups(model: nn.Module) -> list[ChannelGroup]:
-    """Return one group for every attention of timm or transformers: units are heads, the consumer is the projection.
-
-    The query, key and value come from one layer `qkv`, or from three layers, as in transformers. Attention with other
-    tensors per head (position tables, gates, norms over all heads) is excluded.
-
-    Examples:
-        >>> from timm.layers import Attention
-        >>> [group] = head_groups(nn.ModuleDict({"attn": Attention(8, num_heads=2)}))
-        >>> group.name, group.size, group.consumers["attn.proj"].shape, group.producers["attn.qkv"].shape
-        ('attn', 2, torch.Size([2, 4]), torch.Size([2, 12]))
-    """
-    groups = []
-    for name, module in model.named_modules():
-        if _has_joint_heads(module):
-            heads, width = int(module.num_heads), int(module.head_dim)
-            columns = torch.arange(heads * width).view(heads, width)
-            # Outputs of the qkv layer are ordered (query, key, value), then head, then channel
-            rows = torch.cat([columns + part * heads * width for part in range(3)], 1)
-            groups.append(ChannelGroup(name, heads, {f"{name}.proj": columns}, {f"{name}.qkv": rows}, kind="heads"))
-        elif (projections := _separate_heads(model, name, module)) is not None:
-            heads, width = _integer(module, NUM_HEADS_ATTRIBUTES), _integer(module, HEAD_WIDTH_ATTRIBUTES)
-            columns = torch.arange(heads * width).view(heads, width)
-            *inputs, output = projections
-            groups.append(ChannelGroup(name, heads, {output: columns}, dict.fromkeys(inputs, columns), kind="heads"))
-    return groups
-
-
-def _has_joint_heads(module: nn.Module) -> bool:
-    heads, width = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-    qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
-    if not (isinstance(heads, int) and isinstance(width, int)):
-        return False
-    if not (isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear)):
-        return False
-    children = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return (
-        children <= HEAD_AGNOSTIC_CHILDREN
-        and not tensors
-        and hasattr(module, "attn_dim")
-        and qkv.out_features == 3 * heads * width
-        and proj.in_features == heads * width
-    )
-
-
-def _separate_heads(model: nn.Module, name: str, module: nn.Module) -> tuple[str, ...] | None:
-    """Return the names of the projections (query, key, value, heads) of an attention of transformers, or None."""
-    features = _integer(module, NUM_HEADS_ATTRIBUTES) * _integer(module, HEAD_WIDTH_ATTRIBUTES)
-    if not features or [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-        return None
-    layers: dict[str, nn.Module] = dict(model.named_modules())
-    prefix = f"{name}." if name else ""
-    # The projection of the heads is a child, or belongs to a neighbor `output`
-    outputs = [f"{prefix}{child}" for child in OUTPUT_PROJECTIONS] + [f"{name.rpartition('.')[0]}.output.dense"]
-    for children in SEPARATE_PROJECTIONS:
-        inputs = [f"{prefix}{child}" for child in children]
-        output = next((output for output in outputs if output in layers), None)
-        if output is None or not all(isinstance(layers.get(layer), nn.Linear) for layer in (*inputs, output)):
-            continue
-        widths = [layers[layer].out_features for layer in inputs]
-        if {*widths, layers[output].in_features} == {features}:
-            return (*inputs, output)
-    return None
-
-
-def _integer(module: nn.Module, attributes: Sequence[str]) -> int:
-    """Return the first of these attributes that is an integer; 0 without any."""
-    values = [getattr(module, attribute, None) for attribute in attributes]
-    return next((value for value in values if isinstance(value, int)), 0)
-
-
-@torch.no_grad()
-def remove_heads(model: nn.Module, group: ChannelGroup, removed: Sequence[int]) -> None:
-    """Remove heads from an attention, in place; the width of a head and the scale do not change."""
-    attention: Any = model.get_submodule(group.name)
-    heads = [head for head in range(group.size) if head not in set(removed)]
-    [(output, columns)] = group.consumers.items()
-    width = columns.shape[1]
-    for name, units in group.producers.items():
-        # (heads, parts · width) -> (parts, heads, width), where query, key and value come from one layer
-        rows = units[heads].view(len(heads), -1, width).transpose(0, 1).flatten()
-        layer: Any = model.get_submodule(name)
-        rows = rows.to(layer.weight.device)
-        layer.weight = nn.Parameter(layer.weight.index_select(0, rows), requires_grad=layer.weight.requires_grad)
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias.index_select(0, rows), requires_grad=layer.bias.requires_grad)
-        layer.out_features = len(rows)
-    proj: Any = model.get_submodule(output)
-    remaining = columns[heads].flatten().to(proj.weight.device)
-    proj.weight = nn.Parameter(proj.weight.index_select(1, remaining), requires_grad=proj.weight.requires_grad)
-    proj.in_features = len(remaining)
-    for attributes, value in ((NUM_HEADS_ATTRIBUTES, len(heads)), (TOTAL_WIDTH_ATTRIBUTES, len(remaining))):
-        for attribute in attributes:
-            if isinstance(getattr(attention, attribute, None), int):
-                setattr(attention, attribute, value)

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from knowiso_train.errors import KnowisoWarning, OptionError
 from knowiso_train.features.state import preserve_state
-from knowiso_train.pruning._channel_groups import ChannelGroup, num_input_channels, remove_channels
+from knowiso_train.pruning._channel_group import ChannelGroup
+from knowiso_train.pruning._channel_groups import num_input_channels, remove_channels
 from knowiso_train.pruning._dependencies import PruningGraph, restored_attributes
 from knowiso_train.pruning._tracing import Forward
 

@@ -14,12 +14,8 @@ from tqdm import tqdm
 
 from knowiso_train.errors import InputTypeError, OptionError, ShapeError
 from knowiso_train.ops.im2col import num_input_features, regression_weight, ungrouped_weight
-from knowiso_train.pruning._channel_groups import (
-    ChannelGroup,
-    is_single_regression,
-    num_input_channels,
-    unit_columns,
-)
+from knowiso_train.pruning._channel_group import ChannelGroup
+from knowiso_train.pruning._channel_groups import is_single_regression, num_input_channels, unit_columns
 from knowiso_train.pruning._elimination import BackwardElimination, Consumer, output_variance
 from knowiso_train.pruning._tracing import MIN_OUTPUT_SCALE, ActivationCache, Epilogue, batch_norm_affine
 from knowiso_train.pruning.allocation import (

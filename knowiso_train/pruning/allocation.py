@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from knowiso_train.errors import OptionError
 from knowiso_train.features.recording import record_outputs
-from knowiso_train.pruning._channel_groups import ChannelGroup
+from knowiso_train.pruning._channel_group import ChannelGroup
 from knowiso_train.pruning._tracing import Forward
 from knowiso_train.utils.batch import batch_size
 

@@ -16,7 +16,8 @@ from knowiso_train.features.recording import record_outputs
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.ops.im2col import num_input_features, regression_weight
-from knowiso_train.pruning._channel_groups import ChannelGroup, is_single_regression, pruning_root, unit_columns
+from knowiso_train.pruning._channel_group import ChannelGroup
+from knowiso_train.pruning._channel_groups import is_single_regression, pruning_root, unit_columns
 from knowiso_train.pruning._dependencies import CONSUMER_PRUNERS, PRODUCER_PRUNERS, PruningGraph
 from knowiso_train.pruning._elimination import ABSENT_FEATURE, BackwardElimination, Consumer, removal_costs
 from knowiso_train.pruning._ranking import ChannelRanking

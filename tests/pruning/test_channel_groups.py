@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from knowiso_train.pruning._channel_groups import ChannelGroup
+from knowiso_train.pruning._channel_group import ChannelGroup
 
 
 def test_units_of_a_group() -> None:

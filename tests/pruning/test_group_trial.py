@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import knowiso_train as ki
 from knowiso_train.errors import KnowisoWarning, OptionError
+from knowiso_train.pruning._attention_heads import head_groups, remove_heads
 from knowiso_train.pruning._builder import copy_model
-from knowiso_train.pruning._channel_groups import channel_groups, head_groups, remove_heads
+from knowiso_train.pruning._channel_groups import channel_groups
 from knowiso_train.pruning._group_trial import usable_groups
 from knowiso_train.pruning._tracing import trace_model
 
