@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +11,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from knowiso_train.distillation.kd import WeightSchedule
-from knowiso_train.errors import DataError, InputTypeError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import InputTypeError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.calls import call_model
-from knowiso_train.features.modules import resolve_layers
 from knowiso_train.features.state import device_of, preserve_state, restore_on_error
-from knowiso_train.features.wrappers import unwrap_model
-from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers, check_trainable_precision
+from knowiso_train.optim import FINETUNE_WARMUP_FRACTION, build_optimizers
+from knowiso_train.pruning._finetune_checks import (
+    check_model_pair,
+    check_trainable,
+    resolve_compared_layers,
+    trainable_parameters,
+)
+from knowiso_train.pruning._finetune_config import PruneFinetuneConfig
 from knowiso_train.pruning._finetune_targets import (
     Objective,
     ReferenceCache,
@@ -27,81 +31,13 @@ from knowiso_train.pruning._finetune_targets import (
     shuffled_batches,
 )
 from knowiso_train.pruning._report import FinetuneReport, ValidationPoint
-from knowiso_train.pruning._tracing import Forward, comparable_blocks
+from knowiso_train.pruning._tracing import Forward
 from knowiso_train.pruning.calibration import Calibration
 from knowiso_train.utils.batch import get_inputs, labels_of, replace_inputs
-from knowiso_train.utils.validation import (
-    LearningRate,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    Seed,
-    checked_value,
-    validate_fields,
-)
+from knowiso_train.utils.validation import checked_value
 
-DEFAULT_STEPS = 200
-MIN_FINETUNE_IMAGES = 8
 # Validations of a run, besides the one before the first step
 NUM_VALIDATIONS = 8
-
-
-@dataclass(frozen=True)
-class PruneFinetuneConfig:
-    """Settings of `finetune`, which documents each of them.
-
-    Raises:
-        OptionError: A value of another type or out of bounds, or both `steps` and `epochs`.
-
-    Examples:
-        >>> PruneFinetuneConfig(epochs=2, batch_size=32).num_steps(100)
-        6
-    """
-
-    steps: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
-    lr: LearningRate = 1e-2
-    batch_size: PositiveInt = 64
-    layers: str | Sequence[str] | None = None
-    feature_weight: NonNegativeFloat = 1.0
-    logit_weight: NonNegativeFloat | None = None
-    label_weight: NonNegativeFloat = 0.0
-    temperature: PositiveFloat = 1.0
-    max_images: PositiveInt = 1024
-    validation_fraction: PositiveFloat = 0.125
-    frozen_statistics: bool = True
-    cache_gib: NonNegativeFloat = 1.0
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-        if self.steps is not None and self.epochs is not None:
-            raise OptionError(f"pass steps or epochs, not both; got steps={self.steps} and epochs={self.epochs}")
-        infinite = [name for name, value in vars(self).items() if isinstance(value, float) and math.isinf(value)]
-        if infinite:
-            raise OptionError(f"{', '.join(infinite)}: expected a finite number, got inf")
-        if self.validation_fraction >= 1:
-            raise OptionError(f"validation_fraction must be below 1, got {self.validation_fraction}")
-
-    def num_validation_images(self, num_images: int) -> int:
-        """Return the number of held-out images.
-
-        Raises:
-            DataError: The remaining images do not fill a batch.
-        """
-        held_out = max(1, round(self.validation_fraction * num_images))
-        if num_images < MIN_FINETUNE_IMAGES or num_images - held_out < self.batch_size:
-            raise DataError(
-                f"{num_images} images, {held_out} of them held out, do not fill a batch of {self.batch_size}. "
-                f"Pass at least {MIN_FINETUNE_IMAGES} images, or a smaller batch_size"
-            )
-        return held_out
-
-    def num_steps(self, num_images: int) -> int:
-        """Return the number of updates for some number of training images."""
-        if self.epochs is not None:
-            return math.ceil(self.epochs * (num_images // self.batch_size))
-        return self.steps or DEFAULT_STEPS
 
 
 def finetune(
@@ -217,79 +153,6 @@ def finetune(
         run = _FinetuneRun(pruned, original, images, config, transform)
         run.train(progress)
     return run.report()
-
-
-def check_model_pair(pruned: Any, original: Any) -> tuple[nn.Module, nn.Module]:
-    """Return both models without wrappers.
-
-    Raises:
-        InputTypeError: One of them is not a module.
-        OptionError: They are the same module, or have no parameter name in common.
-        ShapeError: A parameter of the pruned model is larger than the original's, as with swapped arguments.
-    """
-    for role, model in (("pruned", pruned), ("original", original)):
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"{role}: expected a torch.nn.Module, got {type(model).__name__}")
-    pruned, original = unwrap_model(pruned), unwrap_model(original)
-    if pruned is original:
-        raise OptionError("pruned and original are the same model; pass a copy as one of them")
-    after, before = (dict(model.named_parameters()) for model in (pruned, original))
-    shared = [name for name in after if name in before]
-    if not shared:
-        raise OptionError(
-            f"expected the model that {type(pruned).__name__} was pruned from as the original, got "
-            f"{type(original).__name__}, which has none of its parameter names. Train other pairs with IsomorphismLoss"
-        )
-    for name in shared:
-        # Axes of different numbers are left to the check of the outputs
-        if any(size > full for size, full in zip(after[name].shape, before[name].shape, strict=False)):
-            raise ShapeError(
-                f"expected a pruned model with parameters at most as large as the original's, got {name!r} of shape "
-                f"{tuple(after[name].shape)} and {tuple(before[name].shape)} in the original. Pass the pruned model "
-                "first and the original second"
-            )
-    return pruned, original
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Check that a model has trainable parameters, none of them in float16.
-
-    Raises:
-        OptionError: Every parameter is frozen, or one is in float16.
-    """
-    if not trainable_parameters(model):
-        raise OptionError("every parameter of the pruned model is frozen. Call requires_grad_() on those to be trained")
-    check_trainable_precision(model)
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require gradients."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def resolve_compared_layers(
-    pruned: nn.Module, original: nn.Module, images: Calibration, layers: str | Sequence[str] | None
-) -> list[str]:
-    """Return the names of the layers whose outputs are compared.
-
-    Raises:
-        ShapeError: The output of a layer has another shape in the pruned model.
-        LayerNameError: No layer has such a name.
-    """
-    batch = images.first(2)
-    if layers is None:
-        return comparable_blocks(pruned, original, batch, images.forward)
-    names = resolve_layers(original, layers) if layers else []
-    with torch.no_grad():
-        outputs, reference = (forward_with_features(images, model, names, batch) for model in (pruned, original))
-    for name, feature in reference.features.items():
-        shape = outputs.features[name].shape
-        if shape != feature.shape:
-            raise ShapeError(
-                f"the output of layer {name!r} has shape {tuple(shape)} in the pruned model and {tuple(feature.shape)} "
-                "in the original. Name layers of unchanged width, such as whole blocks, or train with IsomorphismLoss"
-            )
-    return names
 
 
 class _FinetuneRun:
