@@ -39,6 +39,7 @@ METHOD_LABELS = {
     "mlkd": "multi-level KD",
     "fitnet": "FitNet",
     "fitnet3": "FitNet with 3×3 adapters",
+    "linear3": "FitNet with linear 3×3 adapters",
     "at": "attention transfer",
     "review": "ReviewKD",
     "simkd": "SimKD",

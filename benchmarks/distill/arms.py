@@ -107,6 +107,7 @@ METHODS = {
     "mlkd": Method(_logits(mlkd_loss), 0.9),
     "fitnet": Method(_maps(FitNet), 100.0),
     "fitnet3": Method(_maps(lambda student, teacher: FitNet(student, teacher, kernel_size=3)), 100.0),
+    "linear3": Method(_maps(lambda student, teacher: FitNet(student, teacher, kernel_size=3, linear=True)), 100.0),
     "at": Method(_maps(lambda *_: AttentionTransfer()), 1000.0),
     "review": Method(_maps(ReviewKD), 1.0, "warmup"),
     "simkd": Method(_maps(lambda student, teacher: SimKD(student[-1], teacher[-1])), 1.0),

@@ -59,14 +59,15 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_fitnet_equals_the_squared_error_of_the_adapter(kernel_size: int) -> None:
+@pytest.mark.parametrize(("kernel_size", "linear"), [(1, False), (3, False), (3, True)])
+def test_fitnet_equals_the_squared_error_of_the_adapter(kernel_size: int, linear: bool) -> None:
     student, teacher = features([4, 6], [8, 4]), features([5, 12], [8, 4])
-    rival = shaken(FitNet([4, 6], [5, 12], kernel_size))
+    rival = shaken(FitNet([4, 6], [5, 12], kernel_size, linear))
     expected = 0.0
     for adapter, s, t in zip(rival.adapters, student, teacher, strict=True):
         z = convolved(s.numpy(), adapter[0].weight) + adapter[0].bias.detach().numpy()[:, None, None]
-        expected += ((np.maximum(normalized(z, adapter[1].weight, adapter[1].bias), 0) - t.numpy()) ** 2).mean()
+        adapted = normalized(z, adapter[1].weight, adapter[1].bias)
+        expected += ((np.maximum(adapted, -np.inf if linear else 0) - t.numpy()) ** 2).mean()
     assert float(rival(student, teacher).detach()) == pytest.approx(expected, rel=1e-10)
 
 

@@ -18,15 +18,24 @@ class FitNet(nn.Module):
 
     The adapter is a 1×1 convolution, batch norm and ReLU, as in the published code of Tian et al. (*Contrastive
     Representation Distillation*, ICLR 2020), because the features follow a ReLU. It is trained with the student, in one
-    stage with the other losses. Grids must be equal. Published weight: 100. `kernel_size=3` is not published; it has
-    as many parameters as the 3×3 maps of `IsomorphismLoss`.
+    stage with the other losses. Grids must be equal. Published weight: 100. Other forms of the adapter are not
+    published: `kernel_size=3` has as many parameters as the 3×3 maps of `IsomorphismLoss`, and `linear=True` leaves the
+    ReLU out.
     """
 
-    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], kernel_size: int = 1) -> None:
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        kernel_size: int = 1,
+        linear: bool = False,
+    ) -> None:
         super().__init__()
         self.adapters = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(s, t, kernel_size, padding=kernel_size // 2), nn.BatchNorm2d(t), nn.ReLU(inplace=True)
+                nn.Conv2d(s, t, kernel_size, padding=kernel_size // 2),
+                nn.BatchNorm2d(t),
+                nn.Identity() if linear else nn.ReLU(inplace=True),
             )
             for s, t in zip(student_channels, teacher_channels, strict=True)
         )
