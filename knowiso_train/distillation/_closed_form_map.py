@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,21 @@ UPDATE_INTERVAL = 2
 WINDOW_SAMPLES_PER_FEATURE = 40
 # Lower bound of the default window, in calls
 MIN_WINDOW_CALLS = 20
+# Ridge at the first call, its lower bound, and the calls after which it is half as large. With a small ridge the map
+# also follows directions of little variance, along which its gradient is large and changes with every solve: students
+# of short trainings were worse. With a large ridge these directions are never taught: students of long trainings were
+# worse. Chosen on validation images, see docs/benchmarks.md#distillation
+START_RIDGE, MIN_RIDGE, RIDGE_HALVING_CALLS = 0.3, 0.01, 500
+
+
+def decaying_ridge(call: int) -> float:
+    """Return the relative ridge `max(0.01, 0.3 / (1 + t / 500))` of a solve at call t of a training.
+
+    Examples:
+        >>> decaying_ridge(0), decaying_ridge(1000), decaying_ridge(20_000)
+        (0.3, 0.09999999999999999, 0.01)
+    """
+    return max(MIN_RIDGE, START_RIDGE / (1 + call / RIDGE_HALVING_CALLS))
 
 
 def updates_moments(call: int) -> bool:
@@ -56,7 +71,7 @@ class ClosedFormMap(FeatureMap):
         target_channels: Channels C_T of the teacher.
         kernel_size: Odd kernel size k.
         name: Layer pair, for messages.
-        ridge: Ridge ρ ≥ 0, relative to the source's mean variance.
+        ridge: Ridge ρ ≥ 0, relative to the source's mean variance. "auto": see `decaying_ridge`.
         refresh: Calls between solves.
         window: Time constant of the forgetting, in calls. None: 40 effective samples per regressor, at least 20 calls;
             `math.inf`: all calls count equally.
@@ -78,7 +93,7 @@ class ClosedFormMap(FeatureMap):
         kernel_size: int = 1,
         *,
         name: str = "",
-        ridge: float = 1e-3,
+        ridge: float | Literal["auto"] = 1e-3,
         refresh: int = 10,
         window: float | None = None,
     ) -> None:
@@ -187,10 +202,8 @@ class ClosedFormMap(FeatureMap):
         """Return matrix and intercept of the ridge regression; the mean of the target for a source without variance."""
         if not float(moments.xx.diagonal().mean()) > 0:
             return torch.zeros_like(moments.xy), moments.mean_y
-        if self.ridge > 0:
-            solution = solve_ridge_cholesky(moments, self.ridge, min_diagonal)
-        else:
-            solution = solve_ridge(moments, 0.0)
+        ridge = decaying_ridge(self.calls) if self.ridge == "auto" else self.ridge
+        solution = solve_ridge_cholesky(moments, ridge, min_diagonal) if ridge > 0 else solve_ridge(moments, 0.0)
         return solution.weight, solution.bias
 
     def _update_gram(self) -> None:

@@ -36,9 +36,6 @@ Weight = float | Mapping[str, float] | Literal["auto", "balanced"]
 FALLBACK_WEIGHT = 100.0
 # Channels up to which maps are 3×3 by default; their moments have 81 times as many entries as those of 1×1 maps
 MAX_NEIGHBORHOOD_CHANNELS = 64
-# With a small ridge the map also follows directions of little variance, along which its gradient is large and changes
-# with every solve. Chosen on validation images, see docs/benchmarks.md#distillation
-DEFAULT_RIDGE = 0.3
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class IsomorphismLossConfig:
     teacher_forward: Callable[[nn.Module, Tensor], Any] | None = None
     peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None
     peer_transforms: Transform | Sequence[Transform | None] | None = None
-    ridge: NonNegativeFloat = DEFAULT_RIDGE
+    ridge: NonNegativeFloat | Literal["auto"] = "auto"
     refresh: PositiveInt = 10
     window: Annotated[float, Range(1)] | None = None
     penalty: NonNegativeFloat = 0.1

@@ -27,7 +27,6 @@ from knowiso_train.distillation._state import check_state
 from knowiso_train.distillation._student import StudentBatch, StudentCapture
 from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.config import (
-    DEFAULT_RIDGE,
     IsomorphismLossConfig,
     Repeated,
     Scale,
@@ -96,8 +95,9 @@ class IsomorphismLoss(nn.Module):
         peers: Networks of `target="consensus"`, trained on the same kind of images as the teacher.
         peer_layers: {teacher layer: peer layer}, one for all peers or one for each. Default: the teacher's names.
         peer_transforms: As `teacher_transform`, one for all peers or one for each.
-        ridge: Ridge of the closed form, as a fraction of the mean variance of x_S. Default: 0.3, which favors features
-            whose large directions explain the teacher's; near 0 the share is that of `measure`.
+        ridge: Ridge of the closed form, as a fraction of the mean variance of x_S. "auto" (default): 0.3 at first, 0.1
+            after 1,000 calls and 0.01 after 14,500. A large ridge favors features whose large directions explain the
+            teacher's; near 0 the share is that of `measure`.
         refresh: Calls between solves of the maps, which all processes share. Default: 10. With `scale="log"` each call
             in training also averages the shares over the processes.
         window: Time constant of the moments, in calls. Default: 40 effective samples per regressor, at least 20 calls.
@@ -149,7 +149,7 @@ class IsomorphismLoss(nn.Module):
         peers: Sequence[nn.Module] = (),
         peer_layers: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
         peer_transforms: Transform | Sequence[Transform | None] | None = None,
-        ridge: float = DEFAULT_RIDGE,
+        ridge: float | Literal["auto"] = "auto",
         refresh: int = 10,
         window: float | None = None,
         penalty: float = 0.1,
