@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ def test_the_ridge_falls_from_its_start_to_its_bound() -> None:
     ridges = [decaying_ridge(call) for call in range(0, 20_000, 100)]
     assert ridges[0] == START_RIDGE
     assert ridges[-1] == MIN_RIDGE
-    assert all(later < earlier or later == MIN_RIDGE for earlier, later in zip(ridges, ridges[1:], strict=False))
+    assert all(later < earlier or later == MIN_RIDGE for earlier, later in itertools.pairwise(ridges))
 
 
 @pytest.mark.parametrize("calls", [0, 1000, 14_500])
