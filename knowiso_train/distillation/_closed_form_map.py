@@ -40,8 +40,8 @@ def decaying_ridge(call: int) -> float:
     """Return the relative ridge `max(0.01, 0.3 / (1 + t / 500))` of a solve at call t of a training.
 
     Examples:
-        >>> decaying_ridge(0), decaying_ridge(1000), decaying_ridge(20_000)
-        (0.3, 0.09999999999999999, 0.01)
+        >>> [round(decaying_ridge(call), 3) for call in (0, 1000, 20_000)]
+        [0.3, 0.1, 0.01]
     """
     return max(MIN_RIDGE, START_RIDGE / (1 + call / RIDGE_HALVING_CALLS))
 
