@@ -254,7 +254,7 @@ def test_networks_of_one_class_are_told_apart(images: Tensor) -> None:
     report = run([images])
     assert (report.source, report.target) == ("Sequential (source)", "Sequential (target)")
     assert "Sequential (target) explained from Sequential (source)" in str(report)
-    assert run([images], names=("a", "a")).target == "a"
+    assert run([images], names=("a", "b")).target == "b"
 
 
 def test_options_without_meaning_are_refused(images: Tensor) -> None:
