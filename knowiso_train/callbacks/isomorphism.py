@@ -18,7 +18,7 @@ from knowiso_train.distillation.channel_moments import ChannelMoments
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import FormatError, InputTypeError, KnowisoWarning, MissingDependencyError, OptionError
 from knowiso_train.features.calls import forward_override
-from knowiso_train.features.extractor import matching_entries
+from knowiso_train.features.layer_options import layers_of_networks, matching_entries
 from knowiso_train.features.modules import pair_layers
 from knowiso_train.features.state import isolated_eval
 from knowiso_train.features.wrappers import runnable_model, unwrap_model
@@ -195,10 +195,7 @@ class IsomorphismCallback:
             )
         if "layers" in options:
             raise OptionError("IsomorphismCallback.of measures the layer pairs of the loss. Leave layers= out")
-        networks = [
-            (iso.student, [pair.source for pair in iso.pairs]),
-            (iso.teacher, [pair.target for pair in iso.pairs]),
-        ]
+        networks = layers_of_networks(iso.student, iso.teacher, iso.pairs)
         loss_options: dict[str, Any] = {
             "kernel_size": min(iso.kernel_sizes.values()),
             "teacher_transform": iso.config.teacher_transform,

@@ -17,7 +17,13 @@ from knowiso_train.diagnosis._top_images import BatchImages, make_pictures, thum
 from knowiso_train.diagnosis.config import DiagnoseConfig
 from knowiso_train.diagnosis.report import Diagnosis
 from knowiso_train.errors import CapacityError, OptionError
-from knowiso_train.features.extractor import Extractor, check_named_layers, matching_entries, sides_of_networks
+from knowiso_train.features.extractor import Extractor
+from knowiso_train.features.layer_options import (
+    check_named_layers,
+    layers_of_networks,
+    matching_entries,
+    sides_of_networks,
+)
 from knowiso_train.features.modules import LayerPair, pair_layers
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.features.wrappers import has_collective_forward, is_sharded, unwrap_model
@@ -117,12 +123,12 @@ class DiagnosisRun:
         """Measure the weak network with each strong one, and the strong ones with each other."""
         count = len(self.networks)
         pairs = {i: pair_layers(self.networks[0], self.networks[i], layers) for i in range(1, count)}
-        layers_of_networks = [
+        networks = [
             (self.networks[0], [pair.source for i in pairs for pair in pairs[i]]),
             *((self.networks[i], [pair.target for pair in pairs[i]]) for i in pairs),
         ]
-        check_named_layers("at", self.config.at, layers_of_networks)
-        check_named_layers("layout", self.config.layout, layers_of_networks)
+        check_named_layers("at", self.config.at, networks)
+        check_named_layers("layout", self.config.layout, networks)
         reports = {(0, i): self._report(0, i, pairs[i]) for i in pairs}
         for i in pairs:
             for j in range(i + 1, count):
@@ -165,14 +171,11 @@ class DiagnosisRun:
 
     def _report(self, source: int, target: int, pairs: Sequence[LayerPair]) -> Report:
         # Options by layer may name layers of all networks
-        layers_of_networks = [
-            (self.networks[source], [pair.source for pair in pairs]),
-            (self.networks[target], [pair.target for pair in pairs]),
-        ]
+        networks = layers_of_networks(self.networks[source], self.networks[target], pairs)
         config = replace(
             self.config,
-            at=matching_entries(self.config.at, layers_of_networks),
-            layout=matching_entries(self.config.layout, layers_of_networks),
+            at=matching_entries(self.config.at, networks),
+            layout=matching_entries(self.config.layout, networks),
             source_transform=self.transforms[source],
             target_transform=self.transforms[target],
             names=(self.names[source], self.names[target]),

@@ -38,8 +38,8 @@ from knowiso_train.distillation.config import (
 )
 from knowiso_train.distillation.layer_selection import selected_pairs
 from knowiso_train.errors import CaptureError, OptionError
-from knowiso_train.features.extractor import check_named_layers, sides_of_networks
 from knowiso_train.features.hooks import FeatureTaps, Side
+from knowiso_train.features.layer_options import check_named_layers, sides_of_networks
 from knowiso_train.features.modules import LayerPair
 from knowiso_train.utils.distributed import ProcessGroup, all_reduce_gradients
 

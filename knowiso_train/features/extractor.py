@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowiso_train.errors import CaptureError, LayerNameError, LayoutError, NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import CaptureError, LayoutError, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features._memory import ActivationMemory
 from knowiso_train.features.calls import call_model
 from knowiso_train.features.hooks import FeatureTaps, Side
+from knowiso_train.features.layer_options import options_of_layers
 from knowiso_train.features.layout import FeatureSpec, describe_feature
-from knowiso_train.features.modules import resolve_layers
 from knowiso_train.features.state import check_materialized, device_of
 from knowiso_train.utils.batch import get_inputs, image_size, replace_inputs, to_device
-
-OptionT = TypeVar("OptionT")
 
 
 class Extractor:
@@ -226,115 +224,6 @@ class Extractor:
                 f"{where.isnan().sum().item()} NaN and {where.isinf().sum().item()} Inf of {where.numel()} values. "
                 "Check the images, the weights and the autocast dtype."
             )
-
-
-def named_options(
-    value: Mapping[str, OptionT], networks: Sequence[tuple[nn.Module, Sequence[str]]]
-) -> list[dict[str, dict[str, OptionT]]]:
-    """Return what each entry of an option by layer means for each network, as {name or glob: {layer: value}}.
-
-    Args:
-        value: Value by name or glob.
-        networks: Networks with the names of their layers.
-
-    Examples:
-        >>> network = nn.Sequential(nn.ReLU(), nn.ReLU())
-        >>> named_options({"*": "nc", "2": "nlc"}, [(network, ["1"])])
-        [{'*': {'1': 'nc'}}]
-    """
-    found: list[dict[str, dict[str, OptionT]]] = []
-    for model, layers in networks:
-        found.append({})
-        for pattern, setting in value.items():
-            with suppress(LayerNameError):
-                if names := [name for name in resolve_layers(model, pattern) if name in layers]:
-                    found[-1][pattern] = dict.fromkeys(names, setting)
-    return found
-
-
-def options_of_layers(
-    value: OptionT | Mapping[str, OptionT], model: nn.Module, layers: Sequence[str]
-) -> dict[str, OptionT]:
-    """Return an option's value for those layers of one network that it is given for.
-
-    Args:
-        value: Value for all layers, or by name or glob. Later entries replace earlier ones; others are left out.
-        model: Network.
-        layers: Names of its layers.
-
-    Examples:
-        >>> network = nn.Sequential(nn.ReLU(), nn.ReLU())
-        >>> options_of_layers({"*": "nc", "1": "nlc"}, network, ["0", "1"])
-        {'0': 'nc', '1': 'nlc'}
-    """
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(layers, value)
-    options: dict[str, OptionT] = {}
-    for settings in named_options(value, [(model, layers)])[0].values():
-        options |= settings
-    return options
-
-
-def check_named_layers(option: str, value: Any, networks: Sequence[tuple[nn.Module, Sequence[str]]]) -> None:
-    """Check that each entry of an option by layer is a layer, or a glob for layers, of one of the networks.
-
-    Args:
-        option: Name of the option.
-        value: Its value; only mappings are checked.
-        networks: Networks with the names of their layers.
-
-    Raises:
-        LayerNameError: A name or glob of none of these layers.
-
-    Examples:
-        >>> check_named_layers("layout", {"0": "nchw"}, [(nn.Sequential(nn.ReLU()), ["0"])])
-    """
-    if not isinstance(value, Mapping):
-        return
-    found = set().union(*named_options(value, networks))
-    for pattern in value:
-        if pattern not in found:
-            layers = [list(names) for _, names in networks]
-            raise LayerNameError(f"{option}= names {pattern!r}, which is none of the layers; these are {layers}")
-
-
-def matching_entries(value: Any, networks: Sequence[tuple[nn.Module, Sequence[str]]]) -> Any:
-    """Return an option by layer without the entries for layers of other networks.
-
-    Args:
-        value: Value for all layers, or by name or glob.
-        networks: Networks with the names of their layers.
-
-    Examples:
-        >>> matching_entries({"0": "nc", "1": "nlc"}, [(nn.Sequential(nn.ReLU()), ["0"])])
-        {'0': 'nc'}
-    """
-    if not isinstance(value, Mapping):
-        return value
-    found = set().union(*named_options(value, networks))
-    return {pattern: setting for pattern, setting in value.items() if pattern in found}
-
-
-def sides_of_networks(
-    at: Side | Mapping[str, Side], networks: Sequence[tuple[nn.Module, Sequence[str]]]
-) -> list[dict[str, Side]]:
-    """Return the side of each network's layers, where a mapping may name layers of any of the networks.
-
-    Args:
-        at: Side of all layers, or a mapping from name or glob to side. Layers missing in it: "output".
-        networks: Networks with the names of their layers.
-
-    Raises:
-        LayerNameError: A name or glob of none of these layers.
-
-    Examples:
-        >>> a, b = nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU())
-        >>> sides_of_networks({"1": "input"}, [(a, ["0"]), (b, ["1"])])
-        [{'0': 'output'}, {'1': 'input'}]
-    """
-    check_named_layers("at", at, networks)
-    default: Side = "output"
-    return [dict.fromkeys(layers, default) | options_of_layers(at, model, layers) for model, layers in networks]
 
 
 def align(source: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -44,6 +44,27 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def unwrap_models(**models: Any) -> tuple[nn.Module, ...]:
+    """Return the networks inside wrappers, in the given order.
+
+    Args:
+        **models: Networks by their role, which the error names.
+
+    Raises:
+        InputTypeError: Not a module.
+
+    Examples:
+        >>> inner = nn.Linear(2, 2)
+        >>> pruned, original = unwrap_models(pruned=torch.compile(inner), original=nn.Linear(3, 2))
+        >>> pruned is inner
+        True
+    """
+    for role, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise InputTypeError(f"{role}: expected a torch.nn.Module, got {type(model).__name__}")
+    return tuple(unwrap_model(model) for model in models.values())
+
+
 def runnable_model(model: nn.Module) -> nn.Module:
     """Return the network inside wrappers, except for FSDP, without which it has no weights to run with.
 

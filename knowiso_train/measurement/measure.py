@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from knowiso_train.disentangle.config import Solver, solve_bar
 from knowiso_train.errors import DataError, OptionError
-from knowiso_train.features.extractor import Extractor, check_line, check_named_layers, sides_of_networks
+from knowiso_train.features.extractor import Extractor, check_line
 from knowiso_train.features.hooks import Side
+from knowiso_train.features.layer_options import check_named_layers, sides_of_networks
 from knowiso_train.features.modules import LayerPair, distinct_names, network_name, pair_layers
 from knowiso_train.features.state import checked_device, on_device, preserve_state
 from knowiso_train.features.wrappers import has_collective_forward
@@ -234,9 +235,9 @@ def _extractors(
 ) -> list[Extractor]:
     networks = (("source", source, config.source_transform), ("target", target, config.target_transform))
     layers = [sorted({getattr(pair, role) for pair in pairs}) for role, _, _ in networks]
-    layers_of_networks = list(zip((source, target), layers, strict=True))
-    sides = sides_of_networks(config.at, layers_of_networks)
-    check_named_layers("layout", config.layout, layers_of_networks)
+    layers_by_network = list(zip((source, target), layers, strict=True))
+    sides = sides_of_networks(config.at, layers_by_network)
+    check_named_layers("layout", config.layout, layers_by_network)
     return [
         Extractor(
             model,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from knowiso_train.errors import InputTypeError, OptionError, ShapeError
+from knowiso_train.errors import OptionError, ShapeError
 from knowiso_train.features.modules import resolve_layers
-from knowiso_train.features.wrappers import unwrap_model
+from knowiso_train.features.wrappers import unwrap_models
 from knowiso_train.optim import check_trainable_precision
 from knowiso_train.pruning._finetune_targets import (
     forward_with_features,
@@ -27,10 +27,7 @@ def check_model_pair(pruned: Any, original: Any) -> tuple[nn.Module, nn.Module]:
         OptionError: They are the same module, or have no parameter name in common.
         ShapeError: A parameter of the pruned model is larger than the original's, as with swapped arguments.
     """
-    for role, model in (("pruned", pruned), ("original", original)):
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"{role}: expected a torch.nn.Module, got {type(model).__name__}")
-    pruned, original = unwrap_model(pruned), unwrap_model(original)
+    pruned, original = unwrap_models(pruned=pruned, original=original)
     if pruned is original:
         raise OptionError("pruned and original are the same model; pass a copy as one of them")
     after, before = (dict(model.named_parameters()) for model in (pruned, original))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from knowiso_train.errors import InputTypeError, KnowisoWarning, NonFiniteError, OptionError, ShapeError
+from knowiso_train.errors import KnowisoWarning, NonFiniteError, OptionError, ShapeError
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.state import check_materialized, device_of, preserve_state, restore_on_error
-from knowiso_train.features.wrappers import unwrap_model
+from knowiso_train.features.wrappers import unwrap_models
 from knowiso_train.ops.im2col import grouped_weight, num_groups, ungrouped_weight
 from knowiso_train.pruning._blocks import BlockFinetuner
 from knowiso_train.pruning._layer_regression import (
@@ -394,10 +394,7 @@ def refit(
         >>> torch.allclose(pruned(images), original(images), atol=1e-4)
         True
     """
-    for role, model in (("pruned", pruned), ("original", original)):
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"{role}: expected a torch.nn.Module, got {type(model).__name__}")
-    pruned, original = unwrap_model(pruned), unwrap_model(original)
+    pruned, original = unwrap_models(pruned=pruned, original=original)
     if pruned is original:
         raise OptionError("pruned and original are the same network; keep a copy.deepcopy of it before pruning")
     ridges = validate_ridges(ridge)
