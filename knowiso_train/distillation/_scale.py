@@ -69,10 +69,10 @@ def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """Return the mean shares of all processes, each with the gradient of this process's own share. Collective.
 
     DDP averages gradients: the mean of `∇u_r / (ū + ε)` over processes r is the gradient of `log(ū + ε)` of the joint
-    batch, and the mean of `∇u_r / (u_r + ε)` is not.
+    batch, and the mean of `∇u_r / (u_r + ε)` is not. Processes with a share of 0, thus without images, do not count.
 
     Args:
-        shares: Unexplained share of this process's batch for every pair, scalars.
+        shares: Unexplained share of this process's batch for every pair, scalars; 0 without images.
         group: Processes.
 
     Examples:
@@ -81,9 +81,10 @@ def joint_shares(shares: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """
     if group.size == 1:
         return list(shares)
-    means = torch.stack([share.detach().to(group.device, torch.float64) for share in shares])
-    group.sum_(means)
-    means /= group.size
+    own = torch.stack([share.detach().to(group.device, torch.float64) for share in shares])
+    sums = torch.stack([own, (own != 0).double()])
+    group.sum_(sums)
+    means = sums[0] / sums[1].clamp(min=1)
     return [share + (mean.to(share) - share).detach() for share, mean in zip(shares, means, strict=True)]
 
 

@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from knowiso_train import IsomorphismLoss
 from knowiso_train.distillation import WeightSchedule
 from knowiso_train.distillation._collapse import CollapseGuard
+from knowiso_train.distillation._scale import joint_shares
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.features.modules import LayerPair
+from knowiso_train.utils.distributed import ProcessGroup
 from tests.helpers.processes import WORLD, run_in_processes
 
 STEPS, IMAGES = 5, 32
@@ -106,7 +108,15 @@ def lowered_factors(rank: int) -> list[float]:
     return factors
 
 
+def joint_shares_and_gradients(rank: int) -> list[list[float]]:
+    """Return the joint shares of two pairs and their gradients; the last process has no images for the second pair."""
+    shares = [torch.tensor(0.25 * (rank + 1), requires_grad=True), torch.tensor([0.5, 0.0][rank], requires_grad=True)]
+    joint = joint_shares(shares, ProcessGroup())
+    return [[float(share.detach()) for share in joint], [float(g) for g in torch.autograd.grad(sum(joint), shares)]]
+
+
 def worker(rank: int, folder: str) -> None:
+    torch.save(joint_shares_and_gradients(rank), Path(folder) / f"shares-{rank}.pt")
     torch.save(lowered_factors(rank), Path(folder) / f"factors-{rank}.pt")
     for form, accelerated in CASES:
         torch.save(
@@ -125,6 +135,11 @@ def test_two_processes_lower_weights_together(folder: Path) -> None:
     first, second = (torch.load(folder / f"factors-{rank}.pt", weights_only=True) for rank in range(WORLD))
     assert first == second
     assert min(first) < 1
+
+
+def test_processes_without_images_do_not_lower_joint_shares(folder: Path) -> None:
+    results = [torch.load(folder / f"shares-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    assert results == [[[0.375, 0.5], [1.0, 1.0]]] * WORLD
 
 
 @pytest.mark.parametrize(("form", "accelerated"), CASES)
