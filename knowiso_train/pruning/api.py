@@ -32,9 +32,9 @@ from knowiso_train.pruning.kept_indices import KeptIndices
 from knowiso_train.pruning.reconstruction import (
     RECONSTRUCTION_RIDGES,
     REFIT_SAMPLES_PER_FEATURE,
-    check_network,
     validate_ridges,
 )
+from knowiso_train.pruning.refit import check_network
 from knowiso_train.pruning.serialization import save_pruned
 from knowiso_train.utils.validation import NonNegativeInt, PositiveInt, Range, Seed, checked_value, validate_fields
 

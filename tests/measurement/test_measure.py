@@ -1,9 +1,8 @@
-"""The instrument as users call it: loaders, transforms, splits, restoring, errors."""
+"""The instrument as users call it: transforms, layers, options, restoring, errors."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,96 +10,17 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from knowiso_train import KnowisoError, Report, measure
-from knowiso_train.errors import CapacityError, DataError, InputTypeError, LayerNameError, NonFiniteError, OptionError
-from knowiso_train.measurement.data import PermutedTargets, SplitImageLoader
-
-
-def network(seed: int, width: int = 6) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(width, 2 * width, 3, stride=2),
-        nn.ReLU(),
-    )
+from knowiso_train import KnowisoError, measure
+from knowiso_train.errors import CapacityError, InputTypeError, LayerNameError, NonFiniteError, OptionError
+from knowiso_train.measurement.data import SplitImageLoader
+from tests.helpers.measurements import assert_close, figures, network, run
 
 
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(120, 3, 8, 8)
-
-
-def run(loader: Any, **options: Any) -> Report:
-    defaults: dict[str, Any] = {"order": 0, "progress": False, "bootstrap": 100, "split": (0.5, 0.2, 0.3)}
-    return measure(network(1), network(2), loader, ["0", "4"], **defaults | options)
-
-
-def figures(report: Report) -> list[tuple[float, ...]]:
-    return [(*pair.shares, pair.unexplained, *pair.interval, pair.noise_floor or 0.0) for pair in report.pairs]
-
-
-def assert_close(a: Report, b: Report, tolerance: float = 1e-9) -> None:
-    np.testing.assert_allclose(figures(a), figures(b), atol=tolerance)
-
-
-def test_tensors_tuples_and_dicts_give_the_same(images: Tensor) -> None:
-    batches = list(images.split(30))
-    expected = run(batches)
-    assert_close(run([(b, torch.zeros(len(b))) for b in batches]), expected)
-    assert_close(run([{"pixel_values": b, "labels": torch.zeros(len(b))} for b in batches]), expected)
-
-
-def test_a_data_loader_is_read_by_index_whatever_its_order(images: Tensor) -> None:
-    data = TensorDataset(images)
-    expected = run(DataLoader(data, batch_size=30))
-    assert_close(run(DataLoader(data, batch_size=30, shuffle=True)), expected)
-    assert_close(run(DataLoader(data, batch_size=30, shuffle=True, num_workers=1)), expected)
-    assert sum(expected.images.values()) == 120
-
-
-def test_batch_size_changes_the_shuffled_pairing_only(images: Tensor) -> None:
-    data = TensorDataset(images)
-    a, b = (run(DataLoader(data, batch_size=n)) for n in (30, 7))
-    for one, other in zip(a.pairs, b.pairs, strict=True):
-        assert one.unexplained == pytest.approx(other.unexplained, abs=1e-7)
-        assert one.interval == pytest.approx(other.interval, abs=1e-6)
-
-
-def test_samplers_decide_which_images_belong(images: Tensor) -> None:
-    data = TensorDataset(images)
-    chosen = list(range(0, 120, 2))
-    report = run(DataLoader(data, batch_size=20, sampler=SubsetRandomSampler(chosen)))
-    assert sum(report.images.values()) == 60
-    assert sum(run(DataLoader(Subset(data, chosen), batch_size=20)).images.values()) == 60
-    assert sum(run(DataLoader(data, batch_size=20), max_images=50).images.values()) == 50
-    assert (
-        sum(
-            run(
-                DataLoader(data, batch_size=20, sampler=RandomSampler(data, num_samples=500, replacement=True))
-            ).images.values()
-        )
-        == 120
-    )
-    assert sum(run(list(images.split(20)), max_images=50).images.values()) == 50
-
-
-def test_split_is_a_property_of_the_image(images: Tensor) -> None:
-    stream = SplitImageLoader(DataLoader(TensorDataset(images), batch_size=16), seed=3)
-    seen = {
-        int(i): int(r)
-        for part in (stream.fit_batches(), stream.report_batches())
-        for b in part
-        for i, r in zip(b.index, b.part, strict=True)
-    }
-    assert sorted(seen) == list(range(120))
-    assert seen == {i: int(r) for i, r in enumerate(stream.parts(np.arange(120)))}
-    share = np.bincount(stream.parts(np.arange(20_000)), minlength=3) / 20_000
-    np.testing.assert_allclose(share, [0.6, 0.2, 0.2], atol=0.01)
-    assert any(stream.parts(np.arange(120)) != SplitImageLoader([images], seed=4).parts(np.arange(120)))
 
 
 def test_every_network_runs_once_per_image(images: Tensor) -> None:
@@ -183,37 +103,6 @@ def test_named_and_pattern_layers(images: Tensor) -> None:
         measure(network(1), network(2), loader, "layer9", **options)
 
 
-def test_streams_that_differ_when_read_again_are_refused(images: Tensor) -> None:
-    class Shuffled:
-        def __iter__(self) -> Iterator[Tensor]:
-            yield from images[torch.randperm(120)].split(30)
-
-    class Shrinking:
-        left = 4
-
-        def __iter__(self) -> Iterator[Tensor]:
-            yield from images.split(30)[: self.left]
-            self.left -= 1
-
-    with pytest.raises(DataError, match="another image"):
-        run(Shuffled())
-    with pytest.raises(DataError, match="120 images at first and 90"):
-        run(Shrinking())
-    with pytest.raises(InputTypeError, match="can be read more than once"):
-        run(iter([images]))
-
-
-def test_a_loader_whose_dataset_gives_whole_batches_is_read_as_a_stream(images: Tensor) -> None:
-    class Batches(Dataset[Tensor]):
-        def __len__(self) -> int:
-            return 4
-
-        def __getitem__(self, i: int) -> Tensor:
-            return images[30 * i : 30 * (i + 1)]
-
-    assert_close(run(DataLoader(Batches(), batch_size=None)), run(list(images.split(30))))
-
-
 def test_neighborhoods_of_a_single_position_are_that_position() -> None:
     vectors = list(torch.randn(120, 6, 1, 1).split(30))
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4))
@@ -223,31 +112,6 @@ def test_neighborhoods_of_a_single_position_are_that_position() -> None:
     ]
     assert figures(reports[0]) == figures(reports[1])
     assert reports[1].pairs[0].disentangler.config.kernel_size == 1
-
-
-def test_augmenting_datasets_are_fine_when_read_by_index(images: Tensor) -> None:
-    class Noisy(Dataset[Tensor]):
-        def __len__(self) -> int:
-            return 120
-
-        def __getitem__(self, i: int) -> Tensor:
-            return images[i] + 0.01 * torch.randn(3, 8, 8)
-
-    assert sum(run(DataLoader(Noisy(), batch_size=30)).images.values()) == 120
-
-
-@pytest.mark.filterwarnings("ignore::knowiso_train.KnowisoWarning")
-def test_too_few_images_are_an_error_that_says_so(images: Tensor) -> None:
-    with pytest.raises(DataError, match="empty"):
-        run(DataLoader(TensorDataset(images[:0])))
-    with pytest.raises(DataError, match="no image"):
-        run([images[:1]], split=(0.01, 0.0, 0.99))
-    with pytest.raises(DataError, match="at least 2 images in the report set, got 0"):
-        run(DataLoader(TensorDataset(images[:3])), split=(0.98, 0.01, 0.01), ridge=1e-3)
-    with pytest.raises(DataError, match="at least 2 images in the report set, got 1"):
-        run([images[:6]], ridge=1e-3)
-    with pytest.warns(UserWarning, match="images to report on"):
-        run(DataLoader(TensorDataset(images[:20]), batch_size=10), ridge=1e-2)
 
 
 def test_networks_of_one_class_are_told_apart(images: Tensor) -> None:
@@ -369,19 +233,6 @@ def test_interval_covers_the_truth() -> None:
         low, high = pair.interval
         hits += low <= 0.5 * (1 + 5 / 180) <= high  # least squares on 180 rows with 5 coefficients
     assert hits >= 9
-
-
-def test_shuffler_never_pairs_an_image_with_itself_twice_in_a_role() -> None:
-    shuffle = PermutedTargets()
-    y = torch.arange(8.0).view(8, 1, 1, 1)
-    role = torch.tensor([0, 0, 1, 0, 2, 2, 0, 2])
-    got = shuffle(y, role).flatten()
-    for value in (0, 2):
-        members = role == value
-        assert set(got[members].tolist()) == set(y.flatten()[members].tolist())
-        assert (got[members] != y.flatten()[members]).all()
-    later = shuffle(y + 10, torch.tensor([0, 0, 0, 0, 0, 0, 0, 1])).flatten()
-    assert later[-1] == 2.0  # alone in its batch: the last of its role before
 
 
 def test_convolutional_net_against_transformers() -> None:
