@@ -14,6 +14,7 @@ from benchmarks.common.stats import mean_and_error, standard_error
 from benchmarks.distill.arms import OURS, TUNED, Arm, parse_arm
 from benchmarks.distill.pairs import Part
 from benchmarks.distill.teacher_cache import CACHE
+from knowiso_train.distillation._closed_form_map import MIN_RIDGE, RIDGE_HALVING_CALLS, START_RIDGE
 from knowiso_train.distillation.config import IsomorphismLossConfig
 
 REFERENCE_ARM = "kd+ours"
@@ -23,9 +24,17 @@ IDENTIFYING_DEFAULTS = ("scale", "weight", "schedule", "ridge", "kernel_size")
 
 
 def loss_defaults(arm: Arm) -> dict[str, Any] | None:
-    """Return the present defaults of `IsomorphismLoss` for an arm with it, or None."""
+    """Return the present defaults of `IsomorphismLoss` for an arm with it, or None.
+
+    The ridge "auto" is written as its formula, which may be another one in later versions.
+    """
+    if OURS not in arm.names:
+        return None
     config = IsomorphismLossConfig()
-    return {key: getattr(config, key) for key in IDENTIFYING_DEFAULTS} if OURS in arm.names else None
+    defaults = {key: getattr(config, key) for key in IDENTIFYING_DEFAULTS}
+    if defaults["ridge"] == "auto":
+        defaults["ridge"] = f"max({MIN_RIDGE}, {START_RIDGE} / (1 + t / {RIDGE_HALVING_CALLS}))"
+    return defaults
 
 
 class ResultsStore:

@@ -18,6 +18,7 @@ from knowiso_train.errors import DataError, LayoutError, OptionError, ShapeError
 from knowiso_train.features.state import check_materialized, checked_device, device_of, on_device, preserve_state
 from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.refinement._candidates import Candidate, replace_classifier
+from knowiso_train.refinement._model_folder import save_plain_network
 from knowiso_train.refinement.config import RidgeOption
 from knowiso_train.refinement.folding import SELECT_FRACTION
 from knowiso_train.refinement.models import (
@@ -111,6 +112,36 @@ class FoldResult:
 
     model: nn.Module
     report: FoldReport
+
+    def save(
+        self, folder: str | Path, *, architecture: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write `model.safetensors`, a plain state dict, `card.json` with report and loading code, and a model card.
+
+        `timm.create_model(architecture, checkpoint_path=".../model.safetensors", **options)` loads it, without this
+        library.
+
+        Args:
+            folder: Folder; it is created where it does not exist.
+            architecture: Name of the network in timm. None: the name that timm stored in the network.
+            options: Arguments of `timm.create_model`. None: the number of classes.
+        """
+        chosen = self.report.chosen
+        figures = {"agreement with the teacher": f"{chosen.agreement:.1f} %"}
+        if chosen.accuracy is not None:
+            figures["top-1, validation"] = f"{chosen.accuracy:.1f} %"
+        save_plain_network(
+            folder,
+            self.model,
+            self.report.to_dict(),
+            kind="distilled",
+            summary="distilled (knowiso_train). "
+            f"{chosen.teacher_fraction:.0%} of its classifier come from the teacher's, which was folded into a linear "
+            "layer. The network runs without the teacher.",
+            figures=figures,
+            architecture=architecture,
+            options=options,
+        )
 
 
 @validate_arguments

@@ -10,16 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from knowiso_train.errors import OptionError
-from knowiso_train.features.modules import network_name
-from knowiso_train.features.wrappers import unwrap_model
-from knowiso_train.loading.model_card import write_model_card
-from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.refinement._metrics import Score
+from knowiso_train.refinement._model_folder import save_plain_network
 from knowiso_train.refinement.peers import PeerScore
-from knowiso_train.utils.serialization import dump_json, write_if_given, write_json, write_tensors
+from knowiso_train.utils.serialization import dump_json, write_if_given
 from knowiso_train.utils.text_table import format_table
-
-REFINED_WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
 
 RowRole = Literal["before", "candidate", "after", "peer", "ensemble"]
 
@@ -180,24 +175,6 @@ class RefineResult:
                 'method="paper" gives a composite of two networks, for study; it has no architecture to load it. Keep '
                 "its state_dict"
             )
-        module, folder = unwrap_model(self.model), Path(folder)
-        state = module.state_dict()
-        num_classes = getattr(module, "num_classes", None)
-        if options is None:
-            options = {} if num_classes is None else {"num_classes": num_classes}
-        name = architecture or network_name(module)
-        config = input_config(module)
-        load = loading_snippet(name, options, state, REFINED_WEIGHTS_FILE)
-        card = {
-            "architecture": name,
-            "options": dict(options),
-            "load": load,
-            "input": {} if config is None else config._asdict(),
-            "parameters": sum(parameter.numel() for parameter in module.parameters()),
-            "report": self.report.to_dict(),
-        }
-        write_tensors(folder / REFINED_WEIGHTS_FILE, state, card)
-        write_json(folder / CARD_FILE, card)
         scores = {
             f"top-1, {images}, {row.role}": f"{score.accuracy:.1f} %"
             for row in self.report.rows
@@ -205,21 +182,16 @@ class RefineResult:
             for images, score in (("validation", row.validation), ("test", row.test))
             if score is not None
         }
-        write_model_card(
+        save_plain_network(
             folder,
-            f"{name}, refined",
-            f"{name} refined by the features that other networks confirm (knowiso_train). It runs without them.",
-            _loading_code(load),
-            tags=["refined"],
-            figures={"parameters": f"{card['parameters']:,}", **scores},
+            self.model,
+            self.report.to_dict(),
+            kind="refined",
+            summary="refined by the features that other networks confirm (knowiso_train). It runs without them.",
+            figures=scores,
+            architecture=architecture,
+            options=options,
         )
-
-
-def _loading_code(load: str) -> str:
-    """Return a block of Python code from the snippet of `loading_snippet`: an expression of timm, code, or words."""
-    if load.startswith("timm."):
-        return f"import timm\n\nmodel = {load}"
-    return load if "\n" in load else f"# {load}"
 
 
 def _score_cells(score: Score | None) -> list[str]:

@@ -120,6 +120,19 @@ def test_the_summary_takes_the_best_weight_of_each_rival_on_each_pair() -> None:
     assert (reference["method"], reference["over kd+ours"]) == ("kd+ours", "+0.00 ± 0.00")
 
 
+def test_rows_of_another_default_ridge_are_those_of_another_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, arm = ResultsStore("pair"), parse_arm("kd+ours")
+    runs.add([row("kd+ours", 80.0, part="final"), row("kd", 70.0, part="final")])
+    monkeypatch.setattr(store, "RIDGE_HALVING_CALLS", 2 * store.RIDGE_HALVING_CALLS)
+    assert runs.find("final", 10, 1000, arm) is None
+    assert list(runs.by_arm("final", 10)) == ["kd"]
+    runs.add([row("kd+ours", 81.0, part="final")])
+    found = runs.find("final", 10, 1000, arm)
+    assert found is not None
+    assert found["accuracy"] == 81.0
+    assert len(runs.rows) == 3
+
+
 class SmallNetwork(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, OptionError, ShapeError
 from knowiso_train.refinement import FoldResult, fold_classifier
@@ -138,3 +141,23 @@ def test_the_student_as_its_own_teacher_raises() -> None:
 def test_a_loader_without_images_raises() -> None:
     with pytest.raises(DataError, match="expected images in loader=, got none"):
         fold_classifier(Network(MIX, 1), Network(MIX, 2), [], progress=False)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_saved_student_loads_with_timm_alone(labels: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model("test_resnet", num_classes=CLASSES) for _ in range(2))
+    images = torch.rand(160, 3, 32, 32)
+    batches = TensorDataset(images, teacher.eval()(images).argmax(1))
+    options = {"validation": DataLoader(batches, 80)} if labels else {}
+    result = folded(student, teacher, images, **options)
+    result.save(tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    weights = tmp_path / "model.safetensors"
+    loaded = timm.create_model(card["architecture"], checkpoint_path=weights, **card["options"]).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images[:8]), result.model(images[:8]))
+    assert card["report"] == json.loads(result.report.to_json())
+    text = (tmp_path / "README.md").read_text()
+    assert f"| agreement with the teacher | {result.report.chosen.agreement:.1f} % |" in text
+    assert ("top-1, validation" in text) == labels
