@@ -131,7 +131,7 @@ class CollapseGuard:
             raise CollapseError(
                 f"{pair.source}: the student's features stay collapsed, although the weight of their loss was lowered "
                 f"to {weight:.2g}: {figures}. Restart from a checkpoint before the collapse, with a tenth of "
-                "weight= if it is a number, else of ratio=, or with a lower learning rate"
+                "weight= if it is a number, else with ratio=0.3, or with a lower learning rate"
             )
         if pair not in self._warned:
             self._warned.add(pair)

@@ -17,6 +17,8 @@ from knowiso_train.errors import KnowisoWarning, OptionError
 
 # Factor at learning rate 0, with which the student still follows the teacher
 MIN_FACTOR = 0.02
+# Steps of an optimizer with fewer weights of the student, without one of the optimizer before, until it is followed
+MAX_STEPS_OF_OTHERS = 20
 # Calls in training mode without a step of an optimizer of the student, after which a warning is due
 MAX_CALLS_WITHOUT_STEP = 1000
 
@@ -38,8 +40,9 @@ class FactorSchedule:
 
     The learning rate is that of the last step of the optimizer with most of the student's weights, and the largest of
     its parameter groups with such weights. It is compared with the maximum so far of the same optimizer, so that the
-    factor is 1 while the learning rate rises or is constant. The first optimizer after a restored state continues the
-    saved maximum if it trains as many weights.
+    factor is 1 while the learning rate rises or is constant. An optimizer with fewer weights is followed once it has
+    made 20 steps without one of the optimizer before, as in a second stage with frozen layers. The first optimizer
+    after a restored state continues the saved maximum if it trains as many weights.
 
     Args:
         schedule: "learning_rate", a function from call to factor, or None for a constant 1.
@@ -63,6 +66,7 @@ class FactorSchedule:
         self.active_calls, self.num_weights, self.peak, self.ratio = 0, 0, 0.0, 1.0
         self._student_ids: set[int] = set()
         self._warned = False
+        self._steps_of_others = 0
         # Maximum of the learning rate by optimizer, and whether the next new optimizer continues `peak`
         self._peaks: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
         self._continues = False
@@ -127,12 +131,16 @@ class FactorSchedule:
         num_weights, rates = 0, []
         for group in optimizer.param_groups:
             sizes = [parameter.numel() for parameter in group["params"] if id(parameter) in self._student_ids]
-            if sizes and "lr" in group:
+            # Adafactor may have None in place of a learning rate
+            if sizes and group.get("lr") is not None:
                 num_weights += sum(sizes)
                 rates.append(float(group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]))
-        if not rates or num_weights < self.num_weights:
+        if not rates:
+            return
+        if num_weights < self.num_weights and self._steps_of_others < MAX_STEPS_OF_OTHERS:
+            self._steps_of_others += 1
             return
         continued = self.peak if self._continues and num_weights == self.num_weights else 0.0
-        self.num_weights, self._continues = num_weights, False
+        self.num_weights, self._continues, self._steps_of_others = num_weights, False, 0
         self.peak = self._peaks[optimizer] = max(self._peaks.get(optimizer, continued), *rates)
         self.ratio = max(rates) / self.peak if self.peak > 0 else 1.0

@@ -21,6 +21,7 @@ from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.utils.batch import INPUT_KEYS, get_inputs, image_size, replace_inputs
 from knowiso_train.utils.distributed import ProcessGroup
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 LOSS_KEYWORDS = ("labels", "label", "num_items_in_batch", "return_loss")
 
 
@@ -171,6 +172,7 @@ class StudentBatch:
         features: The branches as (N, C, H, W), per pair.
         padding: `StudentInput.valid_positions`.
         outputs: Outputs of the student with gradient, in several processes.
+        autocast_dtype: Half precision of the student, in which the teacher then runs too. None: full precision.
     """
 
     input: StudentInput
@@ -178,12 +180,7 @@ class StudentBatch:
     features: list[Tensor]
     padding: ValidPositions | None = None
     outputs: tuple[Tensor, ...] = ()
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Half precision of any feature, in which the teacher then runs too; None for full precision."""
-        halves = (torch.bfloat16, torch.float16)
-        return next((feature.dtype for feature in self.features if feature.dtype in halves), None)
+    autocast_dtype: torch.dtype | None = None
 
 
 class StudentCapture:
@@ -246,12 +243,16 @@ class StudentCapture:
         if images is not None:
             self._input.record((images,), {})
         student_input = self._input.take()
+        # Autocast may surround a part of the student's forward alone, and its layers may still return float32
+        autocast_dtype = self.taps.autocast_dtype
         size, captures = image_size(student_input.images), self.taps.collect()
         branches = [captures[pair.source].view_as(captures[pair.source]) for pair in self.pairs]
         features = [
             self.reader.read_layer(pair.source, branch, len(student_input.images), size)
             for pair, branch in zip(self.pairs, branches, strict=True)
         ]
+        if autocast_dtype is None:
+            autocast_dtype = next((feature.dtype for feature in features if feature.dtype in HALF_DTYPES), None)
         trainable = any(parameter.requires_grad for parameter in self.model.parameters())
         if torch.is_grad_enabled() and trainable and not any(branch.requires_grad for branch in branches):
             if ran_as_teacher:
@@ -265,4 +266,6 @@ class StudentCapture:
                 "student's last forward ran without gradient, or everything below these layers is frozen. Call iso() "
                 "right after the training forward student(x), or under torch.no_grad() to evaluate the loss"
             )
-        return StudentBatch(student_input, branches, features, student_input.valid_positions(), self._output.take())
+        return StudentBatch(
+            student_input, branches, features, student_input.valid_positions(), self._output.take(), autocast_dtype
+        )

@@ -105,6 +105,11 @@ class FeatureTaps(Generic[Captured]):
         return bool(self._handles)
 
     @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Half precision of autocast at a captured layer; None without autocast, and in compiled code."""
+        return self._step.autocast_dtype
+
+    @property
     def features(self) -> dict[str, Captured]:
         """Current captures as `collect()` returns them, without discarding them."""
         return {name: self._read(name) for name in self.names}
@@ -152,7 +157,7 @@ class FeatureTaps(Generic[Captured]):
 
     def clear(self) -> None:
         """Discard all captures."""
-        self._step.grad = None
+        self._step.grad = self._step.autocast_dtype = None
         for slot in self._slots.values():
             slot.clear()
 
@@ -197,7 +202,8 @@ class FeatureTaps(Generic[Captured]):
             times = len(slot.captures) + slot.num_dropped
             raise CaptureError(
                 f"layer {name!r} fired {times} times before collect(), expected once. "
-                "Pass repeated='first', 'last' or 'all', or call collect() after each forward pass."
+                "Pass repeated='first' or 'last'; after several forward passes read the features of each, with "
+                "collect() or the call of the loss."
             )
         if slot.checkpointed and (self._step.grad or torch.is_grad_enabled()):
             raise CaptureError(
@@ -263,11 +269,19 @@ class CapturedTensor(NamedTuple):
 
 
 class ForwardState:
-    """State of one network's forward pass; `grad` is the grad mode at its start, None if the root was not called."""
+    """State of one network's forward pass.
+
+    Attributes:
+        root: Unwrapped network.
+        grad: Grad mode at the start of the pass. None: the root was not called.
+        autocast_dtype: Half precision of autocast at a captured layer, whose output may be in float32. None: no
+            autocast, or compiled code.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.grad: bool | None = None
+        self.autocast_dtype: torch.dtype | None = None
 
 
 class CaptureBuffer:
@@ -304,7 +318,9 @@ class CaptureBuffer:
                 )
 
     def append(self, tensor: Tensor, training: bool) -> None:
-        """Append the capture of one call."""
+        """Append the capture of one call, and discard captures in another mode, such as those of an evaluation."""
+        if not torch.compiler.is_compiling() and self.captures and self.captures[0].training != training:
+            self.clear()
         if self.repeated == "first" and self.captures:
             return
         if self.repeated == "error" and not torch.compiler.is_compiling() and len(self.captures) > 1:
@@ -360,10 +376,19 @@ class ForwardStartHook(DetachedOnCopyHook):
         self.slots = tuple(slots)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Discard captures and record the grad mode."""
+        """Discard captures and record the grad mode.
+
+        Raises:
+            CaptureError: A replica of `nn.DataParallel`. All replicas would write to the same captures.
+        """
         if is_recomputing():
             return
-        self.step.grad = torch.is_grad_enabled()
+        if getattr(module, "_is_replica", False):
+            raise CaptureError(
+                "the features of a network in nn.DataParallel on several devices cannot be captured. Use "
+                "DistributedDataParallel (torchrun or accelerate launch), or one device: CUDA_VISIBLE_DEVICES=0"
+            )
+        self.step.grad, self.step.autocast_dtype = torch.is_grad_enabled(), None
         for slot in self.slots:
             slot.clear()
 
@@ -383,9 +408,13 @@ class LayerHook(DetachedOnCopyHook):
         if tensor is None:
             self.slot.problem = _kinds(output[0] if output else (*args, kwargs))
             return
-        if not torch.compiler.is_compiling() and self._in_checkpoint_without_gradient():
-            self.slot.checkpointed = True
         self.slot.append(tensor, module.training)
+        if not torch.compiler.is_compiling():
+            kind = tensor.device.type
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                self.step.autocast_dtype = torch.get_autocast_dtype(kind)
+            if self._in_checkpoint_without_gradient():
+                self.slot.checkpointed = True
 
     def _in_checkpoint_without_gradient(self) -> bool:
         """Return True if a re-entrant checkpoint, and not the caller, disabled gradients."""

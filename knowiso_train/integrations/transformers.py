@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from knowiso_train.callbacks import IsomorphismCallback
 from knowiso_train.distillation import IsomorphismLoss
@@ -150,10 +151,21 @@ class IsomorphismTrainer(Trainer):  # type: ignore[misc]
         finally:
             self.iso.detach()
 
+    def distillation_loss(self, outputs: Any) -> Tensor:
+        """Return the isomorphism loss of a training step. Override it to add terms, such as KD on the logits.
+
+        `compute_loss` divides the sum by the steps of gradient accumulation where the Trainer does not.
+
+        Args:
+            outputs: Output of the student. That of the teacher is `self.iso.teacher_output` after `self.iso()`.
+        """
+        loss: Tensor = self.iso()
+        return loss
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
-        """Return the Trainer's loss, plus the isomorphism loss in training mode."""
+        """Return the Trainer's loss, plus `distillation_loss` in training mode."""
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
@@ -164,7 +176,7 @@ class IsomorphismTrainer(Trainer):  # type: ignore[misc]
                 divided = self.compute_loss_func is not None or (
                     self.model_accepts_loss_kwargs and num_items_in_batch is not None
                 )
-            term = self.iso().to(loss.device)
+            term = self.distillation_loss(outputs).to(loss.device)
             loss = loss + (term / self.current_gradient_accumulation_steps if divided else term)
         return (loss, outputs) if return_outputs else loss
 

@@ -106,6 +106,36 @@ def test_the_maximum_is_that_of_the_same_optimizer() -> None:
         assert factors(iso, [torch.optim.SGD(iso.student.parameters(), lr=1e-5)], [1.0] * 3)[1:] == [1.0] * 2
 
 
+def test_a_later_stage_with_fewer_weights_is_followed_after_some_steps() -> None:
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
+    first = torch.optim.SGD(iso.student.parameters(), lr=1e-3)
+    second = torch.optim.SGD(list(iso.student.parameters())[-1:], lr=1e-5)
+    waited = _schedule.MAX_STEPS_OF_OTHERS
+    with iso:
+        factors(iso, [first], [1.0, 1.0, 0.1])
+        values = factors(iso, [second], [1.0] * (waited + 2))
+        assert values == pytest.approx([0.36] * (waited + 1) + [1.0])
+        assert factors(iso, [second], [0.25, 0.25]) == pytest.approx([1.0, 0.75])
+        # A step of the larger one is followed at once
+        first.param_groups[0]["lr"] = 1e-3
+        assert factors(iso, [first], [0.1, 0.1]) == pytest.approx([0.75, 0.36])
+
+
+def test_an_optimizer_without_a_learning_rate_is_not_followed() -> None:
+    """Adafactor of transformers, with `relative_step=True`."""
+
+    class Relative(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
+    with iso:
+        for step in range(3):
+            (iso.student(images(step)).square().mean() + iso()).backward()
+            Relative(iso.student.parameters(), {"lr": None}).step()
+        assert iso.log()["iso/train/3/weight"] == WEIGHT
+
+
 def test_an_optimizer_that_gets_more_weights_keeps_its_maximum() -> None:
     iso = IsomorphismLoss(built(1), built(2), ["3"], weight=WEIGHT)
     first, *others = iso.student.parameters()

@@ -311,6 +311,67 @@ def test_calls_of_parts_of_the_student_keep_two_captures() -> None:
             taps.collect()
 
 
+def test_an_evaluation_of_a_part_is_not_taken_for_the_training_step() -> None:
+    student, teacher = (timm.create_model("resnet18", num_classes=5) for _ in range(2))
+    images = [torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    losses = []
+    for evaluates in (False, True):
+        iso = IsomorphismLoss(copy.deepcopy(student), teacher, "layer2", weight=1.0, kernel_size=1)
+        with iso:
+            for step in range(8):
+                if evaluates:
+                    iso.student.eval()
+                    with torch.no_grad():
+                        iso.student.forward_features(images[1])
+                    iso.student.train()
+                iso.student.forward_features(images[step % 2])
+                loss = iso(images=images[step % 2])
+        assert loss.requires_grad
+        losses.append(loss.item())
+    assert losses[0] == losses[1] != 0
+
+
+def test_replicas_of_data_parallel_raise() -> None:
+    iso = IsomorphismLoss(built(1), built(2), "3")
+    with iso:
+        # What nn.DataParallel runs on every device
+        replica = iso.student._replicate_for_data_parallel()
+        with pytest.raises(CaptureError, match=r"nn\.DataParallel.*DistributedDataParallel"):
+            replica(torch.randn(2, 3, 8, 8))
+        iso.student(torch.randn(16, 3, 8, 8))
+        iso()
+
+
+class Float32Output(nn.Module):
+    """Adds a parameter in float32, as the position embedding of a ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.position = nn.Conv2d(3, 4, 1), nn.Parameter(torch.zeros(4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x) + self.position
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_the_teacher_runs_in_the_autocast_precision_of_the_student(dtype: torch.dtype | None) -> None:
+    """accelerate surrounds the student's forward alone with autocast, and the features are in float32."""
+    student, teacher = Float32Output(), Float32Output()
+    layer, convolutions = nn.Sequential(student, nn.ReLU()), []
+    teacher.conv.register_forward_hook(lambda _m, _x, out: convolutions.append(out.dtype))
+    example = torch.zeros(1, 3, 8, 8)
+    iso = IsomorphismLoss(layer, nn.Sequential(teacher, nn.ReLU()), "0", weight=1.0, example=example)
+    convolutions.clear()
+    with iso:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            assert layer(torch.randn(4, 3, 8, 8)).dtype == torch.float32
+        iso()
+        layer(torch.randn(4, 3, 8, 8))
+        iso()
+    assert convolutions == [dtype or torch.float32, torch.float32]
+
+
 class Repeats(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

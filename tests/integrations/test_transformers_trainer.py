@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train import IsomorphismCallback, IsomorphismLoss, measure
+from knowiso_train.distillation import kd_loss
 from knowiso_train.errors import DataError, OptionError
 from tests.helpers.training import count_hooks
 
@@ -98,6 +99,10 @@ class TestTransformers:
             trainer.compute_loss_func = lambda out, labels, num_items_in_batch=None: (
                 F.cross_entropy(out.logits, labels, reduction="sum") / (num_items_in_batch or len(labels))
             )
+        if batches > 1:
+            trainer.distillation_loss = lambda out: (
+                trainer.iso() + kd_loss(out.logits, trainer.iso.teacher_output.logits)
+            )
         order: list[list[float]] = []
         handle = trainer.model.register_forward_pre_hook(
             lambda module, args, kwargs: (
@@ -123,7 +128,10 @@ class TestTransformers:
                 entries = [by_first[first] for first in firsts]
                 labels = torch.tensor([entry["labels"] for entry in entries])
                 out = student(pixel_values=torch.stack([entry["pixel_values"] for entry in entries]), labels=labels)
-                ((out.loss + iso()) / batches).backward()
+                loss = out.loss + iso()
+                if batches > 1:
+                    loss = loss + kd_loss(out.logits, iso.teacher_output.logits)
+                (loss / batches).backward()
                 if (step + 1) % batches == 0:
                     optimizer.step()
                     optimizer.zero_grad()
