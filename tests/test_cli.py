@@ -429,7 +429,15 @@ def test_compare_weight_files_and_networks_with_a_reference(
     comparison = StageComparison.from_json(tmp_path / "a.json")
     assert comparison.names == ("same", "test_resnet")
     assert comparison["same"]["layer1"].lost < 0.001 < 0.05 < comparison["test_resnet"]["layer1"].lost
-    capsys.readouterr()
+    # A folder of results refuses another content of the file
+    stage = tmp_path / "stage.pth"
+    torch.save(load_model("test_resnet", pretrained=False).state_dict(), stage)
+    resumed = compare_options(pictures, *words, "--stages", f"a={stage}", "--path", str(tmp_path / "stages"))
+    assert main(resumed) == main(resumed) == 0
+    torch.manual_seed(7)
+    torch.save(load_model("test_resnet", pretrained=False).state_dict(), stage)
+    assert main(resumed) == 2
+    assert "was measured with other settings (network is" in capsys.readouterr().err
     assert main(compare_options(pictures, "--stages", str(file))) == 2
     assert "need --model" in capsys.readouterr().err
     assert main(compare_options(pictures, *words, "--stages", "a=test_resnet", "a=test_resnet")) == 2

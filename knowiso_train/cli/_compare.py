@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,38 @@ if TYPE_CHECKING:
     from torch import nn
 
     from knowiso_train.diagnosis.comparison import CheckpointStage
+
+
+@dataclass(frozen=True)
+class _LoadedStage:
+    """Stage that is loaded when it is called. Its text identifies it in the folder of `--path`.
+
+    Attributes:
+        model: Network of timm.
+        pretrained: Load its published weights.
+        num_classes: Width of its classifier. None: that of the network.
+        in_order: Assign the tensors of a checkpoint in order.
+        checkpoint: Weight file. None: no own weights.
+        digest: Digest of the weight file. None: no file, or no folder of results.
+    """
+
+    model: str
+    pretrained: bool
+    num_classes: int | None
+    in_order: bool
+    checkpoint: str | None = None
+    digest: str | None = None
+
+    def __call__(self) -> nn.Module:
+        from knowiso_train.loading.timm import load_model
+
+        return load_model(
+            self.model,
+            pretrained=self.pretrained,
+            num_classes=self.num_classes,
+            in_order=self.in_order,
+            checkpoint=self.checkpoint,
+        )
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -81,12 +114,12 @@ def run(args: argparse.Namespace) -> None:
 
     with Processes(args.device) as processes:
         torch.manual_seed(args.seed)
-        stages: dict[str, partial[nn.Module] | CheckpointStage] = _stages(args)
+        stages: dict[str, _LoadedStage | CheckpointStage] = _stages(args)
         reference, name = _reference(args, stages)
         with printed_warnings(processes):
             comparison = ki.compare_stages(
                 reference,
-                [stage if not isinstance(stage, partial) else (name, stage) for name, stage in stages.items()],
+                [(name, stage) if isinstance(stage, _LoadedStage) else stage for name, stage in stages.items()],
                 load_images(args, processes),
                 layer_pairs(args.layers),
                 order=args.order,
@@ -125,6 +158,8 @@ def _model(args: argparse.Namespace) -> str:
 def _stages(args: argparse.Namespace) -> dict[str, Any]:
     """Return functions that load the stages, by name."""
     from knowiso_train.diagnosis.comparison import checkpoint_stages
+    from knowiso_train.diagnosis.comparison._digests import file_digest
+    from knowiso_train.loading.checkpoints import weight_files
 
     if args.checkpoints is not None:
         make = partial(_load, args, _model(args), pretrained=False)
@@ -138,7 +173,14 @@ def _stages(args: argparse.Namespace) -> dict[str, Any]:
         name = given if equals else Path(value).stem if is_file else value
         if name in stages:
             raise OptionError(f"two stages are named {name!r}; give names as NAME=FILE")
-        stages[name] = partial(_load, args, _model(args), checkpoint=value) if is_file else partial(_load, args, value)
+        stages[name] = _LoadedStage(
+            model=_model(args) if is_file else value,
+            pretrained=args.pretrained,
+            num_classes=args.classes,
+            in_order=args.checkpoints_in_order,
+            checkpoint=value if is_file else None,
+            digest=file_digest(weight_files(Path(value))) if is_file and args.path is not None else None,
+        )
     return stages
 
 
@@ -156,11 +198,11 @@ def _reference(args: argparse.Namespace, stages: dict[str, Any]) -> tuple[nn.Mod
     return last(), name
 
 
-def _transforms(args: argparse.Namespace, stages: Mapping[str, partial[nn.Module] | CheckpointStage]) -> dict[str, Any]:
+def _transforms(args: argparse.Namespace, stages: Mapping[str, _LoadedStage | CheckpointStage]) -> dict[str, Any]:
     """Return the transform of the images for each stage, from the configuration of its network alone."""
     from knowiso_train.loading.timm import input_transform
 
-    specs = {name: stage.args[1] if isinstance(stage, partial) else _model(args) for name, stage in stages.items()}
+    specs = {name: stage.model if isinstance(stage, _LoadedStage) else _model(args) for name, stage in stages.items()}
     # Checkpoints of one training share their network, which is built once
     transforms = {
         spec: input_transform(_load(args, spec, pretrained=False), size=args.input_size)

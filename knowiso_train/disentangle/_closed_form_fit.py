@@ -27,6 +27,7 @@ from knowiso_train.regression.sampling import FeatureSample, Sample, sample_posi
 MIN_HIDDEN, HIDDEN_PER_CHANNEL, MAX_POINTWISE_HIDDEN, MAX_PATCH_HIDDEN = 4, 4, 768, 128
 MIN_ROWS_PER_FEATURE = 2  # fewer positions per feature are reported with a warning
 MIN_TARGET_SCALE = 1e-30
+CONSTANT_VARIANCE = 1e-12  # of the squared mean; a constant channel may have a variance of rounding errors
 EIGENDECOMPOSITION_PRODUCTS = 25  # d³ products take as long as the eigendecomposition of a matrix (d, d)
 
 
@@ -243,14 +244,16 @@ class ClosedFormFitter(Fitter):
         """Note and issue warnings on degenerate features."""
         c = self.spec.target_channels
         # Columns of a patch by kernel cell and channel. On grids of one row or column, some cells hold padding alone
-        varies = (fit.xx.diagonal() > 0).view(self.kernel_size**2, -1)
+        smallest = CONSTANT_VARIANCE * fit.count
+        varies = (fit.xx.diagonal() > smallest * fit.mean_x.square()).view(self.kernel_size**2, -1)
         num_features = int(varies.any(1).sum()) * varies.shape[1]
         dead = int((~varies[self.kernel_size**2 // 2]).sum())
         if dead:
             self.notes.append(f"{dead} source channel(s) without variance on the fitting images")
-        dead = int((fit.yy[:c] <= 0).sum())
+        dead = int((fit.yy[:c] <= smallest * fit.mean_y[:c].square()).sum())
         if dead:
-            self.notes.append(f"{dead} of {c} target channel(s) without variance on the fitting images")
+            meaning = "; the shares have no meaning" if dead == c else ""
+            self.notes.append(f"{dead} of {c} target channel(s) without variance on the fitting images{meaning}")
         if self.rows < MIN_ROWS_PER_FEATURE * num_features:
             self.notes.append(f"only {self.rows} rows for {num_features} features: the order-0 map rests on its ridge")
         for note in self.notes:

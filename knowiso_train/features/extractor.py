@@ -147,7 +147,8 @@ class Extractor:
         """Run the network without gradient and return its output; see `run_prepared` for the arguments."""
         model = self.model if model is None else model
         # Not inference_mode: tensors made in it cannot be saved for backward when a map is trained on them.
-        with torch.no_grad(), self._autocasting(batch):
+        # Hooks of a network that was compiled and run before do not fire in its compiled code
+        with torch.no_grad(), self._autocasting(batch), torch.compiler.set_stance("force_eager"):
             return call_model(model, get_inputs(batch)) if self._forward is None else self._forward(model, batch)
 
     def discard(self) -> None:
@@ -166,8 +167,7 @@ class Extractor:
         """
         memory = ActivationMemory(limit)
         try:
-            # Compiled code would be compiled for this batch alone
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), memory:
+            with torch.no_grad(), memory:
                 self.call(self.prepare(batch))
             return memory.live
         finally:

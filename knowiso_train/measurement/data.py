@@ -69,8 +69,8 @@ class SplitImageLoader:
 
     A `DataLoader` over a map-style dataset is read by index in a seeded random order. Its batches are dealt to the
     processes in turn without padding, so that each image counts once. Its sampler determines only the set of images.
-    Any other iterable is read twice in its own order. It must yield the same images in both passes, which is checked;
-    in several processes, each process is assumed to read other images.
+    A sampler that draws is read with the seed. Any other iterable is read twice in its own order. It must yield the
+    same images in both passes, and other images in each process; both are checked.
 
     Args:
         loader: DataLoader or re-iterable of batches.
@@ -95,9 +95,11 @@ class SplitImageLoader:
         self.loader, self.split, self.seed, self.max_images = loader, tuple(split), seed, max_images
         self.group = group or ProcessGroup()
         self._fingerprints: dict[int, bytes] = {}
+        self._first_images: list[bytes] = []
         self._first_pass_images = 0
         # Index batches of the fitting and of the report pass; None for a stream
         with preserve_random_state():  # a sampler may draw random numbers
+            _seed_augmentation((self.seed % 2**64,))
             self._index_batches = self._plan(loader)
 
     @property
@@ -118,6 +120,24 @@ class SplitImageLoader:
     def num_batches(self, *, report: bool) -> int | None:
         """Return the number of batches of one pass in this process, or None if it is unknown."""
         return None if self._index_batches is None else len(self._own_batches(report))
+
+    def check_distinct(self) -> None:
+        """Check after the first pass that the processes read other images of a stream; all of them call this.
+
+        Raises:
+            DataError: Half of the first batch of a process was also the first batch of another one.
+        """
+        if self._index_batches is not None or self.group.size == 1:
+            return
+        for rank, images in enumerate(first := self.group.gather(self._first_images)):
+            for other in range(rank):
+                common = len(set(images) & set(first[other]))
+                if common and 2 * common >= len(set(images)):
+                    raise DataError(
+                        f"processes {other} and {rank} read the same images, so that images of the report would be "
+                        "among the fitted ones. Divide the stream over the processes, or pass a DataLoader over a "
+                        "map-style dataset, which is divided here"
+                    )
 
     def parts(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the part of each dataset index: 0 fit, 1 select, 2 report."""
@@ -177,6 +197,8 @@ class SplitImageLoader:
             part = self.parts(index)
             if limit is not None:
                 part[limit - count :] = UNUSED
+            if count == 0 and not report and self.group.size > 1 and (images := _first_tensor(batch)) is not None:
+                self._first_images = [_fingerprint(image) for image in images]
             count += size
             self._check_repeatable(batch, index, part, report)
             if ((part == REPORT) if report else (part >= 0) & (part < REPORT)).any():
@@ -231,7 +253,7 @@ def _reads_single_items(loader: Any) -> TypeGuard[DataLoader[Any]]:
 
 
 def _dataset_indices(loader: DataLoader[Any]) -> Iterable[int]:
-    """Return the dataset indices of the loader's sampler, each once."""
+    """Return the dataset indices of the loader's sampler, each once; its own generator is read from a fixed seed."""
     sampler: Any = loader.sampler
     batch_sampler: Any = loader.batch_sampler
     while hasattr(batch_sampler, "batch_sampler"):  # accelerate's BatchSamplerShard
@@ -244,8 +266,18 @@ def _dataset_indices(loader: DataLoader[Any]) -> Iterable[int]:
     )
     if covers_dataset and standard_batches:
         return range(size)
-    indices = sampler if standard_batches else (i for batch in batch_sampler for i in batch)
-    return sorted({int(i) for i in indices})
+    generators = [part.generator for part in (sampler, batch_sampler) if hasattr(part, "generator")]
+    generators = [generator for generator in generators if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(0)
+        return sorted(
+            {int(i) for i in (sampler if standard_batches else (i for batch in batch_sampler for i in batch))}
+        )
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _chunks(index: NDArray[np.int64], size: int) -> list[list[int]]:

@@ -301,6 +301,7 @@ class _Measurement:
                 f"no image to fit on for at least one of {self.group.size} process(es); "
                 "give more images, or a smaller batch size"
             )
+        self.images.check_distinct()
 
     def solve(self) -> None:
         """Fit the maps of all layer pairs."""

@@ -10,14 +10,15 @@ USABLE_MEMORY_FRACTION = 0.8  # of the free memory; the rest is left to the allo
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device in bytes.
+    """Return the free memory of a device in bytes, with what torch keeps for later tensors on a GPU.
 
     Examples:
         >>> free_bytes(torch.device("cpu")) > 0
         True
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     import psutil  # installed with accelerate
 
     return int(psutil.virtual_memory().available)

@@ -169,10 +169,19 @@ def test_state_is_as_before_also_after_an_error() -> None:
 
 
 def test_finished_stages_are_read_and_not_made_again(tmp_path: Path) -> None:
-    reference, made = orthogonal_network(), []
+    reference = orthogonal_network()
+    made: list[int] = []
+
+    class Recorder:
+        """Identified by its class; a list that a function holds is identified by its content."""
+
+        def add(self, seed: int) -> None:
+            made.append(seed)
+
+    recorder = Recorder()
 
     def make(seed: int) -> nn.Module:
-        made.append(seed)
+        recorder.add(seed)
         return orthogonal_network(seed)
 
     stages = {f"run {seed}/a": partial(make, seed) for seed in range(3)}
@@ -184,6 +193,17 @@ def test_finished_stages_are_read_and_not_made_again(tmp_path: Path) -> None:
     assert made == [0, 1, 2]
     again = run(stages=stages)
     assert again.stages == comparison.stages
+    assert made == [0, 1, 2]
+    # Another argument, another function, and another network that a function holds
+    other = orthogonal_network(4)
+    for changed in (partial(make, 5), lambda: orthogonal_network(0), lambda: other):
+        with pytest.raises(OptionError, match=r"network is .*, was .*path="):
+            run(stages={"run 0/a": changed})
+    first, second = orthogonal_network(6), orthogonal_network(7)
+    held = [run(stages={"held": lambda network=network: network}) for network in (first, first)]
+    assert held[0].stages == held[1].stages
+    with pytest.raises(OptionError, match="network is"):
+        run(stages={"held": lambda network=second: network})
 
 
 def _raise(error: Exception) -> nn.Module:
@@ -218,11 +238,11 @@ from functools import partial
 import torch
 import knowiso_train as ki
 from tests.helpers.stages import gaussian_images, orthogonal_network
-def make(seed):
-    time.sleep(0.3)
-    return orthogonal_network(seed)
-stages = {str(seed): partial(make, seed) for seed in range(200)}
-ki.compare_stages(orthogonal_network(), stages, gaussian_images(), "second", path=sys.argv[1], bootstrap=20)
+def stages():
+    for seed in range(200):
+        time.sleep(0.3)
+        yield str(seed), partial(orthogonal_network, seed)
+ki.compare_stages(orthogonal_network(), stages(), gaussian_images(), "second", path=sys.argv[1], bootstrap=20)
 """
 
 
@@ -240,17 +260,13 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
         process.wait()
     files = list(tmp_path.glob("*.json"))
     finished = {json.loads(file.read_text())["result"]["name"] for file in files}
-    made = []
-
-    def make(seed: int) -> nn.Module:
-        made.append(str(seed))
-        return orthogonal_network(seed)
-
+    times = {file: file.stat().st_mtime_ns for file in files}
     names = [str(seed) for seed in range(len(finished) + 1)]
-    stages = {name: partial(make, int(name)) for name in names}
+    stages = {name: partial(orthogonal_network, int(name)) for name in names}
     resumed = compare(orthogonal_network(), stages, gaussian_images(), "second", path=tmp_path, bootstrap=20)
     assert finished == set(names[:-1])
-    assert made == names[-1:]
+    assert {file: file.stat().st_mtime_ns for file in files} == times
+    assert len(list(tmp_path.glob("*.json"))) == len(names)
     fresh = compare(orthogonal_network(), stages, gaussian_images(), "second", bootstrap=20)
     assert [stage.layers for stage in resumed] == [stage.layers for stage in fresh]
     assert [stage.output for stage in resumed] == [stage.output for stage in fresh]

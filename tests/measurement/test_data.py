@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from knowiso_train.errors import DataError, InputTypeError
 from knowiso_train.measurement.data import PermutedTargets, SplitImageLoader
+from knowiso_train.utils.distributed import ProcessGroup
 from tests.helpers.measurements import assert_close, run
 
 
@@ -59,6 +70,54 @@ def test_samplers_decide_which_images_belong(images: Tensor) -> None:
         == 120
     )
     assert sum(run(list(images.split(20)), max_images=50).images.values()) == 50
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_a_sampler_that_draws_gives_the_same_images_again(own_generator: bool, images: Tensor) -> None:
+    data, generator = TensorDataset(images), torch.Generator() if own_generator else None
+    samplers = [
+        RandomSampler(data, num_samples=40, generator=generator),
+        WeightedRandomSampler([1.0] * 120, 60, generator=generator),
+    ]
+    for sampler in samplers:
+        loader = DataLoader(data, batch_size=10, sampler=sampler)
+        state = torch.get_rng_state() if generator is None else generator.get_state()
+        batches = [list(SplitImageLoader(loader).fit_batches()) for _ in range(2)]
+        assert torch.equal(state, torch.get_rng_state() if generator is None else generator.get_state())
+        torch.manual_seed(len(batches[0]))  # another process
+        batches.append(list(SplitImageLoader(loader).fit_batches()))
+        first, *others = [[batch.index.tolist() for batch in part] for part in batches]
+        assert others == [first, first]
+        assert len({index for batch in first for index in batch}) < 60
+
+
+class TwoProcesses(ProcessGroup):
+    """One of two processes; the other one gathered other values."""
+
+    def __init__(self, rank: int, other: Any) -> None:
+        self.rank, self.size, self.other = rank, 2, other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.other, value] if self.rank else [value, self.other]
+
+
+def test_processes_that_read_the_same_stream_are_refused(images: Tensor) -> None:
+    def first_images(stream: list[Tensor]) -> list[bytes]:
+        loader = SplitImageLoader(stream, group=TwoProcesses(0, []))
+        list(loader.fit_batches())
+        return loader._first_images
+
+    shuffled, few = images[:20].flip(0), torch.cat([images[60:75], images[:5]])
+    for other, same in ((images, True), (shuffled, True), (few, False), (images[60:], False)):
+        loader = SplitImageLoader(list(images.split(20)), group=TwoProcesses(1, first_images(list(other.split(20)))))
+        list(loader.fit_batches())
+        expected = pytest.raises(DataError, match="processes 0 and 1 read the same") if same else nullcontext()
+        with expected:
+            loader.check_distinct()
+    # One that is read by index is divided
+    loader = SplitImageLoader(DataLoader(TensorDataset(images), 20), group=TwoProcesses(1, first_images([images])))
+    list(loader.fit_batches())
+    loader.check_distinct()
 
 
 def test_split_is_a_property_of_the_image(images: Tensor) -> None:

@@ -23,6 +23,14 @@ def images() -> Tensor:
     return torch.randn(120, 3, 8, 8)
 
 
+def test_a_compiled_network_that_ran_before_is_measured_as_the_plain_one(images: Tensor) -> None:
+    compiled = torch.compile(network(1), backend="eager")
+    compiled(images[:2])
+    loader = DataLoader(TensorDataset(images), batch_size=32)
+    reports = [measure(model, network(2), loader, ["1"], order=0, progress=False) for model in (compiled, network(1))]
+    assert_close(*reports)
+
+
 def test_every_network_runs_once_per_image(images: Tensor) -> None:
     counts = [0, 0]
     models = [network(1), network(2)]

@@ -21,8 +21,16 @@ from knowiso_train.experiment.arguments import RecipeParser
 from knowiso_train.features._memory import ActivationMemory
 from knowiso_train.loading import image_loader
 from knowiso_train.measurement._pair import check_capacity
+from knowiso_train.utils.memory import free_bytes
 
 MIB = 2**20
+
+
+def test_memory_that_torch_keeps_for_later_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"mem_get_info": (3, 9), "memory_reserved": 5, "memory_allocated": 1}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 3 + 5 - 1
 
 
 def test_eighty_percent_of_the_free_memory_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,8 +83,8 @@ def compare_stages(
         stage_transform: Transform of the images for all stages, or for some by name. None: no transform.
         reference_name: Name of the reference in the results. None: its architecture or class.
         path: Folder for one file per finished stage. A later call with the same settings goes on where this one ended.
-            A stage that is given as a function is then identified by its name alone, and the images by their number
-            and the first batch. None: no files.
+            A stage that is given as a function is then identified by its name, code, arguments and the variables that
+            it holds, not by global variables; the images by their number and the first batch. None: no files.
         cache_gib: Largest size of the reference's features in memory in GiB. Above it, they are computed for each
             stage.
         progress: Show a progress bar.
@@ -185,7 +185,9 @@ class _ComparisonRun:
                 if entry.name in {result.name for result in results}:
                     raise OptionError(f"expected stages of different names, got {entry.name!r} twice; rename one")
                 with _named_errors(entry.name):
-                    results.append(self._finished(entry) or self._measure(entry))
+                    # Before a function may change the networks that it holds
+                    key = self._key(entry) if self.folder is not None else {}
+                    results.append(self._finished(entry, key) or self._measure(entry, key))
                 del entry
                 bar.update()
         if not results:
@@ -207,15 +209,15 @@ class _ComparisonRun:
         check_known_names("stage_transform", transforms, stages, "stages")
         check_known_names("layers", layers, stages, "stages")
 
-    def _finished(self, entry: _Entry) -> StageResult | None:
+    def _finished(self, entry: _Entry, key: Mapping[str, Any]) -> StageResult | None:
         """Return the result of a stage that an earlier call finished."""
         if self.folder is None:
             return None
-        result = self.folder.read(entry.name, self._key(entry))
+        result = self.folder.read(entry.name, key)
         first: StageResult | None = self.group.gather(result)[0]
         return first
 
-    def _measure(self, entry: _Entry) -> StageResult:
+    def _measure(self, entry: _Entry, key: Mapping[str, Any]) -> StageResult:
         network = entry.build()
         transform = self._transform(entry.name)
         config = replace(self.config, names=(self.name, entry.name), target_transform=transform)
@@ -230,7 +232,7 @@ class _ComparisonRun:
             seconds=report.seconds,
         )
         if self.folder is not None:
-            self.folder.write(result, self._key(entry))
+            self.folder.write(result, key)
         # All processes return the times of the first one, after its file is written
         first: StageResult = self.group.gather(result)[0]
         return first
@@ -310,10 +312,10 @@ class _Entry:
             )
         return network
 
-    def digest(self) -> str | None:
+    def digest(self) -> str:
         if isinstance(self.network, CheckpointStage):
             return self.network.digest()
-        return network_digest(self.network) if isinstance(self.network, nn.Module) else None
+        return network_digest(self.network) if isinstance(self.network, nn.Module) else function_identity(self.network)
 
 
 def _entries(stages: Stages) -> Iterator[_Entry]:
