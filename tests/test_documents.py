@@ -103,7 +103,7 @@ def namespace() -> dict[str, Any]:
         "tp": tp,
         "x_source": torch.randn(200, 6, 3, 3),
         "x_target": torch.randn(200, 4, 3, 3),
-        **{name: small_network() for name in ("model", "peer", "student", "teacher")},
+        **{name: small_network() for name in ("model", "peer", "other", "student", "teacher")},
     }
 
 

@@ -24,7 +24,7 @@ def images() -> Tensor:
 
 
 def test_a_compiled_network_that_ran_before_is_measured_as_the_plain_one(images: Tensor) -> None:
-    compiled = torch.compile(network(1), backend="eager")
+    compiled = torch.compile(network(1).eval(), backend="eager")
     compiled(images[:2])
     loader = DataLoader(TensorDataset(images), batch_size=32)
     reports = [measure(model, network(2), loader, ["1"], order=0, progress=False) for model in (compiled, network(1))]
