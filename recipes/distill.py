@@ -38,6 +38,7 @@ from knowiso_train.experiment import (
     RunFolder,
     at_least,
     build_network,
+    check_published_classifier,
     describe_run,
     launch_accelerator,
     load_datasets,
@@ -183,7 +184,10 @@ def build(role: str, args: argparse.Namespace, data: Data) -> nn.Module:
     options = {"num_classes": data[2], "checkpoint": checkpoint, "pretrained": pretrained, "seed": args.seed}
     channels, *sides = data[0][0][0].shape
     size = 2 * [args.teacher_size] if role == "teacher" and args.teacher_size else sides
-    return build_network(words, input_size=(channels, *size), **options)
+    network = build_network(words, input_size=(channels, *size), **options)
+    if role == "teacher" and pretrained and checkpoint is None and not args.teacher_epochs:
+        check_published_classifier(network, words[0], data[2], "Train it with --teacher-epochs")
+    return network
 
 
 def input_transforms(

@@ -40,6 +40,7 @@ from knowiso_train.experiment import (
     RunFolder,
     at_least,
     build_network,
+    check_published_classifier,
     compare_networks,
     comparison_table,
     describe_run,
@@ -129,6 +130,9 @@ def build(data: Data, args: argparse.Namespace) -> nn.Module:
     weights = {"checkpoint": args.model_checkpoint, "pretrained": args.model_pretrained}
     shape = data[0][0][0].shape
     original = build_network(args.model, num_classes=data[2], seed=args.seed, input_size=shape, **weights)
+    if args.model_pretrained and args.model_checkpoint is None:
+        cure = "Train the network on these images, and pass it as --model-checkpoint"
+        check_published_classifier(original, args.model[0], data[2], cure)
     if args.ignored:
         resolve_layers(original, args.ignored)
     num_images = min(args.images, len(data[0]))

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from knowiso_train.experiment.cards import network_card, results_table
     from knowiso_train.experiment.demo import demo_digits, demo_efficientnet_file, load_datasets
     from knowiso_train.experiment.evaluation import compare_networks, comparison_table, top1_accuracy
-    from knowiso_train.experiment.networks import architecture_name, build_checkpoint, build_network, timm_options
+    from knowiso_train.experiment.networks import (
+        architecture_name,
+        build_checkpoint,
+        build_network,
+        check_published_classifier,
+        timm_options,
+    )
     from knowiso_train.experiment.processes import Processes, launch_accelerator
     from knowiso_train.experiment.run_folder import RunFolder
     from knowiso_train.experiment.training import ResumableTraining, sgd_with_schedule
@@ -34,6 +40,7 @@ __all__ = [
     "at_least",
     "build_checkpoint",
     "build_network",
+    "check_published_classifier",
     "compare_networks",
     "comparison_table",
     "demo_digits",
@@ -65,6 +72,7 @@ __getattr__, __dir__ = lazy_exports(
         "architecture_name": "networks",
         "build_checkpoint": "networks",
         "build_network": "networks",
+        "check_published_classifier": "networks",
         "compare_networks": "evaluation",
         "comparison_table": "evaluation",
         "demo_digits": "demo",

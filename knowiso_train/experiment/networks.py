@@ -59,6 +59,32 @@ def build_network(
     return model
 
 
+def check_published_classifier(model: nn.Module, name: str, num_classes: int, cure: str) -> None:
+    """Check that the published weights of a network include its classifier, and do not leave it random.
+
+    Args:
+        model: Network of `build_network(pretrained=True)`.
+        name: Its name, for the message.
+        num_classes: Number of classes of the images.
+        cure: Further sentence of the message.
+
+    Raises:
+        OptionError: Published weights for another number of classes.
+
+    Examples:
+        >>> model = build_network(["test_resnet"], num_classes=10)
+        >>> check_published_classifier(model, "test_resnet", 10, "Train it first.")
+        Traceback (most recent call last):
+        knowiso_train.errors.OptionError: the published weights of test_resnet are for 1000 classes, and the images ...
+    """
+    published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if published is not None and published != num_classes:
+        raise OptionError(
+            f"the published weights of {name} are for {published} classes, and the images have {num_classes}: its "
+            f"classifier would be random. {cure}"
+        )
+
+
 @torch.no_grad()
 def _check_input(model: nn.Module, name: str, size: Sequence[int]) -> None:
     try:

@@ -1,17 +1,19 @@
-"""Calls of networks, and messages for images of another dtype than the weights."""
+"""Calls of networks, their logits, and messages for images of another dtype than the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from knowiso_train.errors import InputTypeError
+from knowiso_train.errors import InputTypeError, ShapeError
 from knowiso_train.features.wrappers import unwrap_model
-from knowiso_train.utils.batch import get_inputs
+from knowiso_train.utils.batch import get_inputs, tensor_leaves
+
+OUTPUT_KEYS = ("logits", "out")  # of transformers, and of torchvision's segmentation networks
 
 
 def call_model(model: nn.Module, images: Any) -> Any:
@@ -83,3 +85,27 @@ def forward_override(
         return forward(model, images) if unwrap_model(model) is unwrap_model(network) else model(images)
 
     return run
+
+
+def find_logits(output: Any) -> Tensor:
+    """Return the logits in a network's output: the tensor, the entry "logits" or "out", else the only floating tensor.
+
+    Raises:
+        ShapeError: No floating tensor, or several.
+
+    Examples:
+        >>> find_logits({"logits": torch.zeros(2, 10), "features": torch.zeros(2, 64)}).shape
+        torch.Size([2, 10])
+    """
+    for key in OUTPUT_KEYS:
+        value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+        if isinstance(value, Tensor) and not isinstance(output, Tensor):
+            return value
+    tensors = [tensor for tensor in tensor_leaves(output) if tensor.is_floating_point()]
+    if len(tensors) != 1:
+        raise ShapeError(
+            f"expected one tensor of logits, or an entry {' or '.join(map(repr, OUTPUT_KEYS))}, in the network's "
+            f"output; got a {type(output).__name__} with {len(tensors)} floating tensors. Pass output=, a function "
+            "that returns the logits, to a function that has this option, or wrap the network"
+        )
+    return tensors[0]

@@ -69,7 +69,16 @@ def load_hub_model(name: str, *, pretrained: bool = True, num_classes: int | Non
             KnowisoWarning,
             stacklevel=3,
         )
-    model.pretrained_cfg = processor_config(processor, model.config)
+    if processor.get("do_flip_channel_order"):
+        warnings.warn(
+            f"the image processor of {PREFIX}{name} reverses the channels (BGR), which input_transform does not. Pass "
+            "a transform of your own, such as lambda images: images.flip(1)",
+            KnowisoWarning,
+            stacklevel=3,
+        )
+    # The classes of the weights, also where `num_classes` is another number
+    published = AutoConfig.from_pretrained(name).num_labels
+    model.pretrained_cfg = processor_config(processor, model.config) | {"num_classes": published}
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -91,10 +100,11 @@ def processor_config(processor: Mapping[str, Any], config: Any = None) -> dict[s
         side = size.get("shortest_edge") or size.get("longest_edge")
         size = (size.get("height") or side, size.get("width") or side)
     height, width = (size, size) if isinstance(size, int) else size
+    normalizes = bool(processor.get("do_normalize", True))
     return {
         "input_size": (getattr(config, "num_channels", 3), height, width),
-        "mean": processor.get("image_mean"),
-        "std": processor.get("image_std"),
+        "mean": processor.get("image_mean") if normalizes else (0.0, 0.0, 0.0),
+        "std": processor.get("image_std") if normalizes else (1.0, 1.0, 1.0),
         "interpolation": INTERPOLATIONS.get(processor.get("resample", 3), "bicubic"),
     }
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from knowiso_train.errors import DataError, NonFiniteError, ShapeError
+from knowiso_train.features.calls import find_logits
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.substitution import Substitution
-from knowiso_train.utils.batch import LABEL_KEYS, tensor_leaves
+from knowiso_train.utils.batch import LABEL_KEYS
 from knowiso_train.utils.distributed import ProcessGroup
 
-OUTPUT_KEYS = ("logits", "out")  # of transformers, and of torchvision's segmentation networks
 AUTO_LABELS = "auto"
 # Positions that segmentation masks leave out, as do negative labels
 IGNORED_LABEL = 255
@@ -49,7 +49,7 @@ class ExplainedNetwork:
 
     Args:
         extractor: Entered extractor of the network.
-        output: Function of the network's output that returns the logits. None: see `default_logits`.
+        output: Function of the network's output that returns the logits. None: see `find_logits`.
         labels: "auto", the key of the labels, a function of the batch, or None for no labels.
     """
 
@@ -88,7 +88,7 @@ class ExplainedNetwork:
         return self._logits(self.substitution.replace(layer, feature)).log_softmax(1)
 
     def _logits(self, output: Any) -> Tensor:
-        logits = default_logits(output) if self._find_logits is None else self._find_logits(output)
+        logits = find_logits(output) if self._find_logits is None else self._find_logits(output)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
             raise ShapeError(f"{self.name}: expected output= to return floating logits (N, C, …), got {kind}")
@@ -193,30 +193,6 @@ def image_sums(output: Tensor, own: Tensor, labels: Tensor | None) -> Tensor:
     count = torch.tensor(float(len(output)), dtype=torch.float64)
     sums = (count, agreement.sum(), agreement.square().sum(), divergence.sum(), correct, labeled)
     return torch.stack([value.cpu() for value in sums])
-
-
-def default_logits(output: Any) -> Tensor:
-    """Return the logits in a network's output: the tensor, the entry "logits" or "out", else the only floating tensor.
-
-    Raises:
-        ShapeError: No floating tensor, or several.
-
-    Examples:
-        >>> default_logits({"logits": torch.zeros(2, 10), "features": torch.zeros(2, 64)}).shape
-        torch.Size([2, 10])
-    """
-    for key in OUTPUT_KEYS:
-        value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
-        if isinstance(value, Tensor) and not isinstance(output, Tensor):
-            return value
-    tensors = [tensor for tensor in tensor_leaves(output) if tensor.is_floating_point()]
-    if len(tensors) != 1:
-        raise ShapeError(
-            f"expected one tensor of logits, or an entry {' or '.join(map(repr, OUTPUT_KEYS))}, in the network's "
-            f"output; got a {type(output).__name__} with {len(tensors)} floating tensors. Pass output=, a function "
-            "that returns the logits."
-        )
-    return tensors[0]
 
 
 def find_labels(batch: Any, labels: str | Callable[[Any], Any] | None = AUTO_LABELS) -> Tensor | None:

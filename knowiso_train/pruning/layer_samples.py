@@ -91,11 +91,11 @@ def input_moments(
         tqdm(total=max_images, desc="moments", unit="image", disable=not progress) as bar,
     ):
         for batch in loader:
-            images = get_inputs(batch)
-            size = min(len(images), max_images - inputs.count)
-            batch = to_device(
-                batch if size == len(images) else index_batch(batch, torch.arange(size)), device or images.device
-            )
+            available = len(get_inputs(batch)) if forward is None else batch_size(batch)
+            size = min(available, max_images - inputs.count)
+            batch = batch if size == available else index_batch(batch, torch.arange(size))
+            if device is not None:
+                batch = to_device(batch, device)
             with inputs.batch(size):
                 call(model, batch if forward is not None else get_inputs(batch))
             bar.update(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -211,7 +212,9 @@ class NetworkReconstruction:
         self.outputs, self.masks, self.rankings, self.ridges = outputs or {}, dict(masks or {}), rankings or {}, ridges
         self.modules, self.parameters = dict(network.named_modules()), dict(network.named_parameters())
         sources = [item.residual_source for item in epilogues.values() if item.targets_residual_sum]
-        self.streams = OpRecorder({number: None for number in sources if number is not None})
+        # Number of layers that still need a residual stream; it is dropped after the last one
+        self.stream_uses = Counter(number for number in sources if number is not None)
+        self.streams = OpRecorder(dict.fromkeys(self.stream_uses))
         self.fits: dict[str, LayerFit] = {}
         self.short: list[str] = []  # layers with fewer samples than features
         self.last_ridge: float | None = None
@@ -242,6 +245,11 @@ class NetworkReconstruction:
             reconstruction = LayerReconstruction(name, layer, call_input(args, kwargs), self)
             reconstruction.regress()
             self.fits[name] = reconstruction.write_back()
+        epilogue = self.epilogues[name]
+        if epilogue.targets_residual_sum and epilogue.residual_source is not None:
+            self.stream_uses[epilogue.residual_source] -= 1
+            if self.stream_uses[epilogue.residual_source] == 0:
+                self.streams.results.pop(epilogue.residual_source, None)
         bar.update()
 
     def _after_block(

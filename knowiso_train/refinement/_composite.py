@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from knowiso_train.disentangle.disentangler import Disentangler
 from knowiso_train.errors import DataError, OptionError, ShapeError
+from knowiso_train.features.calls import find_logits
 from knowiso_train.features.extractor import align
 from knowiso_train.features.hooks import FeatureTaps
 from knowiso_train.features.state import device_of, preserve_state
@@ -90,10 +91,9 @@ class Composite(nn.Module):
 
         handle = self.model.get_submodule(self.layer).register_forward_hook(replace_output)
         try:
-            logits: Tensor = self.model(images)
+            return find_logits(self.model(images))
         finally:
             handle.remove()
-        return logits
 
 
 def paper_composite(
@@ -210,7 +210,7 @@ def _parameters_after(model: nn.Module, layer: str, batch: Any) -> Sequence[nn.P
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with preserve_state(model), torch.enable_grad():
-            total = model(images).sum()
+            total = find_logits(model(images)).sum()
             if not total.requires_grad:
                 raise OptionError(f"expected trainable layers after {layer!r}, got frozen ones; unfreeze the last ones")
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knowiso_train.features.calls import find_logits
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.refinement._candidates import DEFAULT_INVERSE_TEMPERATURE, Candidate, better_classifier
 from knowiso_train.refinement._metrics import Score, best_temperature, classification_score
@@ -237,6 +238,6 @@ def _score_model(module: nn.Module, loader: Iterable[Any], what: str, transform:
     with preserve_state(module):
         for batch in loader:
             images = get_inputs(batch).to(device_of(module) or "cpu")
-            logits.append(module(images if transform is None else transform(images)).cpu())
+            logits.append(find_logits(module(images if transform is None else transform(images))).cpu())
             labels.append(labels_of(batch, what).cpu())
     return classification_score(torch.cat(logits), torch.cat(labels))

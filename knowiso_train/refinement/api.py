@@ -340,7 +340,7 @@ def prepare_features(
     if batch is None:
         raise DataError("the loader of unlabeled images gave no images")
     flagged = flag_unusable_heads(models, batch)
-    if config.finetunes:
+    if config.finetunes and config.finetuning.uses_peers:
         # Layers that cannot be compared are an error before the work, not after it
         resolve_consensus_layers(config.finetuning, flagged[0], flagged[1:], batch)
     images = FeatureSets.extract(

@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 from knowiso_train.distillation.kd import WeightSchedule, kd_loss
 from knowiso_train.distillation.loss import IsomorphismLoss
 from knowiso_train.errors import DataError, NonFiniteError, OptionError
+from knowiso_train.features.calls import find_logits
 from knowiso_train.features.state import device_of, preserve_state
 from knowiso_train.features.wrappers import unwrap_model
 from knowiso_train.refinement.config import RefineFinetuneConfig
 from knowiso_train.refinement.models import ClassifierModel, Transform, pooled_layer
 from knowiso_train.refinement.peers import PeerEnsemble, PeerHead
-from knowiso_train.utils.batch import get_inputs, labels_of
+from knowiso_train.utils.batch import get_inputs, labels_of, shuffle_loader
 
 WARMUP_DIVISOR = 20  # the learning rate rises over this part of the steps
 
@@ -49,10 +50,11 @@ def finetune_schedules(
         >>> [target for target, _ in finetune_schedules("auto", RefineFinetuneConfig(), labels=True, peers=True)]
         ['the consensus', 'the labels']
     """
-    schedules = [("the consensus", config)] if peers else []
-    if method == "auto" and labels:
+    schedules = [("the consensus", config)] if peers and config.uses_peers else []
+    if labels and (method == "auto" or not config.uses_peers):
         schedules.append(("the labels", replace(config, consensus_weight=0.0, kd_weight=0.0)))
-    return schedules
+    # Without labels and weights it is an error, which the trainer names
+    return schedules or ([("the consensus", config)] if method == "consensus" else [])
 
 
 class RefineTrainer:
@@ -129,7 +131,7 @@ class RefineTrainer:
             student.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, nesterov=True
         )
         self._schedule = WeightSchedule(warmup=max(1, config.steps // WARMUP_DIVISOR), total=max(2, config.steps))
-        self._forward: Callable[[Tensor], Tensor] = student
+        self._forward: Callable[[Tensor], Any] = student
         if accelerator is not None:
             self._forward, self.optimizer = accelerator.prepare(student, self.optimizer)
         self._stack = ExitStack()
@@ -217,13 +219,13 @@ class RefineTrainer:
         # One forward pass for both, the labeled images first
         batches = [batch for batch in (labeled, unlabeled) if batch is not None]
         inputs = torch.cat([_inputs(batch, self.student, self._transform) for batch in batches])
-        logits = self._forward(inputs)
+        logits = find_logits(self._forward(inputs))
         terms: dict[str, Tensor] = {}
         if self.consensus is not None:
             # Runs the frozen original and the peers on the captured inputs
             terms["consensus"] = self.config.consensus_weight * self.consensus()
             temperature = self.config.temperature
-            targets = self._ensemble.soft_targets(self.consensus.teacher_output, temperature)
+            targets = self._ensemble.soft_targets(find_logits(self.consensus.teacher_output), temperature)
             terms["soft_targets"] = self.config.kd_weight * kd_loss(logits, targets, temperature)
         if labeled is not None:
             labels = labels_of(labeled, "labeled images").to(logits.device)
@@ -341,9 +343,9 @@ def finetune_classifier(
         student = copy.deepcopy(unwrap_model(start))
         cycles: dict[str, BatchCycle] = {}
         if config.uses_peers or labeled is None:
-            cycles["unlabeled"] = BatchCycle(loader, "unlabeled images")
+            cycles["unlabeled"] = BatchCycle(shuffle_loader(loader), "unlabeled images")
         if labeled is not None:
-            cycles["labeled"] = BatchCycle(labeled, "labeled images")
+            cycles["labeled"] = BatchCycle(shuffle_loader(labeled), "labeled images")
         example = next(BatchCycle(loader, "unlabeled images")) if config.uses_peers and peers else None
         with RefineTrainer(student, teacher, model, peers, config, example, heads=heads) as trainer:
             if state is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from knowiso_train.errors import DataError, InputTypeError, LayerNameError, LayoutError, OptionError, ShapeError
-from knowiso_train.features.calls import call_model
+from knowiso_train.features.calls import call_model, find_logits
 from knowiso_train.features.extractor import Extractor
 from knowiso_train.features.hooks import call_input
 from knowiso_train.features.modules import named_layers
@@ -424,9 +424,12 @@ def flag_mismatched_classes(
 @torch.no_grad()
 def _outputs_its_head(model: ClassifierModel, batch: Any) -> bool:
     with record_outputs({model.head: model.classifier}) as outputs:
-        output = model.forward_batch(batch, HEAD_PROBE_IMAGES)
+        try:
+            output = find_logits(model.forward_batch(batch, HEAD_PROBE_IMAGES))
+        except ShapeError:
+            return False
     head_outputs = outputs.get(model.head, [])
-    if len(head_outputs) != 1 or not isinstance(output, Tensor) or output.shape != head_outputs[0].shape:
+    if len(head_outputs) != 1 or output.shape != head_outputs[0].shape:
         return False
     scale = head_outputs[0].abs().max().clamp_min(1e-12)
     return float((output - head_outputs[0]).abs().max()) <= MAX_HEAD_DIFFERENCE * float(scale)

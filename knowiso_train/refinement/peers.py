@@ -85,7 +85,7 @@ def score_peer(
     noise_floor = explained_share(shuffled, model_features, masks)
     useful = r2_of_model - max(noise_floor, 0.0) >= min_explained
     shares = f"{100 * r2_of_model:.1f} % of the network's features (noise floor {100 * noise_floor:.1f} %)"
-    reason = f"explains {shares}: left out"
+    reason = f"explains {shares}, less than min_explained={min_explained:g} above it: left out"
     return PeerScore(name, r2_of_model, r2_of_peer, noise_floor, useful, "" if useful else reason)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -373,13 +373,7 @@ def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 
     if max_images is not None and max_images < 1:
         raise OptionError(f"max_images must be positive or None, got {max_images}")
     check_loader(loader)
-    is_map_style = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-    if (
-        max_images is None
-        or not is_map_style
-        or not isinstance(loader, DataLoader)
-        or not isinstance(loader.sampler, SequentialSampler)
-    ):
+    if max_images is None or not _reads_in_order(loader):
         return loader
     count = len(loader.dataset)  # type: ignore[arg-type]
     if count <= max_images:
@@ -393,6 +387,36 @@ def subsample_loader(loader: Iterable[Any], max_images: int | None, seed: int = 
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
     )
+
+
+def shuffle_loader(loader: Iterable[Any]) -> Iterable[Any]:
+    """Return a loader of the same images in random order where it reads a dataset in its own order, else the loader.
+
+    Image folders are sorted by class, and batches of one class do not train.
+
+    Examples:
+        >>> loader = DataLoader(torch.utils.data.TensorDataset(torch.arange(100.0)), batch_size=50)
+        >>> first = next(iter(shuffle_loader(loader)))[0]
+        >>> len(first), bool((first.diff() == 1).all())
+        (50, False)
+    """
+    if not _reads_in_order(loader) or loader.batch_size is None:
+        return loader
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        shuffle=True,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+    )
+
+
+def _reads_in_order(loader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
+    """Return whether a loader is a plain `DataLoader` that reads a map-style dataset from first to last."""
+    is_map_style = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+    return is_map_style and isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
 
 
 def tensor_leaves(value: Any) -> list[Tensor]:

@@ -80,6 +80,11 @@ def test_sizes_of_processors() -> None:
         "input_size"
     ] == (3, 20, 20)
     assert processor_config({})["input_size"] == (3, 224, 224)
+    statistics = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+    assert processor_config(statistics | {"do_normalize": True})["mean"] == [0.4] * 3
+    for value in (False, None):  # None of MobileViT
+        config = processor_config(statistics | {"do_normalize": value})
+        assert (config["mean"], config["std"]) == ((0, 0, 0), (1, 1, 1))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from knowiso_train import Report, measure
 from knowiso_train.errors import CaptureError, DataError, NonFiniteError, ShapeError
-from knowiso_train.measurement.functional import FunctionalShare, default_logits
+from knowiso_train.features.calls import find_logits
+from knowiso_train.measurement.functional import FunctionalShare
 from knowiso_train.utils.hashing import split_by_hash
 
 SPLIT = (0.6, 0.2, 0.2)
@@ -282,7 +283,7 @@ def test_bad_outputs_are_found_before_maps_are_fitted(
 def test_logits_of_outputs() -> None:
     logits = torch.zeros(2, 3)
     for output in (logits, (logits,), {"logits": logits, "loss": torch.zeros(())}, [logits, torch.ones(2).long()]):
-        assert default_logits(output) is logits
+        assert find_logits(output) is logits
 
 
 def test_classes_that_an_output_excludes() -> None:

@@ -343,6 +343,17 @@ def test_samples_are_divided_by_the_images_that_the_loader_has(batches: list[int
     assert counts["2"] == pytest.approx(20 * 54, abs=len(batches) * 24)
 
 
+def test_batches_that_only_a_forward_of_ones_own_can_read() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    images = torch.randn(40, 3)
+    batches = [({"left": part, "right": part + 1}, torch.zeros(len(part))) for part in images.split(16)]
+    layers = {"2": model[2]}
+    own = input_moments(model, batches, layers, max_images=30, forward=lambda m, b: m(b[0]["left"]), progress=False)
+    plain = input_moments(model, images.split(16), layers, max_images=30, progress=False)
+    assert own["2"].moments.count == plain["2"].moments.count == 30
+    assert torch.equal(own["2"].moments.xx, plain["2"].moments.xx)
+
+
 class TestErrors:
     def test_nothing_is_left_behind_after_one(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).train()

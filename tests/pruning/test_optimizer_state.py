@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
+import knowiso_train as ki
 from knowiso_train.errors import InputTypeError, KnowisoWarning, OptionError, ShapeError
 from knowiso_train.pruning.index_tracking import track_kept_indices
 from knowiso_train.pruning.kept_indices import index_kept
@@ -346,3 +347,33 @@ class TestErrors:
             preserve_optimizer_state(model, "sgd"),
         ):  # type: ignore[arg-type]
             pass
+
+
+class WithoutBias(nn.Module):
+    """Without norms between the layers, so that a refit adds a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(m, n, 3, padding=1, bias=False) for m, n in ((3, 16), (16, 8)))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.b(self.a(x).relu()).relu().mean((2, 3)))
+        return out
+
+
+def test_biases_that_a_refit_adds_within_the_context_join_the_optimizer() -> None:
+    torch.manual_seed(0)
+    model, images = WithoutBias(), torch.randn(64, 3, 8, 8)
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9)
+    step(model, optimizer, 0)
+    original = copy.deepcopy(model)
+    importance = ki.IsomorphismImportance(model, [images], progress=False)
+    pruner = tp.pruner.BasePruner(model, images[:1], importance, pruning_ratio=0.5, ignored_layers=[model.head])
+    with preserve_optimizer_state(model, optimizer):
+        pruner.step()
+        ki.refit(model, original, [images], progress=False)
+    assert isinstance(model.b.bias, nn.Parameter)
+    before = model.b.bias.detach().clone()
+    step(model, optimizer, 1)
+    assert not torch.equal(model.b.bias, before)

@@ -16,7 +16,7 @@ import knowiso_train as ki
 from benchmarks.common import models
 from knowiso_train.errors import DataError, InputTypeError, KnowisoWarning, NonFiniteError, OptionError, ShapeError
 from knowiso_train.ops import patch_rows
-from knowiso_train.pruning import track_kept_indices
+from knowiso_train.pruning import reconstruction, track_kept_indices
 from knowiso_train.regression.ridge import KernelMoments, PrimalMoments
 from tests.helpers.pruned_models import settled
 
@@ -77,6 +77,22 @@ def error(a: nn.Module, b: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         wanted, got = a(x), b(x)
     return float((wanted - got).norm() / (wanted - wanted.mean(0)).norm())
+
+
+def test_residual_streams_are_dropped_after_the_layers_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    before_layer = reconstruction.NetworkReconstruction._before_layer
+
+    def counted(self: Any, name: str, *arguments: Any) -> None:
+        sizes.append(len(self.streams.results))
+        before_layer(self, name, *arguments)
+        sizes.append(len(self.streams.results))
+
+    monkeypatch.setattr(reconstruction.NetworkReconstruction, "_before_layer", counted)
+    model = trained()
+    ki.refit(drop(model, 0, [2, 5]), model, [pictures()], progress=False)
+    assert max(sizes) == 1  # of two residual sums
+    assert sizes[-1] == 0
 
 
 def test_nothing_pruned_nothing_changed() -> None:

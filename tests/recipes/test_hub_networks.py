@@ -81,12 +81,15 @@ def test_a_distilled_student_is_loaded_by_transformers(
 def test_a_network_is_pruned_and_trained(
     name: str, training: str, folder: Path, tmp_path: Path, words: Callable[..., list[str]]
 ) -> None:
-    options = f"--model hf:{folder}/{name} --model-pretrained --images 64 --macs 0.9 {training}"
-    command = words(*options.split())
-    assert prune.main(command) == 0
+    options = f"--model-pretrained --images 64 --macs 0.9 {training}".split()
+    with pytest.raises(OptionError, match=r"are for 2 classes, and the images have 3.*--model-checkpoint"):
+        prune.main(words("--model", f"hf:{folder}/{name}", *options))
+    config = AutoConfig.from_pretrained(folder / name, num_labels=3)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / name)
+    assert prune.main(words("--model", f"hf:{tmp_path}/{name}", *options)) == 0
     stages = {card["name"]: card for card in json.loads((tmp_path / "run/summary.json").read_text())["stages"]}
     assert stages["1-pruned"]["macs"] <= 0.9 * stages["original"]["macs"]
-    fresh = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder / name, num_labels=3))
+    fresh = AutoModelForImageClassification.from_config(config)
     network = ki.load_pruned(tmp_path / "run/pruned", model=fresh)
     assert network(torch.zeros(2, 3, SIDE, SIDE)).logits.shape == (2, 3)
     assert sum(p.numel() for p in network.parameters()) == stages["1-pruned"]["parameters"]

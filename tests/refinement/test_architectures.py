@@ -249,3 +249,40 @@ def test_saving_warns_where_timm_builds_another_network(tmp_path: Path) -> None:
     assert "in_chans=1" in json.loads((tmp_path / "card.json").read_text())["load"]
     loaded = timm.create_model("test_resnet", num_classes=3, in_chans=1, checkpoint_path=tmp_path / "model.safetensors")
     assert torch.equal(loaded.conv1[0].weight, result.model.conv1[0].weight)
+
+
+class DictNet(SignalNet):
+    """Network with outputs as those of transformers."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x), "hidden": x}
+
+
+@pytest.mark.parametrize("method", ["head", "consensus", "auto", "paper"])
+def test_networks_with_dict_outputs_are_refined_as_those_with_tensors(method: Any) -> None:
+    options: dict[str, Any] = {"labeled": LABELED, "validation": VALIDATION, "test": TEST, "progress": False}
+    if method in ("consensus", "paper"):
+        options["finetune_config"] = RefineFinetuneConfig(steps=3)
+    if method == "paper":
+        options["layer"] = "global_pool"
+    results = []
+    for kind in (SignalNet, DictNet):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KnowisoWarning)
+            results.append(refine(kind(0), kind(1), POOL, method=method, seed=3, **options))
+    plain, wrapped = (result.model.state_dict() for result in results)
+    assert plain.keys() == wrapped.keys()
+    for name, value in plain.items():
+        assert torch.equal(value, wrapped[name]), name
+    assert results[0].report.rows == results[1].report.rows
+
+
+def test_finetuning_on_the_labels_alone_needs_nothing_of_the_peers() -> None:
+    alone = RefineFinetuneConfig(steps=2, consensus_weight=0.0, kd_weight=0.0)
+    options: dict[str, Any] = {"labeled": LABELED, "validation": VALIDATION, "progress": False}
+    options |= {"transform": lambda x: 1.0 * x, "peer_transforms": lambda x: 1.0 * x}
+    report = refine(SignalNet(0), SignalNet(1), POOL, finetune_config=alone, **options).report
+    tuned = [row.name for row in report.rows if "fine-tuned" in row.name]
+    assert [name.rsplit(" to ", 1)[1] for name in tuned] == ["the labels"]
+    with pytest.raises(OptionError, match="another transform than the network"):
+        refine(SignalNet(0), SignalNet(1), POOL, finetune_config=RefineFinetuneConfig(steps=2), **options)
