@@ -104,7 +104,8 @@ def train(arm: str, teacher: Any, layers: Pairs, data: Data, args: argparse.Name
         return card
 
     network = build(role, args, data).to(accelerator.device)
-    to_input, to_teacher = input_transforms(network, teacher, args, accelerator.device)
+    size = image_size(role, args)
+    to_input, to_teacher = input_transforms(network, teacher, args, accelerator.device, size=size)
     loader: Any = training_loader(data[0], **loader_options(args))
     sampler = loader.sampler
     iso = None
@@ -182,22 +183,32 @@ def build(role: str, args: argparse.Namespace, data: Data) -> nn.Module:
     """Build the teacher or the student with its initial weights."""
     words, checkpoint, pretrained = (getattr(args, role + end) for end in ("", "_checkpoint", "_pretrained"))
     options = {"num_classes": data[2], "checkpoint": checkpoint, "pretrained": pretrained, "seed": args.seed}
-    channels, *sides = data[0][0][0].shape
-    size = 2 * [args.teacher_size] if role == "teacher" and args.teacher_size else sides
-    network = build_network(words, input_size=(channels, *size), **options)
+    network = build_network(words, input_size=input_shape(role, data, args), **options)
     if role == "teacher" and pretrained and checkpoint is None and not args.teacher_epochs:
         check_published_classifier(network, words[0], data[2], "Train it with --teacher-epochs")
     return network
 
 
+def image_size(role: str, args: argparse.Namespace) -> Any:
+    """Return the size of a network's images; "image" is that of the data."""
+    return args.teacher_size or "image" if role == "teacher" else "image"
+
+
+def input_shape(role: str, data: Data, args: argparse.Namespace) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of a network's images."""
+    channels, *sides = data[0][0][0].shape
+    size = image_size(role, args)
+    return (channels, *(sides if size == "image" else (size, size)))
+
+
 def input_transforms(
-    model: nn.Module, teacher: nn.Module | None, args: argparse.Namespace, device: torch.device
+    model: nn.Module, teacher: nn.Module | None, args: argparse.Namespace, device: torch.device, size: Any = "image"
 ) -> tuple[Any, Any]:
     """Return the transforms from images in [0, 1] to the network's inputs, and from these to the teacher's."""
-    to_input = input_transform(model, size="image").to(device)
+    to_input = input_transform(model, size=size).to(device)
     if teacher is None:
         return to_input, None
-    return to_input, InputBridge(to_input, input_transform(teacher, size=args.teacher_size or "image")).to(device)
+    return to_input, InputBridge(to_input, input_transform(teacher, size=image_size("teacher", args))).to(device)
 
 
 def choose_layers(teacher: nn.Module, data: Data, args: argparse.Namespace, output: RunFolder) -> Pairs:
@@ -224,11 +235,12 @@ def evaluate(
     role: str, model: nn.Module, data: Data, args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Return the card of a network with its test accuracy."""
-    to_input, _ = input_transforms(model, None, args, accelerator.device)
+    to_input, _ = input_transforms(model, None, args, accelerator.device, size=image_size(role, args))
     options = {"to_input": to_input.applied, "batch_size": args.batch_size, "workers": args.workers}
     top1 = top1_accuracy(model, data[1], accelerator, **options)
     words = getattr(args, role)
-    return {**network_card(model, words[0], timm_options(words, data[2]), data[0][0][0].shape), "top1": top1}
+    card = network_card(model, words[0], timm_options(words, data[2]), input_shape(role, data, args))
+    return {**card, "top1": top1}
 
 
 def explained_shares(
@@ -270,9 +282,12 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     words_help = "name in timm, and KEY=VALUE for timm.create_model; hf:OWNER/NAME or hf:FOLDER"
     add("--teacher", ["resnet10t", "channels=(32,64,128,256)"], str, words_help, nargs="+")
     add("--student", ["test_resnet"], str, words_help + "; a third of the default teacher", nargs="+")
-    for role, note in (("teacher", "; such a teacher is not trained"), ("student", "")):
+    for role, note, trained in (
+        ("teacher", "; such a teacher is not trained", "; trained further unless --teacher-epochs 0"),
+        ("student", "", ""),
+    ):
         add(f"--{role}-checkpoint", None, Path, "weight file to start from" + note)
-        add(f"--{role}-pretrained", False, help="start from the published weights")
+        add(f"--{role}-pretrained", False, help="start from the published weights" + trained)
     add("--teacher-size", None, at_least(1), "image size of the teacher, if it differs from the student's")
     add("--teacher-epochs", 6, at_least(0), "epochs to train the teacher with labels; 0: no training")
     add("--epochs", 2, at_least(1), "epochs of each arm; digits need few, 60 to 240 are usual for CIFAR")

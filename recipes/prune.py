@@ -257,7 +257,8 @@ def train(run: Run, stage: str, network: nn.Module, teacher: Any, epochs: int, l
             optimizer.zero_grad()
             training.advance(losses)
             training.save_if_due()
-    network.eval()
+    # Other stages run without the autocast that prepare has put around the forward
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
     folder.write_json("trained.json", {"stage": stage, "seconds": training.seconds})
     return True
 

@@ -429,10 +429,10 @@ def test_compare_weight_files_and_networks_with_a_reference(
     comparison = StageComparison.from_json(tmp_path / "a.json")
     assert comparison.names == ("same", "test_resnet")
     assert comparison["same"]["layer1"].lost < 0.001 < 0.05 < comparison["test_resnet"]["layer1"].lost
-    # A folder of results refuses another content of the file
-    stage = tmp_path / "stage.pth"
+    # A folder of results refuses another content of the file, whose path may hold "="
+    stage = tmp_path / "epoch=3-step=400.pth"
     torch.save(load_model("test_resnet", pretrained=False).state_dict(), stage)
-    resumed = compare_options(pictures, *words, "--stages", f"a={stage}", "--path", str(tmp_path / "stages"))
+    resumed = compare_options(pictures, *words, "--stages", str(stage), "--path", str(tmp_path / "stages"))
     assert main(resumed) == main(resumed) == 0
     torch.manual_seed(7)
     torch.save(load_model("test_resnet", pretrained=False).state_dict(), stage)

@@ -236,9 +236,18 @@ class IsomorphismCallback:
             self.log(measurement.metrics, step=self.steps)
         return measurement.report
 
-    def end(self) -> Report:
-        """Measure the last step if it was not measured, write the files to `path`, and return the last report."""
-        if not self.history or self.history[-1].step != self.steps:
+    @property
+    def measured(self) -> bool:
+        """True if the present step was measured."""
+        return bool(self.history) and self.history[-1].step == self.steps
+
+    def end(self, *, measure: bool = True) -> Report:
+        """Measure the last step if it was not measured, write the files to `path`, and return the last report.
+
+        Args:
+            measure: False: keep the last measurement, for networks whose weights are not those of the last step.
+        """
+        if measure and not self.measured:
             self.measure()
         if self.path is not None and ProcessGroup().rank == 0:
             self._write(self.path)

@@ -167,7 +167,8 @@ def _stages(args: argparse.Namespace) -> dict[str, Any]:
         return {stage.name: stage for stage in found}
     stages = {}
     for item in args.stages:
-        given, equals, value = item.partition("=")
+        # A path may hold "=", as the checkpoints of Lightning do
+        given, equals, value = ("", "", item) if Path(item).exists() else item.partition("=")
         value = value if equals else item
         is_file = Path(value).exists()
         name = given if equals else Path(value).stem if is_file else value

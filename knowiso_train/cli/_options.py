@@ -66,16 +66,17 @@ def load_images(args: argparse.Namespace, processes: Processes) -> DataLoader[An
     """Create the loader of --dataset."""
     from knowiso_train.loading.datasets import image_loader
 
-    return image_loader(
-        args.dataset,
-        split=args.split,
-        image_size=args.image_size,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        root=args.data_dir,
-        download=args.download,
-        pin_memory=processes.device.type == "cuda",
-    )
+    with processes.main_first():
+        return image_loader(
+            args.dataset,
+            split=args.split,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            root=args.data_dir,
+            download=args.download,
+            pin_memory=processes.device.type == "cuda",
+        )
 
 
 def autocast_dtype(args: argparse.Namespace) -> torch.dtype | None:

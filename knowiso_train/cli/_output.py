@@ -69,13 +69,14 @@ def write_report(report: Any, args: argparse.Namespace) -> None:
     for name in paths:
         if not hasattr(report, WRITERS[name]):
             raise OptionError(f"--{name} is not available for a {type(report).__name__}; use --html or --plot")
-    from knowiso_train.utils.serialization import write_json
+    from knowiso_train.utils.serialization import is_special, write_json
 
     for name, path in paths.items():
         getattr(report, WRITERS[name])(path)
     # The options beside the first file, so that --config repeats the command
-    if paths and hasattr(args, "dataset"):
-        path = next(iter(paths.values()))
+    files = [path for path in paths.values() if not is_special(path)]
+    if files and hasattr(args, "dataset"):
+        path = files[0]
         write_json(path.with_name(f"{path.stem}.config.json"), option_values(vars(args)))
     try:
         print(report, flush=True)

@@ -33,15 +33,15 @@ MIN_WINDOW_CALLS = 20
 # also follows directions of little variance, along which its gradient is large and changes with every solve: students
 # of short trainings were worse. With a large ridge these directions are never taught: students of long trainings were
 # worse. Chosen on validation images, see docs/benchmarks.md#distillation
-START_RIDGE, MIN_RIDGE, RIDGE_HALVING_CALLS = 0.3, 0.01, 100
+START_RIDGE, MIN_RIDGE, RIDGE_HALVING_CALLS = 0.3, 0.01, 500
 
 
 def decaying_ridge(call: int) -> float:
-    """Return the relative ridge `max(0.01, 0.3 / (1 + t / 100))` of a solve at call t of a training.
+    """Return the relative ridge `max(0.01, 0.3 / (1 + t / 500))` of a solve at call t of a training.
 
     Examples:
-        >>> [round(decaying_ridge(call), 3) for call in (0, 100, 200, 20_000)]
-        [0.3, 0.15, 0.1, 0.01]
+        >>> [round(decaying_ridge(call), 3) for call in (0, 1000, 20_000)]
+        [0.3, 0.1, 0.01]
     """
     return max(MIN_RIDGE, START_RIDGE / (1 + call / RIDGE_HALVING_CALLS))
 

@@ -96,7 +96,7 @@ class IsomorphismLoss(nn.Module):
         peer_layers: {teacher layer: peer layer}, one for all peers or one for each. Default: the teacher's names.
         peer_transforms: As `teacher_transform`, one for all peers or one for each.
         ridge: Ridge of the closed form, as a fraction of the mean variance of x_S. "auto" (default): 0.3 at first, 0.1
-            after 200 calls and 0.01 after 2,900. A large ridge favors features whose large directions explain the
+            after 1,000 calls and 0.01 after 14,500. A large ridge favors features whose large directions explain the
             teacher's; near 0 the share is that of `measure`.
         refresh: Calls between solves of the maps, which all processes share. Default: 10. With `scale="log"` each call
             in training also averages the shares over the processes.

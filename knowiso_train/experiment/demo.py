@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -28,7 +29,9 @@ def load_datasets(args: argparse.Namespace) -> tuple[Any, Any, int]:
         test = torch.arange(len(images)) % 5 < 3
         return TensorDataset(images[~test], labels[~test]), TensorDataset(images[test], labels[test]), 10
     options = {"image_size": args.image_size, "root": args.data_dir, **dict(args.data_options)}
-    return labeled_images(args.dataset, *args.splits, classes=args.classes, **options)
+    # The first process of each machine downloads
+    with PartialState().local_main_process_first():
+        return labeled_images(args.dataset, *args.splits, classes=args.classes, **options)
 
 
 def demo_digits() -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from knowiso_train.errors import OptionError
 from knowiso_train.experiment.arguments import parse_key_value
 from knowiso_train.experiment.demo import demo_efficientnet_file
-from knowiso_train.loading.checkpoints import read_weights
+from knowiso_train.loading.checkpoints import read_checkpoint
 from knowiso_train.loading.hub import is_hub_name, plain_logits
 from knowiso_train.loading.timm import load_model
 
@@ -148,5 +148,5 @@ def _num_classes(architecture: str, file: str) -> int | None:
     model = load_model(architecture, pretrained=False)
     classifier = model.get_classifier()  # type: ignore[operator]
     name = next((name for name, layer in model.named_modules() if layer is classifier), "")
-    weight = read_weights(file).get(f"{name}.weight")
+    weight = read_checkpoint(file, model.state_dict()).get(f"{name}.weight")
     return None if weight is None else len(weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,6 +53,10 @@ class Processes:
     def is_main(self) -> bool:
         """True in the process that prints and writes files."""
         return bool(self._state.is_main_process)
+
+    def main_first(self) -> AbstractContextManager[Any]:
+        """Let the first process of each machine run the context before the others, as for a download."""
+        return self._state.local_main_process_first()  # type: ignore[no-any-return]
 
     def __enter__(self) -> Self:
         return self

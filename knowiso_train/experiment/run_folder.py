@@ -174,8 +174,9 @@ class RunFolder:
             line = dump_json(entry, indent=None) + "\n"
             # A killed process may have left half a line, which the next entry must not continue
             with path.open("ab+") as file:
-                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                    line = "\n" + line
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else "\n" + line
                 file.write(line.encode())
 
     def read_log(self) -> list[dict[str, Any]]:

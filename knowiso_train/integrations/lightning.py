@@ -61,9 +61,11 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         self._logs_measurements = monitor is not None and monitor.log is None
         self._is_submodule = False
         self._optimizer_steps = 0
+        self._stage = "fit"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Exclude the loss from DDP before the module is wrapped, and register its hooks before any tuner trains."""
+        self._stage = stage
         prefixes = [prefix for prefix, module in pl_module.named_modules() if module is self.iso]
         self._is_submodule = bool(prefixes)
         if self.iso is not None and prefixes:
@@ -121,11 +123,13 @@ class IsomorphismLightningCallback(Callback):  # type: ignore[misc]  # followed 
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the states of `state_dict`.
+        """Restore the states of `state_dict` for a training; an evaluation of a checkpoint does not restore them.
 
         Raises:
             FormatError: The checkpoint is of a callback with another loss or monitor.
         """
+        if self._stage != "fit":
+            return
         parts = {"monitor": self.monitor, "iso": None if self._is_submodule else self.iso}
         expected = {name for name, part in parts.items() if part is not None}
         if set(state_dict) != expected:

@@ -77,6 +77,11 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
         ):
             self.monitor.measure()
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Measure the last step of a training that this evaluation has stopped, before other weights are loaded."""
+        if self.monitor is not None and control.should_training_stop and not self.monitor.measured:
+            self.monitor.measure()
+
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Save the states in the Trainer's checkpoint folder."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -85,10 +90,12 @@ class IsomorphismTrainerCallback(TrainerCallback):  # type: ignore[misc]  # tran
         if args.should_save and self.monitor is not None:
             write_json(folder / MONITOR_FILE, self.monitor.state_dict())
 
-    def on_train_end(self, *events: Any, **more: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Write the report, and remove the hooks."""
         if self.monitor is not None:
-            self.monitor.end()
+            # The best weights may be loaded by now, which are not those of the last step
+            restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            self.monitor.end(measure=not restored or not self.monitor.history)
         if self.iso is not None:
             self.iso.detach()
 

@@ -35,13 +35,27 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, in_order: bool = Fals
         FormatError: Not a state dict, or one of another network; the message shows the first mismatch.
     """
     own = model.state_dict()
-    weights = _without_prefix(_read_all(Path(path)), own)
+    weights = read_checkpoint(path, own)
     if set(weights) != set(own) and in_order:
         weights = dict(zip(own, _in_order(own, weights, path), strict=True))
     _check(own, weights, path, model)
     # The dict of the model holds the versions of its modules, which safetensors files lack and some modules check
     own.update(weights)
     model.load_state_dict(own)
+
+
+def read_checkpoint(path: str | Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a file or folder under the names of a network, see `load_checkpoint`.
+
+    Args:
+        path: File or folder.
+        own: State dict of the network. Only its names are read.
+
+    Raises:
+        DataError: No such file, or a folder without weights.
+        FormatError: Not a state dict.
+    """
+    return _without_prefix(_read_all(Path(path)), own)
 
 
 def weight_files(path: str | Path) -> list[Path]:

@@ -79,7 +79,8 @@ def load_hub_model(name: str, *, pretrained: bool = True, num_classes: int | Non
     # The classes of the weights, also where `num_classes` is another number
     published = AutoConfig.from_pretrained(name).num_labels
     model.pretrained_cfg = processor_config(processor, model.config) | {"num_classes": published}
-    return model.eval()  # type: ignore[no-any-return]
+    # transformers 5 keeps the precision of the file
+    return model.float().eval()  # type: ignore[no-any-return]
 
 
 def processor_config(processor: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
@@ -93,6 +94,9 @@ def processor_config(processor: Mapping[str, Any], config: Any = None) -> dict[s
         >>> processor_config({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}})["input_size"]
         (3, 224, 224)
     """
+    own = processor.get("data_config")
+    if isinstance(own, Mapping):  # a network of timm
+        return {name: own.get(name) for name in ("input_size", "mean", "std", "interpolation")}
     size = (processor.get("crop_size") if processor.get("do_center_crop", True) else None) or processor.get("size")
     if size is None:
         size = getattr(config, "image_size", None) or DEFAULT_SIDE

@@ -144,6 +144,9 @@ class RefineTrainer:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        if self._accelerator is not None:
+            # Without the autocast that prepare has put around the forward
+            self._accelerator.unwrap_model(self._forward, keep_fp32_wrapper=False)
         for parameter, needed in self._classifier_flags:
             parameter.requires_grad_(needed)
 

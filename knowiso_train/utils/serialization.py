@@ -243,13 +243,13 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['weights.bin']
     """
+    if is_special(path):
+        yield Path(path)
+        return
     # The target of a symbolic link is replaced, not the link itself.
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise DataError(f"expected the name of a file, got the folder {path}. Add a file name to the path")
-    if path.exists() and not path.is_file():
-        yield path
-        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -266,6 +266,17 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+
+
+def is_special(path: str | Path) -> bool:
+    """Return whether a path is that of a pipe or device, such as /dev/stdout, and not of a file or folder.
+
+    Examples:
+        >>> is_special("report.json")
+        False
+    """
+    path = Path(path)
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _delete_leftovers(folder: Path, prefix: str, time: float) -> None:

@@ -194,6 +194,19 @@ class TestLightning:
         assert len(own) > 3
         assert ignored == set(own)
 
+    def test_the_evaluation_of_a_checkpoint_does_not_restore_the_monitor(self, tmp_path: Path) -> None:
+        module = self.module("closed_form", registered=False)
+        trainer, monitor = self.trainer(module, tmp_path, steps=2)
+        trainer.fit(module, self.images())
+        trainer.save_checkpoint(tmp_path / "two.ckpt")
+        trainer.fit_loop.epoch_loop.max_steps = 4
+        trainer.fit(module, self.images())
+        steps = [measured.step for measured in monitor.history]
+        assert monitor.steps == 4
+        trainer.validate(module, self.held_out(), ckpt_path=tmp_path / "two.ckpt", weights_only=False)
+        assert monitor.steps == 4
+        assert [measured.step for measured in monitor.history] == steps
+
     def test_another_callbacks_state_is_refused(self) -> None:
         module = self.module("closed_form", registered=False)
         callback = self.own.IsomorphismLightningCallback(module.held[0])

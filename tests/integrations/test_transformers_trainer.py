@@ -206,6 +206,23 @@ class TestTransformers:
         ]
         assert all(torch.equal(first.model.state_dict()[name], value) for name, value in student.state_dict().items())
 
+    def test_the_last_step_is_measured_before_the_best_weights_are_loaded(self, tmp_path: Path) -> None:
+        trainer = self.trainer(tmp_path, max_steps=9)
+        callback, monitor = trainer._isomorphism, self.monitor(trainer)
+        monitor.steps = 3
+        stops = SimpleNamespace(should_training_stop=True)
+        callback.on_evaluate(trainer.args, trainer.state, SimpleNamespace(should_training_stop=False))
+        assert not monitor.measured
+        callback.on_evaluate(trainer.args, trainer.state, stops)
+        assert monitor.measured
+        # A step that was not measured is not that of the weights that were loaded
+        monitor.steps = 5
+        arguments = SimpleNamespace(load_best_model_at_end=True)
+        callback.on_train_end(arguments, SimpleNamespace(best_model_checkpoint="checkpoint-3"), stops)
+        assert [measured.step for measured in monitor.history] == [3]
+        callback.on_train_end(arguments, SimpleNamespace(best_model_checkpoint=None), stops)
+        assert [measured.step for measured in monitor.history] == [3, 5]
+
     def stopping(self, at: int) -> Any:
         class Stopping(self.hf.TrainerCallback):  # type: ignore[misc, name-defined]
             def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:

@@ -11,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 
 import knowiso_train as ki
 from knowiso_train.cli import main
-from knowiso_train.errors import DataError, OptionError
+from knowiso_train.errors import DataError, KnowisoWarning, OptionError
 from knowiso_train.loading import input_transform, load_model
 from knowiso_train.loading.hub import processor_config
 
@@ -43,6 +43,14 @@ def test_the_network_has_its_weights_and_the_transform_of_its_processor(folders:
         with torch.no_grad():
             inputs = transform(images)
             torch.testing.assert_close(network(inputs).logits, saved(inputs).logits)
+
+
+def test_weights_in_half_precision_are_loaded_in_float32(folders: list[Path], tmp_path: Path) -> None:
+    ResNetForImageClassification.from_pretrained(folders[0]).half().save_pretrained(tmp_path)
+    for pretrained in (True, False):
+        with pytest.warns(KnowisoWarning, match="no image processor"):
+            network = load_model(f"hf:{tmp_path}", pretrained=pretrained)
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
 def test_random_weights_and_another_classifier(folders: list[Path]) -> None:
@@ -80,6 +88,8 @@ def test_sizes_of_processors() -> None:
         "input_size"
     ] == (3, 20, 20)
     assert processor_config({})["input_size"] == (3, 224, 224)
+    own = {"input_size": (3, 160, 160), "mean": (0.5,), "std": (0.25,), "interpolation": "bicubic", "crop_pct": 1.0}
+    assert processor_config({"data_config": own}) == {key: own[key] for key in list(own)[:4]}
     statistics = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3}
     assert processor_config(statistics | {"do_normalize": True})["mean"] == [0.4] * 3
     for value in (False, None):  # None of MobileViT

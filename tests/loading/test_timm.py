@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.models import DATA
 from knowiso_train.errors import DataError, FormatError, InputTypeError, MissingDependencyError, OptionError, ShapeError
+from knowiso_train.experiment.networks import build_checkpoint
 from knowiso_train.experiment.processes import Processes
 from knowiso_train.features import named_stages
 from knowiso_train.features.summary import layer_summary
@@ -328,3 +329,12 @@ def test_processes_alone_and_devices_that_are_not_there() -> None:
     assert alone.device.type == "cpu"
     with pytest.raises(OptionError, match="'nonsense'"):
         Processes("nonsense")
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "model."])
+def test_a_weight_file_gives_its_number_of_classes(prefix: str, tmp_path: Path) -> None:
+    saved = load_model("test_resnet", pretrained=False, num_classes=4)
+    file = tmp_path / "epoch=3.pth"
+    torch.save({f"{prefix}{name}": value for name, value in saved.state_dict().items()}, file)
+    built = build_checkpoint(f"test_resnet={file}")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), built.parameters(), strict=True))

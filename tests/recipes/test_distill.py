@@ -267,6 +267,17 @@ def test_arms_differ_and_start_alike(words: Callable[..., list[str]], teacher: l
     assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
 
 
+def test_a_teacher_of_another_size_is_trained_and_tested_at_that_size(
+    words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    # A ViT of fixed size fails on images of another one
+    options = "--teacher vit_tiny_patch16_224 img_size=32 depth=1 --teacher-size 32 --teacher-epochs 1 --epochs 1"
+    layers = "--arms iso --student test_resnet --layers layer2=blocks.0"
+    assert distill.main(words(tmp_path, *options.split(), *layers.split())) == 0
+    card = json.loads((tmp_path / "summary.json").read_text())["arms"][0]
+    assert card["input"]["size"] == [3, 32, 32]
+
+
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [

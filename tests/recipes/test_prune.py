@@ -208,6 +208,22 @@ def test_killed_it_goes_on_to_the_same_weights(
     assert [row[0] for row in rows if row and row[0] in STAGES] == STAGES
 
 
+def test_the_original_runs_without_the_autocast_of_its_training(
+    words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: dict[str, Any] = {}
+    compare = prune.compare_networks
+    monkeypatch.setattr(
+        prune, "compare_networks", lambda nets, *a, **k: compared.update(nets) or compare(nets, *a, **k)
+    )
+    assert prune.main(words(tmp_path, "--macs", "0.7", "--mixed-precision", "bf16")) == 0
+    fresh = load_model("test_resnet", pretrained=False, num_classes=3, channels=(8, 8, 16, 16))
+    load_checkpoint(fresh, tmp_path / "original" / "original.safetensors")
+    images = torch.randn(4, 3, SIDE, SIDE)
+    with torch.no_grad():
+        assert torch.equal(compared["original"](images), fresh.eval()(images))
+
+
 def test_one_shot_from_a_weight_file(whole: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
     start = ["--model-checkpoint", str(whole / "original" / "original.safetensors")]
     assert prune.main(words(tmp_path, *start, "--params", "0.7", "--round-to", "4", "--ignored", "layer1")) == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +131,9 @@ def test_a_folder_in_place_of_a_file_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected the name of a file, got the folder .*Add a file name"):
         write_json(tmp_path, {"epochs": 3})
     assert not list(tmp_path.iterdir())
+
+
+def test_standard_output_in_a_pipe_is_written_to() -> None:
+    code = "from knowiso_train.utils.serialization import write_json; write_json('/dev/stdout', {'a': 1})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, json.loads(run.stdout)) == (0, {"a": 1}), run.stderr
