@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knowiso_train.distillation._feature_map import MIN_RELATIVE_STD, FeatureMap, warn_once
+from knowiso_train.distillation._feature_map import MIN_RELATIVE_STD, FeatureMap, replaced, warn_once
 from knowiso_train.ops.im2col import conv_weight
 from knowiso_train.ops.residual_energy import gram_residual_energy, residual_energy
 from knowiso_train.regression.moments import Moments, RunningMoments
@@ -176,13 +176,14 @@ class ClosedFormMap(FeatureMap):
         elif source_variance <= min_source_variance:
             warn_once(self, f"{self.name}: the student's feature is constant: it explains nothing")
         matrix, bias = self._solve(moments, min_source_variance * float(moments.count))
-        self.weight.copy_(conv_weight(matrix, self.kernel_size))
-        self.bias.copy_(bias)
+        # New tensors: the loss of an earlier call may still need the old ones in its backward pass
+        self.weight = replaced(self.weight, conv_weight(matrix, self.kernel_size))
+        self.bias = replaced(self.bias, bias)
         if self.kernel_size == 1:
-            self.center.copy_(moments.mean_x)
+            self.center = replaced(self.center, moments.mean_x)
         self._update_gram()
         # Division by an infinite variance: the unexplained share of a constant is 0
-        self.variance.fill_(math.inf if constant_target else variance)
+        self.variance = torch.full_like(self.variance, math.inf if constant_target else variance)
         self.ready = True
 
     def _window_calls(self, samples: int, interval: int, batch_images: int) -> float:
@@ -211,7 +212,7 @@ class ClosedFormMap(FeatureMap):
         if self.use_gram:
             matrix = self.weight[:, :, 0, 0]
             matrix = matrix if matrix.device.type == "mps" else matrix.double()
-            self.gram.copy_(matrix.T @ matrix)
+            self.gram = replaced(self.gram, matrix.T @ matrix)
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)

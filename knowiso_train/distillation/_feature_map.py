@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from knowiso_train.errors import KnowisoWarning, NonFiniteError
@@ -21,6 +22,11 @@ def warn_once(part: Any, message: str, kind: str = "") -> None:
     if kind not in issued:
         warnings.warn(message, KnowisoWarning, stacklevel=2)
     issued.add(kind)
+
+
+def replaced(buffer: Tensor, values: Tensor) -> Tensor:
+    """Return a new tensor of a buffer's dtype, device and layout with other values."""
+    return torch.empty_like(buffer).copy_(values)
 
 
 def check_finite(pair: LayerPair, loss: Tensor, feature: Tensor, target: Tensor, step: int) -> None:

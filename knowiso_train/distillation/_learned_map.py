@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.disentangle.paper import PaperMaps
-from knowiso_train.distillation._feature_map import MIN_RELATIVE_STD, FeatureMap, warn_once
+from knowiso_train.distillation._feature_map import MIN_RELATIVE_STD, FeatureMap, replaced, warn_once
 from knowiso_train.ops.reference import channel_scale
 from knowiso_train.ops.residual_energy import residual_energy
 from knowiso_train.regression.moments import RunningMoments
@@ -76,8 +76,11 @@ class LearnedMap(FeatureMap):
             if self.solve_due:
                 self._update_scales(x, y)
             self.calls += 1
-        if not (self.ready and y.numel()):
+        if not self.ready:
             return 0 * x.float().sum()
+        if not y.numel():
+            # The gradients of the maps are reduced over the processes in the backward pass, also from here
+            return 0 * (x.float().sum() + sum(parameter.sum() for parameter in self.maps.parameters()))
         dtype = torch.promote_types(self.maps.gates.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             energy = self._energy(x.to(dtype), y)
@@ -109,7 +112,7 @@ class LearnedMap(FeatureMap):
         scale_sum = scale_sum.to(group.device)
         group.sum_(scale_sum)
         if bool(scale_sum.isfinite().all() & (scale_sum[1] > 0)):
-            self.source_scale.copy_(scale_sum[0] / scale_sum[1])
+            self.source_scale = replaced(self.source_scale, scale_sum[0] / scale_sum[1])
         moments = self.target.all_reduce(group)
         if not float(moments.count):
             return
@@ -117,8 +120,9 @@ class LearnedMap(FeatureMap):
         if not variance > MIN_RELATIVE_STD**2 * float(moments.mean_y.square().mean()):
             warn_once(self, f"{self.name}: the teacher's feature is constant: the loss of this pair is 0")
             return
-        self.mean.copy_(moments.mean_y)
-        self.spread.fill_(math.sqrt(variance))
+        # New tensors: the loss of an earlier call may still need the old ones in its backward pass
+        self.mean = replaced(self.mean, moments.mean_y)
+        self.spread = torch.full_like(self.spread, math.sqrt(variance))
         self.ready = True
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -46,7 +46,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
         True
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    return _divergence(student, teacher) * temperature**2
 
 
 def dkd_loss(
@@ -93,8 +93,7 @@ def dkd_loss(
         return binary, log_p[~is_target].view(len(log_p), -1) - log_other[:, None]
 
     (student_binary, student_others), (teacher_binary, teacher_others) = decouple(student), decouple(teacher)
-    tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
+    tckd, nckd = _divergence(student_binary, teacher_binary), _divergence(student_others, teacher_others)
     return (alpha * tckd + beta * nckd) * temperature**2
 
 
@@ -256,6 +255,13 @@ def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperatu
     student, teacher = _logits(student_logits, teacher_logits)
     temperature = checked_value("temperature", temperature, PositiveFloat)
     return F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the KL divergence of log-probabilities, averaged over the batch; 0 log 0 = 0 for masked classes."""
+    # Logits of -inf mask a class, and 0 · (-inf - x) would be NaN
+    difference = torch.where(teacher > -torch.inf, teacher - student, torch.zeros_like(teacher))
+    return (teacher.exp() * difference).sum() / len(student)
 
 
 @dataclass(frozen=True)

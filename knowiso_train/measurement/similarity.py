@@ -16,7 +16,7 @@ from torch import Tensor
 
 from knowiso_train.errors import CapacityError, OptionError, ShapeError
 from knowiso_train.regression.moments import Moments, StreamingMoments
-from knowiso_train.regression.ridge import MAX_SEARCH_FEATURES, solve_ridge
+from knowiso_train.regression.ridge import MAX_SEARCH_FEATURES, Spectrum
 from knowiso_train.utils.distributed import ProcessGroup
 
 SimilarityName = Literal["cka", "procrustes", "r2", "pooled_cka", "pooled_procrustes", "pooled_r2"]
@@ -171,6 +171,7 @@ class SimilarityMoments:
                 "Measure this layer without similarity=, or pair a pooled layer"
             )
         self.names, self.source_channels = tuple(names), source_channels
+        self.precision: float = torch.finfo(torch.float64).eps
         # Moments of the joint feature (x, y), of the images that fit and of those that report, by kind of sample
         self._moments = {
             pooled: [StreamingMoments(source_channels + target_channels, 1, 1, device) for _ in range(2)]
@@ -198,6 +199,8 @@ class SimilarityMoments:
             pooled: Features (M, C_A, 1, 1) and (M, C_B, 1, 1) of the M images, where the positions of x and y are not
                 grouped by image. Default: means over positions.
         """
+        if torch.promote_types(x.dtype, y.dtype) != torch.float64:
+            self.precision = torch.finfo(torch.float32).eps  # of the products of a batch
         for is_pooled, sets in self._moments.items():
             features: Sequence[Tensor] = (x, y)
             if is_pooled:
@@ -207,6 +210,7 @@ class SimilarityMoments:
 
     def all_reduce(self, group: ProcessGroup) -> None:
         """Merge the moments of all processes."""
+        self.precision = max(group.gather(self.precision))
         for sets in self._moments.values():
             for moments in sets:
                 moments.all_reduce(group)
@@ -225,7 +229,7 @@ class SimilarityMoments:
     def result(self) -> dict[str, float]:
         """Return the similarities by name; NaN for constant features."""
         covariances = {
-            pooled: [_blocks(moments.value, self.source_channels) for moments in sets]
+            pooled: [_blocks(moments.value, self.source_channels, self.precision) for moments in sets]
             for pooled, sets in self._moments.items()
         }
         measures = {"cka": _cross_cka, "procrustes": _procrustes, "r2": _r2}
@@ -255,18 +259,27 @@ def similarity_names(option: bool | SimilarityName | Sequence[SimilarityName]) -
 
 @dataclass(frozen=True)
 class _Covariances:
-    """Sums of products of centered features; `moments` has the source as features and the target as targets."""
+    """Sums of products of centered features.
+
+    Attributes:
+        moments: Moments with the source as features and the target as targets.
+        yy: Products of the target.
+        precision: Relative rounding error of the products.
+    """
 
     moments: Moments
     yy: Tensor
+    precision: float = torch.finfo(torch.float64).eps
 
 
-def _blocks(joint: Moments, source_channels: int) -> _Covariances:
+def _blocks(joint: Moments, source_channels: int, precision: float) -> _Covariances:
     """Split the moments of a joint feature (x, y)."""
     x, y = slice(0, source_channels), slice(source_channels, None)
     yy = joint.xx[y, y]
     return _Covariances(
-        Moments(joint.count, joint.mean_x[x], joint.mean_x[y], joint.xx[x, x], joint.xx[x, y], yy.diagonal()), yy
+        Moments(joint.count, joint.mean_x[x], joint.mean_x[y], joint.xx[x, x], joint.xx[x, y], yy.diagonal()),
+        yy,
+        precision,
     )
 
 
@@ -313,10 +326,12 @@ def _procrustes(fit: _Covariances, report: _Covariances) -> float:
 
 
 def _r2(fit: _Covariances, report: _Covariances) -> float:
-    weight, moments = solve_ridge(fit.moments, 0.0).weight, report.moments
+    # Least squares of minimum norm, without directions whose variance is rounding
+    spectrum, moments = Spectrum.of(fit.moments), report.moments
+    weight = spectrum.vectors @ spectrum.coefficients(spectrum.rotate(fit.moments.xy), 0.0, fit.precision)
     # Σ‖ỹ - Wᵀx̃‖² of the report images about their own means, as for the unexplained share
     residual = moments.yy.sum() - 2 * (weight * moments.xy).sum() + (weight * (moments.xx @ weight)).sum()
-    total = moments.yy.sum()
+    residual, total = residual.clamp(min=0), moments.yy.sum()
     return float(1 - residual / total) if total > 0 else float("nan")
 
 

@@ -102,9 +102,9 @@ def _gate(x: Tensor | None, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     out, scales = torch.empty_like(h), []
     for part in _chunks(len(h), h[0].nbytes):
         scale = _scale(h[part])
-        # p ReLU(h / σ) = (p / σ) ReLU(h), as σ > 0
-        factor, rectified = (p.to(scale.dtype) / scale).to(h.dtype), h[part].clamp(min=0)
-        out[part] = rectified.mul_(factor) if x is None else rectified.mul_(factor).add_(x[part])
+        # p ReLU(h / σ) = (p / σ) ReLU(h), as σ > 0. Half precision has no room for 1 / σ of a constant map
+        gated = h[part].clamp(min=0).to(scale.dtype).mul_(p.to(scale.dtype) / scale)
+        out[part] = gated if x is None else gated.add_(x[part])
         scales.append(scale.flatten(1))
     return out, torch.cat(scales)
 
@@ -120,9 +120,10 @@ def _gate_backward(upstream: Tensor, h: Tensor, scale: Tensor, p: Tensor) -> tup
         result: tuple[Tensor, Tensor] = triton_kernels.backward(upstream, h, scale, p)
         return result
     # With the upstream gradient u: ∂/∂h = (p / σ) u 1[h > 0], ∂/∂p = Σ u 1[h > 0] h / σ
-    masked = torch.ops.aten.threshold_backward(upstream, h, 0)
-    grad_p = (torch.linalg.vecdot(masked.flatten(2), h.flatten(2)).to(scale.dtype) / scale).sum().to(p.dtype)
-    return masked.mul_((p.to(scale.dtype) / scale).to(h.dtype)[:, :, None, None]), grad_p
+    masked = torch.ops.aten.threshold_backward(upstream, h, 0).to(scale.dtype)
+    products = torch.linalg.vecdot(masked.flatten(2), h.to(scale.dtype).flatten(2))
+    grad_p = (products / scale).sum().to(p.dtype)
+    return masked.mul_((p.to(scale.dtype) / scale)[:, :, None, None]).to(h.dtype), grad_p
 
 
 @_gate_backward.register_fake
@@ -153,7 +154,7 @@ def _gate_orders(orders: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     for part in _chunks(orders.shape[1], orders[0, 0].nbytes):
         h = orders[:, part].sum(0)
         scale = _scale(h)
-        factor = (h > 0).to(h.dtype).mul_((p.to(scale.dtype) / scale).to(h.dtype))
+        factor = (h > 0).to(scale.dtype).mul_(p.to(scale.dtype) / scale)
         torch.mul(orders[:, part], factor, out=out[:, part])
         scales.append(scale.flatten(1))
     return out, torch.cat(scales)
@@ -174,11 +175,11 @@ def _gate_orders_backward(upstream: Tensor, orders: Tensor, scale: Tensor, p: Te
     # With the upstream gradients u_j: ∂/∂x_j = D u_j, ∂/∂p = Σ_j u_j 1[h > 0] x_j / σ
     grad_orders, grad_p = torch.empty_like(orders), torch.zeros((), dtype=scale.dtype, device=p.device)
     for part in _chunks(orders.shape[1], orders[0, 0].nbytes):
-        mask = (orders[:, part].sum(0) > 0).to(orders.dtype)
+        mask = (orders[:, part].sum(0) > 0).to(scale.dtype)
         masked = upstream[:, part] * mask
-        products = torch.linalg.vecdot(masked.flatten(3), orders[:, part].flatten(3))
-        grad_p += (products.to(scale.dtype) / scale[part]).sum()
-        factor = (p.to(scale.dtype) / scale[part]).to(orders.dtype)[:, :, None, None]
+        products = torch.linalg.vecdot(masked.flatten(3), orders[:, part].to(scale.dtype).flatten(3))
+        grad_p += (products / scale[part]).sum()
+        factor = (p.to(scale.dtype) / scale[part])[:, :, None, None]
         torch.mul(masked, factor, out=grad_orders[:, part])
     return grad_orders, grad_p.to(p.dtype)
 

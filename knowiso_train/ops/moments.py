@@ -233,7 +233,8 @@ class _ImplicitPatches:
         for a, b in pairs:
             both = _intersect(inside[a], inside[b], self.offsets[a], self.offsets[b])
             left, right, count = _sum(field_x, both[0]), _sum(field_x, both[1]), images * _size(both[0])
-            block = blocks[a, :, b].double()
+            # A copy: for float64 and a = b the transpose below would overlap what it is written to
+            block = blocks[a, :, b].to(torch.float64, copy=True)
             block += torch.outer(left, m) + torch.outer(m, right + count * m) - rows * torch.outer(means[a], means[b])
             blocks[a, :, b] = block
             blocks[b, :, a] = block.T

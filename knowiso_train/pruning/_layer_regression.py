@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from knowiso_train.ops.linalg import full_precision
 from knowiso_train.pruning._tracing import batch_norm_affine
 from knowiso_train.pruning.layer_samples import WIDE_LAYER_FEATURES
 from knowiso_train.regression.ridge import ROW_CHUNK_SIZE, KernelMoments, PrimalMoments
@@ -362,7 +363,8 @@ class ReLURegression:
             x = x if self.columns is None else x[:, :, self.columns]
             shift = self.limits.rows(start, stop).project(y, _predict(x, weight, bias)) - y
             mean_shift += shift.sum(0, dtype=torch.float64)
-            cross_shift += x.permute(1, 2, 0) @ shift.transpose(0, 1)
+            with full_precision(x.device):
+                cross_shift += x.permute(1, 2, 0) @ shift.transpose(0, 1)
         mean_shift /= count
         xy = moments.xy + cross_shift / count - moments.mean_x[..., None] * mean_shift[:, None]
         return replace(moments, mean_y=moments.mean_y + mean_shift, xy=xy)
@@ -370,7 +372,8 @@ class ReLURegression:
 
 def _predict(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the outputs (R, G, o), float32."""
-    return (x.float().transpose(0, 1) @ weight.float()).transpose(0, 1) + bias.float()
+    with full_precision(x.device):
+        return (x.float().transpose(0, 1) @ weight.float()).transpose(0, 1) + bias.float()
 
 
 @torch.no_grad()

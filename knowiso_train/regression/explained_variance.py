@@ -13,6 +13,7 @@ from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import Stream, hash_unit
 
 INTERVAL_QUANTILES = (0.025, 0.975)
+CONSTANT_ENERGY = 1e-12  # of the target's energy about the fitting mean; below, its variance is rounding
 # P(X ≤ n) of Poisson(1) for n = 0 … 8; larger counts have probability 1e-6
 _POISSON_CDF = np.cumsum([np.exp(-1.0) / np.prod(np.arange(1, n + 1, dtype=float)) for n in range(9)])
 
@@ -105,12 +106,17 @@ class ResidualStatistics:
         """Return shares and intervals; a target without variance has a share of order 0 of 1."""
         # Σ (v - mean)² = Σ v² - (Σ v)² / n, per row and channel
         mean_energy = self.sums.square().sum(1) / self.rows.clamp(min=1)
-        shares, unexplained, variances = self._split((self.energy - mean_energy).clamp(min=0)[None])
+        # The difference of a constant target is rounding; without it every share is that of order 0
+        energy = (self.energy - mean_energy).clamp(min=0)
+        constant = energy[0] <= CONSTANT_ENERGY * self.energy[0]
+        energy = torch.where(constant, torch.zeros_like(energy), energy)
+        shares, unexplained, variances = self._split(energy[None])
         replicates = None
         if self.bootstrap and self.images > 1:
             # A replicate's mean energy is that of all images times its total weight: the mean is not resampled
             weight = self.replicates[:, -1:]
             energies = (self.replicates[:, :-1] - mean_energy * weight / self.images.clamp(min=1)).clamp(min=0)
+            energies = torch.where(constant, torch.zeros_like(energies), energies)
             replicates = self._split(energies[weight[:, 0] > 0])
         share_samples, unexplained_samples, variance_samples = replicates or (None, None, None)
         return ShareEstimate(

@@ -1,7 +1,8 @@
 """Ridge regression from second moments or from samples: the only ridge solvers of the library.
 
 All minimize `‖y - Bᵀx‖² + λ ‖B - A‖²` for centered x and y. The ridge ρ is relative: `λ = ρ · tr(S)/d`, a fraction of
-the mean diagonal of the Gram matrix S, called dampening in pruning (SparseGPT, GPTQ). The solutions are
+the mean diagonal of the Gram matrix S, called dampening in pruning (SparseGPT, GPTQ). `RidgeSolver` with more features
+than samples takes that of the Gram matrix of the samples, `λ = ρ · tr(S)/n`. The solutions are
 
 - primal: `B = A + (S + λI)⁻¹ (S_xy - S A)`,
 - dual, for more features than samples: `B = A + Xᵀ (X Xᵀ + λI)⁻¹ (Y - X A)`.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError, OptionError
-from knowiso_train.ops.linalg import gram, jittered_cholesky
+from knowiso_train.ops.linalg import full_precision, gram, jittered_cholesky
 from knowiso_train.regression.moments import Moments
 
 Ridge = float | Literal["search"]
@@ -81,15 +82,17 @@ class Spectrum:
         """Return `Vᵀ matrix`."""
         return self.vectors.T @ matrix
 
-    def coefficients(self, rotated: Tensor, penalty: float | Tensor) -> Tensor:
+    def coefficients(self, rotated: Tensor, penalty: float | Tensor, precision: float | None = None) -> Tensor:
         """Return `(Λ + penalty)⁻¹ rotated`, with 0 in directions whose eigenvalue is rounding.
 
         Args:
             rotated: Right-hand side in eigenvectors, (d, c).
             penalty: λ ≥ 0.
+            precision: Relative rounding error ε of the matrix. None: that of its dtype.
         """
         # An eigenvalue below ε d λ_max has no correct digit: the pseudo-inverse leaves its direction out
-        rounding = self.values[-1] * len(self.values) * torch.finfo(self.values.dtype).eps
+        epsilon = torch.finfo(self.values.dtype).eps if precision is None else precision
+        rounding = self.values[-1] * len(self.values) * epsilon
         inverse = torch.where(
             self.values > rounding,
             1 / (self.values + penalty).clamp(min=torch.finfo(self.values.dtype).tiny),
@@ -311,11 +314,12 @@ class PrimalMoments(_GroupMeans):
         xx = x.new_zeros(groups, d, d, dtype=torch.float64)
         xy = x.new_zeros(groups, d, y.shape[2], dtype=torch.float64)
         product_dtype = torch.float32 if count * groups * d * d > FLOAT32_MIN_PRODUCTS else torch.float64
-        for x_chunk, y_chunk in zip(torch.split(x, ROW_CHUNK_SIZE), torch.split(y, ROW_CHUNK_SIZE), strict=True):
-            centered_x = (x_chunk - mean_x.to(x)).to(product_dtype).permute(1, 2, 0)
-            centered_y = (y_chunk - mean_y.to(y)).to(product_dtype).transpose(0, 1)
-            xy.add_(centered_x @ centered_y)
-            gram([centered_x], xx)
+        with full_precision(x.device):
+            for x_chunk, y_chunk in zip(torch.split(x, ROW_CHUNK_SIZE), torch.split(y, ROW_CHUNK_SIZE), strict=True):
+                centered_x = (x_chunk.to(product_dtype) - mean_x.to(product_dtype)).permute(1, 2, 0)
+                centered_y = (y_chunk.to(product_dtype) - mean_y.to(product_dtype)).transpose(0, 1)
+                xy.add_(centered_x @ centered_y)
+                gram([centered_x], xx)
         return cls(mean_x, mean_y, xx / count, xy / count)
 
     def restricted(self, columns: Tensor) -> PrimalMoments:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 
@@ -57,6 +59,8 @@ class ProcessGroup:
 def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup) -> list[RemovableHandle]:
     """Copy parameters from rank 0 and average their gradients over the processes in every later backward pass.
 
+    Every process needs a gradient of at least one of them in the same backward passes.
+
     Args:
         parameters: Parameters outside of DDP.
         group: Processes to average over.
@@ -72,11 +76,45 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup
         return []
     with torch.no_grad():
         group.broadcast_([parameter.data for parameter in parameters])
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    mean = _GradientMean(trained, group)
+    hooks: list[Any] = [partial(mean.collect, index) for index in range(len(trained))]
+    tensors: list[Any] = trained
+    return [tensor.register_hook(hook) for tensor, hook in zip(tensors, hooks, strict=True)]
 
-    def mean(gradient: Tensor) -> Tensor:
-        total = gradient.to(group.device, copy=True)
-        group.sum_(total)
-        return (total / group.size).to(gradient.device)
 
-    trained: list[Any] = [parameter for parameter in parameters if parameter.requires_grad]
-    return [parameter.register_hook(mean) for parameter in trained]
+class _GradientMean:
+    """Mean of gradients over the processes, in one reduction at the end of a backward pass.
+
+    Hooks run in the order of the autograd graph, which may differ between processes, for instance where one has no
+    images. Collectives of each hook could then be of different parameters.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: ProcessGroup) -> None:
+        self.parameters, self.group = parameters, group
+        self._collected: dict[int, Tensor] = {}
+
+    def collect(self, index: int, gradient: Tensor) -> Tensor:
+        """Keep the gradient of a parameter until the end of the pass, and let autograd add zeros."""
+        if not self._collected:
+            Variable._execution_engine.queue_callback(self._reduce)
+        self._collected[index] = gradient
+        return torch.zeros_like(gradient)
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        collected, self._collected = self._collected, {}
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
+        parts = [torch.zeros(len(self.parameters), dtype=dtype, device=self.group.device)]
+        for index, parameter in enumerate(self.parameters):
+            gradient = collected.get(index)
+            parts[0][index] = gradient is not None
+            values = torch.zeros_like(parameter) if gradient is None else gradient
+            parts.append(values.detach().flatten().to(self.group.device, dtype))
+        flat = torch.cat(parts)
+        self.group.sum_(flat)
+        has_gradient, *sums = torch.split(flat, [len(part) for part in parts])
+        for parameter, present, values in zip(self.parameters, has_gradient.tolist(), sums, strict=True):
+            if present:
+                mean = (values / self.group.size).view_as(parameter).to(parameter.device, parameter.dtype)
+                parameter.grad = mean if parameter.grad is None else parameter.grad.add_(mean)

@@ -115,7 +115,24 @@ def joint_shares_and_gradients(rank: int) -> list[list[float]]:
     return [[float(share.detach()) for share in joint], [float(g) for g in torch.autograd.grad(sum(joint), shares)]]
 
 
+def learned_with_an_empty_process(rank: int) -> dict[str, Tensor]:
+    """Return the maps after a training in which the last process has no images from the third step on."""
+    torch.manual_seed(rank)
+    student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1)) for _ in range(2))
+    iso = IsomorphismLoss(student, teacher, ["0", "1"], refresh=2, solver="learned", order=1, weight=1.0, scale="log")
+    optimizer = torch.optim.SGD([*student.parameters(), *iso.parameters()], lr=0.01)
+    with iso:
+        for step in range(6):
+            images = batch(step)[0][:, :, :4, :4]
+            student(images[: 0 if rank and step > 1 else 8])
+            optimizer.zero_grad()
+            iso().backward()
+            optimizer.step()
+    return {name: value.detach() for name, value in iso.named_parameters()}
+
+
 def worker(rank: int, folder: str) -> None:
+    torch.save(learned_with_an_empty_process(rank), Path(folder) / f"empty-{rank}.pt")
     torch.save(joint_shares_and_gradients(rank), Path(folder) / f"shares-{rank}.pt")
     torch.save(lowered_factors(rank), Path(folder) / f"factors-{rank}.pt")
     for form, accelerated in CASES:
@@ -140,6 +157,12 @@ def test_two_processes_lower_weights_together(folder: Path) -> None:
 def test_processes_without_images_do_not_lower_joint_shares(folder: Path) -> None:
     results = [torch.load(folder / f"shares-{rank}.pt", weights_only=True) for rank in range(WORLD)]
     assert results == [[[0.375, 0.5], [1.0, 1.0]]] * WORLD
+
+
+def test_learned_maps_stay_equal_where_a_process_has_no_images(folder: Path) -> None:
+    first, second = (torch.load(folder / f"empty-{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert first.keys() == second.keys() != set()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize(("form", "accelerated"), CASES)

@@ -30,6 +30,20 @@ class TestLogitLosses:
         own = (t / 4).softmax(1)[0, 2]
         torch.testing.assert_close(dkd_loss(s, t, torch.tensor([2]), alpha=1.0, beta=1 - float(own)), kd_loss(s, t))
 
+    @pytest.mark.parametrize("masked", ["teacher", "both"])
+    def test_masked_classes_have_no_part_in_the_divergence(self, masked: str) -> None:
+        student, teacher = torch.randn(6, 9).requires_grad_(), torch.randn(6, 9)
+        mask = torch.zeros(6, 9).masked_fill(torch.arange(9) == 7, -math.inf)
+        rest, labels = torch.arange(9) != 7, torch.arange(6)
+        own = student + mask if masked == "both" else student
+        for loss in (kd_loss(own, teacher + mask), dkd_loss(own, teacher + mask, labels)):
+            assert loss.isfinite()
+            (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+            assert gradient.isfinite().all()
+        if masked == "both":
+            expected = kd_loss(student[:, rest], teacher[:, rest])
+            torch.testing.assert_close(kd_loss(own, teacher + mask), expected)
+
     def test_standardized_kd_by_hand(self) -> None:
         # Unbiased standard deviations are 1 and 10: standardized logits are (-1, 0, 1) and (1, 0, -1), over T = 2
         student, teacher = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[30.0, 20.0, 10.0]]).double()

@@ -331,6 +331,21 @@ def test_an_evaluation_of_a_part_is_not_taken_for_the_training_step() -> None:
     assert losses[0] == losses[1] != 0
 
 
+@pytest.mark.parametrize("options", FORMS)
+def test_several_losses_before_one_backward_pass(options: dict[str, Any]) -> None:
+    """Multi-view training: a map is solved anew between two losses of one backward pass."""
+    iso = loss_of(built(1), built(2), options | {"refresh": 2})
+    with iso:
+        for step in range(6):
+            losses = []
+            for view in range(3):
+                iso.student(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3 * step + view)))
+                losses.append(iso())
+            gradients = torch.autograd.grad(sum(losses), list(iso.student[0].parameters()), allow_unused=True)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert losses[-1] != 0
+
+
 def test_replicas_of_data_parallel_raise() -> None:
     iso = IsomorphismLoss(built(1), built(2), "3")
     with iso:

@@ -206,3 +206,18 @@ def test_unknown_similarities_and_wide_features_are_refused() -> None:
         CapacityError, match=rf"up to {MAX_SIMILARITY_CHANNELS} channels, got {MAX_SIMILARITY_CHANNELS + 1}"
     ):
         SimilarityMoments(("cka",), 3, MAX_SIMILARITY_CHANNELS + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_r2_of_features_of_low_rank_is_at_most_one(dtype: torch.dtype) -> None:
+    """Products of float32 features have eigenvalues of rounding, which least squares must not invert."""
+    for seed in range(12):
+        basis, weight = noise(24, 48, seed=seed), noise(48, 5, seed=100 + seed)
+        moments = SimilarityMoments(("r2",), 48, 5)
+        for report in (False, True):
+            x = (noise(40, 24, seed=200 + seed + 50 * report) @ basis).to(dtype)
+            maps = x[:, :, None, None].expand(-1, -1, 3, 3) + 0 * x[:, :1, None, None]
+            y = torch.einsum("nchw,cd->ndhw", maps, weight.to(dtype))
+            moments.update(maps.contiguous(), y, report=report)
+        r2 = moments.result()["r2"]
+        assert 1 - 1e-3 < r2 <= 1

@@ -343,3 +343,23 @@ WRONG: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
 def test_what_does_not_fit_is_an_error_with_the_shapes(op: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
     with pytest.raises(ShapeError, match="expected"):
         op(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gate_of_a_constant_map_in_half_precision_is_finite(dtype: torch.dtype) -> None:
+    """1 / σ of a constant map is 1e5, more than float16 can hold; sums of 4,096 products are more than it can add."""
+    p = torch.tensor(0.9, device=DEVICE, requires_grad=True)
+    for h in (torch.zeros(1, 2, 64, 64), torch.randn(1, 2, 64, 64) + 5):
+        leaf = h.to(DEVICE, dtype).requires_grad_()
+        exact = leaf.detach().double().requires_grad_()
+        exact_p = p.detach().double().requires_grad_()
+        out, plain = gate(None, leaf, p), plain_gate.gate(None, exact, exact_p)
+        close(out, plain, dtype)
+        upstream = torch.full_like(out, 8.0)
+        found = torch.autograd.grad(out, [leaf, p], upstream)
+        wanted = torch.autograd.grad(plain, [exact, exact_p], upstream.double())
+        for a, b in zip(found, wanted, strict=True):
+            assert a.isfinite().all()
+            close(a, b, dtype)
+        orders = torch.stack([leaf.detach() / 2, leaf.detach() / 2])
+        assert gate_orders(orders, p).isfinite().all()

@@ -10,6 +10,7 @@ from torch import Tensor
 from knowiso_train.errors import NonFiniteError, ShapeError
 from knowiso_train.ops import conv_weight, patch_rows
 from knowiso_train.regression import Moments, StreamingMoments, batch_moments
+from knowiso_train.regression.explained_variance import ResidualStatistics
 
 FIELDS = ("count", "mean_x", "mean_y", "xx", "xy", "yy")
 
@@ -148,3 +149,25 @@ def test_shapes_that_do_not_fit_raise() -> None:
         batch_moments(x, y[:, :, :4])
     with pytest.raises(ShapeError, match=r"expected source and target channels \(3, 2\), got \(2, 3\)"):
         StreamingMoments(3, 2).update(y, x)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_of_patches_of_few_channels(channels: int, dtype: torch.dtype) -> None:
+    x, y = torch.randn(6, channels, 5, 4, dtype=dtype) + 2, torch.randn(6, 2, 5, 4, dtype=dtype)
+    rows = patch_rows(x.double(), 3), y.double().permute(0, 2, 3, 1).reshape(-1, 2)
+    m, exact = batch_moments(x, y, 3), batch_moments(*(part[:, :, None, None] for part in rows))
+    torch.testing.assert_close(m.xx.double(), exact.xx, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(m.xy.double(), exact.xy, rtol=1e-4, atol=1e-3)
+
+
+def test_a_target_that_is_constant_on_the_report_images_has_the_share_of_order_0() -> None:
+    for seed in range(40):
+        value, count = torch.rand(3, generator=torch.Generator().manual_seed(seed)).double(), 7 + seed
+        statistics = ResidualStatistics(1, center=value + 0.3, bootstrap=20, seed=0)
+        target = value.view(1, 3, 1, 1).expand(count, 3, 2, 2)
+        statistics.update(target, [target + 0.1 * torch.randn(count, 3, 2, 2).double()], np.arange(count))
+        estimate = statistics.estimate()
+        assert estimate.unexplained == (0.0,)
+        assert estimate.shares == (1.0,)
+        assert estimate.interval == (0.0, 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from knowiso_train.errors import NonFiniteError, OptionError
 from knowiso_train.regression import batch_moments
+from knowiso_train.regression import ridge as ridge_module
 from knowiso_train.regression.ridge import (
     KernelMoments,
     PrimalMoments,
@@ -131,3 +132,18 @@ def test_invalid_ridges_and_values_raise() -> None:
     for kind in (PrimalMoments, KernelMoments):
         with pytest.raises(NonFiniteError, match="NaN or Inf"):
             kind.of(x[:, None], y[:, None])
+
+
+def test_second_moments_are_in_full_precision_within_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge_module, "FLOAT32_MIN_PRODUCTS", 0)
+    x, y = torch.randn(300, 2, 8) + 3, torch.randn(300, 2, 4)
+    plain = PrimalMoments.of(x, y)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            within = PrimalMoments.of(x, y)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(plain.xx, within.xx)
+    assert torch.equal(plain.xy, within.xy)
