@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -138,10 +139,11 @@ class ClosedFormFitter(Fitter):
                     for m, sample in zip((target_fit, target_select), target_samples, strict=True)
                 )
                 solver = ReadoutSolver(maps, fit_moments, select_moments, ridge)
-            order_ridges = self._fit_orders(maps, target_samples, max(scale, MIN_TARGET_SCALE), solver, bar)
+            scale = max(scale, MIN_TARGET_SCALE)
+            order_ridges = group.run_on_first(partial(self._fit_orders, maps, target_samples, scale, solver, bar))
             bar.update(self._order_work(0))
             group.broadcast_(list(maps.state_dict().values()))
-            self.ridges.append((linear.ridge, *group.gather(order_ridges)[0]))
+            self.ridges.append((linear.ridge, *order_ridges))
             self.centers.append(target_fit.mean_y)
             results.append(maps.eval())
         return results
@@ -176,7 +178,7 @@ class ClosedFormFitter(Fitter):
         solver: ReadoutSolver | None,
         bar: tqdm[Any],
     ) -> list[float]:
-        """Fit orders 1 … K one after the other in process 0, which broadcasts them; return their ridges."""
+        """Fit orders 1 … K one after the other, and return their ridges."""
         if solver is None:
             return []
         config, ridges = self.config.nonlinear_config(), []
@@ -187,7 +189,7 @@ class ClosedFormFitter(Fitter):
                 None if s is None else s.with_target(s.y - predict_component(maps, order - 1, s)) for s in residuals
             ]
             fit, select = residuals
-            if fit is None or self.spec.group.rank:
+            if fit is None:
                 return []
             work = self._order_work(order)
             finished = bar.n + work

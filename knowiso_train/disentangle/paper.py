@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,10 @@ class PaperMaps(nn.Module):
         return x / channel_scale(x)
 
 
+def _fit_in_place(maps: PaperMaps, sample: Sample, config: PaperConfig, options: Mapping[str, Any]) -> None:
+    fit_paper(maps, sample, config, **options)
+
+
 def fit_paper(
     maps: PaperMaps,
     sample: Sample,
@@ -250,18 +255,18 @@ class PaperFitter(Fitter):
                 maps = PaperMaps(spec.source_channels, spec.target_channels, config.order, config.kernel_size or 3)
                 maps = maps.to(spec.device, spec.dtype)
             y = sample.y[:, self.channels_of(target)]
-            if spec.group.rank == 0:
-                name = label if target == 0 else f"{label} (shuffled)"
-                training = config.paper_config()
-                if training.checkpoint:
-                    training = replace(training, checkpoint=checkpoint_path(training.checkpoint, name))
-                epoch_work = self.work / (spec.num_targets * training.epochs)
+            name = label if target == 0 else f"{label} (shuffled)"
+            training = config.paper_config()
+            if training.checkpoint:
+                training = replace(training, checkpoint=checkpoint_path(training.checkpoint, name))
+            epoch_work = self.work / (spec.num_targets * training.epochs)
 
-                def on_epoch(loss: float, name: str = name, epoch_work: float = epoch_work) -> None:
-                    bar.set_postfix_str(f"{name}, loss {loss:.4f}", refresh=False)
-                    bar.update(epoch_work)
+            def on_epoch(loss: float, name: str = name, epoch_work: float = epoch_work) -> None:
+                bar.set_postfix_str(f"{name}, loss {loss:.4f}", refresh=False)
+                bar.update(epoch_work)
 
-                fit_paper(maps, sample.with_target(y), training, seed=config.seed, on_epoch=on_epoch, label=name)
+            options = {"seed": config.seed, "on_epoch": on_epoch, "label": name}
+            spec.group.run_on_first(partial(_fit_in_place, maps, sample.with_target(y), training, options))
             spec.group.broadcast_(list(maps.state_dict().values()))
             self.ridges.append(())
             self.centers.append(y.double().mean((0, 2, 3)))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
+
+Result = TypeVar("Result")
 
 
 class ProcessGroup:
@@ -40,6 +43,34 @@ class ProcessGroup:
         dist.all_gather_object(values, value)
         return values
 
+    def run_on_first(self, function: Callable[[], Result]) -> Result:
+        """Run a function in rank 0, and return its picklable result in all processes.
+
+        Raises:
+            Exception: The error of the function in rank 0; without this the others would wait for it.
+
+        Examples:
+            >>> ProcessGroup().run_on_first(lambda: 3)
+            3
+        """
+        if self.size == 1:
+            return function()
+        outcome: tuple[Any, str | Exception | None] = None, None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                outcome = function(), None
+            except Exception as caught:
+                error = caught
+                outcome = None, caught if _can_be_pickled(caught) else f"{type(caught).__name__}: {caught}"
+        result, failure = self.gather(outcome)[0]
+        if error is not None:
+            raise error
+        if failure is not None:
+            raise failure if isinstance(failure, Exception) else RuntimeError(failure)
+        first: Result = result
+        return first
+
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """Overwrite tensors with those of rank 0, in place."""
         if self.size > 1:
@@ -54,6 +85,15 @@ class ProcessGroup:
         if self.size > 1 and "nccl" in str(dist.get_backend()):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+def _can_be_pickled(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    # Errors with arguments of their own raise anything
+    except Exception:
+        return False
+    return True
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup) -> list[RemovableHandle]:
