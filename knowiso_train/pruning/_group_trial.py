@@ -18,7 +18,8 @@ from knowiso_train.pruning._channel_groups import num_input_channels, remove_cha
 from knowiso_train.pruning._dependencies import PruningGraph, restored_attributes
 from knowiso_train.pruning._tracing import Forward
 
-MAX_RELATIVE_ERROR = 1e-3  # between the outputs of the pruned model and of the original with masked channels
+# Between the outputs of the pruned model and of the original with masked channels, and at least 4 ε of their dtype
+MAX_RELATIVE_ERROR, ROUNDING_STEPS = 1e-3, 4
 
 
 def input_masks(
@@ -62,6 +63,9 @@ def output_failure(before: Any, after: Any) -> str | None:
         True
         >>> output_failure(torch.ones(2, 3), torch.ones(2, 1))
         'a width reaches its output, of which a part would be (2, 1) and not (2, 3)'
+        >>> half = torch.ones(2, 3).bfloat16()
+        >>> output_failure(half, half + 2**-7) is None, output_failure(half.float(), half.float() + 2**-7) is None
+        (True, False)
     """
     old, new = (list(filter(torch.is_tensor, tree_leaves(value))) for value in (before, after))
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (old, new)]
@@ -70,8 +74,9 @@ def output_failure(before: Any, after: Any) -> str | None:
         return f"a width reaches its output, of which a part would be {got} and not {expected}"
     pairs = [(a.double(), b.double()) for a, b in zip(old, new, strict=True) if a.numel()]
     errors = [float((b - a).abs().max()) / float(a.abs().max().clamp_min(1e-12)) for a, b in pairs]
+    epsilon = max((torch.finfo(a.dtype).eps for a in old if a.is_floating_point()), default=0.0)
     largest = max(errors, default=0.0)
-    if largest <= MAX_RELATIVE_ERROR:
+    if largest <= max(MAX_RELATIVE_ERROR, ROUNDING_STEPS * epsilon):
         return None
     return f"removing channels differs there from masking them (outputs differ by {largest:.1e})"
 
