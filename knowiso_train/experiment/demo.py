@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from knowiso_train.errors import MissingDependencyError
+from knowiso_train.experiment.processes import main_process_first
 from knowiso_train.loading.datasets import labeled_images
 
 
@@ -29,8 +29,7 @@ def load_datasets(args: argparse.Namespace) -> tuple[Any, Any, int]:
         test = torch.arange(len(images)) % 5 < 3
         return TensorDataset(images[~test], labels[~test]), TensorDataset(images[test], labels[test]), 10
     options = {"image_size": args.image_size, "root": args.data_dir, **dict(args.data_options)}
-    # The first process of each machine downloads
-    with PartialState().local_main_process_first():
+    with main_process_first():  # it may download
         return labeled_images(args.dataset, *args.splits, classes=args.classes, **options)
 
 

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 WAIT_HOURS = 12  # for the main process, while it prunes or refines alone
 
 
+def main_process_first() -> AbstractContextManager[Any]:
+    """Let the first process of each machine run the context before the others, as for a download.
+
+    Examples:
+        >>> with main_process_first():
+        ...     pass
+    """
+    from accelerate import PartialState
+
+    return PartialState().local_main_process_first()  # type: ignore[no-any-return]
+
+
 class Processes:
     """Device and rank of this process in an `accelerate launch`, or of a single process.
 
@@ -56,7 +68,7 @@ class Processes:
 
     def main_first(self) -> AbstractContextManager[Any]:
         """Let the first process of each machine run the context before the others, as for a download."""
-        return self._state.local_main_process_first()  # type: ignore[no-any-return]
+        return main_process_first()
 
     def __enter__(self) -> Self:
         return self
