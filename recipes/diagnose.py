@@ -40,6 +40,7 @@ from knowiso_train.experiment import (
     run_settings,
 )
 from knowiso_train.experiment.arguments import image_side
+from knowiso_train.experiment.processes import main_process_first
 from knowiso_train.features import LayerPair, pair_layers
 from knowiso_train.loading import image_loader, input_transform
 from knowiso_train.loading.datasets import class_names
@@ -143,15 +144,16 @@ def load_images(args: argparse.Namespace) -> tuple[DataLoader[Any], tuple[str, .
         # The digits are sorted by class: spread evenly
         index = torch.linspace(0, len(images) - 1, min(args.max_images or len(images), len(images))).round().long()
         return DataLoader(TensorDataset(images[index], labels[index]), batch_size=args.batch_size), DIGIT_CLASSES
-    loader = image_loader(
-        args.dataset,
-        split=args.split,
-        image_size=args.image_size,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        root=args.data_dir,
-        **dict(args.data_options),
-    )
+    with main_process_first():  # it may download
+        loader = image_loader(
+            args.dataset,
+            split=args.split,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            root=args.data_dir,
+            **dict(args.data_options),
+        )
     return loader, class_names(loader.dataset)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _LoadedStage:
-    """Stage that is loaded when it is called. Its text identifies it in the folder of `--path`.
+    """Network that is loaded when it is called. Its text identifies a stage in the folder of `--path`.
 
     Attributes:
         model: Network of timm.
@@ -140,11 +139,9 @@ def run(args: argparse.Namespace) -> None:
             write_report(comparison, args)
 
 
-def _load(args: argparse.Namespace, spec: str, **options: Any) -> nn.Module:
-    from knowiso_train.loading.timm import load_model
-
+def _stage(args: argparse.Namespace, model: str, **options: Any) -> _LoadedStage:
     options = {"pretrained": args.pretrained} | options
-    return load_model(spec, num_classes=args.classes, in_order=args.checkpoints_in_order, **options)
+    return _LoadedStage(model, num_classes=args.classes, in_order=args.checkpoints_in_order, **options)
 
 
 def _model(args: argparse.Namespace) -> str:
@@ -162,7 +159,7 @@ def _stages(args: argparse.Namespace) -> dict[str, Any]:
     from knowiso_train.loading.checkpoints import weight_files
 
     if args.checkpoints is not None:
-        make = partial(_load, args, _model(args), pretrained=False)
+        make = _stage(args, _model(args), pretrained=False)
         found = checkpoint_stages(args.checkpoints, make, in_order=args.checkpoints_in_order)
         return {stage.name: stage for stage in found}
     stages = {}
@@ -170,18 +167,15 @@ def _stages(args: argparse.Namespace) -> dict[str, Any]:
         # A path may hold "=", as the checkpoints of Lightning do
         given, equals, value = ("", "", item) if Path(item).exists() else item.partition("=")
         value = value if equals else item
-        is_file = Path(value).exists()
-        name = given if equals else Path(value).stem if is_file else value
+        file = Path(value) if Path(value).exists() else None
+        name = given if equals else value if file is None else file.stem
         if name in stages:
             raise OptionError(f"two stages are named {name!r}; give names as NAME=FILE")
-        stages[name] = _LoadedStage(
-            model=_model(args) if is_file else value,
-            pretrained=args.pretrained,
-            num_classes=args.classes,
-            in_order=args.checkpoints_in_order,
-            checkpoint=value if is_file else None,
-            digest=file_digest(weight_files(Path(value))) if is_file and args.path is not None else None,
-        )
+        if file is None:
+            stages[name] = _stage(args, value)
+        else:
+            digest = None if args.path is None else file_digest(weight_files(file))
+            stages[name] = _stage(args, _model(args), checkpoint=value, digest=digest)
     return stages
 
 
@@ -190,7 +184,7 @@ def _reference(args: argparse.Namespace, stages: dict[str, Any]) -> tuple[nn.Mod
     if args.reference is not None:
         file = args.reference_checkpoint
         name = f"{args.reference} ({Path(file).stem})" if file else args.reference
-        return _load(args, args.reference, checkpoint=file), name
+        return _stage(args, args.reference, checkpoint=file)(), name
     if args.checkpoints is None or len(stages) < 2:
         raise OptionError(
             "expected --reference MODEL, or at least two --checkpoints, the last of which is the reference"
@@ -206,7 +200,7 @@ def _transforms(args: argparse.Namespace, stages: Mapping[str, _LoadedStage | Ch
     specs = {name: stage.model if isinstance(stage, _LoadedStage) else _model(args) for name, stage in stages.items()}
     # Checkpoints of one training share their network, which is built once
     transforms = {
-        spec: input_transform(_load(args, spec, pretrained=False), size=args.input_size)
+        spec: input_transform(_stage(args, spec, pretrained=False)(), size=args.input_size)
         for spec in dict.fromkeys(specs.values())
     }
     return {name: transforms[spec] for name, spec in specs.items()}

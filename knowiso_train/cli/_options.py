@@ -64,9 +64,10 @@ def load_network(
 
 def load_images(args: argparse.Namespace, processes: Processes) -> DataLoader[Any]:
     """Create the loader of --dataset."""
+    from knowiso_train.experiment.processes import main_process_first
     from knowiso_train.loading.datasets import image_loader
 
-    with processes.main_first():
+    with main_process_first():
         return image_loader(
             args.dataset,
             split=args.split,

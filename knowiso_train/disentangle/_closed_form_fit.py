@@ -20,7 +20,7 @@ from knowiso_train.disentangle._readouts import ReadoutSolver
 from knowiso_train.disentangle.config import DEFAULT_MAX_ROWS, DisentangleConfig, FitSpec, Fitter, MemoryEstimate
 from knowiso_train.errors import KnowisoWarning
 from knowiso_train.ops.im2col import write_weight
-from knowiso_train.regression.moments import Moments, StreamingMoments
+from knowiso_train.regression.moments import MIN_RELATIVE_STD, Moments, StreamingMoments
 from knowiso_train.regression.ridge import FIXED_RIDGE, MAX_SEARCH_FEATURES, LinearMap, Ridge, Spectrum, solve_ridge
 from knowiso_train.regression.sampling import FeatureSample, Sample, sample_positions
 
@@ -28,7 +28,6 @@ from knowiso_train.regression.sampling import FeatureSample, Sample, sample_posi
 MIN_HIDDEN, HIDDEN_PER_CHANNEL, MAX_POINTWISE_HIDDEN, MAX_PATCH_HIDDEN = 4, 4, 768, 128
 MIN_ROWS_PER_FEATURE = 2  # fewer positions per feature are reported with a warning
 MIN_TARGET_SCALE = 1e-30
-CONSTANT_VARIANCE = 1e-12  # of the squared mean; a constant channel may have a variance of rounding errors
 EIGENDECOMPOSITION_PRODUCTS = 25  # d³ products take as long as the eigendecomposition of a matrix (d, d)
 
 
@@ -246,7 +245,7 @@ class ClosedFormFitter(Fitter):
         """Note and issue warnings on degenerate features."""
         c = self.spec.target_channels
         # Columns of a patch by kernel cell and channel. On grids of one row or column, some cells hold padding alone
-        smallest = CONSTANT_VARIANCE * fit.count
+        smallest = MIN_RELATIVE_STD**2 * fit.count
         varies = (fit.xx.diagonal() > smallest * fit.mean_x.square()).view(self.kernel_size**2, -1)
         num_features = int(varies.any(1).sum()) * varies.shape[1]
         dead = int((~varies[self.kernel_size**2 // 2]).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -142,10 +142,6 @@ class PaperMaps(nn.Module):
         return x / channel_scale(x)
 
 
-def _fit_in_place(maps: PaperMaps, sample: Sample, config: PaperConfig, options: Mapping[str, Any]) -> None:
-    fit_paper(maps, sample, config, **options)
-
-
 def fit_paper(
     maps: PaperMaps,
     sample: Sample,
@@ -195,6 +191,11 @@ def _loss(maps: PaperMaps, batch: Sample, penalty: float) -> Tensor:
     # mean((y - g(x))²) + λ Σ p_k²
     loss: Tensor = (batch.y - maps(batch.x)).square().mean() + penalty * maps.gates.square().sum()
     return loss
+
+
+def _fit_in_place(*arguments: Any, **options: Any) -> None:
+    """Train as `fit_paper`, without its result, which would be sent to all processes."""
+    fit_paper(*arguments, **options)
 
 
 class PaperFitter(Fitter):
@@ -265,8 +266,8 @@ class PaperFitter(Fitter):
                 bar.set_postfix_str(f"{name}, loss {loss:.4f}", refresh=False)
                 bar.update(epoch_work)
 
-            options = {"seed": config.seed, "on_epoch": on_epoch, "label": name}
-            spec.group.run_on_first(partial(_fit_in_place, maps, sample.with_target(y), training, options))
+            options: dict[str, Any] = {"seed": config.seed, "on_epoch": on_epoch, "label": name}
+            spec.group.run_on_first(partial(_fit_in_place, maps, sample.with_target(y), training, **options))
             spec.group.broadcast_(list(maps.state_dict().values()))
             self.ridges.append(())
             self.centers.append(y.double().mean((0, 2, 3)))

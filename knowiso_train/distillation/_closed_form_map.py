@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knowiso_train.distillation._feature_map import MIN_RELATIVE_STD, FeatureMap, replaced, warn_once
+from knowiso_train.distillation._feature_map import FeatureMap, replaced, warn_once
 from knowiso_train.ops.im2col import conv_weight
 from knowiso_train.ops.residual_energy import gram_residual_energy, residual_energy
-from knowiso_train.regression.moments import Moments, RunningMoments
+from knowiso_train.regression.moments import MIN_RELATIVE_STD, Moments, RunningMoments
 from knowiso_train.regression.ridge import solve_ridge, solve_ridge_cholesky
 from knowiso_train.utils.distributed import ProcessGroup
 

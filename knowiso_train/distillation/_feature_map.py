@@ -12,9 +12,6 @@ from knowiso_train.errors import KnowisoWarning, NonFiniteError
 from knowiso_train.features.modules import LayerPair
 from knowiso_train.features.state import KeepPrecision
 
-# Ratio of standard deviation to root mean square below which a feature is constant up to float32 rounding
-MIN_RELATIVE_STD = 1e-6
-
 
 def warn_once(part: Any, message: str, kind: str = "") -> None:
     """Issue a KnowisoWarning the first time that a part of the loss calls this with a kind of message."""

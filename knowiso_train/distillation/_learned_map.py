@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from knowiso_train.disentangle.paper import PaperMaps
-from knowiso_train.distillation._feature_map import MIN_RELATIVE_STD, FeatureMap, replaced, warn_once
+from knowiso_train.distillation._feature_map import FeatureMap, replaced, warn_once
 from knowiso_train.ops.reference import channel_scale
 from knowiso_train.ops.residual_energy import residual_energy
-from knowiso_train.regression.moments import RunningMoments
+from knowiso_train.regression.moments import MIN_RELATIVE_STD, RunningMoments
 from knowiso_train.utils.distributed import ProcessGroup
 
 # Lower bound of a channel's σ as a fraction of the mean σ; a dead channel would get a nearly infinite gradient

@@ -66,10 +66,6 @@ class Processes:
         """True in the process that prints and writes files."""
         return bool(self._state.is_main_process)
 
-    def main_first(self) -> AbstractContextManager[Any]:
-        """Let the first process of each machine run the context before the others, as for a download."""
-        return main_process_first()
-
     def __enter__(self) -> Self:
         return self
 

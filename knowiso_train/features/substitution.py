@@ -66,7 +66,7 @@ class Substitution:
         """Run the network on a batch and return its features by layer name, as `Extractor.run`; sets `output`."""
         self.clear()
         self._batch = self.extractor.prepare(batch)
-        with torch.compiler.set_stance("force_eager"), self._recorder.recording():
+        with self._recorder.recording():
             self._features, self.output = self.extractor.run_prepared(self._batch, self._model)
         return self._features
 
@@ -123,7 +123,6 @@ class Substitution:
         side = self.extractor.side(layer)
         target = self._targets[layer]
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if replay and self._recorder.intact:
                 self._recorder.replay(call, target, side, stack)
             # Registered last: hooks of the user on this layer run before, as in the network's own forward pass

@@ -77,7 +77,7 @@ def load_hub_model(name: str, *, pretrained: bool = True, num_classes: int | Non
             stacklevel=3,
         )
     # The classes of the weights, also where `num_classes` is another number
-    published = AutoConfig.from_pretrained(name).num_labels
+    published = (AutoConfig.from_pretrained(name) if labels else model.config).num_labels
     model.pretrained_cfg = processor_config(processor, model.config) | {"num_classes": published}
     # transformers 5 keeps the precision of the file
     return model.float().eval()  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ MARK = "<!-- written by knowiso_train -->"
 
 
 def loading_code(snippet: str) -> str:
-    """Return the code of a card from the snippet of `loading_snippet`.
+    """Return the code of a card from the snippet of `loading_snippet`: an expression of timm, code, or words.
 
     Examples:
         >>> print(loading_code("timm.create_model('resnet18')"))
@@ -24,7 +24,9 @@ def loading_code(snippet: str) -> str:
         <BLANKLINE>
         model = timm.create_model('resnet18')
     """
-    return f"import timm\n\nmodel = {snippet}" if snippet.startswith("timm.") else snippet
+    if snippet.startswith("timm."):
+        return f"import timm\n\nmodel = {snippet}"
+    return snippet if "\n" in snippet else f"# {snippet}"
 
 
 def write_model_card(

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -129,15 +130,14 @@ class SplitImageLoader:
         """
         if self._index_batches is not None or self.group.size == 1:
             return
-        for rank, images in enumerate(first := self.group.gather(self._first_images)):
-            for other in range(rank):
-                common = len(set(images) & set(first[other]))
-                if common and 2 * common >= len(set(images)):
-                    raise DataError(
-                        f"processes {other} and {rank} read the same images, so that images of the report would be "
-                        "among the fitted ones. Divide the stream over the processes, or pass a DataLoader over a "
-                        "map-style dataset, which is divided here"
-                    )
+        first_images = enumerate(map(set, self.group.gather(self._first_images)))
+        for (other, others), (rank, images) in combinations(first_images, 2):
+            if images & others and 2 * len(images & others) >= len(images):
+                raise DataError(
+                    f"processes {other} and {rank} read the same images, so that images of the report would be among "
+                    "the fitted ones. Divide the stream over the processes, or pass a DataLoader over a map-style "
+                    "dataset, which is divided here"
+                )
 
     def parts(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the part of each dataset index: 0 fit, 1 select, 2 report."""
@@ -266,15 +266,14 @@ def _dataset_indices(loader: DataLoader[Any]) -> Iterable[int]:
     )
     if covers_dataset and standard_batches:
         return range(size)
-    generators = [part.generator for part in (sampler, batch_sampler) if hasattr(part, "generator")]
-    generators = [generator for generator in generators if isinstance(generator, torch.Generator)]
+    parts = [getattr(part, "generator", None) for part in (sampler, batch_sampler)]
+    generators = [generator for generator in parts if isinstance(generator, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:
             generator.manual_seed(0)
-        return sorted(
-            {int(i) for i in (sampler if standard_batches else (i for batch in batch_sampler for i in batch))}
-        )
+        indices = sampler if standard_batches else (i for batch in batch_sampler for i in batch)
+        return sorted({int(i) for i in indices})
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)

@@ -10,7 +10,7 @@ from torch import nn
 
 from knowiso_train.features.modules import network_name
 from knowiso_train.features.wrappers import unwrap_model
-from knowiso_train.loading.model_card import write_model_card
+from knowiso_train.loading.model_card import loading_code, write_model_card
 from knowiso_train.loading.timm import input_config, loading_snippet
 from knowiso_train.utils.serialization import write_json, write_tensors
 
@@ -64,14 +64,7 @@ def save_plain_network(
         folder,
         f"{name}, {kind}",
         f"{name} {summary}",
-        _loading_code(load),
+        loading_code(load),
         tags=[kind],
         figures={"parameters": f"{card['parameters']:,}", **figures},
     )
-
-
-def _loading_code(load: str) -> str:
-    """Return a block of Python code from the snippet of `loading_snippet`: an expression of timm, code, or words."""
-    if load.startswith("timm."):
-        return f"import timm\n\nmodel = {load}"
-    return load if "\n" in load else f"# {load}"

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knowiso_train.regression.moments import MIN_RELATIVE_STD
 from knowiso_train.utils.distributed import ProcessGroup
 from knowiso_train.utils.hashing import Stream, hash_unit
 
 INTERVAL_QUANTILES = (0.025, 0.975)
-CONSTANT_ENERGY = 1e-12  # of the target's energy about the fitting mean; below, its variance is rounding
 # P(X ≤ n) of Poisson(1) for n = 0 … 8; larger counts have probability 1e-6
 _POISSON_CDF = np.cumsum([np.exp(-1.0) / np.prod(np.arange(1, n + 1, dtype=float)) for n in range(9)])
 
@@ -108,7 +108,7 @@ class ResidualStatistics:
         mean_energy = self.sums.square().sum(1) / self.rows.clamp(min=1)
         # The difference of a constant target is rounding; without it every share is that of order 0
         energy = (self.energy - mean_energy).clamp(min=0)
-        constant = energy[0] <= CONSTANT_ENERGY * self.energy[0]
+        constant = energy[0] <= MIN_RELATIVE_STD**2 * self.energy[0]
         energy = torch.where(constant, torch.zeros_like(energy), energy)
         shares, unexplained, variances = self._split(energy[None])
         replicates = None

@@ -28,6 +28,8 @@ from knowiso_train.utils.distributed import ProcessGroup
 
 PATCH_CHUNK_BYTES = 8 * 2**20  # of patches written out at once
 ROW_BUFFER_SIZE = 4096  # samples collected before their product is added
+# Ratio of standard deviation to root mean square below which a feature is constant up to float32 rounding
+MIN_RELATIVE_STD = 1e-6
 
 
 @dataclass(frozen=True)
